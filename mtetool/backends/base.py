@@ -1,0 +1,122 @@
+"""What holds tags: the protocol that every backend keeps.
+
+A backend answers as the kernel's KVM_ARM_MTE_COPY_TAGS does (Documentation/virt/kvm/api.rst,
+4.130): a copy gives the bytes of *guest memory* it completed, and an errno only when it
+completed nothing. What such an answer means for a whole guest is decided above, in
+`mtetool.flows`; a backend retries nothing and hides nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Protocol, Self
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Tags = NDArray[np.uint8]
+    """Tags, one byte a granule, bits 7:4 zero; the ioctl's own format."""
+
+SlotKind = Literal["ram", "rom", "device"]
+
+
+@dataclass(frozen=True, slots=True)
+class Memslot:
+    """A range of guest physical memory that the VMM has given to KVM.
+
+    `readonly` is None where nobody may know (a slot found by asking the kernel). `kind`
+    is "device" for memory that cannot carry tags; such slots are never copied.
+    """
+
+    id: int
+    ipa: int
+    size_bytes: int
+    readonly: bool | None = False
+    kind: SlotKind = "ram"
+
+    @property
+    def end(self) -> int:
+        """The first address behind the slot."""
+        return self.ipa + self.size_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class GuestInfo:
+    """A guest's description, as `emu show`, `info` and `list` print it."""
+
+    source: str
+    mte: bool | None
+    page_size_bytes: int
+    memslots: tuple[Memslot, ...]
+    vmm: str | None = None
+    name: str | None = None
+    pid: int | None = None
+    vcpus: int | None = None
+
+
+class Guest(Protocol):
+    """A guest that was opened: its layout, and its tags.
+
+    Used as a context manager; after `close` nothing of ours is left in the guest or VMM.
+    """
+
+    @property
+    def page_size_bytes(self) -> int:
+        """The page size that addresses and lengths of copies must be aligned to."""
+        ...
+
+    def info(self) -> GuestInfo:
+        """The guest as it is now.
+
+        Raises LayoutUnknownError where the memslots cannot be learnt.
+        """
+        ...
+
+    def paused(self) -> bool | None:
+        """Whether the guest's vCPUs stand still now; None where nobody may know."""
+        ...
+
+    def read_tags(self, ipa: int, out: Tags) -> int:
+        """Copy the tags of guest memory from `ipa` on into `out` (one byte a granule).
+
+        `out` is C-contiguous and writable; its length times 16 is the length in bytes of
+        guest memory. Returns the bytes of guest memory completed, a multiple of the page
+        size, short where something stopped the copy: ask again at that place to learn why.
+
+        Raises OSError with the kernel's errno when nothing was copied (EFAULT: no memory
+        there, EINVAL: misaligned, too long), and GuestError when the guest is gone or has
+        no MTE.
+        """
+        ...
+
+    def write_tags(self, ipa: int, tags: Tags) -> int:
+        """Copy `tags` (one byte a granule) onto the guest memory from `ipa` on.
+
+        As `read_tags`; besides EFAULT for read-only memory and EBUSY while any memslot
+        logs dirty pages.
+        """
+        ...
+
+    def enable_mte(self) -> bool:
+        """Turn MTE on, before the first vCPU; False where it was on already.
+
+        Raises TooLateError, MteUnsupportedError.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the guest. May be called twice."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+

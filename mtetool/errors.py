@@ -1,0 +1,237 @@
+"""Every error of mtetool: a class, a stable id, an exit status, a message.
+
+The id and the status are part of the interface (scripts rely on them); the
+message says what was asked, what happened, and `hint` what to try next.
+Only `mtetool.cli` turns these into text; everything below raises them.
+"""
+
+from __future__ import annotations
+
+import errno as errno_module
+from typing import ClassVar
+
+STATUS_OK = 0
+STATUS_NO = 1
+STATUS_USAGE = 2
+STATUS_PARTIAL = 3
+STATUS_GUEST = 4
+STATUS_SNAPSHOT = 5
+STATUS_HOST = 6
+
+
+def errno_name(number: int) -> str:
+    """The name of an errno, `EFAULT` for 14; the number itself where it has none."""
+    return errno_module.errorcode.get(number, str(number))
+
+
+class MtetoolError(Exception):
+    """The base of all errors that mtetool reports on purpose.
+
+    `details` holds what a program may want besides the text (`ipa`, `errno`, ...); its
+    keys join the JSON form of the error.
+    """
+
+    id: ClassVar[str] = "error"
+    status: ClassVar[int] = STATUS_HOST
+
+    def __init__(self, message: str, *, hint: str | None = None, **details: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.details = details
+
+
+# --- status 2: what was asked cannot be asked -------------------------------------------
+
+
+class UsageError(MtetoolError):
+    """The request itself is wrong; nothing was looked at or touched."""
+
+    id = "usage"
+    status = STATUS_USAGE
+
+
+class MisalignedError(UsageError):
+    """An address or a size is not a multiple of the page size."""
+
+    id = "misaligned"
+
+
+class RangeError(UsageError):
+    """A range that is empty, overflows, or lies outside every memslot."""
+
+    id = "out-of-range"
+
+
+class SourceError(UsageError):
+    """A source that is of no known kind, or of a kind the command cannot take."""
+
+    id = "bad-source"
+
+
+class NoSuchFileError(UsageError):
+    """A file that was named does not exist."""
+
+    id = "no-such-file"
+
+
+class FileExistsAlreadyError(UsageError):
+    """The output exists and --force was not given."""
+
+    id = "file-exists"
+
+
+# --- status 4: the guest, its VMM or this host refuse ------------------------------------
+
+
+class GuestError(MtetoolError):
+    """The guest cannot be worked on as asked; it is as it was."""
+
+    id = "guest"
+    status = STATUS_GUEST
+
+
+class NoSuchProcessError(GuestError):
+    """No process has that PID, or it went away."""
+
+    id = "no-such-process"
+
+
+class NotAVmmError(GuestError):
+    """The process has no KVM virtual machine."""
+
+    id = "no-vm"
+
+
+class SeveralVmsError(GuestError):
+    """The process has several VMs and none was chosen."""
+
+    id = "several-vms"
+
+
+class MteOffError(GuestError):
+    """MTE is not enabled for the VM, so that it has no tags."""
+
+    id = "mte-off"
+
+
+class MteUnsupportedError(GuestError):
+    """The host's KVM does not offer MTE."""
+
+    id = "mte-unsupported"
+
+
+class TooLateError(GuestError):
+    """The VM has vCPUs already: the kernel enables MTE only before the first."""
+
+    id = "vcpus-exist"
+
+
+class PermissionRefusedError(GuestError):
+    """The kernel does not let this user work on that process."""
+
+    id = "permission"
+
+
+class BusyError(GuestError):
+    """The guest is in a state that excludes the request for now."""
+
+    id = "busy"
+
+
+class LayoutError(GuestError):
+    """The snapshot's layout does not fit the guest's."""
+
+    id = "layout"
+
+
+class LayoutUnknownError(GuestError):
+    """The guest's memslots could not be learnt."""
+
+    id = "layout-unknown"
+
+
+class WrongHostError(GuestError):
+    """The host's architecture has no MTE (not arm64)."""
+
+    id = "not-arm64"
+
+
+class AttachRefusedError(GuestError):
+    """The process cannot be borrowed from safely; nothing was touched."""
+
+    id = "attach-refused"
+
+
+class GuestLostError(GuestError):
+    """The VMM or its VM ended while it was worked on."""
+
+    id = "guest-lost"
+
+
+class EmulatorFileError(GuestError):
+    """The file behind an emulated guest is not one, or is damaged."""
+
+    id = "bad-emulator"
+
+
+# --- status 5: the snapshot --------------------------------------------------------------
+
+
+class SnapshotError(MtetoolError):
+    """The snapshot cannot be believed."""
+
+    id = "snapshot"
+    status = STATUS_SNAPSHOT
+
+
+class NotASnapshotError(SnapshotError):
+    """The input is something else (a directory, a gzip file, nothing at all)."""
+
+    id = "not-a-snapshot"
+
+
+class TruncatedError(SnapshotError):
+    """The snapshot ends before its end record."""
+
+    id = "truncated"
+
+
+class DamagedError(SnapshotError):
+    """A checksum, a size or an order in the snapshot is wrong."""
+
+    id = "damaged"
+
+
+class UnknownVersionError(SnapshotError):
+    """The snapshot is of a version (or uses a feature) that this mtetool does not know."""
+
+    id = "unknown-version"
+
+
+# --- status 6: this host -----------------------------------------------------------------
+
+
+class HostError(MtetoolError):
+    """This host failed."""
+
+    id = "host"
+    status = STATUS_HOST
+
+
+class DiskFullError(HostError):
+    """No space is left where the output goes."""
+
+    id = "disk-full"
+
+
+class HostIoError(HostError):
+    """Reading or writing a file failed."""
+
+    id = "io"
+
+
+class NoMemoryError(HostError):
+    """This host has no memory left for what was asked."""
+
+    id = "no-memory"

@@ -1,0 +1,56 @@
+"""The kernel's numbers and structs that mtetool uses, each with where it comes from.
+
+No input or output happens here. Layouts are those of the 64-bit little-endian arm64 ABI.
+"""
+
+from __future__ import annotations
+
+import struct
+
+# --- memory tags: Documentation/arch/arm64/memory-tagging-extension.rst -------------------
+GRANULE_BYTES = 16
+TAG_MAX = 15
+
+# --- ioctl numbers: include/uapi/asm-generic/ioctl.h --------------------------------------
+_IOC_NONE, _IOC_WRITE, _IOC_READ = 0, 1, 2
+
+
+def ioc(direction: int, kind: int, number: int, size: int) -> int:
+    """An ioctl request number: direction in 31:30, size in 29:16, type in 15:8, number in 7:0."""
+    return direction << 30 | size << 16 | kind << 8 | number
+
+
+# --- KVM: include/uapi/linux/kvm.h --------------------------------------------------------
+KVMIO = 0xAE
+KVM_API_VERSION = 12
+KVM_CAP_ARM_MTE = 205
+
+KVM_GET_API_VERSION = ioc(_IOC_NONE, KVMIO, 0x00, 0)
+KVM_CREATE_VM = ioc(_IOC_NONE, KVMIO, 0x01, 0)
+KVM_CHECK_EXTENSION = ioc(_IOC_NONE, KVMIO, 0x03, 0)
+
+KVM_ENABLE_CAP_STRUCT = struct.Struct("<II4Q64x")
+"""struct kvm_enable_cap: cap, flags, args[4], padding; 104 bytes."""
+# The header says _IOW of the struct: 0x4068aea3.
+KVM_ENABLE_CAP = ioc(_IOC_WRITE, KVMIO, 0xA3, KVM_ENABLE_CAP_STRUCT.size)
+
+# --- KVM on arm64: arch/arm64/include/uapi/asm/kvm.h --------------------------------------
+KVM_ARM_COPY_MTE_TAGS_STRUCT = struct.Struct("<QQQQ16x")
+"""struct kvm_arm_copy_mte_tags: guest_ipa, length, addr, flags, reserved[2]; 48 bytes."""
+KVM_ARM_MTE_COPY_TAGS = ioc(_IOC_READ, KVMIO, 0xB4, KVM_ARM_COPY_MTE_TAGS_STRUCT.size)
+KVM_ARM_TAGS_TO_GUEST = 0
+KVM_ARM_TAGS_FROM_GUEST = 1
+
+# The kernel refuses a longer copy since 6.4 (commit 2def950c63e3); before, the return value
+# was truncated to an int.
+COPY_LENGTH_MAX = (1 << 31) - 1
+
+
+def enable_cap(cap: int) -> bytes:
+    """The argument of KVM_ENABLE_CAP for a capability without arguments."""
+    return KVM_ENABLE_CAP_STRUCT.pack(cap, 0, 0, 0, 0, 0)
+
+
+def copy_mte_tags(guest_ipa: int, length: int, addr: int, flags: int) -> bytes:
+    """The argument of KVM_ARM_MTE_COPY_TAGS; `length` in bytes of guest memory."""
+    return KVM_ARM_COPY_MTE_TAGS_STRUCT.pack(guest_ipa, length, addr, flags)
