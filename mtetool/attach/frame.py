@@ -1,0 +1,99 @@
+"""Signal frames: a thread's whole state as rt_sigreturn(2) takes it back.
+
+The frame is the road home of a thread whose tracer vanished: it lies on the thread's stack
+before any register changes. Layout: arch/arm64/kernel/signal.c and
+arch/arm64/include/uapi/asm/sigcontext.h. Pure: bytes in, bytes out.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from mtetool.attach.ptrace import Registers
+
+_SIGMASK_AT = 168  # siginfo is 128 bytes; ucontext has flags, link and stack before the mask
+_MCONTEXT_AT = 304  # fault_address, then regs[31], sp, pc, pstate
+_RECORDS_AT = 592
+_RECORDS_BYTES = 4096
+FRAME_BYTES = _RECORDS_AT + _RECORDS_BYTES
+
+_FPSIMD_MAGIC, _FPSIMD_BYTES = 0x46508001, 0x210
+_SVE_MAGIC = 0x53564501
+_POE_MAGIC = 0x504F4530
+
+_SVE_HEADER = struct.Struct("<IIHHHH")  # struct user_sve_header
+SVE_PT_REGS_SVE = 1
+
+
+class FrameTooLargeError(Exception):
+    """The thread's vector registers do not fit a plain signal frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadState:
+    """What a borrowed thread must get back to the bit.
+
+    `fpsimd` is the NT_PRFPREG register set (528 bytes), `sve` NT_ARM_SVE where the CPU has
+    it, `poe` the POR_EL0 value of NT_ARM_POE; `signal_mask` has bit N-1 for signal N.
+    """
+
+    registers: Registers
+    fpsimd: bytes
+    sve: bytes | None
+    poe: bytes | None
+    signal_mask: int
+
+    @property
+    def sve_live(self) -> bool:
+        """Whether the thread has values in the SVE registers beyond the FP ones."""
+        return self.sve is not None and bool(_SVE_HEADER.unpack_from(self.sve)[4] & SVE_PT_REGS_SVE)
+
+
+def build(state: ThreadState) -> bytes:
+    """The signal frame that gives `state` back: FRAME_BYTES, for a 16-byte aligned address.
+
+    uc_stack stays zero, which rt_sigreturn takes for "leave the alternate stack alone".
+    Raises FrameTooLargeError where the SVE vectors are longer than the frame.
+    """
+    frame = bytearray(FRAME_BYTES)
+    struct.pack_into("<Q", frame, _SIGMASK_AT, state.signal_mask)
+    struct.pack_into("<Q", frame, _MCONTEXT_AT, 0)
+    frame[_MCONTEXT_AT + 8 : _MCONTEXT_AT + 8 + 272] = state.registers.pack()
+    records = _fpsimd_record(state.fpsimd)
+    if state.sve is not None and state.sve_live:
+        records += _sve_record(state.sve)
+    if state.poe is not None:
+        # 6.12 restores garbage into POR_EL0 when this record is missing.
+        records += struct.pack("<II", _POE_MAGIC, 16) + state.poe[:8]
+    if len(records) + 16 > _RECORDS_BYTES:
+        raise FrameTooLargeError
+    frame[_RECORDS_AT : _RECORDS_AT + len(records)] = records
+    return bytes(frame)
+
+
+def build_calling(number: int, args: tuple[int, ...], *, gadget: int, home: int) -> bytes:
+    """The frame of a thread that has no state of its own: it makes one call, then goes `home`.
+
+    All signals stay blocked: such a thread never runs a handler.
+    """
+    blank = Registers((0,) * 31, sp=0, pc=0, pstate=0)
+    registers = blank.calling(number, args, gadget=gadget, home=home)
+    return build(ThreadState(registers, bytes(528), None, None, ALL_SIGNALS))
+
+
+ALL_SIGNALS = 0xFFFF_FFFF_FFFF_FFFF
+
+
+def _fpsimd_record(fpsimd: bytes) -> bytes:
+    vectors, fpsr_fpcr = fpsimd[:512], fpsimd[512:520]
+    return struct.pack("<II", _FPSIMD_MAGIC, _FPSIMD_BYTES) + fpsr_fpcr + vectors
+
+
+def _sve_record(sve: bytes) -> bytes:
+    vector_bytes: int = _SVE_HEADER.unpack_from(sve)[2]
+    # Z0..Z31, P0..P15 and FFR; ptrace appends fpsr and fpcr, which the frame has elsewhere.
+    payload = sve[_SVE_HEADER.size :][: vector_bytes // 16 * (32 * 16 + 16 * 2 + 2)]
+    size = (16 + len(payload) + 15) // 16 * 16
+    head = struct.pack("<IIHHHH", _SVE_MAGIC, size, vector_bytes, 0, 0, 0)
+    return (head + payload).ljust(size, b"\0")

@@ -1,0 +1,74 @@
+"""Instructions that the process has already, found and never written.
+
+Writing code into a live process is how other tools kill it: its text is shared by threads
+that keep running. Adding executable memory is no better in a hardened one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mtetool.attach import memory
+from mtetool.errors import AttachRefusedError
+
+_SVC_RET = bytes.fromhex("010000d4 c0035fd6")  # svc #0; ret
+_SIGRETURN = bytes.fromhex("681180d2 010000d4")  # mov x8, #139; svc #0
+# The end of a C library's thread: mov x8, #93 (exit), at most one move into x0, svc #0.
+_EXITS = tuple(
+    bytes.fromhex(code)
+    for code in (
+        "a80b80d2 010000d4",
+        "a80b80d2 000080d2 010000d4",
+        "a80b80d2 00008052 010000d4",
+        "000080d2 a80b80d2 010000d4",
+        "00008052 a80b80d2 010000d4",
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Gadgets:
+    """Addresses in the process: `svc #0; ret`, rt_sigreturn, and exit where there is one."""
+
+    svc_ret: int
+    sigreturn: int
+    exit: int | None
+
+
+def find_aligned(code: bytes, pattern: bytes) -> int | None:
+    """The offset of `pattern` at a multiple of 4 in `code`, or None."""
+    at = code.find(pattern)
+    while at >= 0 and at % 4:
+        at = code.find(pattern, at + 1)
+    return at if at >= 0 else None
+
+
+def find(pid: int) -> Gadgets:
+    """Find the gadgets; the process must be stopped, so that its map is what it will run on.
+
+    Raises AttachRefusedError where the vDSO lacks one of the two that are needed.
+    """
+    maps = memory.mappings(pid)
+    vdso = next((m for m in maps if m.name == "[vdso]"), None)
+    code = memory.read(pid, vdso.start, vdso.end - vdso.start) if vdso else b""
+    svc_ret = find_aligned(code, _SVC_RET)
+    sigreturn = find_aligned(code, _SIGRETURN)
+    if vdso is None or svc_ret is None or sigreturn is None:
+        raise AttachRefusedError(
+            f"process {pid} has no vDSO with the instructions that mtetool borrows",
+            hint="the kernel was built without a vDSO, or the process unmapped it",
+        )
+    return Gadgets(vdso.start + svc_ret, vdso.start + sigreturn, _find_exit(pid, maps))
+
+
+def _find_exit(pid: int, maps: list[memory.Mapping]) -> int | None:
+    # The C library ends its threads this way; only file-backed text is searched.
+    for mapping in maps:
+        name = mapping.name.rpartition("/")[2]
+        if not mapping.flags.startswith("r-x") or not name.startswith(("libc.", "libc-", "ld-")):
+            continue
+        code = memory.read(pid, mapping.start, mapping.end - mapping.start)
+        for pattern in _EXITS:
+            if (at := find_aligned(code, pattern)) is not None:
+                return mapping.start + at
+    return None

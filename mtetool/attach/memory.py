@@ -1,0 +1,92 @@
+"""Another process's memory: its map, and copies from and to it that need no stop.
+
+Copies go by process_vm_readv(2): it respects the pages' protection, so that nothing
+read-only is ever written by mistake.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+for _function in (_libc.process_vm_readv, _libc.process_vm_writev):
+    _function.restype = ctypes.c_ssize_t
+    _function.argtypes = [
+        ctypes.c_int,
+        ctypes.POINTER(_Iovec),
+        ctypes.c_ulong,
+        ctypes.POINTER(_Iovec),
+        ctypes.c_ulong,
+        ctypes.c_ulong,
+    ]
+
+
+def _transfer(write: bool, pid: int, address: int, local: int, length: int) -> None:
+    function = _libc.process_vm_writev if write else _libc.process_vm_readv
+    done = 0
+    while done < length:
+        ours = _Iovec(local + done, length - done)
+        theirs = _Iovec(address + done, length - done)
+        count = int(function(pid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0))
+        if count <= 0:
+            number = ctypes.get_errno()
+            raise OSError(number, f"{os.strerror(number)} at {address + done:#x} of process {pid}")
+        done += count
+
+
+def read(pid: int, address: int, length: int) -> bytes:
+    """`length` bytes from `address` of the process. Raises OSError."""
+    buffer = ctypes.create_string_buffer(length)
+    _transfer(False, pid, address, ctypes.addressof(buffer), length)
+    return buffer.raw
+
+
+def write(pid: int, address: int, data: bytes) -> None:
+    """All of `data` to `address` of the process. Raises OSError."""
+    buffer = ctypes.create_string_buffer(data, len(data))
+    _transfer(True, pid, address, ctypes.addressof(buffer), len(data))
+
+
+def read_into(pid: int, address: int, out: NDArray[np.uint8]) -> None:
+    """Fill `out` (C-contiguous bytes) from `address` of the process. Raises OSError."""
+    _transfer(False, pid, address, out.ctypes.data, out.nbytes)
+
+
+def write_from(pid: int, address: int, data: NDArray[np.uint8]) -> None:
+    """Copy `data` (C-contiguous bytes) to `address` of the process. Raises OSError."""
+    _transfer(True, pid, address, data.ctypes.data, data.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A line of /proc/PID/maps: [start, end), `rwxp` flags, inode and name."""
+
+    start: int
+    end: int
+    flags: str
+    inode: int
+    name: str
+
+
+def mappings(pid: int) -> list[Mapping]:
+    """The process's mappings in order of address. Raises OSError."""
+    result = []
+    for line in Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines():
+        fields = line.split(None, 5)
+        start, _, end = fields[0].partition("-")
+        name = fields[5] if len(fields) > 5 else ""
+        result.append(Mapping(int(start, 16), int(end, 16), fields[1], int(fields[4]), name))
+    return result

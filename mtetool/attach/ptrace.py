@@ -1,0 +1,232 @@
+"""ptrace(2) of one thread, as this package needs it; arm64 register sets.
+
+Everything of one tracee must be called from the one OS thread that seized it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from dataclasses import dataclass, replace
+from typing import Self
+
+from mtetool.errors import GuestLostError
+
+# include/uapi/linux/ptrace.h
+_CONT = 7
+_DETACH = 17
+_SYSCALL = 24
+_SETOPTIONS = 0x4200
+_GETEVENTMSG = 0x4201
+_GETREGSET = 0x4204
+_SETREGSET = 0x4205
+_SEIZE = 0x4206
+_INTERRUPT = 0x4207
+_GETSIGMASK = 0x420A
+_SETSIGMASK = 0x420B
+_GET_RSEQ_CONFIGURATION = 0x420F
+_O_TRACESYSGOOD = 1
+_O_TRACECLONE = 8
+EVENT_CLONE = 3
+EVENT_STOP = 128
+_WALL = 0x40000000
+
+# include/uapi/linux/elf.h
+NT_PRSTATUS = 1
+NT_PRFPREG = 2
+NT_ARM_SVE = 0x405
+NT_ARM_SSVE = 0x40B
+NT_ARM_POE = 0x40F
+NT_ARM_GCS = 0x410
+
+# struct user_pt_regs, arch/arm64/include/uapi/asm/ptrace.h: x0..x30, sp, pc, pstate.
+_REGS = struct.Struct("<34Q")
+# The longest SVE register set: header, 32 Z, 16 P and FFR of 2048 bits, fpsr, fpcr.
+_REGSET_MAX = 16 + 16 * (32 * 16 + 16 * 2 + 2) + 64
+
+# PSTATE.BTYPE: which indirect branch led here; it would be checked at the gadget.
+PSTATE_BTYPE = 0xC00
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ptrace.restype = ctypes.c_long
+_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+
+
+def _ptrace(request: int, tid: int, addr: int = 0, data: int = 0) -> int:
+    result = int(_libc.ptrace(request, tid, addr, data))
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Registers:
+    """The general registers of an arm64 thread: x has 31 of them."""
+
+    x: tuple[int, ...]
+    sp: int
+    pc: int
+    pstate: int
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """From the NT_PRSTATUS register set, 272 bytes."""
+        words = _REGS.unpack(data)
+        return cls(words[:31], *words[31:])
+
+    def pack(self) -> bytes:
+        """The NT_PRSTATUS register set, 272 bytes."""
+        return _REGS.pack(*self.x, self.sp, self.pc, self.pstate)
+
+    def calling(self, number: int, args: tuple[int, ...], *, gadget: int, home: int) -> Registers:
+        """These registers, about to run `svc; ret` at `gadget` and to return to `home`."""
+        x = list(self.x)
+        x[: len(args)] = [arg & 0xFFFF_FFFF_FFFF_FFFF for arg in args]
+        x[8] = number
+        x[30] = home
+        return replace(self, x=tuple(x), pc=gadget, pstate=self.pstate & ~PSTATE_BTYPE)
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Why a tracee stopped: the signal, the ptrace event (0: none), a system-call stop."""
+
+    signal: int
+    event: int
+    syscall: bool
+
+
+class Tracee:
+    """One seized thread."""
+
+    def __init__(self, tid: int) -> None:
+        self.tid = tid
+
+    @classmethod
+    def seize(cls, tid: int) -> Self:
+        """Trace the thread without stopping it.
+
+        No option outlives us: without PTRACE_O_EXITKILL the kernel detaches when we die.
+        Raises OSError (EPERM: not allowed or traced already, ESRCH: gone).
+        """
+        _ptrace(_SEIZE, tid, 0, _O_TRACESYSGOOD)
+        return cls(tid)
+
+    def trace_clones(self, on: bool) -> None:
+        """Whether threads that this thread makes are traced from birth."""
+        _ptrace(_SETOPTIONS, self.tid, 0, _O_TRACESYSGOOD | (_O_TRACECLONE if on else 0))
+
+    def interrupt(self) -> None:
+        """Ask the thread to stop; `wait` gives the stop."""
+        _ptrace(_INTERRUPT, self.tid)
+
+    def wait(self) -> Stop:
+        """Wait for the thread's next stop. Raises GuestLostError when it ended instead."""
+        tid, status = os.waitpid(self.tid, _WALL)
+        return self._stop(tid, status)
+
+    def ended(self) -> bool:
+        """Whether the thread has ended (or is not ours any more), without waiting."""
+        try:
+            tid, status = os.waitpid(self.tid, _WALL | os.WNOHANG)
+        except ChildProcessError:
+            return True
+        return tid != 0 and not os.WIFSTOPPED(status)
+
+    def _stop(self, tid: int, status: int) -> Stop:
+        if not os.WIFSTOPPED(status):
+            raise GuestLostError(
+                f"thread {tid} of the VMM ended while mtetool was attached to it",
+                hint="look at why the VMM ended; mtetool does not end it",
+            )
+        signal = os.WSTOPSIG(status)
+        return Stop(signal & 0x7F, status >> 16, bool(signal & 0x80))
+
+    def stop(self) -> Stop:
+        """Stop the thread between two instructions of its own: an event stop.
+
+        Signals that arrive first are delivered, in their order. The answer's signal is
+        SIGTRAP, or the stopping signal where the whole process is stopped.
+        """
+        self.interrupt()
+        while (stop := self.wait()).event != EVENT_STOP:
+            # A signal on its way (event 0) goes on its way; at any other stop nothing is due.
+            self.cont(0 if stop.syscall or stop.event else stop.signal)
+        return stop
+
+    def cont(self, signal: int = 0) -> None:
+        """Let the thread run on, with that signal delivered to it."""
+        _ptrace(_CONT, self.tid, 0, signal)
+
+    def to_syscall_stop(self) -> Stop:
+        """Let the thread run until it enters or leaves a system call (or meets an event)."""
+        _ptrace(_SYSCALL, self.tid)
+        return self.wait()
+
+    def detach(self) -> None:
+        """Let the thread go."""
+        _ptrace(_DETACH, self.tid)
+
+    def event_message(self) -> int:
+        """What came with the last event: for a clone, the new thread's id."""
+        message = ctypes.c_ulong()
+        _ptrace(_GETEVENTMSG, self.tid, 0, ctypes.addressof(message))
+        return message.value
+
+    def regset(self, kind: int) -> bytes | None:
+        """A register set by its NT_ number; None where this CPU or kernel has none."""
+        buffer = ctypes.create_string_buffer(_REGSET_MAX)
+        iovec = _Iovec(ctypes.addressof(buffer), len(buffer))
+        try:
+            _ptrace(_GETREGSET, self.tid, kind, ctypes.addressof(iovec))
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENODEV, errno.EIO):
+                return None
+            raise
+        return buffer.raw[: iovec.length]
+
+    def set_regset(self, kind: int, data: bytes) -> None:
+        """Write a register set, all of `data`."""
+        buffer = ctypes.create_string_buffer(data, len(data))
+        iovec = _Iovec(ctypes.addressof(buffer), len(buffer))
+        _ptrace(_SETREGSET, self.tid, kind, ctypes.addressof(iovec))
+
+    def registers(self) -> Registers:
+        """The general registers."""
+        data = self.regset(NT_PRSTATUS)
+        if data is None or len(data) != _REGS.size:
+            raise GuestLostError(f"thread {self.tid} has no arm64 registers (a 32-bit process?)")
+        return Registers.unpack(data)
+
+    def set_registers(self, registers: Registers) -> None:
+        """Set the general registers. At a system-call stop the kernel ignores x7."""
+        self.set_regset(NT_PRSTATUS, registers.pack())
+
+    def signal_mask(self) -> int:
+        """The blocked signals, bit N-1 for signal N; the saved mask inside sigsuspend and kin."""
+        mask = ctypes.c_uint64()
+        _ptrace(_GETSIGMASK, self.tid, 8, ctypes.addressof(mask))
+        return mask.value
+
+    def set_signal_mask(self, mask: int) -> None:
+        """Set the blocked signals."""
+        value = ctypes.c_uint64(mask)
+        _ptrace(_SETSIGMASK, self.tid, 8, ctypes.addressof(value))
+
+    def rseq_area(self) -> int | None:
+        """The address of the thread's struct rseq, None where it registered none."""
+        buffer = ctypes.create_string_buffer(24)
+        try:
+            _ptrace(_GET_RSEQ_CONFIGURATION, self.tid, 24, ctypes.addressof(buffer))
+        except OSError:
+            return None  # a kernel before 5.13, or one without rseq
+        pointer: int = struct.unpack_from("<Q", buffer.raw)[0]
+        return pointer or None
