@@ -28,6 +28,7 @@ KVM_CAP_ARM_MTE = 205
 KVM_GET_API_VERSION = ioc(_IOC_NONE, KVMIO, 0x00, 0)
 KVM_CREATE_VM = ioc(_IOC_NONE, KVMIO, 0x01, 0)
 KVM_CHECK_EXTENSION = ioc(_IOC_NONE, KVMIO, 0x03, 0)
+KVM_RUN = ioc(_IOC_NONE, KVMIO, 0x80, 0)
 
 KVM_ENABLE_CAP_STRUCT = struct.Struct("<II4Q64x")
 """struct kvm_enable_cap: cap, flags, args[4], padding; 104 bytes."""

@@ -72,12 +72,14 @@ def build(state: ThreadState) -> bytes:
     return bytes(frame)
 
 
-def build_calling(number: int, args: tuple[int, ...], *, gadget: int, home: int) -> bytes:
+def build_calling(
+    number: int, args: tuple[int, ...], *, gadget: int, home: int, sp: int = 0
+) -> bytes:
     """The frame of a thread that has no state of its own: it makes one call, then goes `home`.
 
     All signals stay blocked: such a thread never runs a handler.
     """
-    blank = Registers((0,) * 31, sp=0, pc=0, pstate=0)
+    blank = Registers((0,) * 31, sp=sp, pc=0, pstate=0)
     registers = blank.calling(number, args, gadget=gadget, home=home)
     return build(ThreadState(registers, bytes(528), None, None, ALL_SIGNALS))
 

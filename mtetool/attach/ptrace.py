@@ -26,6 +26,7 @@ _SEIZE = 0x4206
 _INTERRUPT = 0x4207
 _GETSIGMASK = 0x420A
 _SETSIGMASK = 0x420B
+_SECCOMP_GET_FILTER = 0x420C
 _GET_RSEQ_CONFIGURATION = 0x420F
 _O_TRACESYSGOOD = 1
 _O_TRACECLONE = 8
@@ -230,3 +231,20 @@ class Tracee:
             return None  # a kernel before 5.13, or one without rseq
         pointer: int = struct.unpack_from("<Q", buffer.raw)[0]
         return pointer or None
+
+    def seccomp_filters(self) -> list[bytes]:
+        """The thread's seccomp filters, 8 bytes an instruction; the thread must be stopped.
+
+        Raises OSError (EACCES without CAP_SYS_ADMIN).
+        """
+        filters: list[bytes] = []
+        while True:
+            try:
+                count = _ptrace(_SECCOMP_GET_FILTER, self.tid, len(filters), 0)
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    return filters
+                raise
+            buffer = ctypes.create_string_buffer(8 * count)
+            _ptrace(_SECCOMP_GET_FILTER, self.tid, len(filters), ctypes.addressof(buffer))
+            filters.append(buffer.raw)

@@ -1,0 +1,1 @@
+"""Finding VMs and what can be learnt of them from outside: /proc, and QEMU's monitor."""

@@ -1,0 +1,379 @@
+"""A helper thread inside the process that makes ioctls for us while its own threads run on.
+
+A thread of the process is borrowed for a moment, to map a transfer buffer and to start the
+helper; it goes home before the first ioctl, so that the process's main loop answers during
+a long copy. The helper has no state of its own. If mtetool vanishes, it finishes its call,
+unmaps the buffer and exits.
+
+One OS thread of ours (the tracer) owns all tracing: ptrace belongs to the thread that
+attached. Whatever the rest of mtetool does meanwhile, a process that ends is noticed and
+reaped by it within a moment.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import queue
+import struct
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from mtetool.attach import frame, memory, seccomp
+from mtetool.attach.borrow import BorrowedThread, choose_thread, run_call, state_letter
+from mtetool.attach.gadgets import Gadgets
+from mtetool.attach.ptrace import Registers, Tracee
+from mtetool.errors import (
+    AttachRefusedError,
+    BusyError,
+    GuestLostError,
+    NoSuchProcessError,
+    PermissionRefusedError,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+T = TypeVar("T")
+
+# System call numbers: include/uapi/asm-generic/unistd.h
+_NR_IOCTL, _NR_EXIT, _NR_RT_SIGRETURN = 29, 93, 139
+_NR_MUNMAP, _NR_CLONE, _NR_MMAP, _NR_MADVISE = 215, 220, 222, 233
+_PROT_READ_WRITE = 0x3
+_MAP_FLAGS = 0x2 | 0x20 | 0x4000 | 0x100000  # PRIVATE, ANONYMOUS, NORESERVE, FIXED_NOREPLACE
+_MADV_DONTFORK = 10
+# CLONE_VM|FS|FILES|SIGHAND|THREAD|SYSVSEM|SETTLS|PARENT_SETTID|CHILD_CLEARTID: what
+# pthread_create passes. Sandboxes (QEMU's spawn=deny) let nothing else through, and the
+# helper must not share the borrowed thread's TLS.
+_CLONE_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000 | 0x80000 | 0x100000 | 0x200000
+
+# The map: a header page (its first word is written and cleared by the kernel: the helper's
+# id while it lives), the helper's stack with its crash road, the argument page, the buffer.
+# The address is one of a few that nothing else uses, so that the next run recognises what
+# a killed one left: it is below 2^39, the smallest user address space arm64 is built with
+# for servers, and far from where the kernel puts mappings by itself.
+_MAP_BASE = 0x6D_7465_0000
+_MAP_STRIDE = 0x1000_0000
+_MAP_PLACES = 16
+_HEADER = struct.Struct("<II8s")
+_MAGIC = b"mtetool\0"
+_TLS_AT = 1024
+PAGE_BYTES = mmap.PAGESIZE
+"""The page size of this host, and so of every process on it."""
+_STACK_BYTES = 64 << 10
+_ARGUMENT_AT = PAGE_BYTES + _STACK_BYTES
+_BUFFER_AT = _ARGUMENT_AT + PAGE_BYTES
+
+# The fd and the request of an ioctl are those of KVM_ARM_MTE_COPY_TAGS on a likely fd.
+_NEEDED_CALLS = (
+    seccomp.Call("mmap", _NR_MMAP, (_MAP_BASE, PAGE_BYTES, _PROT_READ_WRITE, _MAP_FLAGS)),
+    seccomp.Call("madvise", _NR_MADVISE, (_MAP_BASE, PAGE_BYTES, _MADV_DONTFORK)),
+    seccomp.Call("clone", _NR_CLONE, (_CLONE_FLAGS,)),
+    seccomp.Call("ioctl", _NR_IOCTL, (9, 0x8030AEB4)),
+    seccomp.Call("munmap", _NR_MUNMAP, (_MAP_BASE, PAGE_BYTES)),
+    seccomp.Call("exit", _NR_EXIT, (0,)),
+    seccomp.Call("rt_sigreturn", _NR_RT_SIGRETURN),
+)
+
+# A call that takes longer is stuck: mtetool then ends, which is safe; hanging is not.
+_PATIENCE_SECONDS = 60.0
+_IDLE_SECONDS = 0.1
+
+
+class Session:
+    """Calls inside process `pid` through a helper thread, until `close`.
+
+    `buffer_bytes` is the size of the transfer buffer, `avoid` the threads never to borrow.
+    Usable from any thread of ours, one call at a time. Raises GuestError subclasses where
+    the process cannot be borrowed from; nothing was touched then.
+    """
+
+    def __init__(self, pid: int, *, buffer_bytes: int, avoid: frozenset[int] = frozenset()) -> None:
+        self.pid = pid
+        self.buffer_bytes = buffer_bytes
+        self.borrowed_seconds = 0.0
+        self._helper: _Helper | None = None
+        self._lost: GuestLostError | None = None
+        self._requests: queue.SimpleQueue[tuple[Future[object], Callable[[], object]] | None]
+        self._requests = queue.SimpleQueue()
+        self._tracer = threading.Thread(target=self._trace, name="tracer", daemon=True)
+        self._tracer.start()
+        try:
+            self._call(lambda: self._attach(avoid))
+        except BaseException:
+            self._requests.put(None)
+            raise
+
+    def ioctl(self, fd: int, request: int, argument: bytes | int) -> int:
+        """ioctl(2) in the process, on its file descriptor; the result, -errno for an error.
+
+        An argument in bytes is copied there first. Raises GuestLostError.
+        """
+        return self._call(lambda: self._ioctl(fd, request, argument))
+
+    @property
+    def buffer_address(self) -> int:
+        """Where the transfer buffer is in the process."""
+        return self._alive().base + _BUFFER_AT
+
+    def read_buffer(self, out: NDArray[np.uint8]) -> None:
+        """Copy the transfer buffer's first bytes into `out`. Raises GuestLostError."""
+        self._copy(memory.read_into, out)
+
+    def write_buffer(self, data: NDArray[np.uint8]) -> None:
+        """Copy `data` to the start of the transfer buffer. Raises GuestLostError."""
+        self._copy(memory.write_from, data)
+
+    def close(self) -> None:
+        """Let the helper end and take its memory along; nothing of ours stays. Idempotent."""
+        if not self._tracer.is_alive():
+            return
+        try:
+            self._call(self._let_go)
+        finally:
+            self._requests.put(None)
+            self._tracer.join(_PATIENCE_SECONDS)
+
+    # --- on the caller's side ---------------------------------------------------------
+
+    def _call(self, function: Callable[[], T]) -> T:
+        future: Future[object] = Future()
+        self._requests.put((future, function))
+        try:
+            return future.result(_PATIENCE_SECONDS)  # type: ignore[return-value]
+        except TimeoutError:
+            raise BusyError(
+                f"process {self.pid} did not answer for {_PATIENCE_SECONDS:.0f} seconds",
+                hint="it is frozen or stuck in the kernel; mtetool lets go of it by ending",
+            ) from None
+
+    def _alive(self) -> _Helper:
+        if self._lost is not None:
+            raise self._lost
+        if self._helper is None:
+            raise GuestLostError(f"process {self.pid} is not attached to")
+        return self._helper
+
+    def _copy(
+        self, copy: Callable[[int, int, NDArray[np.uint8]], None], data: NDArray[np.uint8]
+    ) -> None:
+        address = self.buffer_address
+        try:
+            copy(self.pid, address, data)
+        except OSError as error:
+            if error.errno in (errno.ESRCH, errno.EFAULT):
+                raise self._gone() from error
+            raise
+
+    def _gone(self) -> GuestLostError:
+        return GuestLostError(
+            f"process {self.pid} ended while mtetool was attached to it",
+            hint="look at why the VMM ended; mtetool does not end it",
+        )
+
+    # --- on the tracer's side -----------------------------------------------------------
+
+    def _trace(self) -> None:
+        while True:
+            try:
+                request = self._requests.get(timeout=_IDLE_SECONDS)
+            except queue.Empty:
+                self._reap()
+                continue
+            if request is None:
+                return
+            future, function = request
+            try:
+                future.set_result(function())
+            except GuestLostError as error:
+                self._lost = error
+                future.set_exception(error)
+            except BaseException as error:  # noqa: BLE001 - it is raised on the caller's side
+                future.set_exception(error)
+
+    def _reap(self) -> None:
+        if self._helper is not None and self._lost is None and self._helper.tracee.ended():
+            self._lost = self._gone()
+
+    def _attach(self, avoid: frozenset[int]) -> None:
+        try:
+            thread = BorrowedThread(self.pid, choose_thread(self.pid, avoid))
+            with thread:
+                thread.allows(_NEEDED_CALLS)
+                _remove_leftovers(thread)
+                self._helper = _start_helper(thread, self.buffer_bytes)
+        except OSError as error:
+            raise refusal(self.pid, error) from error
+        self.borrowed_seconds = thread.seconds
+
+    def _ioctl(self, fd: int, request: int, argument: bytes | int) -> int:
+        helper = self._alive()
+        if isinstance(argument, bytes):
+            memory.write(self.pid, helper.base + _ARGUMENT_AT, argument)
+            argument = helper.base + _ARGUMENT_AT
+        return helper.syscall(_NR_IOCTL, fd, request, argument)
+
+    def _let_go(self) -> None:
+        helper, self._helper = self._helper, None
+        if helper is None or self._lost is not None:
+            return
+        unmapped = helper.leave()
+        if not unmapped:
+            with BorrowedThread(self.pid, choose_thread(self.pid)) as thread:
+                thread.syscall(_NR_MUNMAP, helper.base, helper.length)
+
+
+class _Helper:
+    """The helper thread: traced, aimed at one call after the other."""
+
+    def __init__(self, pid: int, tracee: Tracee, base: int, length: int, gadgets: Gadgets) -> None:
+        self.pid = pid
+        self.tracee = tracee
+        self.base = base
+        self.length = length
+        self._gadgets = gadgets
+        self._blank = Registers((0,) * 31, sp=_crash_road_at(base), pc=0, pstate=0)
+
+    def syscall(self, number: int, *args: int) -> int:
+        """A call; if we vanish, rt_sigreturn leads the thread onto its crash road."""
+        self._aim(number, args, home=self._gadgets.sigreturn)
+        return run_call(self.tracee)[0]
+
+    def leave(self) -> bool:
+        """End the thread, and wait until it has ended. Whether its memory went with it."""
+        if self._gadgets.exit is not None:
+            self._aim(_NR_MUNMAP, (self.base, self.length), home=self._gadgets.exit)
+        else:
+            self._aim(_NR_EXIT, (0,), home=self._gadgets.sigreturn)
+        self.tracee.detach()
+        task = Path(f"/proc/{self.pid}/task/{self.tracee.tid}")
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        # In a process that is stopped as a whole, it leaves when the process is continued.
+        while state_letter(task) not in "XTt" and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        return self._gadgets.exit is not None
+
+    def _aim(self, number: int, args: tuple[int, ...], *, home: int) -> None:
+        self.tracee.set_registers(
+            self._blank.calling(number, args, gadget=self._gadgets.svc_ret, home=home)
+        )
+
+
+def _crash_road_at(base: int) -> int:
+    return (base + PAGE_BYTES + _STACK_BYTES - frame.FRAME_BYTES) & ~15
+
+
+def _second_road_at(base: int) -> int:
+    return _crash_road_at(base) - (frame.FRAME_BYTES + 15 & ~15)
+
+
+def _start_helper(thread: BorrowedThread, buffer_bytes: int) -> _Helper:
+    """Map the buffer, lay the helper's crash road, and only then make the helper."""
+    length = (_BUFFER_AT + buffer_bytes + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
+    base = _map(thread, length)
+    try:
+        thread.syscall(_NR_MADVISE, base, length, _MADV_DONTFORK)
+        memory.write(thread.pid, base, _HEADER.pack(0, os.getpid(), _MAGIC))
+        _lay_helper_road(thread, base, length)
+        road = _crash_road_at(base)
+        result, tracee = thread.clone(_NR_CLONE, _CLONE_FLAGS, road, base, base + _TLS_AT, base)
+        if result < 0 or tracee is None:
+            raise AttachRefusedError(
+                f"process {thread.pid} could not start a thread: {os.strerror(-result)}",
+                hint="raise its limit of threads (the pids cgroup, RLIMIT_NPROC)",
+            )
+    except AttachRefusedError:
+        thread.syscall(_NR_MUNMAP, base, length)
+        raise
+    tracee.wait()
+    return _Helper(thread.pid, tracee, base, length, thread.gadgets)
+
+
+def _lay_helper_road(thread: BorrowedThread, base: int, length: int) -> None:
+    gadgets = thread.gadgets
+    if gadgets.exit is not None:
+        first = frame.build_calling(
+            _NR_MUNMAP, (base, length), gadget=gadgets.svc_ret, home=gadgets.exit
+        )
+    else:
+        # No exit to return to: unmap only what does not carry the frames, then a second
+        # frame's call ends the thread. What stays is removed by the next run.
+        buffer_at = base + _BUFFER_AT
+        first = frame.build_calling(
+            _NR_MUNMAP,
+            (buffer_at, base + length - buffer_at),
+            gadget=gadgets.svc_ret,
+            home=gadgets.sigreturn,
+            sp=_second_road_at(base),
+        )
+        second = frame.build_calling(_NR_EXIT, (0,), gadget=gadgets.svc_ret, home=gadgets.sigreturn)
+        memory.write(thread.pid, _second_road_at(base), second)
+    memory.write(thread.pid, _crash_road_at(base), first)
+
+
+def _map(thread: BorrowedThread, length: int) -> int:
+    result = -errno.ENOMEM
+    for place in range(_MAP_PLACES):
+        address = _MAP_BASE + place * _MAP_STRIDE
+        result = thread.syscall(
+            _NR_MMAP, address, length, _PROT_READ_WRITE, _MAP_FLAGS, 0xFFFF_FFFF_FFFF_FFFF, 0
+        )
+        if result == address:
+            return result
+        if result != -errno.EEXIST:
+            break
+    raise AttachRefusedError(
+        f"process {thread.pid} could not map {length} bytes: {os.strerror(abs(result))}",
+        hint="its memory limits leave no room (RLIMIT_AS, RLIMIT_MEMLOCK, the memory cgroup)",
+    )
+
+
+def _remove_leftovers(thread: BorrowedThread) -> None:
+    """Unmap what a killed run left: at our addresses, anonymous, its helper not alive.
+
+    While we hold the borrowed thread no other run can be between its mmap and its clone.
+    """
+    for mapping in memory.mappings(thread.pid):
+        place, off = divmod(mapping.start - _MAP_BASE, _MAP_STRIDE)
+        ours = off == 0 and 0 <= place < _MAP_PLACES and mapping.inode == 0 and not mapping.name
+        if not ours:
+            continue
+        helper, _, magic = _HEADER.unpack(memory.read(thread.pid, mapping.start, _HEADER.size))
+        alive = helper and Path(f"/proc/{thread.pid}/task/{helper}").exists()
+        if magic in (_MAGIC, bytes(8)) and not alive:
+            thread.syscall(_NR_MUNMAP, mapping.start, mapping.end - mapping.start)
+
+
+def refusal(pid: int, error: OSError) -> NoSuchProcessError | PermissionRefusedError | BusyError:
+    """The error for a failed attach, with its likely cause."""
+    if error.errno == errno.ESRCH or not Path(f"/proc/{pid}").exists():
+        return NoSuchProcessError(f"process {pid} is gone", pid=pid)
+    tracer = _tracer_of(pid)
+    if tracer:
+        return BusyError(
+            f"process {pid} is being traced by process {tracer} already",
+            hint="let the debugger (or the other mtetool) finish first",
+            pid=pid,
+        )
+    return PermissionRefusedError(
+        f"attaching to process {pid} was refused: {error.strerror or error}",
+        hint="run as root (CAP_SYS_PTRACE), or as the same user with"
+        " /proc/sys/kernel/yama/ptrace_scope at 0",
+        pid=pid,
+        errno=errno.errorcode.get(error.errno or 0, error.errno),
+    )
+
+
+def _tracer_of(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except OSError:
+        return 0
+    fields = (line.split() for line in status.splitlines() if line.startswith("TracerPid:"))
+    return next((int(field[1]) for field in fields), 0)

@@ -1,0 +1,233 @@
+"""The real ioctl in a live VMM: `kvm:PID[:FD]`.
+
+KVM answers only to the process that created the VM (EIO otherwise), so that every call is
+made there, by a helper thread (`mtetool.attach.session`).
+"""
+
+from __future__ import annotations
+
+import errno
+import platform
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from mtetool import uapi
+from mtetool.attach.session import PAGE_BYTES, Session
+from mtetool.backends.base import GuestInfo, Memslot
+from mtetool.errors import (
+    GuestLostError,
+    LayoutUnknownError,
+    MteOffError,
+    MteUnsupportedError,
+    SourceError,
+    TooLateError,
+    WrongHostError,
+    errno_name,
+)
+from mtetool.vmm import proc, qemu
+
+if TYPE_CHECKING:
+    from mtetool.backends import GuestOptions
+    from mtetool.backends.base import Tags
+
+# What one ioctl copies at most: 4 MiB of tags, 64 MiB of guest memory. The kernel's loop
+# neither reschedules nor looks at signals, and the buffer lies in the VMM.
+_BUFFER_BYTES = 4 << 20
+
+
+def open_kvm(rest: str, options: GuestOptions) -> KvmGuest:
+    """Open `PID` or `PID:FD`, the VM of a running VMM.
+
+    Raises WrongHostError, SourceError, NoSuchProcessError, NotAVmmError, SeveralVmsError,
+    PermissionRefusedError. Nothing is attached to before the first call that needs it.
+    """
+    if platform.machine() != "aarch64":
+        raise WrongHostError(
+            f"kvm:{rest} needs an arm64 host with MTE; this one is {platform.machine()}",
+            hint="run mtetool on the host of the VM; emu: works everywhere",
+        )
+    pid_text, colon, fd_text = rest.partition(":")
+    if not pid_text.isdecimal() or (colon and not fd_text.isdecimal()):
+        raise SourceError(
+            f"kvm:{rest} is not of the form kvm:PID or kvm:PID:FD",
+            hint="look for the VMM with: pgrep -a qemu",
+        )
+    process = proc.find(int(pid_text))
+    fd = proc.choose_vm(process, int(fd_text) if colon else None)
+    return KvmGuest(process, fd, options)
+
+
+class KvmGuest:
+    """The VM behind one file descriptor of a VMM process; a `Guest`."""
+
+    def __init__(self, process: proc.VmmProcess, fd: int, options: GuestOptions) -> None:
+        self.page_size_bytes = PAGE_BYTES
+        self._process = process
+        self._fd = fd
+        self._options = options
+        self._session: Session | None = None
+        self._monitor: qemu.Monitor | None = None
+        self._mte: bool | None = None
+        self._stack = ExitStack()
+
+    @property
+    def borrowed_seconds(self) -> float:
+        """For how long a thread of the VMM itself was borrowed."""
+        return self._session.borrowed_seconds if self._session else 0.0
+
+    def info(self) -> GuestInfo:
+        """The VM; attaches, to ask the kernel whether MTE is on."""
+        slots = self._options.memslots or self._ask_monitor().memslots()
+        return GuestInfo(
+            source=f"kvm:{self._process.pid}:{self._fd}",
+            mte=self._mte_is_on(),
+            page_size_bytes=self.page_size_bytes,
+            memslots=tuple(slots),
+            vmm=self._process.comm,
+            name=self._name(),
+            pid=self._process.pid,
+            vcpus=self._process.vcpus,
+        )
+
+    def paused(self) -> bool | None:
+        """What QEMU's monitor says; None where there is none to ask."""
+        try:
+            return self._ask_monitor().paused()
+        except LayoutUnknownError:
+            return None
+
+    def read_tags(self, ipa: int, out: Tags) -> int:
+        """See `Guest.read_tags`."""
+        done = 0
+        while done < out.size or not out.size:
+            part = out[done : done + _BUFFER_BYTES]
+            completed = self._copy(ipa, done, part, uapi.KVM_ARM_TAGS_FROM_GUEST)
+            if completed:
+                granules = completed // uapi.GRANULE_BYTES
+                self._attached().read_buffer(part[:granules])
+                done += granules
+            if completed < part.size * uapi.GRANULE_BYTES or not out.size:
+                break
+        return done * uapi.GRANULE_BYTES
+
+    def write_tags(self, ipa: int, tags: Tags) -> int:
+        """See `Guest.write_tags`."""
+        done = 0
+        while done < tags.size or not tags.size:
+            part = tags[done : done + _BUFFER_BYTES]
+            self._attached().write_buffer(part)
+            completed = self._copy(ipa, done, part, uapi.KVM_ARM_TAGS_TO_GUEST)
+            done += completed // uapi.GRANULE_BYTES
+            if completed < part.size * uapi.GRANULE_BYTES or not tags.size:
+                break
+        return done * uapi.GRANULE_BYTES
+
+    def enable_mte(self) -> bool:
+        """See `Guest.enable_mte`: KVM_ENABLE_CAP in the VMM."""
+        if self._mte_is_on():
+            return False
+        request = uapi.enable_cap(uapi.KVM_CAP_ARM_MTE)
+        result = self._attached().ioctl(self._fd, uapi.KVM_ENABLE_CAP, request)
+        pid = self._process.pid
+        if result < 0 and proc.find(pid).vcpus:
+            raise TooLateError(
+                f"the VM of process {pid} has vCPUs already: MTE can only be enabled before",
+                hint="start QEMU with -preconfig, run mtetool enable, then x-exit-preconfig",
+                pid=pid,
+                errno=errno_name(-result),
+            )
+        if result < 0:
+            raise MteUnsupportedError(
+                f"the kernel refused to enable MTE for the VM of process {pid}:"
+                f" {errno_name(-result)}",
+                hint="look at what this host can do: mtetool probe",
+                pid=pid,
+                errno=errno_name(-result),
+            )
+        self._mte = True
+        return True
+
+    def close(self) -> None:
+        """Detach; nothing of ours stays in the VMM."""
+        self._stack.close()
+        self._session = self._monitor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _attached(self) -> Session:
+        if self._session is None:
+            pid = self._process.pid
+            self._session = Session(pid, buffer_bytes=_BUFFER_BYTES, avoid=proc.vcpu_threads(pid))
+            self._stack.callback(self._session.close)
+            # Between the look-up and the attach the PID may have changed hands.
+            if proc.start_time(pid) != self._process.start_time:
+                raise GuestLostError(f"process {pid} ended, and another one has its PID now")
+        return self._session
+
+    def _copy(self, ipa: int, done: int, part: Tags, flags: int) -> int:
+        """One ioctl for `part`, which begins `done` granules behind `ipa`."""
+        at = ipa + done * uapi.GRANULE_BYTES
+        length = part.size * uapi.GRANULE_BYTES
+        session = self._attached()
+        argument = uapi.copy_mte_tags(at, length, session.buffer_address, flags)
+        result = session.ioctl(self._fd, uapi.KVM_ARM_MTE_COPY_TAGS, argument)
+        if result >= 0:
+            return result
+        if result == -errno.EINVAL and not self._mte_is_on():
+            raise mte_off(self._process.pid)
+        if result == -errno.EIO:
+            raise GuestLostError(f"the VM of process {self._process.pid} is dead (EIO)")
+        if done:
+            return 0  # what was copied before counts; the next call here tells why
+        raise OSError(-result, f"copying tags at {at:#x}: {errno_name(-result)}")
+
+    def _mte_is_on(self) -> bool:
+        if self._mte is None:
+            # A copy of nothing passes every check, among them that MTE is on.
+            session = self._attached()
+            nothing = uapi.copy_mte_tags(0, 0, session.buffer_address, uapi.KVM_ARM_TAGS_FROM_GUEST)
+            result = session.ioctl(self._fd, uapi.KVM_ARM_MTE_COPY_TAGS, nothing)
+            if result not in (0, -errno.EINVAL):
+                raise GuestLostError(
+                    f"fd {self._fd} of process {self._process.pid} does not answer as a VM:"
+                    f" {errno_name(-result)}"
+                )
+            self._mte = result == 0
+        return self._mte
+
+    def _ask_monitor(self) -> qemu.Monitor:
+        if self._monitor is None:
+            path = self._options.qmp or qemu.find_monitor(self._process.pid)
+            if path is None:
+                raise LayoutUnknownError(
+                    f"process {self._process.pid} ({self._process.comm}) has no QMP monitor on"
+                    " a unix socket that could tell its memory layout",
+                    hint="name the memory by hand: --memslot IPA:SIZE (repeatable)",
+                )
+            self._monitor = self._stack.enter_context(qemu.Monitor(path))
+        return self._monitor
+
+    def _name(self) -> str | None:
+        try:
+            return self._ask_monitor().name()
+        except LayoutUnknownError:
+            return None
+
+
+def mte_off(pid: int) -> MteOffError:
+    """The error for a VM that has no tags."""
+    return MteOffError(
+        f"MTE is off for the VM of process {pid}: it has no tags",
+        hint="MTE is enabled before the first vCPU: mtetool enable, or QEMU's -M virt,mte=on",
+        pid=pid,
+    )
