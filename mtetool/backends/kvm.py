@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 from mtetool import uapi
 from mtetool.attach.session import PAGE_BYTES, Session
-from mtetool.backends.base import GuestInfo, Memslot
+from mtetool.backends.base import GuestInfo
 from mtetool.errors import (
     GuestLostError,
     LayoutUnknownError,

@@ -6,6 +6,7 @@ The protocol is QEMU's docs/interop/qmp-spec.rst; the layout comes from the huma
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import socket
@@ -57,7 +58,7 @@ class Monitor:
             self._socket.close()
             raise
 
-    def execute(self, command: str, **arguments: object) -> Any:  # noqa: ANN401 - any JSON
+    def execute(self, command: str, **arguments: object) -> Any:
         """Run a command; its `return`. Events that come between are passed over."""
         message: dict[str, object] = {"execute": command}
         if arguments:
@@ -146,7 +147,7 @@ def find_monitor(pid: int) -> Path | None:
     words = proc.command_line(pid)
     chardevs: dict[str, str] = {}
     monitors: list[str] = []
-    for option, value in zip(words, words[1:], strict=False):
+    for option, value in itertools.pairwise(words):
         option = option.removeprefix("-").removeprefix("-")
         fields = dict(field.partition("=")[::2] for field in value.split(","))
         if option == "qmp" and value.startswith("unix:"):
