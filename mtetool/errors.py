@@ -81,6 +81,16 @@ class FileExistsAlreadyError(UsageError):
     id = "file-exists"
 
 
+# --- status 3: some of it ------------------------------------------------------------------
+
+
+class PartialError(MtetoolError):
+    """Some tags cannot be copied, and the user wanted all or nothing."""
+
+    id = "partial"
+    status = STATUS_PARTIAL
+
+
 # --- status 4: the guest, its VMM or this host refuse ------------------------------------
 
 

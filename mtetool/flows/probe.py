@@ -1,0 +1,114 @@
+"""Whether this host can copy tags: facts in, one judged row a fact out."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from typing import Literal
+
+from mtetool.errors import errno_name
+from mtetool.vmm.host import HostFacts
+
+State = Literal["ok", "no", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One judged fact. `id` is stable; `needed` says that a "no" ends all hope."""
+
+    id: str
+    title: str
+    state: State
+    value: str
+    hint: str | None = None
+    needed: bool = False
+
+
+def judge(facts: HostFacts) -> list[Row]:
+    """The facts as rows, in the order in which they should be put right."""
+    return [
+        _architecture(facts),
+        Row("kernel", "kernel release", "ok", facts.kernel),
+        Row("page-size", "page size", "ok", f"{facts.page_size_bytes} bytes"),
+        _kvm(facts),
+        _mte(facts),
+        *_permission(facts),
+        _seccomp(facts),
+    ]
+
+
+def able(rows: list[Row]) -> bool:
+    """Whether nothing that is needed is known to be missing."""
+    return all(row.state != "no" for row in rows if row.needed)
+
+
+def _architecture(facts: HostFacts) -> Row:
+    if facts.machine == "aarch64":
+        return Row("architecture", "architecture", "ok", facts.machine, needed=True)
+    hint = "MTE is a feature of arm64: only emulated guests (emu:PATH) and snapshots work here"
+    return Row("architecture", "architecture", "no", facts.machine, hint, needed=True)
+
+
+def _kvm(facts: HostFacts) -> Row:
+    row_id, title = "kvm", "/dev/kvm"
+    if facts.kvm_errno == 0:
+        return Row(row_id, title, "ok", "can be opened")
+    name = errno_name(facts.kvm_errno)
+    if facts.kvm_errno == errno.ENOENT:
+        hint = "no KVM here: is it a host with virtualisation, and the module loaded?"
+        return Row(row_id, title, "no", f"{name}: absent", hint)
+    hint = "join the group that owns it (often kvm); copying from a running VMM works without"
+    return Row(row_id, title, "no", f"{name}: cannot be opened", hint)
+
+
+def _mte(facts: HostFacts) -> Row:
+    row_id, title = "mte", "KVM_CAP_ARM_MTE"
+    if facts.mte:
+        return Row(row_id, title, "ok", "a scratch VM could enable it", needed=True)
+    if facts.mte is None and facts.machine == "aarch64":
+        hint = "run this where /dev/kvm can be opened to find out"
+        return Row(row_id, title, "unknown", "could not be asked", hint, needed=True)
+    hint = "needs a processor with FEAT_MTE2 and a kernel with CONFIG_ARM64_MTE (5.14 or later)"
+    return Row(row_id, title, "no", "not offered", hint, needed=True)
+
+
+def _permission(facts: HostFacts) -> list[Row]:
+    """The capability, or else a kernel that lets a user trace their own processes."""
+    same_user = facts.ptrace_scope in (None, 0)
+    if facts.cap_sys_ptrace:
+        capability = Row("cap-sys-ptrace", "CAP_SYS_PTRACE", "ok", "in the effective set")
+    elif facts.cap_sys_ptrace is None:
+        capability = Row("cap-sys-ptrace", "CAP_SYS_PTRACE", "unknown", "could not be read")
+    else:
+        hint = (
+            "only VMMs of this same user can be reached"
+            if same_user
+            else "run as root, or give this process CAP_SYS_PTRACE"
+        )
+        capability = Row(
+            "cap-sys-ptrace", "CAP_SYS_PTRACE", "no", "not held", hint, needed=not same_user
+        )
+    return [capability, _yama(facts)]
+
+
+def _yama(facts: HostFacts) -> Row:
+    row_id, title = "ptrace-scope", "kernel.yama.ptrace_scope"
+    if facts.ptrace_scope is None:
+        return Row(row_id, title, "ok", "no Yama in this kernel")
+    value = str(facts.ptrace_scope)
+    if facts.ptrace_scope == 3:
+        hint = "nobody may trace until the next boot: only emulated guests can be worked on"
+        return Row(row_id, title, "no", value, hint, needed=True)
+    if facts.ptrace_scope == 0 or facts.cap_sys_ptrace:
+        return Row(row_id, title, "ok", value)
+    return Row(row_id, title, "no", value, "0 lets a user trace their own processes")
+
+
+def _seccomp(facts: HostFacts) -> Row:
+    row_id, title = "seccomp", "seccomp of this process"
+    if facts.seccomp is None:
+        return Row(row_id, title, "unknown", "could not be read")
+    if facts.seccomp == 0:
+        return Row(row_id, title, "ok", "none")
+    hint = "a container's filter may deny ptrace and process_vm_readv"
+    return Row(row_id, title, "unknown", f"mode {facts.seccomp}", hint)
