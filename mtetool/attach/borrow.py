@@ -153,7 +153,7 @@ class BorrowedThread:
         tracee, state = self._tracee, self._state
         if self._blocked:
             # From a system-call stop to an event stop: at the former, x7 cannot be set.
-            tracee.stop()
+            tracee.to_event_stop()
         if state.sve_live and state.sve is not None:
             tracee.set_regset(NT_ARM_SVE, state.sve)
         else:

@@ -158,6 +158,15 @@ class Tracee:
         SIGTRAP, or the stopping signal where the whole process is stopped.
         """
         self.interrupt()
+        return self._to_event_stop()
+
+    def to_event_stop(self) -> Stop:
+        """From another kind of stop to an event stop, without an instruction in between."""
+        self.interrupt()
+        self.cont()
+        return self._to_event_stop()
+
+    def _to_event_stop(self) -> Stop:
         while (stop := self.wait()).event != EVENT_STOP:
             # A signal on its way (event 0) goes on its way; at any other stop nothing is due.
             self.cont(0 if stop.syscall or stop.event else stop.signal)
