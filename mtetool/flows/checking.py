@@ -1,0 +1,82 @@
+"""Reading a whole snapshot to know that every byte of it is sound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mtetool.errors import DamagedError
+from mtetool.flows.layout import merged, total_bytes
+from mtetool.flows.pieces import Progress, chunks, no_progress
+from mtetool.flows.tally import Tally
+from mtetool.snapshot.model import Extent, Header, Missing
+from mtetool.snapshot.reader import SnapshotReader
+
+if TYPE_CHECKING:
+    from mtetool.tags import Tags
+
+
+@dataclass
+class Checked:
+    """A snapshot that was read to its end: what it holds and what it says is missing."""
+
+    header: Header
+    held: list[Extent] = field(default_factory=list)
+    missing: Tally[Missing] = field(default_factory=Tally)
+    n_pieces: int = 0
+    stored_bytes: int = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of guest memory whose tags the snapshot has."""
+        return total_bytes(self.held)
+
+    def expect_same(self, header: Header) -> None:
+        """Raise DamagedError when the file is another one by now."""
+        if header != self.header:
+            raise DamagedError(
+                "the snapshot changed between its check and its use",
+                hint="somebody wrote to the file; nothing was done with it",
+            )
+
+
+def check(
+    reader: SnapshotReader,
+    *,
+    use: Callable[[int, Tags], None] | None = None,
+    progress: Progress = no_progress,
+) -> Checked:
+    """Read every record, decompress every piece, and hand the tags to `use`.
+
+    Raises SnapshotError at the first thing that is wrong, the absence of the end included.
+    """
+    result = Checked(reader.header)
+    total, done = total_bytes(reader.header.scope), 0
+    progress(0, total)
+    for piece in reader:
+        if isinstance(piece, Missing):
+            result.missing.add(piece)
+        else:
+            result.n_pieces += 1
+            result.stored_bytes += piece.stored_bytes
+            _append(result.held, Extent(piece.ipa, piece.size_bytes))
+            if use is None:
+                # A fill has nothing to decompress, and may speak for a terabyte.
+                if piece.fill is None:
+                    piece.tags()
+            else:
+                for ipa, tags in chunks(piece):
+                    use(ipa, tags)
+        done += piece.size_bytes
+        progress(done, total)
+    result.held = merged(result.held)
+    return result
+
+
+def _append(extents: list[Extent], extent: Extent) -> None:
+    """Pieces mostly follow each other: kept as one extent, so that the list stays short."""
+    if extents and extents[-1].ipa + extents[-1].size_bytes == extent.ipa:
+        last = extents.pop()
+        extent = Extent(last.ipa, last.size_bytes + extent.size_bytes)
+    extents.append(extent)

@@ -1,0 +1,249 @@
+"""Copying tags out of a guest and into one, and finding the way around what cannot be copied.
+
+The kernel answers a copy with what it completed, and with an errno only when that is nothing
+(Documentation/virt/kvm/api.rst, KVM_ARM_MTE_COPY_TAGS). So a copy that came back short is
+asked again at the place where it stopped, which gives the errno, and the layout gives the
+likely cause in words.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mtetool.backends.base import Guest
+from mtetool.errors import BusyError, GuestError, errno_name
+from mtetool.flows.layout import Layout
+from mtetool.snapshot.model import Extent, Missing
+from mtetool.uapi import GRANULE_BYTES
+
+if TYPE_CHECKING:
+    from mtetool.tags import Tags
+
+CHUNK_GRANULES = 2 << 20
+"""2 MiB of tag bytes, 32 MiB of guest memory: the fastest size that was measured."""
+
+# Pages that are tried one after the other behind a page that failed, before galloping.
+_NEAR_PAGES = 4
+
+# Answers that are about the request or the whole VM, not about the page asked for:
+# going on to the next page would only collect them again.
+_WHOLE_VM = {
+    errno.EINVAL: "the kernel takes the request for a malformed one; is MTE on for this VM?",
+    errno.EIO: "the VM belongs to another process, or is dead",
+    errno.EBADF: "the VM's file descriptor is gone",
+    errno.ENOTTY: "what was asked is not a VM, or its kernel has no KVM_ARM_MTE_COPY_TAGS",
+    errno.EPERM: "the kernel does not permit it",
+    errno.EACCES: "the kernel does not permit it",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """Tags that were read. `tags` is a view of a buffer that the next step writes again."""
+
+    ipa: int
+    tags: Tags
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of guest memory."""
+        return int(self.tags.size) * GRANULE_BYTES
+
+
+class TagReader:
+    """Reads a guest's tags in chunks, into one buffer that is used over and over.
+
+    (Fresh buffers a chunk cost more than the copy: they are faulted in each time.)
+    """
+
+    def __init__(
+        self, guest: Guest, layout: Layout, *, chunk_granules: int = CHUNK_GRANULES
+    ) -> None:
+        self._guest = guest
+        self._layout = layout
+        page = layout.page_size_bytes
+        self._chunk_bytes = -(-chunk_granules * GRANULE_BYTES // page) * page
+        self._buffer = np.zeros(self._chunk_bytes // GRANULE_BYTES, dtype=np.uint8)
+        # Faulted in now: a guest may be waiting, paused, from the first copy on.
+        self._buffer.fill(0)
+
+    def read(self, extents: Iterable[Extent]) -> Iterator[Copied | Missing]:
+        """The tags of `extents` (page-aligned), in their order, and what could not be read.
+
+        Every page of the extents is in exactly one of the results. Memory is bounded by one
+        chunk. Raises GuestError when the guest is gone or refuses as a whole.
+        """
+        for extent in extents:
+            for step in _walk(
+                self._transfer, extent, self._layout, self._chunk_bytes, writing=False
+            ):
+                if isinstance(step, Missing):
+                    yield step
+                else:
+                    yield Copied(step.ipa, self._buffer[: step.size_bytes // GRANULE_BYTES])
+
+    def _transfer(self, ipa: int, size_bytes: int) -> int:
+        return self._guest.read_tags(ipa, self._buffer[: size_bytes // GRANULE_BYTES])
+
+    def read_granules(self, extents: Iterable[Extent]) -> Iterator[Copied | Missing]:
+        """As `read`, for extents of whole granules: the pages around them are read."""
+        page = self._layout.page_size_bytes
+        for extent in extents:
+            stop = extent.ipa + extent.size_bytes
+            first = extent.ipa // page * page
+            around = Extent(first, -(-stop // page) * page - first)
+            for step in self.read([around]):
+                start = max(step.ipa, extent.ipa)
+                size_bytes = min(step.ipa + step.size_bytes, stop) - start
+                if isinstance(step, Missing):
+                    yield replace(step, ipa=start, size_bytes=size_bytes)
+                else:
+                    offset = (start - step.ipa) // GRANULE_BYTES
+                    n_granules = size_bytes // GRANULE_BYTES
+                    yield Copied(start, step.tags[offset : offset + n_granules])
+
+
+def write_extent(guest: Guest, ipa: int, tags: Tags, layout: Layout) -> Iterator[Extent | Missing]:
+    """Write `tags` from `ipa` on (both page-aligned): what was written, and what could not be.
+
+    Raises BusyError while the VM logs dirty pages, GuestError when the guest is gone.
+    """
+    chunk_bytes = CHUNK_GRANULES * GRANULE_BYTES
+
+    def write(at: int, size_bytes: int) -> int:
+        first = (at - ipa) // GRANULE_BYTES
+        return guest.write_tags(at, tags[first : first + size_bytes // GRANULE_BYTES])
+
+    whole = Extent(ipa, int(tags.size) * GRANULE_BYTES)
+    yield from _walk(write, whole, layout, chunk_bytes, writing=True)
+
+
+_Transfer = Callable[[int, int], int]
+
+
+def _walk(
+    transfer: _Transfer, extent: Extent, layout: Layout, chunk_bytes: int, *, writing: bool
+) -> Iterator[Extent | Missing]:
+    """Transfer an extent chunk by chunk; each result is done with before the next call."""
+    at, end = extent.ipa, extent.ipa + extent.size_bytes
+    while at < end:
+        size_bytes = min(chunk_bytes, end - at)
+        try:
+            done = transfer(at, size_bytes)
+        except OSError as error:
+            missing = _way_around(transfer, at, end, error, layout, writing=writing)
+            yield missing
+            at += missing.size_bytes
+            continue
+        if not 0 < done <= size_bytes or done % layout.page_size_bytes:
+            raise GuestError(
+                f"the copy of {size_bytes} bytes at {at:#x} answered {done}, which is no"
+                " length it can have completed",
+                ipa=at,
+            )
+        yield Extent(at, done)
+        at += done
+
+
+def _way_around(
+    transfer: _Transfer, at: int, end: int, error: OSError, layout: Layout, *, writing: bool
+) -> Missing:
+    """What is missing from `at` on, where a copy failed with nothing done."""
+    number = error.errno or errno.EIO
+    _raise_for_whole_vm(number, at, writing=writing)
+    slot = layout.slot_at(at)
+    if layout.slots and (slot is None or slot.kind == "device"):
+        # The layout says where the next memory is: nothing needs to be tried.
+        stop = slot.end if slot else layout.next_start(at) or end
+        return Missing(at, min(stop, end) - at, number, _reason(number, at, layout, writing))
+    limit = min(slot.end if slot else end, end)
+    stop, tried = first_that_answers(transfer, at, limit, layout.page_size_bytes)
+    reason = _reason(number, at, layout, writing)
+    n_pages = (stop - at) // layout.page_size_bytes
+    if tried < n_pages:
+        reason += f"; {tried:,} of these {n_pages:,} pages were tried"
+    return Missing(at, stop - at, number, reason)
+
+
+def first_that_answers(
+    transfer: _Transfer, start: int, end: int, page_bytes: int
+) -> tuple[int, int]:
+    """The first page behind `start` that can be copied (else `end`), and how many cannot.
+
+    The page at `start` is known to fail. A memslot that ends early can hold 100,000s of
+    failing pages and each call costs a millisecond on a real VM, so: a few pages one by one,
+    then at doubling distances, then bisecting back. Good pages between two failing probes
+    can be missed; the count of pages tried lets the caller say so.
+    """
+    failed = 1
+
+    def answers(ipa: int) -> bool:
+        nonlocal failed
+        try:
+            return transfer(ipa, page_bytes) > 0
+        except OSError as error:
+            _raise_for_whole_vm(error.errno or errno.EIO, ipa, writing=False)
+            failed += 1
+            return False
+
+    bad = start
+    for _ in range(_NEAR_PAGES):
+        if bad + page_bytes >= end:
+            return end, failed
+        if answers(bad + page_bytes):
+            return bad + page_bytes, failed
+        bad += page_bytes
+    distance = bad - start
+    while True:
+        distance *= 2
+        good = min(start + distance, end - page_bytes)
+        if good <= bad:
+            return end, failed
+        if answers(good):
+            break
+        bad = good
+    while good - bad > page_bytes:
+        middle = bad + (good - bad) // page_bytes // 2 * page_bytes
+        if answers(middle):
+            good = middle
+        else:
+            bad = middle
+    return good, failed
+
+
+def _raise_for_whole_vm(number: int, ipa: int, *, writing: bool) -> None:
+    name = errno_name(number)
+    verb = "written" if writing else "read"
+    if number == errno.EBUSY:
+        raise BusyError(
+            f"tags cannot be {verb} at {ipa:#x}: {name}: the VM logs dirty pages",
+            hint="a migration, snapshot or dirty-rate measurement is under way in the VMM:"
+            " let it end (QMP: query-migrate, query-dirty-rate), then try again",
+            ipa=ipa,
+            errno=name,
+        )
+    if number in _WHOLE_VM:
+        raise GuestError(
+            f"tags cannot be {verb} at {ipa:#x}: {name}: {_WHOLE_VM[number]}",
+            ipa=ipa,
+            errno=name,
+        )
+
+
+def _reason(number: int, ipa: int, layout: Layout, writing: bool) -> str:
+    slot = layout.slot_at(ipa)
+    if layout.slots and slot is None:
+        return "no memslot there"
+    if slot is not None and slot.kind == "device":
+        return "device memory, which has no tags"
+    if writing and slot is not None and (slot.readonly or slot.kind == "rom"):
+        return "read-only"
+    if number == errno.EFAULT:
+        return "no memory that the host can reach"
+    return os.strerror(number)

@@ -1,0 +1,143 @@
+"""Where two things that hold tags differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from mtetool.flows.copying import Copied
+from mtetool.flows.source import TagSource
+from mtetool.snapshot.model import Extent, Missing
+from mtetool.tags import differences, runs
+from mtetool.uapi import GRANULE_BYTES
+
+if TYPE_CHECKING:
+    from mtetool.tags import Tags
+
+_BLOCK_GRANULES = 1 << 16
+
+
+class Difference(NamedTuple):
+    """Granules next to each other with one tag in A and another in B; None: absent there."""
+
+    ipa: int
+    size_bytes: int
+    a: int | None
+    b: int | None
+
+
+_Step = Copied | Missing
+
+
+class _Pair(NamedTuple):
+    """One stretch of addresses as both sides have it; None where a side does not speak of it."""
+
+    ipa: int
+    size_bytes: int
+    a: _Step | None
+    b: _Step | None
+
+
+def diff(
+    a: TagSource, b: TagSource, within: Sequence[Extent] | None = None
+) -> Iterator[Difference | Missing]:
+    """The ranges in which A and B differ, in order of address, and what cannot be compared.
+
+    Ranges that only one side has are differences (the other side's tag is None); ranges that
+    one side has but could not read are Missing. `within` limits both sides.
+    """
+    last: Difference | None = None
+    for found in _differences(_side_by_side(a.read(a.clip(within)), b.read(b.clip(within)))):
+        if (
+            last is not None
+            and isinstance(found, Difference)
+            and (found.a, found.b) == (last.a, last.b)
+            and last.ipa + last.size_bytes == found.ipa
+        ):
+            last = Difference(last.ipa, last.size_bytes + found.size_bytes, last.a, last.b)
+            continue
+        if last is not None:
+            yield last
+        if isinstance(found, Missing):
+            last = None
+            yield found
+        else:
+            last = found
+    if last is not None:
+        yield last
+
+
+def _differences(pairs: Iterator[_Pair]) -> Iterator[Difference | Missing]:
+    for ipa, size_bytes, a, b in pairs:
+        missing = a if isinstance(a, Missing) else b if isinstance(b, Missing) else None
+        if missing is not None:
+            yield Missing(ipa, size_bytes, missing.errno, missing.reason)
+            continue
+        tags_a = a.tags if isinstance(a, Copied) else None
+        tags_b = b.tags if isinstance(b, Copied) else None
+        for block in range(0, size_bytes // GRANULE_BYTES, _BLOCK_GRANULES):
+            cut = slice(block, block + _BLOCK_GRANULES)
+            at = ipa + block * GRANULE_BYTES
+            if tags_a is not None and tags_b is not None:
+                yield from _both(at, tags_a[cut], tags_b[cut])
+            elif tags_a is not None:
+                yield from _alone(at, tags_a[cut], in_a=True)
+            elif tags_b is not None:
+                yield from _alone(at, tags_b[cut], in_a=False)
+
+
+def _both(ipa: int, a: Tags, b: Tags) -> Iterator[Difference]:
+    indices = differences(a, b)
+    if not indices.size:
+        return
+    keys = a[indices] << np.uint8(4) | b[indices]
+    breaks = np.flatnonzero((np.diff(indices) > 1) | (keys[1:] != keys[:-1])) + 1
+    firsts = np.concatenate(([0], breaks))
+    lengths = np.diff(firsts, append=indices.size)
+    rows = zip(indices[firsts].tolist(), lengths.tolist(), keys[firsts].tolist(), strict=True)
+    for start, length, key in rows:
+        yield Difference(ipa + start * GRANULE_BYTES, length * GRANULE_BYTES, key >> 4, key & 15)
+
+
+def _alone(ipa: int, tags: Tags, *, in_a: bool) -> Iterator[Difference]:
+    starts, lengths, values = runs(tags)
+    for start, length, tag in zip(starts.tolist(), lengths.tolist(), values.tolist(), strict=True):
+        at, size_bytes = ipa + start * GRANULE_BYTES, length * GRANULE_BYTES
+        yield Difference(at, size_bytes, tag if in_a else None, None if in_a else tag)
+
+
+def _side_by_side(a: Iterator[_Step], b: Iterator[_Step]) -> Iterator[_Pair]:
+    """Two ascending streams cut so that each stretch is covered by each side wholly or not."""
+    left, right = next(a, None), next(b, None)
+    while left is not None or right is not None:
+        start = min(step.ipa for step in (left, right) if step is not None)
+        edges = [
+            edge
+            for step in (left, right)
+            if step is not None
+            for edge in (step.ipa, step.ipa + step.size_bytes)
+            if edge > start
+        ]
+        size_bytes = min(edges) - start
+        yield _Pair(
+            start,
+            size_bytes,
+            left if left is not None and left.ipa == start else None,
+            right if right is not None and right.ipa == start else None,
+        )
+        left = _behind(left, start + size_bytes, a)
+        right = _behind(right, start + size_bytes, b)
+
+
+def _behind(step: _Step | None, ipa: int, rest: Iterator[_Step]) -> _Step | None:
+    """What is left of a step from `ipa` on, or the next step."""
+    if step is None or step.ipa >= ipa:
+        return step
+    left_bytes = step.ipa + step.size_bytes - ipa
+    if left_bytes == 0:
+        return next(rest, None)
+    if isinstance(step, Missing):
+        return Missing(ipa, left_bytes, step.errno, step.reason)
+    return Copied(ipa, step.tags[(ipa - step.ipa) // GRANULE_BYTES :])

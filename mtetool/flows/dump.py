@@ -1,0 +1,81 @@
+"""Tags as rows to read: runs of equal tags, single granules, or bare bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO, NamedTuple
+
+from mtetool.flows.source import TagSource
+from mtetool.flows.tally import Tally
+from mtetool.snapshot.model import Extent, Missing
+from mtetool.tags import runs
+from mtetool.uapi import GRANULE_BYTES
+
+RAW_MISSING = 0xFF
+"""What stands for a granule whose tag could not be read: no tag, those end at 15."""
+
+# Granules that are turned into rows at once: rows take 50 times the memory of tags.
+_BLOCK_GRANULES = 1 << 16
+
+
+class Run(NamedTuple):
+    """Granules next to each other that all have one tag."""
+
+    ipa: int
+    size_bytes: int
+    tag: int
+
+
+def tag_runs(source: TagSource, extents: Sequence[Extent]) -> Iterator[Run | Missing]:
+    """Maximal runs of equal tags, and what cannot be read, in order of address."""
+    last: Run | None = None
+    for step in source.read(extents):
+        if isinstance(step, Missing):
+            if last:
+                yield last
+            last = None
+            yield step
+            continue
+        for block in range(0, step.tags.size, _BLOCK_GRANULES):
+            ipa = step.ipa + block * GRANULE_BYTES
+            starts, lengths, tags = runs(step.tags[block : block + _BLOCK_GRANULES])
+            for start, length, tag in zip(
+                starts.tolist(), lengths.tolist(), tags.tolist(), strict=True
+            ):
+                at, size = ipa + start * GRANULE_BYTES, length * GRANULE_BYTES
+                if last and last.tag == tag and last.ipa + last.size_bytes == at:
+                    last = Run(last.ipa, last.size_bytes + size, tag)
+                    continue
+                if last:
+                    yield last
+                last = Run(at, size, tag)
+    if last:
+        yield last
+
+
+def granules(source: TagSource, extents: Sequence[Extent]) -> Iterator[Run | Missing]:
+    """Every granule on its own, and what cannot be read, in order of address."""
+    for step in source.read(extents):
+        if isinstance(step, Missing):
+            yield step
+            continue
+        for block in range(0, step.tags.size, _BLOCK_GRANULES):
+            ipa = step.ipa + block * GRANULE_BYTES
+            for tag in step.tags[block : block + _BLOCK_GRANULES].tolist():
+                yield Run(ipa, GRANULE_BYTES, tag)
+                ipa += GRANULE_BYTES
+
+
+def write_raw(source: TagSource, extents: Sequence[Extent], out: BinaryIO) -> Tally[Missing]:
+    """One byte a granule and nothing else; what cannot be read is RAW_MISSING, and returned."""
+    missing: Tally[Missing] = Tally()
+    filler = bytes([RAW_MISSING]) * _BLOCK_GRANULES
+    for step in source.read(extents):
+        if not isinstance(step, Missing):
+            out.write(step.tags.data)
+            continue
+        missing.add(step)
+        left = step.size_bytes // GRANULE_BYTES
+        while left:
+            left -= out.write(filler[: min(left, _BLOCK_GRANULES)])
+    return missing

@@ -1,0 +1,153 @@
+"""Where a guest's memory is: memslots looked up by address, and arithmetic on extents."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from mtetool.backends.base import Guest, Memslot
+from mtetool.errors import LayoutUnknownError, MisalignedError, RangeError
+from mtetool.snapshot.model import Extent
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Memslots in order of address, and the page size that copies are aligned to.
+
+    Without slots it is a layout that nobody knows: every address may hold memory.
+    """
+
+    slots: tuple[Memslot, ...]
+    page_size_bytes: int
+    _starts: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slots", tuple(sorted(self.slots, key=lambda slot: slot.ipa)))
+        object.__setattr__(self, "_starts", tuple(slot.ipa for slot in self.slots))
+
+    def slot_at(self, ipa: int) -> Memslot | None:
+        """The slot that holds an address."""
+        index = bisect_right(self._starts, ipa) - 1
+        if index < 0 or self.slots[index].end <= ipa:
+            return None
+        return self.slots[index]
+
+    def next_start(self, ipa: int) -> int | None:
+        """Where the first slot behind an address starts."""
+        index = bisect_right(self._starts, ipa)
+        return self._starts[index] if index < len(self._starts) else None
+
+    @property
+    def taggable(self) -> list[Extent]:
+        """The memory that can carry tags: that of all slots but the devices'."""
+        return [Extent(s.ipa, s.size_bytes) for s in self.slots if s.kind != "device"]
+
+
+def layout_of(guest: Guest, otherwise: Sequence[Memslot] | None = None) -> Layout:
+    """The layout of a guest; `otherwise` (a snapshot's memslots) where it cannot be learnt.
+
+    Raises LayoutUnknownError when it cannot be learnt and there is no other.
+    """
+    try:
+        slots = guest.info().memslots
+    except LayoutUnknownError:
+        if otherwise is None:
+            raise
+        slots = tuple(otherwise)
+    return Layout(slots, guest.page_size_bytes)
+
+
+def merged(extents: Iterable[Extent]) -> list[Extent]:
+    """The same addresses in ascending extents that neither overlap nor touch."""
+    result: list[Extent] = []
+    for extent in sorted(extents, key=lambda extent: extent.ipa):
+        if result and extent.ipa <= _end(result[-1]):
+            last = result.pop()
+            stop = max(_end(last), _end(extent))
+            result.append(Extent(last.ipa, stop - last.ipa))
+        else:
+            result.append(extent)
+    return result
+
+
+def common(a: Iterable[Extent], b: Iterable[Extent]) -> list[Extent]:
+    """The addresses that are in both."""
+    left, right = merged(a), merged(b)
+    result: list[Extent] = []
+    i = j = 0
+    while i < len(left) and j < len(right):
+        start = max(left[i].ipa, right[j].ipa)
+        stop = min(_end(left[i]), _end(right[j]))
+        if start < stop:
+            result.append(Extent(start, stop - start))
+        if _end(left[i]) <= _end(right[j]):
+            i += 1
+        else:
+            j += 1
+    return result
+
+
+def without(a: Iterable[Extent], b: Iterable[Extent]) -> list[Extent]:
+    """The addresses that are in `a` and not in `b`."""
+    holes = merged(b)
+    result: list[Extent] = []
+    first = 0
+    for extent in merged(a):
+        at, stop = extent.ipa, _end(extent)
+        while first < len(holes) and _end(holes[first]) <= at:
+            first += 1
+        index = first
+        while index < len(holes) and holes[index].ipa < stop:
+            if holes[index].ipa > at:
+                result.append(Extent(at, holes[index].ipa - at))
+            at = _end(holes[index])
+            index += 1
+        if at < stop:
+            result.append(Extent(at, stop - at))
+    return result
+
+
+def total_bytes(extents: Iterable[Extent]) -> int:
+    """The bytes of guest memory in extents."""
+    return sum(extent.size_bytes for extent in extents)
+
+
+def check_aligned(ranges: Iterable[Extent], unit_bytes: int, unit: str) -> None:
+    """Raise MisalignedError for the first range that is not made of whole units."""
+    for asked in ranges:
+        if asked.size_bytes <= 0:
+            raise RangeError(f"the range {hex_range(asked)} is empty", ipa=asked.ipa)
+        for name, value in (("start", asked.ipa), ("size", asked.size_bytes)):
+            if value % unit_bytes:
+                start = asked.ipa // unit_bytes * unit_bytes
+                size = -(-_end(asked) // unit_bytes) * unit_bytes - start
+                raise MisalignedError(
+                    f"the {name} of the range {hex_range(asked)} is not a multiple of the"
+                    f" {unit}, {unit_bytes} bytes",
+                    hint=f"the smallest range of whole units around it is {start:#x}:{size:#x}",
+                    ipa=asked.ipa,
+                    size_bytes=asked.size_bytes,
+                )
+
+
+def check_inside(ranges: Iterable[Extent], held: Sequence[Extent], whose: str) -> None:
+    """Raise RangeError for the first range that has no address in common with `held`."""
+    for asked in ranges:
+        if not common([asked], held):
+            known = ", ".join(hex_range(extent) for extent in held[:8]) or "none"
+            raise RangeError(
+                f"the range {hex_range(asked)} lies outside all memory of {whose}",
+                hint=f"its memory: {known}{', …' if len(held) > 8 else ''}",
+                ipa=asked.ipa,
+                size_bytes=asked.size_bytes,
+            )
+
+
+def hex_range(extent: Extent) -> str:
+    """`0x40000000:0x10000`, as --range takes it."""
+    return f"{extent.ipa:#x}:{extent.size_bytes:#x}"
+
+
+def _end(extent: Extent) -> int:
+    return extent.ipa + extent.size_bytes

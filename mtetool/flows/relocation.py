@@ -1,0 +1,106 @@
+"""Where a snapshot's memory is to go: slots that live at other addresses now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+
+from mtetool.backends.base import Memslot
+from mtetool.errors import LayoutError, MisalignedError, UsageError
+from mtetool.flows.layout import Layout, hex_range, merged, without
+from mtetool.snapshot.model import Extent
+
+
+class Relocation:
+    """Maps addresses of a snapshot to addresses of a guest, whole slots at a time."""
+
+    def __init__(self, moves: Iterable[tuple[int, int]], slots: Sequence[Memslot]) -> None:
+        """`moves` are pairs of a slot's IPA in the snapshot and its IPA in the guest.
+
+        Raises UsageError for an IPA that is no slot of the snapshot, or is named twice.
+        """
+        by_ipa = {slot.ipa: slot for slot in slots}
+        self._moved: list[tuple[Extent, int]] = []
+        seen: set[int] = set()
+        for old, new in moves:
+            if old not in by_ipa:
+                known = ", ".join(f"{ipa:#x}" for ipa in sorted(by_ipa))
+                raise UsageError(
+                    f"--map {old:#x}={new:#x}: no slot of the snapshot starts at {old:#x}",
+                    hint=f"its slots start at {known}",
+                )
+            if old in seen:
+                raise UsageError(f"--map: the slot at {old:#x} is mapped twice")
+            seen.add(old)
+            self._moved.append((Extent(old, by_ipa[old].size_bytes), new - old))
+        self._moved.sort(key=lambda move: move[0].ipa)
+
+    def __call__(self, extent: Extent) -> Iterator[tuple[int, Extent]]:
+        """An extent of the snapshot as pieces: the offset in bytes of each, and where it goes."""
+        at, stop = extent.ipa, extent.ipa + extent.size_bytes
+        for moved, distance in self._moved:
+            first = max(at, moved.ipa)
+            last = min(stop, moved.ipa + moved.size_bytes)
+            if first >= last:
+                continue
+            if at < first:
+                yield at - extent.ipa, Extent(at, first - at)
+            yield first - extent.ipa, Extent(first + distance, last - first)
+            at = last
+        if at < stop:
+            yield at - extent.ipa, Extent(at, stop - at)
+
+    def moved(self, extents: Iterable[Extent]) -> list[Extent]:
+        """Where extents go, merged. Raises LayoutError where two would go to one place."""
+        targets = [target for extent in extents for _, target in self(extent)]
+        targets.sort(key=lambda target: target.ipa)
+        for before, after in pairwise(targets):
+            if before.ipa + before.size_bytes > after.ipa:
+                raise LayoutError(
+                    f"two parts of the snapshot would go to {after.ipa:#x} in the guest",
+                    hint="check --map: each slot needs a place of its own",
+                    ipa=after.ipa,
+                )
+        return merged(targets)
+
+    def check_targets(self, page_size_bytes: int) -> None:
+        """Raise MisalignedError for a target that is no page of the guest."""
+        for moved, distance in self._moved:
+            new = moved.ipa + distance
+            if new % page_size_bytes:
+                raise MisalignedError(
+                    f"--map {moved.ipa:#x}={new:#x}: {new:#x} is not a multiple of the guest's"
+                    f" page size, {page_size_bytes} bytes",
+                    ipa=new,
+                )
+
+
+def check_fit(extents: Sequence[Extent], layout: Layout, scope: Sequence[Extent]) -> None:
+    """Raise LayoutError unless the guest can take `extents` (addresses in the guest).
+
+    `scope` is all that the snapshot speaks of, missing ranges too: its edges must fall
+    on edges of the guest's pages, because the kernel copies whole pages.
+    """
+    page = layout.page_size_bytes
+    for extent in scope:
+        for edge in (extent.ipa, extent.ipa + extent.size_bytes):
+            if edge % page:
+                raise LayoutError(
+                    f"the snapshot's memory {hex_range(extent)} does not start and end on"
+                    f" pages of the guest, which have {page} bytes",
+                    hint="it was saved on a host with smaller pages; save whole slots (or ranges"
+                    f" of whole {page // 1024} KiB pages), or restore on such a host",
+                    ipa=edge,
+                    page_size_bytes=page,
+                )
+    outside = without(extents, layout.taggable)
+    if outside:
+        known = ", ".join(hex_range(extent) for extent in layout.taggable[:8]) or "none"
+        raise LayoutError(
+            f"the snapshot holds tags of {hex_range(outside[0])}, where the guest has no"
+            " memory that takes tags",
+            hint=f"the guest's memory: {known}; a slot that lives elsewhere now is told with"
+            " --map OLD=NEW",
+            ipa=outside[0].ipa,
+            size_bytes=outside[0].size_bytes,
+        )

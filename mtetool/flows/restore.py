@@ -1,0 +1,259 @@
+"""A snapshot's tags back into a guest, exactly: what was untagged ends untagged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mtetool.backends.base import Guest, Memslot
+from mtetool.errors import STATUS_OK, STATUS_PARTIAL, BusyError, LayoutError, MtetoolError
+from mtetool.flows.checking import check
+from mtetool.flows.comparing import Comparer
+from mtetool.flows.copying import Copied, TagReader, write_extent
+from mtetool.flows.layout import Layout, common, hex_range, layout_of, merged, total_bytes
+from mtetool.flows.pieces import Progress, chunks, no_progress
+from mtetool.flows.relocation import Relocation, check_fit
+from mtetool.flows.tally import Tally
+from mtetool.snapshot.model import Extent, Header, Missing
+from mtetool.snapshot.reader import SnapshotReader
+from mtetool.uapi import GRANULE_BYTES
+
+if TYPE_CHECKING:
+    from mtetool.tags import Tags
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreOptions:
+    """What the user asked for; `moves` are pairs of a slot's IPA then and now."""
+
+    verify: bool = True
+    dry_run: bool = False
+    moves: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass
+class RestoreResult:
+    """What became of every page of the snapshot; addresses are the guest's.
+
+    `changes` is filled by a dry run only: where the guest's tags are not those of the
+    snapshot. `stopped` says why the restore ended early, if it did.
+    """
+
+    header: Header
+    paused: bool | None
+    dry_run: bool
+    restored_bytes: int = 0
+    restored_up_to: int | None = None
+    verified_bytes: int = 0
+    readonly_bytes: int = 0
+    missing: Tally[Missing] = field(default_factory=Tally)
+    refused: Tally[Missing] = field(default_factory=Tally)
+    readonly_differing: Tally[Extent] = field(default_factory=Tally)
+    verify_differing: Tally[Extent] = field(default_factory=Tally)
+    changes: Tally[Extent] = field(default_factory=Tally)
+    stopped: str | None = None
+
+    @property
+    def status(self) -> int:
+        """The exit status: 0, or 3 where any page did not get the snapshot's tags."""
+        short = (self.missing, self.refused, self.readonly_differing, self.verify_differing)
+        return STATUS_PARTIAL if any(short) or self.stopped else STATUS_OK
+
+
+def restore(
+    open_reader: Callable[[], SnapshotReader],
+    guest: Guest,
+    options: RestoreOptions,
+    *,
+    again: bool,
+    progress: Progress = no_progress,
+) -> RestoreResult:
+    """Write a snapshot's tags into a guest.
+
+    `open_reader` starts at the snapshot's first byte; with `again` it can do so a second
+    time, and nothing is written before the whole snapshot was read and checked. Without
+    (a pipe) each piece is checked before it is used.
+
+    Raises SnapshotError, LayoutError, MisalignedError, UsageError; BusyError when the guest
+    logs dirty pages and nothing was written. An error that comes after something was
+    written says so.
+    """
+    reader = open_reader()
+    header = reader.header
+    layout = layout_of(guest, header.memslots)
+    relocation = Relocation(options.moves, header.memslots)
+    relocation.check_targets(layout.page_size_bytes)
+    if again:
+        checked = check(reader)
+        planned = checked.held
+    else:
+        ram = [Extent(s.ipa, s.size_bytes) for s in header.memslots if s.kind != "device"]
+        planned = common(header.scope, ram) if ram else list(header.scope)
+    scope = relocation.moved(merged(header.scope))
+    check_fit(relocation.moved(planned), layout, scope)
+    if again:
+        reader = open_reader()
+        checked.expect_same(reader.header)
+    work = _Restorer(guest, layout, relocation, header, options)
+    return work.run(reader, progress)
+
+
+class _Restorer:
+    """One restore under way: takes pieces in the order of the snapshot."""
+
+    def __init__(
+        self,
+        guest: Guest,
+        layout: Layout,
+        relocation: Relocation,
+        header: Header,
+        options: RestoreOptions,
+    ) -> None:
+        self._guest = guest
+        self._layout = layout
+        self._relocation = relocation
+        self._options = options
+        self._reader = TagReader(guest, layout)
+        self._comparer = Comparer(self._reader)
+        self.result = RestoreResult(header, guest.paused(), options.dry_run)
+
+    def run(self, reader: SnapshotReader, progress: Progress) -> RestoreResult:
+        total, done = total_bytes(reader.header.scope), 0
+        progress(0, total)
+        try:
+            for piece in reader:
+                if isinstance(piece, Missing):
+                    self._leave_out(piece)
+                else:
+                    for ipa, tags in chunks(piece):
+                        self._take(ipa, tags)
+                done += piece.size_bytes
+                progress(done, total)
+        except BusyError as error:
+            if not self.result.restored_bytes:
+                raise
+            self.result.stopped = error.message
+        except MtetoolError as error:
+            raise self._with_what_was_done(error) from error.__cause__
+        return self.result
+
+    def _with_what_was_done(self, error: MtetoolError) -> MtetoolError:
+        result = self.result
+        if result.restored_bytes and result.restored_up_to is not None:
+            error.message += (
+                f"; {result.restored_bytes} bytes of guest memory had their tags written"
+                f" already, the last at {result.restored_up_to - GRANULE_BYTES:#x}"
+            )
+            error.args = (error.message,)
+            error.details.setdefault("restored_bytes", result.restored_bytes)
+            error.details.setdefault("restored_up_to", result.restored_up_to)
+        return error
+
+    def _leave_out(self, missing: Missing) -> None:
+        for _, target in self._relocation(Extent(missing.ipa, missing.size_bytes)):
+            self.result.missing.add(
+                Missing(target.ipa, target.size_bytes, missing.errno, missing.reason)
+            )
+
+    def _take(self, ipa: int, tags: Tags) -> None:
+        """Tags at an address of the snapshot: to their slots in the guest."""
+        whole = Extent(ipa, int(tags.size) * GRANULE_BYTES)
+        for offset, target in self._relocation(whole):
+            first = offset // GRANULE_BYTES
+            part = tags[first : first + target.size_bytes // GRANULE_BYTES]
+            for at, stop, slot in self._by_slot(target):
+                low, high = (at - target.ipa) // GRANULE_BYTES, (stop - target.ipa) // GRANULE_BYTES
+                self._put(at, part[low:high], slot)
+
+    def _by_slot(self, target: Extent) -> Iterator[tuple[int, int, Memslot]]:
+        at, end = target.ipa, target.ipa + target.size_bytes
+        while at < end:
+            slot = self._layout.slot_at(at)
+            if slot is None or slot.kind == "device":
+                # Checked against what the header promises; a pipe's pieces can break that.
+                raise LayoutError(
+                    f"the snapshot holds tags of {hex_range(target)}, where the guest has no"
+                    " memory that takes tags",
+                    ipa=at,
+                )
+            stop = min(slot.end, end)
+            yield at, stop, slot
+            at = stop
+
+    def _put(self, ipa: int, tags: Tags, slot: Memslot) -> None:
+        result = self.result
+        if slot.readonly or slot.kind == "rom":
+            self._compare_readonly(ipa, tags)
+        elif self._options.dry_run:
+            self._comparer.compare(ipa, tags, result.changes, result.refused)
+        else:
+            for at, part in self._whole_pages(ipa, tags):
+                self._write(at, part, may_be_readonly=slot.readonly is None)
+
+    def _compare_readonly(self, ipa: int, tags: Tags) -> None:
+        result = self.result
+        self._comparer.compare(ipa, tags, result.readonly_differing, result.refused)
+        result.readonly_bytes += int(tags.size) * GRANULE_BYTES
+
+    def _whole_pages(self, ipa: int, tags: Tags) -> Iterator[tuple[int, Tags]]:
+        """Tags cut at the guest's pages; a page that is held in part is filled up from the guest.
+
+        A snapshot of a host with smaller pages may cut a page into several pieces, in any
+        order: each piece then changes its own part of the page.
+        """
+        page = self._layout.page_size_bytes
+        end = ipa + int(tags.size) * GRANULE_BYTES
+        first, last = -(-ipa // page) * page, end // page * page
+        if first > last:  # Inside one page.
+            first = last = end
+        for start, stop in ((ipa, first), (first, last), (last, end)):
+            if start >= stop:
+                continue
+            part = tags[(start - ipa) // GRANULE_BYTES : (stop - ipa) // GRANULE_BYTES]
+            if start % page or stop % page:
+                filled = self._filled_up(start, part)
+                if filled is not None:
+                    yield start // page * page, filled
+            else:
+                yield start, part
+
+    def _filled_up(self, ipa: int, part: Tags) -> Tags | None:
+        page = self._layout.page_size_bytes
+        first = ipa // page * page
+        for step in self._reader.read([Extent(first, page)]):
+            if isinstance(step, Copied):
+                whole = np.array(step.tags)
+                offset = (ipa - first) // GRANULE_BYTES
+                whole[offset : offset + part.size] = part
+                return whole
+            size_bytes = int(part.size) * GRANULE_BYTES
+            self.result.refused.add(Missing(ipa, size_bytes, step.errno, step.reason))
+        return None
+
+    def _write(self, ipa: int, tags: Tags, *, may_be_readonly: bool) -> None:
+        result = self.result
+        for step in write_extent(self._guest, ipa, tags, self._layout):
+            first = (step.ipa - ipa) // GRANULE_BYTES
+            part = tags[first : first + step.size_bytes // GRANULE_BYTES]
+            if isinstance(step, Missing):
+                self._refuse(step, part, may_be_readonly=may_be_readonly)
+                continue
+            result.restored_bytes += step.size_bytes
+            result.restored_up_to = step.ipa + step.size_bytes
+            if self._options.verify:
+                self._comparer.compare(step.ipa, part, result.verify_differing, result.refused)
+                result.verified_bytes += step.size_bytes
+
+    def _refuse(self, step: Missing, part: Tags, *, may_be_readonly: bool) -> None:
+        """A page that cannot be written; where nobody knew, reading tells a read-only one."""
+        page_granules = self._layout.page_size_bytes // GRANULE_BYTES
+        probe: Tally[Missing] = Tally()
+        if may_be_readonly:
+            self._comparer.compare(step.ipa, part[:page_granules], Tally(), probe)
+        if may_be_readonly and not probe:
+            self._compare_readonly(step.ipa, part)
+        else:
+            self.result.refused.add(step)

@@ -1,0 +1,205 @@
+"""A guest's tags into a snapshot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import BinaryIO, Literal
+
+from mtetool.backends.base import Guest, GuestInfo, Memslot
+from mtetool.errors import (
+    STATUS_GUEST,
+    STATUS_OK,
+    STATUS_PARTIAL,
+    GuestError,
+    GuestLostError,
+    PartialError,
+    UsageError,
+)
+from mtetool.flows.copying import TagReader
+from mtetool.flows.layout import (
+    Layout,
+    check_aligned,
+    check_inside,
+    hex_range,
+    merged,
+    total_bytes,
+    without,
+)
+from mtetool.flows.pieces import Progress, no_progress
+from mtetool.flows.tally import Tally
+from mtetool.snapshot.model import Extent, Header, Missing
+from mtetool.snapshot.writer import SnapshotWriter
+from mtetool.tags import uniform
+
+
+@dataclass(frozen=True, slots=True)
+class SaveOptions:
+    """What the user asked for.
+
+    `ranges` or `slots` (ids), else all memory that has tags. `partial` None is "keep" for
+    pages that cannot be read, and "fail" for a guest that ends half-way.
+    """
+
+    ranges: tuple[Extent, ...] = ()
+    slots: tuple[int, ...] = ()
+    partial: Literal["keep", "fail"] | None = None
+    level: int = 1
+    jobs: int | None = None
+
+
+@dataclass
+class SaveResult:
+    """What a save did; `lost` says how the guest ended, if it did half-way."""
+
+    header: Header
+    info: GuestInfo
+    scope: tuple[Extent, ...]
+    skipped: tuple[Memslot, ...]
+    consistent: bool | None = None
+    saved_bytes: int = 0
+    uniform_bytes: int = 0
+    missing: Tally[Missing] = field(default_factory=Tally)
+    lost: str | None = None
+
+    @property
+    def status(self) -> int:
+        """The exit status: 0, 3 where anything is missing, 4 where the guest was lost."""
+        if self.lost is not None:
+            return STATUS_GUEST
+        return STATUS_PARTIAL if self.missing else STATUS_OK
+
+
+def save(
+    guest: Guest, out: BinaryIO, options: SaveOptions, *, progress: Progress = no_progress
+) -> SaveResult:
+    """Write a guest's tags to `out`, front to back.
+
+    Raises MisalignedError, RangeError and UsageError before anything is read; PartialError
+    for the first page that cannot be read, with partial "fail"; GuestError when nothing at
+    all can be read or the guest is gone.
+    """
+    info = guest.info()
+    layout = Layout(info.memslots, guest.page_size_bytes)
+    scope = decide_scope(layout, options, info.source)
+    header = Header.for_guest(info, scope)
+    result = SaveResult(header, info, tuple(scope), _skipped(layout, options))
+    reader = TagReader(guest, layout)
+    with SnapshotWriter(out, header, level=options.level, jobs=options.jobs) as writer:
+        paused_before = guest.paused()
+        _copy(reader, writer, result, options, progress)
+        result.consistent = _consistent(paused_before, _paused_after(guest, result))
+        writer.finish(consistent=result.consistent)
+    return result
+
+
+def decide_scope(layout: Layout, options: SaveOptions, source: str) -> list[Extent]:
+    """The extents to save, in order of address: ranges as asked, slots by id, or all memory.
+
+    Raises MisalignedError, RangeError, UsageError.
+    """
+    if options.ranges:
+        if options.slots:
+            raise UsageError("--range and --slot exclude each other")
+        check_aligned(options.ranges, layout.page_size_bytes, "guest's page size")
+        check_inside(options.ranges, [Extent(s.ipa, s.size_bytes) for s in layout.slots], source)
+        return merged(options.ranges)
+    if options.slots:
+        chosen = [_slot_extent(layout, slot_id) for slot_id in set(options.slots)]
+        return sorted(chosen, key=lambda extent: extent.ipa)
+    if not layout.taggable:
+        raise GuestError(
+            f"{source} has no memory that carries tags",
+            hint="see its memslots with: mtetool emu show, or tell them with --memslot IPA:SIZE",
+        )
+    return layout.taggable
+
+
+def _slot_extent(layout: Layout, slot_id: int) -> Extent:
+    for slot in layout.slots:
+        if slot.id == slot_id:
+            if slot.kind == "device":
+                raise UsageError(f"slot {slot_id} is device memory, which has no tags")
+            return Extent(slot.ipa, slot.size_bytes)
+    known = ", ".join(str(slot.id) for slot in layout.slots) or "none"
+    raise UsageError(f"the guest has no slot {slot_id}", hint=f"its slots: {known}")
+
+
+def _skipped(layout: Layout, options: SaveOptions) -> tuple[Memslot, ...]:
+    if options.ranges or options.slots:
+        return ()
+    return tuple(slot for slot in layout.slots if slot.kind == "device")
+
+
+def _copy(
+    reader: TagReader,
+    writer: SnapshotWriter,
+    result: SaveResult,
+    options: SaveOptions,
+    progress: Progress,
+) -> None:
+    total, done = total_bytes(result.scope), 0
+    progress(0, total)
+    reached: list[Extent] = []
+    try:
+        for step in reader.read(result.scope):
+            if isinstance(step, Missing):
+                _note_missing(step, writer, result, options)
+            else:
+                tag = uniform(step.tags)
+                if tag is None:
+                    writer.add_tags(step.ipa, step.tags)
+                else:
+                    writer.add_fill(step.ipa, int(step.tags.size), tag)
+                    result.uniform_bytes += step.size_bytes
+                result.saved_bytes += step.size_bytes
+            reached.append(Extent(step.ipa, step.size_bytes))
+            reached = merged(reached)
+            done += step.size_bytes
+            progress(done, total)
+    except GuestLostError as error:
+        if options.partial != "keep" or not result.saved_bytes:
+            raise
+        result.lost = error.message
+        for extent in without(result.scope, reached):
+            missing = Missing(extent.ipa, extent.size_bytes, 0, "the guest ended during the save")
+            writer.add_missing(missing)
+            result.missing.add(missing)
+    if not result.saved_bytes:
+        raise _nothing(result)
+
+
+def _note_missing(
+    missing: Missing, writer: SnapshotWriter, result: SaveResult, options: SaveOptions
+) -> None:
+    if options.partial == "fail":
+        raise PartialError(
+            f"tags of {hex_range(Extent(missing.ipa, missing.size_bytes))} cannot be read:"
+            f" {missing.reason}; {result.saved_bytes} bytes of guest memory had been read before",
+            hint="without --partial fail, the snapshot is written with those ranges marked"
+            " as missing (status 3)",
+            ipa=missing.ipa,
+            size_bytes=missing.size_bytes,
+            saved_bytes=result.saved_bytes,
+        )
+    writer.add_missing(missing)
+    result.missing.add(missing)
+
+
+def _nothing(result: SaveResult) -> GuestError:
+    first = result.missing.items[0]
+    return GuestError(
+        f"no tags at all can be read: {first.ipa:#x}: {first.reason}",
+        hint="nothing was saved; check the memslots, and with --memslot that they are right",
+        ipa=first.ipa,
+    )
+
+
+def _paused_after(guest: Guest, result: SaveResult) -> bool | None:
+    return None if result.lost is not None else guest.paused()
+
+
+def _consistent(before: bool | None, after: bool | None) -> bool | None:
+    """Whether the vCPUs stood still all the time, as far as the two ends can tell."""
+    if before is False or after is False:
+        return False
+    return True if before and after else None

@@ -1,0 +1,124 @@
+"""A guest in memory that fails where a test wants it to, and counts the calls."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from mtetool.backends.base import GuestInfo, Memslot
+from mtetool.errors import GuestLostError, LayoutUnknownError
+from mtetool.tags import Tags
+from mtetool.uapi import GRANULE_BYTES
+
+PAGE = 4096
+
+
+def nowhere(ipa: int) -> bool:
+    """No page fails."""
+    return False
+
+
+@dataclass
+class FakeGuest:
+    """Answers as the kernel does; `bad` and `bad_write` say which pages fail."""
+
+    slots: tuple[Memslot, ...]
+    page_size_bytes: int = PAGE
+    bad: Callable[[int], bool] = nowhere
+    bad_write: Callable[[int], bool] = nowhere
+    bad_errno: int = errno.EFAULT
+    layout_known: bool = True
+    paused_answers: list[bool | None] = field(default_factory=lambda: [True])
+    lost_after_reads: int | None = None
+    busy_after_writes: int | None = None
+    reads: int = 0
+    writes: int = 0
+    memory: dict[int, Tags] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for slot in self.slots:
+            n_granules = slot.size_bytes // GRANULE_BYTES
+            self.memory[slot.ipa] = np.zeros(n_granules, dtype=np.uint8)
+
+    def info(self) -> GuestInfo:
+        if not self.layout_known:
+            raise LayoutUnknownError("nobody knows the layout")
+        return GuestInfo("fake:1", True, self.page_size_bytes, self.slots)
+
+    def paused(self) -> bool | None:
+        if len(self.paused_answers) > 1:
+            return self.paused_answers.pop(0)
+        return self.paused_answers[0]
+
+    def _page(self, ipa: int) -> Tags | None:
+        for slot in self.slots:
+            if slot.ipa <= ipa < slot.end and slot.kind != "device":
+                first = (ipa - slot.ipa) // GRANULE_BYTES
+                return self.memory[slot.ipa][first : first + self.page_granules]
+        return None
+
+    @property
+    def page_granules(self) -> int:
+        return self.page_size_bytes // GRANULE_BYTES
+
+    def read_tags(self, ipa: int, out: Tags) -> int:
+        self.reads += 1
+        if self.lost_after_reads is not None and self.reads > self.lost_after_reads:
+            raise GuestLostError("the VM is gone")
+
+        def read(page: Tags, part: Tags) -> None:
+            part[:] = page
+
+        return self._copy(ipa, out, self.bad, read)
+
+    def write_tags(self, ipa: int, tags: Tags) -> int:
+        if self.busy_after_writes is not None and self.writes >= self.busy_after_writes:
+            raise OSError(errno.EBUSY, "dirty logging")
+        self.writes += 1
+
+        def write(page: Tags, part: Tags) -> None:
+            page[:] = part
+
+        def fails(at: int) -> bool:
+            slot = next((s for s in self.slots if s.ipa <= at < s.end), None)
+            return self.bad_write(at) or self.bad(at) or bool(slot and slot.kind == "rom")
+
+        return self._copy(ipa, tags, fails, write)
+
+    def _copy(
+        self, ipa: int, tags: Tags, fails: Callable[[int], bool], act: Callable[[Tags, Tags], None]
+    ) -> int:
+        size_bytes = tags.size * GRANULE_BYTES
+        if ipa % self.page_size_bytes or size_bytes % self.page_size_bytes:
+            raise OSError(errno.EINVAL, "misaligned")
+        for done in range(0, size_bytes, self.page_size_bytes):
+            page = self._page(ipa + done)
+            if page is None or fails(ipa + done):
+                if done:
+                    return done
+                raise OSError(self.bad_errno if page is not None else errno.EFAULT, "no")
+            first = done // GRANULE_BYTES
+            act(page, tags[first : first + self.page_granules])
+        return size_bytes
+
+    def enable_mte(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,185 @@
+"""Copying around what fails: nothing is lost, nothing is counted twice, few calls are made."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtetool.backends.base import Memslot
+from mtetool.errors import BusyError, GuestError, GuestLostError
+from mtetool.flows.copying import TagReader, write_extent
+from mtetool.flows.layout import Layout
+from mtetool.snapshot.model import Extent, Missing
+from mtetool.tags import Tags
+from mtetool.uapi import GRANULE_BYTES
+from tests.flows.fakes import PAGE, FakeGuest
+
+BASE = 0x4000_0000
+
+
+def one_slot(n_pages: int) -> tuple[Memslot, ...]:
+    return (Memslot(0, BASE, n_pages * PAGE),)
+
+
+def read_all(
+    guest: FakeGuest, extents: list[Extent], *, chunk_pages: int = 4, known: bool = True
+) -> tuple[dict[int, Tags], list[Missing]]:
+    """The pages read, by address, and the missing ranges; no address may come twice."""
+    layout = Layout(guest.slots if known else (), guest.page_size_bytes)
+    chunk = chunk_pages * guest.page_granules
+    pages: dict[int, Tags] = {}
+    missing: list[Missing] = []
+    at = extents[0].ipa
+    for step in TagReader(guest, layout, chunk_granules=chunk).read(extents):
+        assert step.ipa >= at
+        at = step.ipa + step.size_bytes
+        if isinstance(step, Missing):
+            missing.append(step)
+            continue
+        for n in range(step.size_bytes // guest.page_size_bytes):
+            first = n * guest.page_granules
+            pages[step.ipa + n * guest.page_size_bytes] = np.array(
+                step.tags[first : first + guest.page_granules]
+            )
+    return pages, missing
+
+
+def test_all_of_a_slot_in_chunks() -> None:
+    guest = FakeGuest(one_slot(10))
+    guest.memory[BASE][:] = np.arange(10 * 256) % 16
+    pages, missing = read_all(guest, [Extent(BASE, 10 * PAGE)])
+    assert not missing
+    assert np.array_equal(np.concatenate(list(pages.values())), guest.memory[BASE])
+    assert guest.reads == 3
+
+
+def test_a_hole_is_skipped_without_probing() -> None:
+    slots = (Memslot(0, BASE, PAGE), Memslot(1, BASE + 1000 * PAGE, PAGE))
+    guest = FakeGuest(slots)
+    pages, missing = read_all(guest, [Extent(BASE, 1001 * PAGE)])
+    assert sorted(pages) == [BASE, BASE + 1000 * PAGE]
+    assert missing == [Missing(BASE + PAGE, 999 * PAGE, errno.EFAULT, "no memslot there")]
+    assert guest.reads == 3
+
+
+def test_device_memory_is_skipped_whole() -> None:
+    slots = (Memslot(0, BASE, 50 * PAGE, kind="device"), Memslot(1, BASE + 50 * PAGE, PAGE))
+    guest = FakeGuest(slots)
+    pages, missing = read_all(guest, [Extent(BASE, 51 * PAGE)])
+    assert sorted(pages) == [BASE + 50 * PAGE]
+    assert [(m.size_bytes, m.reason) for m in missing] == [
+        (50 * PAGE, "device memory, which has no tags")
+    ]
+
+
+def test_single_bad_pages_cost_no_good_ones() -> None:
+    bad = {BASE + n * PAGE for n in (0, 3, 5, 9)}
+    guest = FakeGuest(one_slot(10), bad=bad.__contains__)
+    pages, missing = read_all(guest, [Extent(BASE, 10 * PAGE)])
+    assert {m.ipa for m in missing} == bad
+    assert all(m.size_bytes == PAGE and m.errno == errno.EFAULT for m in missing)
+    assert set(pages) == {BASE + n * PAGE for n in range(10)} - bad
+
+
+def test_a_slot_that_ends_early_takes_few_calls_and_says_so() -> None:
+    n_pages = 1 << 18
+    guest = FakeGuest(one_slot(n_pages), bad=lambda ipa: ipa >= BASE + 7 * PAGE)
+    _, missing = read_all(guest, [Extent(BASE, n_pages * PAGE)], chunk_pages=512)
+    (gap,) = missing
+    assert (gap.ipa, gap.size_bytes) == (BASE + 7 * PAGE, (n_pages - 7) * PAGE)
+    assert guest.reads < 32
+    assert "of these 262,137 pages were tried" in gap.reason
+
+
+def test_behind_a_long_gap_the_first_good_page_is_found() -> None:
+    first, last = 7, 100_003
+    guest = FakeGuest(one_slot(1 << 17), bad=lambda ipa: first <= (ipa - BASE) // PAGE < last)
+    pages, missing = read_all(guest, [Extent(BASE, PAGE << 17)], chunk_pages=1 << 17)
+    (gap,) = missing
+    assert (gap.ipa, gap.ipa + gap.size_bytes) == (BASE + first * PAGE, BASE + last * PAGE)
+    assert len(pages) == (1 << 17) - (last - first)
+    assert guest.reads < 48
+
+
+def test_only_good_page_is_the_last() -> None:
+    guest = FakeGuest(one_slot(1000), bad=lambda ipa: ipa < BASE + 999 * PAGE)
+    pages, (gap,) = read_all(guest, [Extent(BASE, 1000 * PAGE)])
+    assert list(pages) == [BASE + 999 * PAGE]
+    assert gap.size_bytes == 999 * PAGE
+
+
+def test_an_unknown_layout_is_probed() -> None:
+    guest = FakeGuest((Memslot(0, BASE + 40 * PAGE, 20 * PAGE),))
+    pages, missing = read_all(guest, [Extent(BASE, 60 * PAGE)], known=False)
+    assert sorted(pages) == [BASE + n * PAGE for n in range(40, 60)]
+    assert sum(m.size_bytes for m in missing) == 40 * PAGE
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bad=st.sets(st.integers(0, 63)),
+    chunk_pages=st.integers(1, 20),
+    first=st.integers(0, 30),
+    n_pages=st.integers(1, 33),
+)
+def test_every_page_is_read_or_missing_once(
+    bad: set[int], chunk_pages: int, first: int, n_pages: int
+) -> None:
+    guest = FakeGuest(one_slot(64), bad=lambda ipa: (ipa - BASE) // PAGE in bad)
+    guest.memory[BASE][:] = np.arange(64 * 256) % 16
+    extent = Extent(BASE + first * PAGE, n_pages * PAGE)
+    pages, missing = read_all(guest, [extent], chunk_pages=chunk_pages)
+    lost = {ipa for m in missing for ipa in range(m.ipa, m.ipa + m.size_bytes, PAGE)}
+    assert sum(m.size_bytes for m in missing) == len(lost) * PAGE
+    assert not lost & set(pages)
+    assert lost | set(pages) == set(range(extent.ipa, extent.ipa + extent.size_bytes, PAGE))
+    assert not {BASE + n * PAGE for n in bad} & set(pages)
+    for ipa, tags in pages.items():
+        at = (ipa - BASE) // GRANULE_BYTES
+        assert np.array_equal(tags, guest.memory[BASE][at : at + 256])
+
+
+def test_a_lost_guest_is_no_missing_page() -> None:
+    guest = FakeGuest(one_slot(10), lost_after_reads=1)
+    with pytest.raises(GuestLostError):
+        read_all(guest, [Extent(BASE, 10 * PAGE)])
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_what_is_wrong_with_the_whole_vm_is_no_missing_page(number: int) -> None:
+    guest = FakeGuest(one_slot(10), bad=lambda ipa: True, bad_errno=number)
+    with pytest.raises(GuestError, match=errno.errorcode[number]):
+        read_all(guest, [Extent(BASE, 10 * PAGE)])
+    assert guest.reads == 1
+
+
+def test_granules_inside_pages() -> None:
+    guest = FakeGuest(one_slot(10))
+    guest.memory[BASE][:] = np.arange(10 * 256) % 16
+    reader = TagReader(guest, Layout(guest.slots, PAGE), chunk_granules=512)
+    extent = Extent(BASE + 0xFF0, 3 * PAGE + 0x20)
+    found = [np.array(step.tags) for step in reader.read_granules([extent]) if step.ipa]
+    assert np.array_equal(np.concatenate(found), guest.memory[BASE][255 : 255 + 768 + 2])
+
+
+def test_writing_goes_around_what_fails() -> None:
+    bad = {BASE + 2 * PAGE, BASE + 3 * PAGE}
+    guest = FakeGuest(one_slot(8), bad_write=bad.__contains__)
+    tags = np.full(8 * 256, 5, dtype=np.uint8)
+    steps = list(write_extent(guest, BASE, tags, Layout(guest.slots, PAGE)))
+    missing = [step for step in steps if isinstance(step, Missing)]
+    assert [(m.ipa, m.size_bytes) for m in missing] == [(BASE + 2 * PAGE, 2 * PAGE)]
+    written = guest.memory[BASE].reshape(8, 256)
+    assert (written[[0, 1, 4, 5, 6, 7]] == 5).all()
+    assert (written[[2, 3]] == 0).all()
+
+
+def test_dirty_logging_is_told_apart() -> None:
+    guest = FakeGuest(one_slot(8), busy_after_writes=0)
+    tags = np.zeros(8 * 256, dtype=np.uint8)
+    with pytest.raises(BusyError, match="EBUSY"):
+        list(write_extent(guest, BASE, tags, Layout(guest.slots, PAGE)))
