@@ -1,0 +1,105 @@
+"""Tallies of ranges as text and as JSON: one form for all reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mtetool.errors import errno_name
+
+if TYPE_CHECKING:
+    from mtetool.backends.base import Memslot
+    from mtetool.flows.tally import Tally
+    from mtetool.snapshot.model import Extent, Missing
+
+# A report is read by a person: the whole list is in the JSON form.
+_TEXT_MAX = 20
+
+
+def size(n_bytes: int) -> str:
+    """`64 MiB`; with the exact bytes behind it where the short form rounds."""
+    value, unit = float(n_bytes), "bytes"
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):  # noqa: B007
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    if unit == "bytes":
+        return f"{n_bytes} bytes"
+    if value == int(value):
+        return f"{int(value)} {unit}"
+    return f"{value:.1f} {unit} ({n_bytes} bytes)"
+
+
+def missing_json(name: str, tally: Tally[Missing]) -> dict[str, Any]:
+    """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report."""
+    return _counted(name, tally, [missing_row(item) for item in tally.items])
+
+
+def extents_json(name: str, tally: Tally[Extent]) -> dict[str, Any]:
+    """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report."""
+    return _counted(name, tally, extent_rows(tally.items))
+
+
+def extent_rows(extents: Iterable[Extent]) -> list[dict[str, int]]:
+    """Extents as JSON."""
+    return [{"ipa": item.ipa, "size_bytes": item.size_bytes} for item in extents]
+
+
+def missing_row(item: Missing) -> dict[str, Any]:
+    """One range that is not there, as JSON."""
+    return {
+        "ipa": item.ipa,
+        "size_bytes": item.size_bytes,
+        "errno": errno_name(item.errno) if item.errno else None,
+        "reason": item.reason,
+    }
+
+
+def slot_rows(slots: Iterable[Memslot]) -> list[dict[str, Any]]:
+    """Memslots as JSON."""
+    return [
+        {
+            "id": slot.id,
+            "ipa": slot.ipa,
+            "size_bytes": slot.size_bytes,
+            "readonly": slot.readonly,
+            "kind": slot.kind,
+        }
+        for slot in slots
+    ]
+
+
+def missing_lines(title: str, tally: Tally[Missing]) -> list[str]:
+    """What is not there, for people; nothing where nothing is missing."""
+    rows = [f"{_span(item)}  {_why(item)}" for item in tally.items[:_TEXT_MAX]]
+    return _listed(title, tally, rows)
+
+
+def extent_lines(title: str, tally: Tally[Extent]) -> list[str]:
+    """Ranges, for people; nothing where there are none."""
+    return _listed(title, tally, [_span(item) for item in tally.items[:_TEXT_MAX]])
+
+
+def _counted(
+    name: str, tally: Tally[Any], rows: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    return {f"{name}_bytes": tally.size_bytes, f"{name}_count": tally.count, name: list(rows)}
+
+
+def _listed(title: str, tally: Tally[Any], rows: list[str]) -> list[str]:
+    if not tally:
+        return []
+    ranges = "range" if tally.count == 1 else "ranges"
+    lines = [f"{title}: {tally.count} {ranges}, {size(tally.size_bytes)}"]
+    lines += [f"  {row}" for row in rows]
+    if tally.count > len(rows):
+        lines.append(f"  … and {tally.count - len(rows)} more (--output json lists more of them)")
+    return lines
+
+
+def _span(item: Extent | Missing) -> str:
+    return f"{item.ipa:#x}:{item.size_bytes:#x}"
+
+
+def _why(item: Missing) -> str:
+    return f"{errno_name(item.errno)}: {item.reason}" if item.errno else item.reason
