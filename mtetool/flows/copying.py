@@ -95,7 +95,7 @@ class TagReader:
         """As `read`, for extents of whole granules: the pages around them are read."""
         page = self._layout.page_size_bytes
         for extent in extents:
-            stop = extent.ipa + extent.size_bytes
+            stop = extent.end
             first = extent.ipa // page * page
             around = Extent(first, -(-stop // page) * page - first)
             for step in self.read([around]):
@@ -131,7 +131,7 @@ def _walk(
     transfer: _Transfer, extent: Extent, layout: Layout, chunk_bytes: int, *, writing: bool
 ) -> Iterator[Extent | Missing]:
     """Transfer an extent chunk by chunk; each result is done with before the next call."""
-    at, end = extent.ipa, extent.ipa + extent.size_bytes
+    at, end = extent.ipa, extent.end
     while at < end:
         size_bytes = min(chunk_bytes, end - at)
         try:

@@ -62,9 +62,9 @@ def merged(extents: Iterable[Extent]) -> list[Extent]:
     """The same addresses in ascending extents that neither overlap nor touch."""
     result: list[Extent] = []
     for extent in sorted(extents, key=lambda extent: extent.ipa):
-        if result and extent.ipa <= _end(result[-1]):
+        if result and extent.ipa <= result[-1].end:
             last = result.pop()
-            stop = max(_end(last), _end(extent))
+            stop = max(last.end, extent.end)
             result.append(Extent(last.ipa, stop - last.ipa))
         else:
             result.append(extent)
@@ -78,10 +78,10 @@ def common(a: Iterable[Extent], b: Iterable[Extent]) -> list[Extent]:
     i = j = 0
     while i < len(left) and j < len(right):
         start = max(left[i].ipa, right[j].ipa)
-        stop = min(_end(left[i]), _end(right[j]))
+        stop = min(left[i].end, right[j].end)
         if start < stop:
             result.append(Extent(start, stop - start))
-        if _end(left[i]) <= _end(right[j]):
+        if left[i].end <= right[j].end:
             i += 1
         else:
             j += 1
@@ -94,14 +94,14 @@ def without(a: Iterable[Extent], b: Iterable[Extent]) -> list[Extent]:
     result: list[Extent] = []
     first = 0
     for extent in merged(a):
-        at, stop = extent.ipa, _end(extent)
-        while first < len(holes) and _end(holes[first]) <= at:
+        at, stop = extent.ipa, extent.end
+        while first < len(holes) and holes[first].end <= at:
             first += 1
         index = first
         while index < len(holes) and holes[index].ipa < stop:
             if holes[index].ipa > at:
                 result.append(Extent(at, holes[index].ipa - at))
-            at = _end(holes[index])
+            at = holes[index].end
             index += 1
         if at < stop:
             result.append(Extent(at, stop - at))
@@ -121,7 +121,7 @@ def check_aligned(ranges: Iterable[Extent], unit_bytes: int, unit: str) -> None:
         for name, value in (("start", asked.ipa), ("size", asked.size_bytes)):
             if value % unit_bytes:
                 start = asked.ipa // unit_bytes * unit_bytes
-                size = -(-_end(asked) // unit_bytes) * unit_bytes - start
+                size = -(-asked.end // unit_bytes) * unit_bytes - start
                 raise MisalignedError(
                     f"the {name} of the range {hex_range(asked)} is not a multiple of the"
                     f" {unit}, {unit_bytes} bytes",
@@ -147,7 +147,3 @@ def check_inside(ranges: Iterable[Extent], held: Sequence[Extent], whose: str) -
 def hex_range(extent: Extent) -> str:
     """`0x40000000:0x10000`, as --range takes it."""
     return f"{extent.ipa:#x}:{extent.size_bytes:#x}"
-
-
-def _end(extent: Extent) -> int:
-    return extent.ipa + extent.size_bytes

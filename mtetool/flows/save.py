@@ -81,11 +81,11 @@ def save(
     info = guest.info()
     layout = Layout(info.memslots, guest.page_size_bytes)
     scope = decide_scope(layout, options, info.source)
-    header = Header.for_guest(info, scope)
+    paused_before = guest.paused()
+    header = Header.for_guest(info, scope, paused=paused_before)
     result = SaveResult(header, info, tuple(scope), _skipped(layout, options))
     reader = TagReader(guest, layout)
     with SnapshotWriter(out, header, level=options.level, jobs=options.jobs) as writer:
-        paused_before = guest.paused()
         _copy(reader, writer, result, options, progress)
         result.consistent = _consistent(paused_before, _paused_after(guest, result))
         writer.finish(consistent=result.consistent)
@@ -161,7 +161,7 @@ def _copy(
             raise
         result.lost = error.message
         for extent in without(result.scope, reached):
-            missing = Missing(extent.ipa, extent.size_bytes, 0, "the guest ended during the save")
+            missing = Missing(extent.ipa, extent.size_bytes, None, "the guest ended during the save")
             writer.add_missing(missing)
             result.missing.add(missing)
     if not result.saved_bytes:
