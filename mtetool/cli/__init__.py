@@ -1,0 +1,61 @@
+"""The command line: one file a command, each loaded only when it is the one that was asked for.
+
+A new command is one new file with the attribute `command`, and one line in COMMANDS.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import cast
+
+import click
+
+from mtetool import __version__
+
+# Start-up counts, because scripts call the tool often: the help of the group comes from
+# this table, so that it loads neither the commands nor what they need.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "save": ("mtetool.cli.save", "Save the tags of a guest to a snapshot."),
+    "restore": ("mtetool.cli.restore", "Put a snapshot's tags into a guest, exactly."),
+    "info": ("mtetool.cli.info", "Say what a snapshot holds, without reading its tags."),
+    "verify": ("mtetool.cli.verify", "Check a snapshot, and compare it with a guest."),
+    "dump": ("mtetool.cli.dump", "Print tags: runs of equal ones, or each."),
+    "diff": ("mtetool.cli.diff", "Say where the tags of two sources differ."),
+    "enable": ("mtetool.cli.enable", "Turn MTE on for a guest, before its first vCPU."),
+    "probe": ("mtetool.cli.probe", "Say whether this host can copy tags, and if not, why."),
+    "emu": ("mtetool.cli.emu", "Make, show and change emulated guests."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are modules that are named, not imported."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands, in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The attribute `command` of the command's module, which is imported now."""
+        if cmd_name not in COMMANDS:
+            return None
+        return cast(click.Command, import_module(COMMANDS[cmd_name][0]).command)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands in the help; click's own would load every one of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.command(
+    "mtetool",
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="The long story of each command is in its man page, mtetool-COMMAND(1).",
+)
+@click.version_option(__version__, message="mtetool %(version)s")
+def group() -> None:
+    """Save, restore and look at the memory tags (Arm MTE) of live KVM guests.
+
+    A guest is named emu:PATH (emulated, kept in a file) or kvm:PID; anything else is a
+    snapshot file, and - standard input or output.
+    """

@@ -1,0 +1,242 @@
+"""`mtetool`, `python -m mtetool`: the one place that turns errors into text and status."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from types import FrameType
+
+from mtetool.errors import (
+    STATUS_HOST,
+    STATUS_OK,
+    DiskFullError,
+    HostIoError,
+    MtetoolError,
+    NoMemoryError,
+    errno_name,
+)
+
+STATUS_CLOSED_PIPE = 128 + signal.SIGPIPE
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A terminal that closes, or `timeout`, sends several signals at once: the later ones must
+# not tear the unwinding that the first began. After this long they count again.
+_UNWINDING_SECONDS = 2.0
+
+
+class SignalError(BaseException):
+    """A signal asks this process to end; raised so that `with` blocks are unwound first."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class InternalError(MtetoolError):
+    """A bug in mtetool: an exception that nobody expected."""
+
+    id = "internal"
+    status = STATUS_HOST
+
+
+def main() -> int:
+    """Run the command line of `sys.argv`; the exit status, or death by the signal that came.
+
+    The statuses are those of mtetool(1), EXIT STATUS. With MTETOOL_DEBUG set (not empty) an
+    error comes with its traceback.
+    """
+    arguments = sys.argv[1:]
+    try:
+        with _signals_raise():
+            status = _guarded(lambda: _run(arguments), arguments)
+            return _flushed(status, arguments)
+    except SignalError as caught:
+        return _die_by(caught.number)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    # Imported here, so that even an import that fails or is interrupted ends as it should.
+    import click
+
+    from mtetool.cli import group
+
+    # The default, strict, would end a listing with a traceback at the first odd file name.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        result = group.main(list(arguments), prog_name="mtetool", standalone_mode=False)
+    except click.Abort:
+        raise SignalError(signal.SIGINT) from None
+    except click.ClickException as error:
+        raise _usage_error(error) from error
+    return result if isinstance(result, int) else STATUS_OK
+
+
+def _usage_error(error: Exception) -> MtetoolError:
+    from click import ClickException, UsageError
+
+    from mtetool import errors
+
+    message = error.format_message() if isinstance(error, ClickException) else str(error)
+    context = error.ctx if isinstance(error, UsageError) else None
+    path = context.command_path if context else "mtetool"
+    return errors.UsageError(message, hint=f"{path} --help")
+
+
+def _guarded(run: Callable[[], int], arguments: Sequence[str]) -> int:
+    """The status of `run`, with whatever it raises but signals told on standard error."""
+    try:
+        return run()
+    except BrokenPipeError:
+        return STATUS_CLOSED_PIPE
+    except MtetoolError as error:
+        return _report(error, arguments)
+    except MemoryError:
+        return _report(_no_memory(), arguments)
+    except OSError as error:
+        return _report(_from_os_error(error), arguments)
+    except Exception as error:  # noqa: BLE001 - the last resort of the whole program
+        return _report(_internal(error), arguments)
+
+
+def _from_os_error(error: OSError) -> MtetoolError:
+    """A stray OSError, one that nobody below has made sense of."""
+    if error.errno == errno.ENOMEM:
+        return _no_memory()
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    if error.errno is None:
+        return HostIoError(f"{where}{error}")
+    name = errno_name(error.errno)
+    message = f"{where}{error.strerror or os.strerror(error.errno)} ({name})"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(message, hint="free some space, or write elsewhere", errno=name)
+    return HostIoError(message, errno=name)
+
+
+def _no_memory() -> NoMemoryError:
+    return NoMemoryError("this host has no memory left for that", hint="a smaller --range")
+
+
+def _internal(error: Exception) -> InternalError:
+    kind = type(error).__name__
+    return InternalError(
+        f"this should not happen: {kind}: {error}"
+        if str(error)
+        else f"this should not happen: {kind}",
+        hint="MTETOOL_DEBUG=1 shows where; please report it",
+    )
+
+
+def _report(error: MtetoolError, arguments: Sequence[str]) -> int:
+    if os.environ.get("MTETOOL_DEBUG"):
+        import traceback
+
+        traceback.print_exc()
+    text = _as_json(error) if wants_json(arguments) else _as_text(error)
+    # Nobody may listen any more; the status still tells.
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    return error.status
+
+
+def _as_text(error: MtetoolError) -> str:
+    lines = [f"mtetool: error: {error.message}"]
+    if error.hint:
+        lines.append(f"  try: {error.hint}")
+    return "\n".join(_printable(line) for line in lines)
+
+
+def _printable(line: str) -> str:
+    # File and process names are other people's text: no escape sequence of theirs may reach
+    # the terminal.
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in line)
+
+
+def _as_json(error: MtetoolError) -> str:
+    fixed = {
+        "schema": "mtetool.error/1",
+        "error": error.id,
+        "message": error.message,
+        "hint": error.hint,
+        "status": error.status,
+    }
+    return json.dumps({**error.details, **fixed}, default=str)
+
+
+def wants_json(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for JSON; known before, and without, parsing it.
+
+    What cannot be parsed is also to be answered in JSON, so that this looks at the words.
+    """
+    words = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
+    outputs = [after for word, after in pairwise(words) if word == "--output"]
+    return "--json" in words or "--output=json" in words or "json" in outputs
+
+
+def _flushed(status: int, arguments: Sequence[str]) -> int:
+    """Flush standard output while there is still somebody to tell of what goes wrong."""
+
+    def flush() -> int:
+        # None where the process was started with its standard output closed.
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+
+    flushed = _guarded(flush, arguments)
+    if flushed != status or status == STATUS_CLOSED_PIPE:
+        _drop_stdout()
+    return status if status not in (STATUS_OK, STATUS_CLOSED_PIPE) else flushed
+
+
+def _drop_stdout() -> None:
+    """Point standard output to nowhere: the interpreter flushes once more, and would complain."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Turn the ending signals into a SignalError, save those that were ignored (nohup)."""
+    first = 0.0
+
+    def raise_it(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        now = time.monotonic()
+        if first and now - first < _UNWINDING_SECONDS:
+            return
+        first = now
+        raise SignalError(number)
+
+    before = {number: signal.getsignal(number) for number in _ENDING_SIGNALS}
+    caught = [number for number in _ENDING_SIGNALS if before[number] != signal.SIG_IGN]
+    try:
+        for number in caught:
+            signal.signal(number, raise_it)
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, before[number])
+
+
+def _die_by(number: int) -> int:
+    """End by the signal itself: only so does a shell's loop end with its Ctrl-C."""
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stderr.flush()
+    _drop_stdout()
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+    return 128 + number  # where the signal is blocked
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Options that several commands have: one definition each, for help, parsing and meaning."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import click
+
+from mtetool.backends import GuestOptions
+from mtetool.backends.base import Memslot
+from mtetool.uapi import TAG_MAX
+
+if TYPE_CHECKING:
+    # Generic in click's newest stubs only: older releases cannot be subscripted at run time.
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_ADDRESS_END = 1 << 64
+# Not int(text, 0): that takes "1_000", " 12" and digits of other scripts, and refuses "010".
+_NUMBER = re.compile(r"(?:0[xX](?P<hex>[0-9a-fA-F]+)|(?P<decimal>[0-9]+))(?P<suffix>[kmgtKMGT]?)")
+_SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+class Range(NamedTuple):
+    """A range of guest physical addresses; not empty, and it ends within 64 bits."""
+
+    ipa: int
+    size_bytes: int
+
+
+def parse_number(text: str) -> int:
+    """`0x40000000`, `4096`, `64K`: decimal or hex, with a suffix K M G T (powers of 1024).
+
+    Raises ValueError for anything else, and from 2^64 on.
+    """
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a number such as 4096, 0x1000, 64K or 1G")
+    digits = match["hex"] or match["decimal"]
+    # Python refuses to convert endless digits, and nothing so long is an address.
+    value = int(digits[-40:], 16 if match["hex"] else 10) * _SUFFIXES[match["suffix"].upper()]
+    if digits[:-40].strip("0") or value >= _ADDRESS_END:
+        raise ValueError(f"{_shortened(text)} does not fit into 64 bits")
+    return value
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes that is not 0. Raises ValueError."""
+    value = parse_number(text)
+    if value == 0:
+        raise ValueError("a size of 0 bytes")
+    return value
+
+
+def parse_range(text: str) -> Range:
+    """`IPA:SIZE`. Raises ValueError."""
+    ipa_text, colon, size_text = text.partition(":")
+    if not colon:
+        raise ValueError(f"{_shortened(text)} is not of the form IPA:SIZE, such as 0x40000000:64K")
+    found = Range(parse_number(ipa_text), parse_size(size_text))
+    if found.ipa + found.size_bytes > _ADDRESS_END:
+        raise ValueError(f"{text!r} ends beyond 64 bits")
+    return found
+
+
+def parse_memslot(text: str) -> Memslot:
+    """`IPA:SIZE`, or `IPA:SIZE:ro`; without `ro`, `readonly` is None: it was not told.
+
+    The id is 0. Raises ValueError.
+    """
+    readonly = text.endswith(":ro")
+    found = parse_range(text.removesuffix(":ro"))
+    return Memslot(0, found.ipa, found.size_bytes, True if readonly else None)
+
+
+def parse_tag(text: str) -> int:
+    """A tag, 0 to 15, decimal or hex. Raises ValueError."""
+    value = parse_number(text)
+    if value > TAG_MAX or text[-1] in "kmgtKMGT":
+        raise ValueError(f"{_shortened(text)} is not a tag: tags go from 0 to {TAG_MAX} (0xf)")
+    return value
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "…")
+
+
+class Parsed(_ParamType):
+    """A parameter type out of a function that raises ValueError."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value that `value`, a text or a value already, stands for."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+SIZE = Parsed("size", parse_size)
+RANGE = Parsed("ipa:size", parse_range)
+MEMSLOT = Parsed("ipa:size", parse_memslot)
+TAG = Parsed("tag", parse_tag)
+
+
+def guest_options(command: _F) -> _F:
+    """`--memslot` and `--qmp`, as one keyword `guest_options` of type GuestOptions."""
+
+    @functools.wraps(command)
+    def with_options(
+        *args: Any, memslots: tuple[Memslot, ...], qmp: Path | None, **kwargs: Any
+    ) -> Any:
+        numbered = tuple(replace(slot, id=index) for index, slot in enumerate(memslots))
+        return command(*args, guest_options=GuestOptions(numbered, qmp), **kwargs)
+
+    memslot = click.option(
+        "--memslot",
+        "memslots",
+        type=MEMSLOT,
+        multiple=True,
+        metavar="IPA:SIZE",
+        help="A memslot of the guest, told by hand (repeatable).",
+    )
+    qmp = click.option(
+        "--qmp",
+        type=click.Path(path_type=Path),
+        metavar="SOCKET",
+        help="QEMU's monitor socket, to learn the memslots from.",
+    )
+    return memslot(qmp(with_options))  # type: ignore[return-value]
+
+
+def json_option(*more: str) -> Callable[[_F], _F]:
+    """`--output text|json…` and its alias `--json`, as the keyword `output`.
+
+    `more` are further forms, beside text (the default) and json.
+    """
+
+    def alias(context: click.Context, parameter: click.Parameter, given: bool) -> None:
+        if given:
+            context.params["output"] = "json"
+
+    def decorate(command: _F) -> _F:
+        # Eager, so that it is done when the alias, which wins, overwrites it.
+        option = click.option(
+            "--output",
+            type=click.Choice(["text", "json", *more]),
+            default="text",
+            is_eager=True,
+            help="The form of the report (default text).",
+        )
+        alias_option = click.option(
+            "--json",
+            is_flag=True,
+            expose_value=False,
+            callback=alias,
+            help="The same as --output json.",
+        )
+        return option(alias_option(command))
+
+    return decorate
+
+
+report_option = json_option()
+
+
+def progress_options(command: _F) -> _F:
+    """`--quiet` and `--progress`, as the keywords `quiet` (bool) and `progress`.
+
+    `progress` is "auto", "json" or "none", the last also with `--quiet`.
+    """
+
+    @functools.wraps(command)
+    def with_options(*args: Any, quiet: bool, progress: str, **kwargs: Any) -> Any:
+        mode = "none" if quiet else progress
+        return command(*args, quiet=quiet, progress=mode, **kwargs)
+
+    quiet = click.option("-q", "--quiet", is_flag=True, help="No progress and no warnings.")
+    progress = click.option(
+        "--progress",
+        type=click.Choice(["auto", "json", "none"]),
+        default="auto",
+        help="A bar on a terminal (auto), a line of JSON a second, or nothing.",
+    )
+    return quiet(progress(with_options))  # type: ignore[return-value]

@@ -1,0 +1,95 @@
+"""Progress on standard error: a bar on a terminal, lines of JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[[int], None]
+"""Called with the bytes of guest memory that were done since the last call."""
+
+_INTERVAL_SECONDS = 1.0
+
+
+@contextmanager
+def progress(total_bytes: int | None, label: str, mode: str) -> Iterator[Advance]:
+    """Show how far something is; `total_bytes` None where nobody knows it.
+
+    `mode` is that of `--progress`: "auto" shows a bar where standard error is a terminal,
+    "json" writes one line a second and one at the end, "none" nothing.
+    """
+    done = 0
+    with shown(label, mode) as update:
+
+        def advance(n_bytes: int) -> None:
+            nonlocal done
+            done += n_bytes
+            update(done, total_bytes)
+
+        update(0, total_bytes)
+        yield advance
+
+
+@contextmanager
+def shown(label: str, mode: str) -> Iterator[Callable[[int, int | None], None]]:
+    """As `progress`, for those who count themselves: called with bytes done and in all."""
+    if mode == "json":
+        with _lines(label) as update:
+            yield update
+    elif mode == "auto" and sys.stderr is not None and sys.stderr.isatty():
+        with _bar(label) as update:
+            yield update
+    else:
+        yield lambda done_bytes, total_bytes: None
+
+
+@contextmanager
+def _lines(label: str) -> Iterator[Callable[[int, int | None], None]]:
+    started = time.monotonic()
+    state: tuple[int, int | None] = (0, None)
+    due = started + _INTERVAL_SECONDS
+
+    def write(now: float) -> None:
+        document = {
+            "schema": "mtetool.progress/1",
+            "label": label,
+            "done_bytes": state[0],
+            "total_bytes": state[1],
+            "elapsed_seconds": round(now - started, 3),
+        }
+        sys.stderr.write(json.dumps(document) + "\n")
+        sys.stderr.flush()
+
+    def update(done_bytes: int, total_bytes: int | None) -> None:
+        nonlocal state, due
+        state = (done_bytes, total_bytes)
+        now = time.monotonic()
+        if now >= due:
+            due = now + _INTERVAL_SECONDS
+            write(now)
+
+    yield update
+    # Only after success: what failed ends with its error, as the last line.
+    write(time.monotonic())
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Callable[[int, int | None], None]]:
+    # Imported here: rich takes longer to load than most commands to run.
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done_bytes, total_bytes: bar.update(
+            task, completed=done_bytes, total=total_bytes
+        )

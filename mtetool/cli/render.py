@@ -1,0 +1,96 @@
+"""Results as text and as JSON, on standard output; warnings, on standard error.
+
+Text is for people and not for parsing. It is the same on a terminal and in a pipe: nothing
+is wrapped, truncated or read as markup.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtetool.backends.base import GuestInfo
+
+
+def print_json(document: object) -> None:
+    """One JSON document: a line in a pipe, indented on a terminal. Addresses are integers."""
+    indent = 2 if sys.stdout.isatty() else None
+    sys.stdout.write(json.dumps(document, indent=indent) + "\n")
+
+
+report = print_json
+
+
+def say(text: str) -> None:
+    """A line of a result for people."""
+    sys.stdout.write(printable(text) + "\n")
+
+
+def warn(text: str) -> None:
+    """A warning; a command with `--quiet` does not call this."""
+    sys.stderr.write(f"mtetool: warning: {printable(text)}\n")
+
+
+def printable(text: str) -> str:
+    """`text` without control characters, which are shown as `\\x1b`.
+
+    Names of files and processes are other people's text: none of their escape sequences may
+    reach the terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()
+) -> str:
+    """Aligned columns, one line a row, without a newline at the end.
+
+    `right` names the columns of the header that are aligned to the right (numbers). None is
+    shown as `-`.
+    """
+    cells = [[_cell(value) for value in row] for row in [header, *rows]]
+    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+    to_right = [name in right for name in header]
+    lines = []
+    for row in cells:
+        padded = [
+            cell.rjust(width) if right_aligned else cell.ljust(width)
+            for cell, width, right_aligned in zip(row, widths, to_right, strict=True)
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None else printable(str(value)).replace("\n", "\\n")
+
+
+def describe_guest(info: GuestInfo) -> dict[str, Any]:
+    """A guest as JSON, the same in every report.
+
+    Keys: source, mte (true, false, or null where nobody may know), page_size_bytes, memslots
+    (id, ipa, size_bytes, readonly, kind); vmm, name, pid and vcpus where they are known.
+    """
+    document: dict[str, Any] = {
+        "source": info.source,
+        "mte": info.mte,
+        "page_size_bytes": info.page_size_bytes,
+        "memslots": [
+            {
+                "id": slot.id,
+                "ipa": slot.ipa,
+                "size_bytes": slot.size_bytes,
+                "readonly": slot.readonly,
+                "kind": slot.kind,
+            }
+            for slot in info.memslots
+        ],
+    }
+    further = {"vmm": info.vmm, "name": info.name, "pid": info.pid, "vcpus": info.vcpus}
+    document.update((key, value) for key, value in further.items() if value is not None)
+    return document
