@@ -1,0 +1,251 @@
+"""What the lab boots, built from Debian packages once and cached outside the repository.
+
+Each part lies under a key of what goes into it, so that a changed recipe builds anew and an
+unchanged one is found. `$XDG_CACHE_HOME/mtetool` may be removed at any time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tests.lab import cpio
+from tests.lab.disk import make_ext4
+from tests.lab.packages import Archive, LabUnavailableError, need_tools, unpack
+
+_HERE = Path(__file__).parent
+_RELEASE = "trixie"
+_BACKPORTS = "trixie-backports"
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A kernel of the lab: its meta package, and the suite that has it."""
+
+    package: str
+    suite: str
+
+
+KERNELS = {"6.12": Kernel("linux-image-cloud-arm64", _RELEASE)}
+DEFAULT_KERNEL = "6.12"
+
+# The emulator must be QEMU 8 or later: 7.2, Debian 12's, lets tags of a page overwrite each
+# other. It comes from Debian 13 with its whole C library, so that it runs on any Debian.
+_EMULATOR_PACKAGES = ("qemu-system-arm",)
+_EMULATOR = {"suite": _RELEASE, "packages": _EMULATOR_PACKAGES, "recipe": 1}
+_ROOT_PACKAGES = (
+    "busybox-static",
+    "python3",
+    "python3-click",
+    "python3-hypothesis",
+    "python3-msgpack",
+    "python3-numpy",
+    "python3-pytest",
+    "python3-rich",
+    "python3-xxhash",
+    "python3-zstandard",
+)
+_ROOT_BACKPORTS = ("qemu-system-arm",)  # the VMM inside: QEMU 11
+_ROOT = {
+    "suite": _RELEASE,
+    "packages": _ROOT_PACKAGES,
+    "backports": _ROOT_BACKPORTS,
+    "guest kernel": asdict(KERNELS[DEFAULT_KERNEL]),
+    "recipe": 4,
+}
+_DIRECTORIES = ("proc", "sys", "dev", "tmp", "root", "run/lab", "with", "lab", "opt/mtetool")
+_CFLAGS = ("-O2", "-Wall", "-Wextra", "-Werror", "-static", "-march=armv8.5-a+memtag")
+# What a module may need on the way to its root: all of the kernel's virtio disk.
+_MODULES = ("virtio_blk",)
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """Paths of everything that a lab machine is started from."""
+
+    emulator: Path
+    root: Path
+    kernel: Path
+    initramfs: Path
+    programs: Path
+
+
+def images(kernel: str = DEFAULT_KERNEL) -> Images:
+    """All parts, built where they are not there yet. Raises LabUnavailableError."""
+    if kernel not in KERNELS:
+        raise LabUnavailableError(f"no kernel {kernel!r}; there are {', '.join(KERNELS)}")
+    with _locked():
+        emulator = _cached("emulator", _EMULATOR, _build_emulator)
+        kernel_dir = _kernel(kernel)
+        guest_kernel = _kernel(DEFAULT_KERNEL)
+        root = _cached("root", _ROOT, lambda into: _build_root(into, guest_kernel))
+        initramfs = _initramfs(kernel_dir, root)
+        programs = _programs()
+    found = Images(emulator, root / "root.img", kernel_dir / "Image", initramfs, programs)
+    _warm(found)
+    return found
+
+
+def cache() -> Path:
+    """The cache directory, `$XDG_CACHE_HOME/mtetool`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mtetool"
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    cache().mkdir(parents=True, exist_ok=True)
+    with (cache() / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _cached(name: str, recipe: object, build: Callable[[Path], None]) -> Path:
+    """The directory that `build` filled for this recipe; it appears only when complete."""
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    final = cache() / f"{name}-{key}"
+    if final.is_dir():
+        return final
+    started = time.monotonic()
+    print(f"lab: building {name} ...", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=cache(), prefix=f".{name}-") as scratch:
+        work = Path(scratch) / "work"
+        work.mkdir()
+        build(work)
+        work.rename(final)
+    for old in cache().glob(f"{name}-*"):
+        if old != final:
+            shutil.rmtree(old, ignore_errors=True)
+    took = time.monotonic() - started
+    print(f"lab: built {name} in {took:.0f} s", file=sys.stderr, flush=True)
+    return final
+
+
+def _archive(architecture: str) -> Archive:
+    state = cache() / f"apt-{architecture}"
+    archive = Archive(state, architecture, (_RELEASE, _BACKPORTS))
+    archive.update()
+    return archive
+
+
+def _build_emulator(into: Path) -> None:
+    own = subprocess.run(
+        ["dpkg", "--print-architecture"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    unpack(_archive(own).download(_EMULATOR_PACKAGES), into)
+    for unused in ("usr/share/doc", "usr/share/locale", "usr/share/man"):
+        shutil.rmtree(into / unused, ignore_errors=True)
+
+
+def _kernel(name: str) -> Path:
+    recipe = {**asdict(KERNELS[name]), "modules": _MODULES, "recipe": 1}
+    return _cached(f"kernel-{name}", recipe, lambda into: _build_kernel(into, KERNELS[name]))
+
+
+def _build_kernel(into: Path, kernel: Kernel) -> None:
+    archive = _archive("arm64")
+    package = next(p for p in archive.depends(kernel.package) if p.startswith("linux-image-"))
+    with tempfile.TemporaryDirectory(dir=into) as scratch:
+        tree = Path(scratch)
+        unpack([archive.fetch_only(package)], tree)
+        shutil.copy(next((tree / "boot").glob("vmlinuz-*")), into / "Image")
+        modules = tree / "usr" / "lib" / "modules"
+        for name in _MODULES:
+            found = next(modules.rglob(f"{name}.ko*"))
+            data = found.read_bytes()
+            content = lzma.decompress(data) if found.suffix == ".xz" else data
+            (into / f"{name}.ko").write_bytes(content)
+
+
+def _build_root(into: Path, guest_kernel: Path) -> None:
+    archive = _archive("arm64")
+    with tempfile.TemporaryDirectory(dir=into) as scratch:
+        tree = Path(scratch)
+        unpack(archive.download(_ROOT_PACKAGES), tree)
+        unpack(archive.download(_ROOT_BACKPORTS, suite=_BACKPORTS), tree)
+        _furnish(tree)
+        shutil.copy(tree / "usr" / "bin" / "busybox", into / "busybox")
+        shutil.copy(guest_kernel / "Image", tree / "lab" / "Image")
+        make_ext4(tree, into / "root.img", spare_bytes=256 << 20)
+
+
+def _furnish(tree: Path) -> None:
+    """What package scripts and an installer would have done."""
+    for directory in _DIRECTORIES:
+        (tree / directory).mkdir(parents=True, exist_ok=True)
+    libraries = tree / "usr" / "lib" / "aarch64-linux-gnu"
+    for name, target in (("libblas.so.3", "blas"), ("liblapack.so.3", "lapack")):
+        if (libraries / target / name).exists() and not (libraries / name).exists():
+            (libraries / name).symlink_to(f"{target}/{name}")
+    for unused in ("usr/share/doc", "usr/share/locale", "usr/share/man", "usr/lib/udev"):
+        shutil.rmtree(tree / unused, ignore_errors=True)
+    for name in ("sh", "env"):
+        if not (tree / "usr" / "bin" / name).exists():
+            (tree / "usr" / "bin" / name).symlink_to("busybox")
+    (tree / "usr" / "local" / "bin").mkdir(parents=True, exist_ok=True)
+    (tree / "etc" / "passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
+    (tree / "etc" / "group").write_text("root:x:0:\n")
+
+
+def _initramfs(kernel: Path, root: Path) -> Path:
+    """The first root: busybox and the modules that the second one's disk needs."""
+    target = kernel / "initramfs.cpio"
+    entries = [
+        *(cpio.Entry.directory(name) for name in ("bin", "dev", "proc", "root")),
+        cpio.Entry.program("bin/busybox", (root / "busybox").read_bytes()),
+        cpio.Entry.program("init", (_HERE / "inside" / "init").read_bytes()),
+        *(cpio.Entry.file(f"{m}.ko", (kernel / f"{m}.ko").read_bytes()) for m in _MODULES),
+    ]
+    content = cpio.archive(entries)
+    if not target.exists() or target.read_bytes() != content:
+        target.write_bytes(content)
+    return target
+
+
+def _programs() -> Path:
+    """The C programs of the lab, and the guest's root with one of them as its init."""
+    sources = sorted((_HERE / "programs").glob("*.c"))
+    recipe = {"flags": _CFLAGS, **{source.name: source.read_text() for source in sources}}
+
+    def build(into: Path) -> None:
+        need_tools("aarch64-linux-gnu-gcc")
+        for source in sources:
+            words = ["aarch64-linux-gnu-gcc", *_CFLAGS, "-o", f"{into}/{source.stem}", str(source)]
+            subprocess.run(words, check=True)
+        init = cpio.Entry.program("init", (into / "tagger").read_bytes())
+        directories = [cpio.Entry.directory(name) for name in ("dev", "proc")]
+        (into / "guest.cpio").write_bytes(cpio.archive([*directories, init]))
+
+    return _cached("programs", recipe, build)
+
+
+def _warm(found: Images) -> None:
+    """Boot the new root once for real, so that Python's modules are compiled in the image."""
+    from tests.lab.machine import Machine  # a machine needs images, and so do we one
+
+    with _locked():
+        mark = found.root.with_suffix(".warm")
+        if mark.exists():
+            return
+        print("lab: compiling Python's modules in the lab ...", file=sys.stderr, flush=True)
+        with Machine(images=found, keep_writes=True) as machine:
+            modules = (
+                "click, concurrent.futures, ctypes, fcntl, hypothesis, hypothesis.extra.numpy,"
+                " json, logging, mmap, msgpack, numpy, platform, pytest, queue, rich.console,"
+                " rich.progress, rich.table, socket, tempfile, xxhash, zstandard"
+            )
+            machine.run(["python3", "-c", f"import {modules}"], timeout=300, check=True)
+            machine.run(["python3", "-m", "pytest", "--version"], timeout=300, check=True)
+        mark.touch()

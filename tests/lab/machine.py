@@ -1,0 +1,320 @@
+"""A lab machine: boot it, run commands in it, end it.
+
+The emulated host has EL2 and MTE, so that KVM inside offers MTE to its guests. A command's
+output and end come over a port of their own (`inside/agent.py`); the console is only shown
+when the machine is lost.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.lab.disk import make_ext4
+from tests.lab.images import DEFAULT_KERNEL, Images, images
+
+_CHECKOUT = Path(__file__).parents[2]
+_BOOT_SECONDS = 120.0
+_GRACE_SECONDS = 60.0
+_IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*_cache", ".hypothesis")
+
+Sink = Callable[[bytes], object]
+
+
+class MachineLostError(Exception):
+    """The machine ended or stopped answering; that is no verdict on what ran in it."""
+
+
+class CommandTimeoutError(Exception):
+    """A command ran longer than it was given; it was killed, the machine goes on."""
+
+
+class Machine:
+    """A booted lab machine; a context manager. `boot_seconds` is until it took a command.
+
+    `with_dir` appears as /with; `keep_writes` lets the root disk be changed for good.
+    Raises LabUnavailableError, MachineLostError.
+    """
+
+    def __init__(
+        self,
+        *,
+        kernel: str = DEFAULT_KERNEL,
+        memory: str = "4G",
+        with_dir: Path | None = None,
+        images: Images | None = None,
+        keep_writes: bool = False,
+    ) -> None:
+        self._images = images or _default_images(kernel)
+        self._memory = memory
+        self._with_dir = with_dir
+        self._keep_writes = keep_writes
+        self.boot_seconds = 0.0
+
+    def __enter__(self) -> Self:
+        self._scratch = tempfile.TemporaryDirectory(prefix="mtetool-lab-")
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if value is None:
+            self._say_goodbye()
+        self._stop()
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        timeout: float = 120.0,
+        stdin: bytes = b"",
+        check: bool = False,
+        env: dict[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a command and collect its output; its status, -N where signal N ended it.
+
+        Raises CommandTimeoutError, MachineLostError; CalledProcessError with `check`.
+        """
+        out, err = bytearray(), bytearray()
+        status = self.stream(argv, out.extend, err.extend, timeout=timeout, stdin=stdin, env=env)
+        result = subprocess.CompletedProcess(list(argv), status, bytes(out), bytes(err))
+        if check and status:
+            text = err.decode(errors="replace") or out.decode(errors="replace")
+            raise AssertionError(f"{' '.join(argv)} ended with {status}:\n{text}")
+        return result
+
+    def sh(
+        self, script: str, *, timeout: float = 120.0, check: bool = True
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a shell script."""
+        return self.run(["sh", "-c", script], timeout=timeout, check=check)
+
+    def stream(
+        self,
+        argv: Sequence[str],
+        stdout: Sink,
+        stderr: Sink,
+        *,
+        timeout: float,
+        stdin: bytes = b"",
+        env: dict[str, str] | None = None,
+    ) -> int:
+        """Run a command, handing on its output as it comes; its status as `run` gives it."""
+        request = {"argv": list(argv), "timeout": timeout, "cwd": "/root", "env": env or {}}
+        self._send(b"R", json.dumps(request).encode())
+        self._send(b"I", stdin)
+        deadline = time.monotonic() + timeout + _GRACE_SECONDS
+        sinks = {b"O": stdout, b"E": stderr}
+        while True:
+            kind, payload = self._receive(deadline)
+            if kind == b"X":
+                break
+            sinks[kind](payload)
+        end = json.loads(payload)
+        if end["timeout"]:
+            raise CommandTimeoutError(f"{' '.join(argv)} ran longer than {timeout:.0f} s")
+        return int(end["status"])
+
+    def put(self, path: str, data: bytes, mode: int = 0o644) -> None:
+        """Write a file in the machine."""
+        script = 'mkdir -p "${1%/*}" && cat > "$1" && chmod "$2" "$1"'
+        self.run(["sh", "-c", script, "put", path, f"{mode:o}"], stdin=data, check=True)
+
+    def get(self, path: str) -> bytes:
+        """Read a file of the machine."""
+        return self.run(["cat", path], check=True).stdout
+
+    # --- the emulator -----------------------------------------------------------------
+
+    def _start(self) -> None:
+        started = time.monotonic()
+        directory = Path(self._scratch.name)
+        self._console = directory / "console.log"
+        run_image = self._run_image(directory)
+        port = directory / "agent.sock"
+        command = [
+            *_emulator(self._images),
+            *_hardware(self._memory),
+            *_disk("root", self._images.root, snapshot=not self._keep_writes),
+            *_disk("run", run_image, snapshot=True),
+            *("-kernel", str(self._images.kernel), "-initrd", str(self._images.initramfs)),
+            *("-append", "console=ttyAMA0 quiet panic=-1"),
+            *("-serial", f"file:{self._console}"),
+            *("-device", "virtio-serial-pci"),
+            *("-chardev", f"socket,id=agent,path={port},server=on,wait=off"),
+            *("-device", "virtserialport,chardev=agent,name=agent"),
+        ]
+        log = (directory / "emulator.log").open("wb")
+        with log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=_die_with_parent,
+            )
+        deadline = started + _BOOT_SECONDS
+        self._socket = self._connect(port, deadline)
+        kind, _ = self._receive(deadline)
+        if kind != b"H":
+            raise self._lost(f"the agent began with {kind!r}")
+        self.boot_seconds = time.monotonic() - started
+
+    def _run_image(self, directory: Path) -> Path:
+        """The second disk: this checkout, the lab's own files, and what the user gives along."""
+        tree = directory / "run"
+        for name in ("mtetool", "tests", "examples"):
+            if (_CHECKOUT / name).is_dir():
+                shutil.copytree(_CHECKOUT / name, tree / "checkout" / name, ignore=_IGNORED)
+        shutil.copy(_CHECKOUT / "pyproject.toml", tree / "checkout")
+        shutil.copytree(Path(__file__).parent / "inside", tree / "inside", ignore=_IGNORED)
+        for program in (tree / "inside").iterdir():
+            program.chmod(0o755)
+        shutil.copytree(self._images.programs, tree / "programs")
+        if self._with_dir is None:
+            (tree / "with").mkdir()
+        else:
+            shutil.copytree(self._with_dir, tree / "with", symlinks=True)
+        return make_ext4(tree, directory / "run.img", spare_bytes=16 << 20)
+
+    def _connect(self, path: Path, deadline: float) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        while True:
+            try:
+                connection.connect(str(path))
+            except OSError:
+                # The emulator makes the socket before it boots; it may also not start at all.
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise self._lost("the emulator did not start") from None
+                time.sleep(0.005)
+            else:
+                return connection
+
+    def _say_goodbye(self) -> None:
+        try:
+            self._send(b"Q", b"")
+            self._process.wait(_GRACE_SECONDS)
+        except (MachineLostError, subprocess.TimeoutExpired):
+            if self._keep_writes:
+                raise
+
+    def _stop(self) -> None:
+        process = getattr(self, "_process", None)
+        if process is not None:
+            process.kill()
+            process.wait()
+        if hasattr(self, "_socket"):
+            self._socket.close()
+        self._scratch.cleanup()
+
+    # --- the port ---------------------------------------------------------------------
+
+    def _send(self, kind: bytes, payload: bytes) -> None:
+        try:
+            self._socket.settimeout(_GRACE_SECONDS)
+            self._socket.sendall(struct.pack(">cI", kind, len(payload)) + payload)
+        except OSError as error:
+            raise self._lost(f"it takes no commands: {error}") from error
+
+    def _receive(self, deadline: float) -> tuple[bytes, bytes]:
+        kind, length = struct.unpack(">cI", self._read_exactly(5, deadline))
+        return kind, self._read_exactly(length, deadline)
+
+    def _read_exactly(self, length: int, deadline: float) -> bytes:
+        data = bytearray()
+        while len(data) < length:
+            left = deadline - time.monotonic()
+            try:
+                self._socket.settimeout(max(left, 0.001))
+                piece = self._socket.recv(length - len(data))
+            except TimeoutError:
+                raise self._lost("it does not answer") from None
+            except OSError as error:
+                raise self._lost(str(error)) from error
+            if not piece:
+                raise self._lost("it ended")
+            data += piece
+        return bytes(data)
+
+    def _lost(self, why: str) -> MachineLostError:
+        console = ""
+        for name in ("console.log", "emulator.log"):
+            path = Path(self._scratch.name) / name
+            if path.exists():
+                console += "\n".join(path.read_text(errors="replace").splitlines()[-25:])
+        return MachineLostError(f"the lab machine is lost: {why}\n{console}")
+
+
+def shell(kernel: str = DEFAULT_KERNEL, memory: str = "4G", with_dir: Path | None = None) -> int:
+    """A machine with a prompt on this terminal, until its shell ends."""
+    machine = Machine(kernel=kernel, memory=memory, with_dir=with_dir)
+    found = machine._images
+    with tempfile.TemporaryDirectory(prefix="mtetool-lab-") as scratch:
+        command = [
+            *_emulator(found),
+            *_hardware(memory),
+            *_disk("root", found.root, snapshot=True),
+            *_disk("run", machine._run_image(Path(scratch)), snapshot=True),
+            *("-kernel", str(found.kernel), "-initrd", str(found.initramfs)),
+            *("-append", "console=ttyAMA0 quiet panic=-1 lab.shell"),
+            *("-chardev", "stdio,id=tty,signal=off", "-serial", "chardev:tty"),
+        ]
+        return subprocess.run(command, check=False).returncode
+
+
+def _default_images(kernel: str) -> Images:
+    return images(kernel)
+
+
+def _emulator(found: Images) -> list[str]:
+    # Through the tree's own loader and libraries: the machine's may be older.
+    usr = found.emulator / "usr"
+    loader = next((found.emulator / "usr").glob("lib*/ld-linux-*.so.*"), None)
+    loader = loader or next(usr.glob("lib/*/ld-linux-*.so.*"))
+    libraries = next(path.parent for path in usr.glob("lib/*-linux-gnu/libc.so.6"))
+    qemu = usr / "bin" / "qemu-system-aarch64"
+    words = [loader, "--library-path", libraries, qemu, "-L", usr / "share" / "qemu"]
+    return [str(word) for word in words]
+
+
+def _hardware(memory: str) -> list[str]:
+    machine = "virt,virtualization=on,mte=on,gic-version=3"
+    words = f"-M {machine} -cpu max -accel tcg,thread=multi -smp 2 -m {memory}"
+    return [*words.split(), "-nodefaults", "-no-reboot", "-display", "none"]
+
+
+def _disk(name: str, path: Path, *, snapshot: bool) -> list[str]:
+    kept = "on" if snapshot else "off"
+    drive = f"if=none,id={name},file={path},format=raw,snapshot={kept}"
+    return ["-drive", drive, "-device", f"virtio-blk-pci,drive={name}"]
+
+
+def _die_with_parent() -> None:
+    # A killed test run must not leave emulators behind.
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def report(text: str) -> None:
+    """A line for the person at the terminal."""
+    print(text, file=sys.stderr, flush=True)

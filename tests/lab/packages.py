@@ -1,0 +1,139 @@
+"""Debian packages of another release or architecture, without touching the machine's apt.
+
+apt keeps its whole state in a directory of ours; nothing is installed: packages are
+downloaded with all they depend on and unpacked into a tree. No root is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+_TOOLS = {
+    "apt-get": "apt",
+    "dpkg-deb": "dpkg",
+    "mke2fs": "e2fsprogs",
+    "xz": "xz-utils",
+    "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu and libc6-dev-arm64-cross",
+}
+
+
+class LabUnavailableError(Exception):
+    """The lab cannot be built or started here; the message says what is missing."""
+
+
+def need_tools(*names: str) -> None:
+    """Raise LabUnavailableError naming the Debian packages of the tools that are not there."""
+    # mke2fs is in /sbin, which the PATH of a plain user lacks.
+    os.environ["PATH"] = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    missing = [name for name in names if shutil.which(name) is None]
+    if missing:
+        wanted = ", ".join(f"{name} (Debian package {_TOOLS[name]})" for name in missing)
+        raise LabUnavailableError(f"the lab needs {wanted}; `make deps` installs everything")
+
+
+def mirror() -> str:
+    """Where this machine gets its Debian packages from, or $MTETOOL_DEBIAN_MIRROR."""
+    if configured := os.environ.get("MTETOOL_DEBIAN_MIRROR"):
+        return configured
+    listing = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(REPO_URI) $(COMPONENT) $(RELEASE)"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    for line in listing.splitlines():
+        uri, component, release = (*line.split(), "", "", "")[:3]
+        if component == "main" and "security" not in uri and "/" not in release:
+            return uri
+    raise LabUnavailableError(
+        "apt on this machine has no Debian archive configured;"
+        " set MTETOOL_DEBIAN_MIRROR to the URI of one"
+    )
+
+
+class Archive:
+    """An apt of our own for one architecture, its state under `state`."""
+
+    def __init__(self, state: Path, architecture: str, suites: Iterable[str]) -> None:
+        need_tools("apt-get", "dpkg-deb")
+        self._state = state
+        for directory in ("lists/partial", "cache/archives/partial"):
+            (state / directory).mkdir(parents=True, exist_ok=True)
+        (state / "status").touch()
+        signed = f"[signed-by={_KEYRING}] " if _KEYRING.exists() else ""
+        lines = [f"deb {signed}{mirror()} {suite} main\n" for suite in suites]
+        (state / "sources.list").write_text("".join(lines))
+        options = {
+            "APT::Architecture": architecture,
+            "APT::Architectures": architecture,
+            "APT::Install-Recommends": "false",
+            "APT::Sandbox::User": "",
+            "Acquire::Languages": "none",
+            "Acquire::Retries": "3",
+            "Debug::NoLocking": "1",
+            "Dir::State::Lists": f"{state}/lists",
+            "Dir::State::status": f"{state}/status",
+            "Dir::Cache": f"{state}/cache",
+            "Dir::Etc::sourcelist": f"{state}/sources.list",
+            "Dir::Etc::sourceparts": "-",
+            "Dir::Etc::preferencesparts": "-",
+        }
+        self._options = [word for item in options.items() for word in ("-o", "=".join(item))]
+
+    def update(self) -> None:
+        """Fetch the package lists."""
+        self._apt("update")
+
+    def depends(self, package: str) -> list[str]:
+        """The names a package depends on, for finding what a meta package stands for."""
+        words = ["apt-cache", *self._options, "depends", "--important", package]
+        listing = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        lines = (line.strip().partition(": ") for line in listing.splitlines())
+        return [name for relation, _, name in lines if relation == "Depends"]
+
+    def download(self, packages: Iterable[str], *, suite: str | None = None) -> list[Path]:
+        """Fetch packages with everything they need; the .deb files."""
+        archives = self._state / "cache" / "archives"
+        for old in archives.glob("*.deb"):
+            old.unlink()
+        target = ["-t", suite] if suite else []
+        self._apt("-y", "--download-only", *target, "install", *packages)
+        return sorted(archives.glob("*.deb"))
+
+    def fetch_only(self, package: str) -> Path:
+        """Fetch one package without what it needs; the .deb file."""
+        where = self._state / "cache"
+        for old in where.glob("*.deb"):
+            old.unlink()
+        self._apt("download", package, cwd=where)
+        return next(where.glob("*.deb"))
+
+    def _apt(self, *words: str, cwd: Path | None = None) -> None:
+        command = ["apt-get", "-q", *self._options, *words]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+        if result.returncode:
+            tail = "\n".join((result.stdout + result.stderr).splitlines()[-8:])
+            raise LabUnavailableError(f"apt-get {' '.join(words[:4])} failed:\n{tail}")
+
+
+def unpack(debs: Iterable[Path], tree: Path) -> None:
+    """Unpack packages into `tree`, whose /bin, /sbin and /lib are links into usr."""
+    for name in ("bin", "sbin", "lib", "lib64"):
+        (tree / "usr" / name).mkdir(parents=True, exist_ok=True)
+        if not (tree / name).is_symlink():
+            (tree / name).symlink_to(f"usr/{name}")
+    # Two at a time: decompression is what takes the time.
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda deb: _unpack_one(deb, tree), debs))
+
+
+def _unpack_one(deb: Path, tree: Path) -> None:
+    result = subprocess.run(["dpkg-deb", "-x", deb, tree], capture_output=True, check=False)
+    if result.returncode:
+        raise LabUnavailableError(f"{deb.name}: {result.stderr.decode(errors='replace').strip()}")

@@ -1,0 +1,125 @@
+/*
+ * The guest of the lab: process 1 of a small Linux that tags memory in a known pattern and
+ * then checks it for ever, saying on the serial console what it finds.
+ *
+ *   TAGGER pages=N page_size=4096        once
+ *   TAGGER ipa INDEX 0xADDRESS           the guest physical address of a page, some or all
+ *   TAGGER ready                         the pattern is in place
+ *   TAGGER check=N granules=G wrong=W data_wrong=D
+ *
+ * On the kernel's command line: tagger.mib=N (4), tagger.ipas=1 (all pages, not 16).
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/auxv.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { GRANULE = 16, PAGE = 4096, PER_PAGE = PAGE / GRANULE, PROT_MEMORY_TAGS = 0x20 };
+static const unsigned long HAS_MTE = 1UL << 18; /* HWCAP2_MTE */
+
+static unsigned expected(size_t granule)
+{
+	return ((granule % PER_PAGE) * 5 + granule / PER_PAGE) & 15;
+}
+
+static void set_tag(char *address, unsigned tag)
+{
+	char *tagged = (char *)((uintptr_t)address | (uintptr_t)tag << 56);
+	__asm__ volatile("stg %0, [%0]" : : "r"(tagged) : "memory");
+}
+
+static unsigned get_tag(char *address)
+{
+	__asm__ volatile("ldg %0, [%0]" : "+r"(address) : : "memory");
+	return (uintptr_t)address >> 56 & 15;
+}
+
+static void pause_ms(long ms)
+{
+	struct timespec t = { ms / 1000, ms % 1000 * 1000000 };
+	nanosleep(&t, NULL);
+}
+
+static long option(const char *name, long standard)
+{
+	static char line[4096];
+	int fd = open("/proc/cmdline", O_RDONLY);
+	ssize_t n = fd < 0 ? 0 : read(fd, line, sizeof(line) - 1);
+	char *at = n > 0 ? strstr(line, name) : NULL;
+	if (fd >= 0)
+		close(fd);
+	return at ? strtol(at + strlen(name), NULL, 10) : standard;
+}
+
+static void set_up(void)
+{
+	mkdir("/proc", 0755);
+	mkdir("/dev", 0755);
+	mount("proc", "/proc", "proc", 0, NULL);
+	mount("dev", "/dev", "devtmpfs", 0, NULL);
+	int console = open("/dev/ttyAMA0", O_WRONLY);
+	if (console >= 0) {
+		dup2(console, 1);
+		dup2(console, 2);
+	}
+	setvbuf(stdout, NULL, _IOLBF, 0);
+}
+
+static void print_ipas(char *memory, size_t pages)
+{
+	size_t shown = option("tagger.ipas=", 0) ? pages : 16;
+	int pagemap = open("/proc/self/pagemap", O_RDONLY);
+	for (size_t i = 0; i < pages && i < shown; i++) {
+		uint64_t entry = 0;
+		off_t at = ((uintptr_t)memory / PAGE + i) * sizeof(entry);
+		if (pread(pagemap, &entry, sizeof(entry), at) != sizeof(entry))
+			break;
+		printf("TAGGER ipa %zu %#lx\n", i, (entry & ((1UL << 55) - 1)) * PAGE);
+	}
+	close(pagemap);
+}
+
+int main(void)
+{
+	set_up();
+	while (!(getauxval(AT_HWCAP2) & HAS_MTE)) {
+		puts("TAGGER no-mte");
+		pause_ms(1000);
+	}
+	size_t size = (size_t)option("tagger.mib=", 4) << 20;
+	size_t granules = size / GRANULE, pages = size / PAGE;
+	char *memory = mmap(NULL, size, PROT_READ | PROT_WRITE | PROT_MEMORY_TAGS,
+			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE | MAP_LOCKED, -1, 0);
+	if (memory == MAP_FAILED) {
+		perror("TAGGER mmap");
+		pause_ms(1000000);
+	}
+	for (size_t i = 0; i < granules; i++)
+		set_tag(memory + i * GRANULE, expected(i));
+	/* Every other page stays all zero bytes: such pages travel as "zero" in a migration. */
+	for (size_t page = 0; page < pages; page += 2) {
+		char *at = memory + page * PAGE;
+		*(uint64_t *)((uintptr_t)at | (uintptr_t)expected(page * PER_PAGE) << 56) = page + 1;
+	}
+	printf("TAGGER pages=%zu page_size=%d\n", pages, PAGE);
+	print_ipas(memory, pages);
+	puts("TAGGER ready");
+	for (unsigned long check = 1;; check++) {
+		size_t wrong = 0, data_wrong = 0;
+		for (size_t i = 0; i < granules; i++)
+			wrong += get_tag(memory + i * GRANULE) != expected(i);
+		for (size_t page = 0; page < pages; page++)
+			data_wrong += *(uint64_t *)(memory + page * PAGE) != (page % 2 ? 0 : page + 1);
+		printf("TAGGER check=%lu granules=%zu wrong=%zu data_wrong=%zu\n", check, granules,
+		       wrong, data_wrong);
+		pause_ms(250);
+	}
+}
