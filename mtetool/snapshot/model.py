@@ -6,8 +6,8 @@ prints a header starts quickly.
 
 from __future__ import annotations
 
+import os
 import platform
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,8 +15,8 @@ from typing import Self
 
 import mtetool
 from mtetool.backends.base import GuestInfo, Memslot
+from mtetool.uapi import GRANULE_BYTES
 
-GRANULE_BYTES = 16
 PAGE_SIZES = (4 << 10, 16 << 10, 64 << 10)
 
 CHUNK_GRANULES = 2 << 20
@@ -98,7 +98,7 @@ class Header:
             vmm=info.vmm,
             name=info.name,
             paused=paused,
-            snapshot_id=uuid.uuid4().hex,
+            snapshot_id=os.urandom(16).hex(),
         )
 
 

@@ -1,0 +1,264 @@
+"""The heads of the kinds of records, between their maps and the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+from mtetool.backends.base import Memslot, SlotKind
+from mtetool.snapshot.maps import Fields, pack_map, storable_text, unpack_map
+from mtetool.snapshot.model import (
+    ADDRESS_LIMIT,
+    MAX_CHUNK_GRANULES,
+    Extent,
+    Footer,
+    Header,
+    Missing,
+    header_problem,
+)
+from mtetool.snapshot.records import MAX_INDEX_ENTRIES, MAX_RECORDS
+from mtetool.uapi import GRANULE_BYTES, TAG_MAX
+
+_U64 = ADDRESS_LIMIT - 1
+_GRANULES = ADDRESS_LIMIT // GRANULE_BYTES
+_FILL, _PACKED = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class TagsHead:
+    """A record of tags; `fill` is its one tag, or None where the payload holds them."""
+
+    ipa: int
+    granules: int
+    fill: int | None
+    tagged_granules: int
+    tagged_pages: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of guest memory."""
+        return self.granules * GRANULE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class DoneHead:
+    """The end record: the footer, and where and what everything before it was."""
+
+    footer: Footer
+    index_offset: int
+    index_records: int
+    digest: int
+
+
+# --- HEAD ----------------------------------------------------------------------------------
+
+
+def storable(header: Header) -> Header:
+    """The header with texts as a snapshot can hold them."""
+    return replace(
+        header,
+        source=storable_text(header.source),
+        created_utc=storable_text(header.created_utc),
+        tool=storable_text(header.tool),
+        kernel=storable_text(header.kernel),
+        machine=storable_text(header.machine),
+        vmm=None if header.vmm is None else storable_text(header.vmm),
+        name=None if header.name is None else storable_text(header.name),
+    )
+
+
+def encode_header(header: Header) -> bytes:
+    """The head of the first record."""
+    slots = [
+        {"id": s.id, "ipa": s.ipa, "size": s.size_bytes, "readonly": s.readonly, "kind": s.kind}
+        for s in header.memslots
+    ]
+    return pack_map(
+        {
+            "id": header.snapshot_id,
+            "base": header.base_id,
+            "page_size": header.page_size_bytes,
+            "granule_size": GRANULE_BYTES,
+            "chunk_granules": header.chunk_granules,
+            "memslots": slots,
+            "scope": [[extent.ipa, extent.size_bytes] for extent in header.scope],
+            "source": header.source,
+            "created": header.created_utc,
+            "tool": header.tool,
+            "kernel": header.kernel,
+            "machine": header.machine,
+            "vmm": header.vmm,
+            "name": header.name,
+            "paused": header.paused,
+        }
+    )
+
+
+def decode_header(data: bytes, where: str) -> Header:
+    """The header, everything in it checked. Raises DamagedError, UnknownVersionError."""
+    fields = unpack_map(data, where)
+    fields.integer("granule_size", GRANULE_BYTES, GRANULE_BYTES)
+    header = Header(
+        snapshot_id=fields.text("id"),
+        base_id=fields.text_or_none("base"),
+        page_size_bytes=fields.integer("page_size", 1, _U64),
+        chunk_granules=fields.integer("chunk_granules", 1, MAX_CHUNK_GRANULES),
+        memslots=tuple(_memslot(value, where) for value in fields.array("memslots")),
+        scope=tuple(_extent(value, fields) for value in fields.array("scope")),
+        source=fields.text("source"),
+        created_utc=fields.text("created"),
+        tool=fields.text("tool"),
+        kernel=fields.text("kernel"),
+        machine=fields.text("machine"),
+        vmm=fields.text_or_none("vmm"),
+        name=fields.text_or_none("name"),
+        paused=fields.truth_or_none("paused"),
+    )
+    fields.end()
+    problem = header_problem(header)
+    if problem is not None:
+        raise fields.wrong(problem)
+    return header
+
+
+def _memslot(value: object, where: str) -> Memslot:
+    fields = Fields(value, f"a memslot in {where}")
+    kind = fields.text("kind")
+    if kind not in ("ram", "rom", "device"):
+        raise fields.wrong(f"a kind {kind[:40]!r}")
+    slot = Memslot(
+        id=fields.integer("id", 0, (1 << 32) - 1),
+        ipa=fields.integer("ipa", 0, _U64),
+        size_bytes=fields.integer("size", 1, _U64),
+        readonly=fields.truth_or_none("readonly"),
+        kind=cast(SlotKind, kind),
+    )
+    fields.end()
+    return slot
+
+
+def _extent(value: object, fields: Fields) -> Extent:
+    if isinstance(value, list) and len(value) == 2:
+        ipa, size = value
+        if type(ipa) is int and type(size) is int and 0 <= ipa <= _U64 and 0 < size <= _U64:
+            return Extent(ipa, size)
+    raise fields.wrong("a range of the scope is no pair of an address and a size")
+
+
+# --- TAGS, MISS ----------------------------------------------------------------------------
+
+
+def encode_tags(head: TagsHead) -> bytes:
+    """The head of a record of tags."""
+    values: dict[str, object] = {"ipa": head.ipa, "granules": head.granules}
+    if head.fill is None:
+        values.update(enc=_PACKED, tagged=head.tagged_granules, tagged_pages=head.tagged_pages)
+    else:
+        values.update(enc=_FILL, tag=head.fill)
+    return pack_map(values)
+
+
+def fill_head(ipa: int, granules: int, tag: int, page_granules: int) -> TagsHead:
+    """The record of a range that has one tag."""
+    tagged = granules if tag else 0
+    return TagsHead(ipa, granules, tag, tagged, tagged // page_granules)
+
+
+def decode_tags(data: bytes, where: str, page_granules: int, chunk_granules: int) -> TagsHead:
+    """A record of tags. Raises DamagedError, UnknownVersionError."""
+    fields = unpack_map(data, where)
+    encoding = fields.integer("enc", 0, 255)
+    if encoding not in (_FILL, _PACKED):
+        # Left over under a name that `end` reports: an encoding of a later version.
+        Fields({f"enc {encoding}": None}, where).end()
+    ipa = fields.integer("ipa", 0, _U64)
+    if encoding == _FILL:
+        granules = fields.integer("granules", 1, _GRANULES)
+        head = fill_head(ipa, granules, fields.integer("tag", 0, TAG_MAX), page_granules)
+    else:
+        granules = fields.integer("granules", 1, chunk_granules)
+        tagged = fields.integer("tagged", 0, granules)
+        low, high = -(-tagged // page_granules), min(tagged, granules // page_granules)
+        head = TagsHead(ipa, granules, None, tagged, fields.integer("tagged_pages", low, high))
+    fields.end()
+    return head
+
+
+def encode_missing(missing: Missing) -> bytes:
+    """The head of a record of missing tags."""
+    return pack_map(
+        {
+            "ipa": missing.ipa,
+            "size": missing.size_bytes,
+            "errno": missing.errno,
+            "reason": missing.reason,
+        }
+    )
+
+
+def decode_missing(data: bytes, where: str) -> Missing:
+    """A record of missing tags. Raises DamagedError, UnknownVersionError."""
+    fields = unpack_map(data, where)
+    missing = Missing(
+        ipa=fields.integer("ipa", 0, _U64),
+        size_bytes=fields.integer("size", 1, ADDRESS_LIMIT - 1),
+        errno=fields.integer_or_none("errno", 0, (1 << 31) - 1),
+        reason=fields.text("reason"),
+    )
+    fields.end()
+    return missing
+
+
+# --- INDX, DONE ----------------------------------------------------------------------------
+
+
+def encode_index(n_entries: int) -> bytes:
+    """The head of a part of the index."""
+    return pack_map({"entries": n_entries})
+
+
+def decode_index(data: bytes, where: str) -> int:
+    """The number of entries of a part of the index. Raises DamagedError, UnknownVersionError."""
+    fields = unpack_map(data, where)
+    n_entries = fields.integer("entries", 1, MAX_INDEX_ENTRIES)
+    fields.end()
+    return n_entries
+
+
+def encode_done(done: DoneHead) -> bytes:
+    """The head of the end record."""
+    footer = done.footer
+    return pack_map(
+        {
+            "records": footer.records,
+            "granules": footer.granules,
+            "tagged": footer.tagged_granules,
+            "tagged_pages": footer.tagged_pages,
+            "missing": footer.missing_bytes,
+            "consistent": footer.consistent,
+            "index": done.index_offset,
+            "index_records": done.index_records,
+            "digest": done.digest,
+        }
+    )
+
+
+def decode_done(data: bytes, where: str) -> DoneHead:
+    """The end record. Raises DamagedError, UnknownVersionError."""
+    fields = unpack_map(data, where)
+    footer = Footer(
+        records=fields.integer("records", 1, MAX_RECORDS),
+        granules=fields.integer("granules", 0, _U64),
+        tagged_granules=fields.integer("tagged", 0, _U64),
+        tagged_pages=fields.integer("tagged_pages", 0, _U64),
+        missing_bytes=fields.integer("missing", 0, _U64),
+        consistent=fields.truth_or_none("consistent"),
+    )
+    done = DoneHead(
+        footer=footer,
+        index_offset=fields.integer("index", 0, _U64),
+        index_records=fields.integer("index_records", 0, MAX_RECORDS),
+        digest=fields.integer("digest", 0, _U64),
+    )
+    fields.end()
+    return done

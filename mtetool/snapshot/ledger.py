@@ -1,0 +1,77 @@
+"""The account of a log of records, kept alike by the writer and by every reader."""
+
+from __future__ import annotations
+
+from mtetool.snapshot.coverage import Coverage, MissingMap, ScatteredError
+from mtetool.snapshot.heads import TagsHead
+from mtetool.snapshot.model import ADDRESS_LIMIT, Footer, Header, Missing
+
+
+class LedgerError(Exception):
+    """A record that cannot be in this snapshot; the text says why."""
+
+
+class Ledger:
+    """Totals, coverage and what is missing, record by record.
+
+    Raises LedgerError for a range that is not aligned, not in the scope, or one too many.
+    """
+
+    def __init__(self, header: Header) -> None:
+        self._page = header.page_size_bytes
+        self._coverage = Coverage(header.scope)
+        self.missing = MissingMap()
+        self._granules = 0
+        self._tagged_granules = 0
+        self._tagged_pages = 0
+
+    def check(self, ipa: int, size_bytes: int) -> None:
+        """Whether a record may speak of this range at all."""
+        where = f"the range {ipa:#x}:{size_bytes:#x}"
+        if ipa % self._page or size_bytes % self._page or size_bytes <= 0:
+            raise LedgerError(f"{where} is not a number of whole pages of {self._page} bytes")
+        if not self._coverage.holds(ipa, ipa + size_bytes):
+            raise LedgerError(f"{where} is not inside the snapshot's scope")
+
+    def holds(self, start: int, end: int) -> bool:
+        """Whether a range is inside the scope, as one piece."""
+        return self._coverage.holds(start, end)
+
+    def tags(self, head: TagsHead) -> None:
+        """A record of tags comes next."""
+        self.check(head.ipa, head.size_bytes)
+        end = head.ipa + head.size_bytes
+        try:
+            self.missing.remove(head.ipa, end)
+            self._coverage.add(head.ipa, end)
+        except ScatteredError as error:
+            raise LedgerError(str(error)) from error
+        self._granules += head.granules
+        if self._granules >= ADDRESS_LIMIT:
+            raise LedgerError("more granules than can be counted")
+        self._tagged_granules += head.tagged_granules
+        self._tagged_pages += head.tagged_pages
+
+    def miss(self, missing: Missing) -> None:
+        """A record of missing tags comes next."""
+        self.check(missing.ipa, missing.size_bytes)
+        try:
+            self.missing.add(missing)
+            self._coverage.add(missing.ipa, missing.end)
+        except ScatteredError as error:
+            raise LedgerError(str(error)) from error
+
+    def footer(self, records: int, consistent: bool | None) -> Footer:
+        """The totals in the end; all pages of the scope must have been spoken of."""
+        gap = self._coverage.first_gap()
+        if gap is not None:
+            start, end = gap
+            raise LedgerError(f"no record speaks of {start:#x}:{end - start:#x}")
+        return Footer(
+            records=records,
+            granules=self._granules,
+            tagged_granules=self._tagged_granules,
+            tagged_pages=self._tagged_pages,
+            missing_bytes=self.missing.size_bytes,
+            consistent=consistent,
+        )

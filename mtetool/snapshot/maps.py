@@ -1,0 +1,120 @@
+"""Record heads as msgpack maps: the one place that knows msgpack, and its traps.
+
+msgpack keeps the last of duplicate keys without a word, and fails with two families of
+exceptions; neither gets out of here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgpack  # type: ignore[import-untyped]
+
+from mtetool.errors import DamagedError, UnknownVersionError
+
+MAX_TEXT_BYTES = 4096
+
+
+def pack_map(values: Mapping[str, object]) -> bytes:
+    """A map in the order of its keys as given."""
+    return bytes(msgpack.packb(values, use_bin_type=True, strict_types=False))
+
+
+def storable_text(text: str) -> str:
+    """Text as a snapshot can hold it: no lone surrogates (odd file names), bounded."""
+    data = text.encode("utf-8", "backslashreplace")
+    return data[:MAX_TEXT_BYTES].decode("utf-8", "ignore")
+
+
+def _once(pairs: Iterable[tuple[object, object]]) -> dict[object, object]:
+    result: dict[object, object] = {}
+    for key, value in pairs:
+        if not isinstance(key, str):
+            raise ValueError("a key that is no string")
+        if key in result:
+            raise ValueError(f"the key {key[:40]!r} twice")
+        result[key] = value
+    return result
+
+
+def unpack_map(data: bytes, where: str) -> Fields:
+    """The map in `data`, which holds nothing else. Raises DamagedError."""
+    try:
+        value = msgpack.unpackb(data, raw=False, strict_map_key=True, object_pairs_hook=_once)
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
+        raise DamagedError(f"{where} cannot be decoded: {error}") from error
+    return Fields(value, where)
+
+
+class Fields:
+    """A decoded map, taken apart key by key, with each value's type and range checked.
+
+    Every method raises DamagedError for a value that is absent or not as described.
+    """
+
+    def __init__(self, value: object, where: str) -> None:
+        if not isinstance(value, dict):
+            raise DamagedError(f"{where} is no map")
+        self._values: dict[str, object] = dict(value)
+        self.where = where
+
+    def _take(self, key: str) -> object:
+        if key not in self._values:
+            raise DamagedError(f"{self.where} has no {key!r}")
+        return self._values.pop(key)
+
+    def wrong(self, what: str) -> DamagedError:
+        """The error that says that something in this map is not possible."""
+        return DamagedError(f"{self.where}: {what}")
+
+    def integer(self, key: str, low: int, high: int) -> int:
+        """An integer of low ≤ value ≤ high; true and false are none."""
+        value = self._take(key)
+        if type(value) is not int or not low <= value <= high:
+            raise self.wrong(f"{key!r} is {value!r:.40}, not an integer of {low} to {high}")
+        return value
+
+    def integer_or_none(self, key: str, low: int, high: int) -> int | None:
+        """As `integer`, or nil."""
+        if self._values.get(key, 0) is None:
+            del self._values[key]
+            return None
+        return self.integer(key, low, high)
+
+    def text(self, key: str) -> str:
+        """A string of at most `MAX_TEXT_BYTES` bytes of UTF-8."""
+        value = self._take(key)
+        if not isinstance(value, str) or len(value.encode()) > MAX_TEXT_BYTES:
+            raise self.wrong(f"{key!r} is no text of at most {MAX_TEXT_BYTES} bytes")
+        return value
+
+    def text_or_none(self, key: str) -> str | None:
+        """As `text`, or nil."""
+        if self._values.get(key, 0) is None:
+            del self._values[key]
+            return None
+        return self.text(key)
+
+    def truth_or_none(self, key: str) -> bool | None:
+        """True, false or nil."""
+        value = self._take(key)
+        if value is not None and type(value) is not bool:
+            raise self.wrong(f"{key!r} is none of true, false, nil")
+        return value
+
+    def array(self, key: str) -> list[object]:
+        """An array of anything."""
+        value = self._take(key)
+        if not isinstance(value, list):
+            raise self.wrong(f"{key!r} is no array")
+        return value
+
+    def end(self) -> None:
+        """Raise UnknownVersionError for keys that nobody took and that may matter."""
+        unknown = [key for key in self._values if not key.startswith("x-")]
+        if unknown:
+            raise UnknownVersionError(
+                f"{self.where} uses a feature that this mtetool does not know:"
+                f" the key {unknown[0][:40]!r}",
+                hint="a newer mtetool wrote it",
+            )
