@@ -1,1 +1,5 @@
-"""The lab: an emulated arm64 KVM host with MTE, booted for a command or for a session of tests."""
+"""The lab: a real arm64 Linux with KVM and MTE, booted under emulation in seconds.
+
+`python -m tests.lab run -- COMMAND` runs a command there; `machine.Machine` does so for the
+tests. What works here works on the kernel's own code; only the CPU is emulated.
+"""
