@@ -1,0 +1,30 @@
+"""`mtetool enable`: MTE on, from outside."""
+
+from __future__ import annotations
+
+import click
+
+from mtetool.backends import GuestOptions, open_guest
+from mtetool.cli.options import guest_options as with_guest_options
+from mtetool.cli.options import report_option
+from mtetool.cli.render import print_json, say
+
+
+@click.command("enable")
+@click.argument("guest", metavar="GUEST")
+@with_guest_options
+@report_option
+def command(guest: str, guest_options: GuestOptions, output: str) -> None:
+    """Turn MTE on for GUEST (kvm:PID), before its first vCPU.
+
+    Start QEMU with -preconfig, run this, then continue with x-exit-preconfig. Status 0 also
+    when MTE was on already.
+    """
+    from mtetool.flows.enable import enable
+
+    with open_guest(guest, guest_options) as opened:
+        changed = enable(opened)
+    if output == "json":
+        print_json({"schema": "mtetool.enable/1", "source": guest, "mte": True, "changed": changed})
+    else:
+        say(f"{guest}: MTE {'enabled' if changed else 'was on already'}")

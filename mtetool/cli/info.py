@@ -1,0 +1,109 @@
+"""`mtetool info`: what a snapshot says about itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mtetool.backends.base import GuestInfo, Memslot
+from mtetool.cli.options import report_option
+from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size
+from mtetool.cli.render import describe_guest, print_json, say, table
+from mtetool.flows.tally import Tally
+
+if TYPE_CHECKING:
+    from mtetool.snapshot.model import Missing, Summary
+
+_CONSISTENT = {True: "yes", False: "no, the guest ran during the save", None: "unknown"}
+
+
+@click.command("info")
+@click.argument("file", metavar="FILE")
+@report_option
+def command(file: str, output: str) -> None:
+    """Say what the snapshot FILE (- is standard input) holds.
+
+    The tags are not decompressed: see mtetool verify to know whether they are sound.
+    """
+    from mtetool.snapshot.reader import read_summary
+
+    summary = read_summary(file)
+    missing: Tally[Missing] = Tally()
+    for item in summary.missing:
+        missing.add(item)
+    if output == "json":
+        print_json(_document(file, summary, missing))
+    else:
+        _tell(file, summary, missing)
+
+
+def _guest(summary: Summary) -> GuestInfo:
+    header = summary.header
+    return GuestInfo(
+        source=header.source,
+        mte=True,  # Tags were read from it.
+        page_size_bytes=header.page_size_bytes,
+        memslots=header.memslots,
+        vmm=header.vmm,
+        name=header.name,
+    )
+
+
+def _document(file: str, summary: Summary, missing: Tally[Missing]) -> dict[str, Any]:
+    header, footer = summary.header, summary.footer
+    return {
+        "schema": "mtetool.info/1",
+        "file": file,
+        "file_bytes": summary.file_bytes,
+        "snapshot_id": header.snapshot_id,
+        "base_id": header.base_id,
+        "created_utc": header.created_utc,
+        "tool": header.tool,
+        "kernel": header.kernel,
+        "machine": header.machine,
+        **describe_guest(_guest(summary)),
+        "scope": extent_rows(header.scope),
+        "consistent": footer.consistent,
+        "paused": header.paused,
+        "records": footer.records,
+        "held_bytes": footer.granules * 16,
+        "tagged_bytes": footer.tagged_granules * 16,
+        "tagged_pages": footer.tagged_pages,
+        **missing_json("missing", missing),
+    }
+
+
+def _tell(file: str, summary: Summary, missing: Tally[Missing]) -> None:
+    header, footer = summary.header, summary.footer
+    held = footer.granules * 16
+    rows = [
+        ("file", file),
+        ("size", None if summary.file_bytes is None else size(summary.file_bytes)),
+        ("id", header.snapshot_id),
+        ("base", header.base_id),
+        ("created", header.created_utc),
+        ("by", f"{header.tool}, Linux {header.kernel} {header.machine}"),
+        ("source", header.source),
+        ("vmm", header.vmm),
+        ("name", header.name),
+        ("page size", size(header.page_size_bytes)),
+        ("consistent", _CONSISTENT[footer.consistent]),
+        ("memory", f"{size(held)} in {footer.records} records"),
+        ("tagged", f"{size(footer.tagged_granules * 16)} in {footer.tagged_pages} pages"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        if value is not None:
+            say(f"{name:<{width}}  {value}")
+    say("memslots:" if header.memslots else "memslots: not known")
+    if header.memslots:
+        slots = [_slot_row(slot) for slot in header.memslots]
+        say(table(("  id", "ipa", "size", "kind", "access"), slots, right=("  id",)))
+    for line in missing_lines("missing", missing):
+        say(line)
+
+
+def _slot_row(slot: Memslot) -> tuple[object, ...]:
+    access = {True: "read-only", False: "read-write", None: "unknown"}[slot.readonly]
+    return slot.id, f"{slot.ipa:#x}", size(slot.size_bytes), slot.kind, access

@@ -1,0 +1,137 @@
+"""`mtetool restore`: a snapshot's tags into a guest."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mtetool.backends import GuestOptions, open_guest
+from mtetool.cli.options import Parsed, parse_number, progress_options, report_option
+from mtetool.cli.options import guest_options as with_guest_options
+from mtetool.cli.progress import shown
+from mtetool.cli.ranges import extent_lines, extents_json, missing_json, missing_lines, size
+from mtetool.cli.render import print_json, say, warn
+
+if TYPE_CHECKING:
+    from mtetool.flows.restore import RestoreResult
+
+
+def parse_move(text: str) -> tuple[int, int]:
+    """`OLD=NEW`, two addresses. Raises ValueError."""
+    old, equals, new = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text[:40]!r} is not of the form OLD=NEW, such as 0x40000000=0x80000000")
+    return parse_number(old), parse_number(new)
+
+
+@click.command("restore")
+@click.argument("file", metavar="FILE")
+@click.argument("guest", metavar="GUEST")
+@click.option(
+    "--verify/--no-verify", default=True, help="Read back what was written (on by default)."
+)
+@click.option("--dry-run", is_flag=True, help="Check and compare; write nothing.")
+@click.option(
+    "--map",
+    "moves",
+    type=Parsed("old=new", parse_move),
+    multiple=True,
+    metavar="OLD=NEW",
+    help="The slot at IPA OLD in the snapshot is at NEW in the guest.",
+)
+@with_guest_options
+@progress_options
+@report_option
+def command(
+    file: str,
+    guest: str,
+    verify: bool,
+    dry_run: bool,
+    moves: tuple[tuple[int, int], ...],
+    guest_options: GuestOptions,
+    quiet: bool,
+    progress: str,
+    output: str,
+) -> int:
+    """Put the tags of the snapshot FILE (- is standard input) into GUEST, exactly.
+
+    From a file nothing is written before all of it was checked. Read-only slots are compared
+    instead. Status 3 when some pages did not get their tags; what and where is reported.
+    """
+    from mtetool.flows.opening import snapshot_input
+    from mtetool.flows.restore import RestoreOptions, restore
+
+    started = time.monotonic()
+    with (
+        snapshot_input(file) as snapshot,
+        open_guest(guest, guest_options) as opened,
+        shown(f"restoring {guest}", progress) as update,
+    ):
+        result = restore(
+            snapshot.reader,
+            opened,
+            RestoreOptions(verify=verify, dry_run=dry_run, moves=moves),
+            again=snapshot.seekable,
+            progress=update,
+        )
+    elapsed = time.monotonic() - started
+    if result.paused is False and not quiet:
+        warn(f"{guest} is running: it may have changed tags meanwhile; pause it first")
+    if output == "json":
+        print_json(_document(file, guest, verify, elapsed, result))
+    else:
+        _tell(file, guest, elapsed, result)
+    return result.status
+
+
+def _document(
+    file: str, guest: str, verify: bool, elapsed: float, result: RestoreResult
+) -> dict[str, Any]:
+    document = {
+        "schema": "mtetool.restore/1",
+        "file": file,
+        "source": guest,
+        "snapshot_id": result.header.snapshot_id,
+        "dry_run": result.dry_run,
+        "verify": verify and not result.dry_run,
+        "restored_bytes": result.restored_bytes,
+        "verified_bytes": result.verified_bytes,
+        "readonly_bytes": result.readonly_bytes,
+        **missing_json("missing", result.missing),
+        **missing_json("refused", result.refused),
+        **extents_json("readonly_differing", result.readonly_differing),
+        **extents_json("verify_differing", result.verify_differing),
+        "stopped": result.stopped,
+        "elapsed_seconds": round(elapsed, 3),
+    }
+    if result.dry_run:
+        document.update(extents_json("changes", result.changes))
+    return document
+
+
+def _tell(file: str, guest: str, elapsed: float, result: RestoreResult) -> None:
+    if result.dry_run:
+        say(f"nothing was written to {guest}: a dry run of {file}, {elapsed:.1f} s")
+        if not result.changes:
+            say("no tag would change")
+        _say_all(extent_lines("would change", result.changes))
+    else:
+        restored, verified = size(result.restored_bytes), size(result.verified_bytes)
+        say(f"restored the tags of {restored} of {guest} from {file}, in {elapsed:.1f} s")
+        if result.verified_bytes:
+            say(f"read back: {verified}")
+    if result.readonly_bytes:
+        say(f"read-only memory, compared only: {size(result.readonly_bytes)}")
+    _say_all(extent_lines("read-only memory differs", result.readonly_differing))
+    _say_all(missing_lines("not in the snapshot, left as it was", result.missing))
+    _say_all(missing_lines("could not be written or read", result.refused))
+    _say_all(extent_lines("read back differently", result.verify_differing))
+    if result.stopped is not None:
+        say(f"stopped before the end: {result.stopped}")
+
+
+def _say_all(lines: list[str]) -> None:
+    for line in lines:
+        say(line)

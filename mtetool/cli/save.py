@@ -1,0 +1,168 @@
+"""`mtetool save`: a guest's tags to a snapshot."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
+
+import click
+
+from mtetool.backends import GuestOptions, open_guest
+from mtetool.cli.options import RANGE, Range, progress_options, report_option
+from mtetool.cli.options import guest_options as with_guest_options
+from mtetool.cli.progress import shown
+from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size, slot_rows
+from mtetool.cli.render import print_json, say, warn
+from mtetool.errors import UsageError
+
+if TYPE_CHECKING:
+    from mtetool.flows.save import SaveResult
+
+_CONSISTENT = {
+    True: "yes, the guest stood still",
+    False: "no, the guest ran meanwhile",
+    None: "unknown, nobody could say whether the guest ran",
+}
+
+
+@click.command("save")
+@click.argument("guest", metavar="GUEST")
+@click.option("-o", "--out", metavar="FILE", help="Where the snapshot goes; - is standard output.")
+@click.option("--force", is_flag=True, help="Overwrite FILE if it exists.")
+@click.option(
+    "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
+)
+@click.option(
+    "--slot",
+    "slots",
+    type=click.IntRange(min=0),
+    multiple=True,
+    metavar="ID",
+    help="Only this memslot.",
+)
+@click.option(
+    "--partial",
+    type=click.Choice(["keep", "fail"]),
+    help="Where some pages cannot be read: keep the rest (default), or fail.",
+)
+@click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Threads that compress.")
+@click.option(
+    "--level", type=click.IntRange(1, 19), default=1, metavar="N", help="The zstd level (1)."
+)
+@with_guest_options
+@progress_options
+@report_option
+def command(
+    guest: str,
+    out: str | None,
+    force: bool,
+    ranges: tuple[Range, ...],
+    slots: tuple[int, ...],
+    partial: Literal["keep", "fail"] | None,
+    jobs: int | None,
+    level: int,
+    guest_options: GuestOptions,
+    quiet: bool,
+    progress: str,
+    output: str,
+) -> int:
+    """Save the tags of GUEST to a snapshot.
+
+    Pause the guest first: the tags of a running one change while they are read. Without -o
+    the snapshot goes down the pipe. Status 3 when some pages could not be read.
+    """
+    # Everything is loaded before the guest is looked at: it may be waiting, paused.
+    from mtetool.flows.save import SaveOptions, save
+    from mtetool.snapshot.model import Extent
+    from mtetool.snapshot.output import output_file
+
+    target = _target(out)
+    options = SaveOptions(
+        ranges=tuple(Extent(*asked) for asked in ranges),
+        slots=slots,
+        partial=partial,
+        level=level,
+        jobs=jobs,
+    )
+    started = time.monotonic()
+    with (
+        output_file(target, force=force) as stream,
+        open_guest(guest, guest_options) as opened,
+        shown(f"saving {guest}", progress) as update,
+    ):
+        counted = _Counted(stream)
+        result = save(opened, cast(BinaryIO, counted), options, progress=update)
+    elapsed = time.monotonic() - started
+    if result.consistent is False and not quiet:
+        warn(
+            f"{guest} ran during the save: the snapshot mixes tags of different moments;"
+            " pause the guest first (virsh suspend, or stop in QEMU's monitor)"
+        )
+    # The snapshot has standard output for itself.
+    with redirect_stdout(sys.stderr if target == "-" else sys.stdout):
+        if output == "json":
+            print_json(_document(guest, target, counted.n_bytes, elapsed, result))
+        elif target != "-" or not quiet:
+            _tell(guest, target, counted.n_bytes, elapsed, result)
+    return result.status
+
+
+class _Counted:
+    """A stream that knows how much went into it; a pipe cannot be asked."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.n_bytes = 0
+
+    def write(self, data: Any) -> int:
+        written = self._stream.write(data)
+        self.n_bytes += written
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _target(out: str | None) -> str:
+    to_stdout = out is None or out == "-"
+    if to_stdout and sys.stdout is not None and sys.stdout.isatty():
+        raise UsageError(
+            "a snapshot is not for a terminal", hint="-o FILE, or a pipe behind the command"
+        )
+    return "-" if out is None else out
+
+
+def _document(
+    guest: str, target: str, file_bytes: int, elapsed: float, result: SaveResult
+) -> dict[str, Any]:
+    return {
+        "schema": "mtetool.save/1",
+        "source": guest,
+        "file": None if target == "-" else target,
+        "file_bytes": file_bytes,
+        "snapshot_id": result.header.snapshot_id,
+        "page_size_bytes": result.header.page_size_bytes,
+        "scope": extent_rows(result.scope),
+        "saved_bytes": result.saved_bytes,
+        "uniform_bytes": result.uniform_bytes,
+        "skipped_memslots": slot_rows(result.skipped),
+        **missing_json("missing", result.missing),
+        "consistent": result.consistent,
+        "lost": result.lost,
+        "elapsed_seconds": round(elapsed, 3),
+    }
+
+
+def _tell(guest: str, target: str, file_bytes: int, elapsed: float, result: SaveResult) -> None:
+    name = "standard output" if target == "-" else target
+    say(f"saved the tags of {size(result.saved_bytes)} of {guest} to {name}")
+    say(f"snapshot: {size(file_bytes)}, in {elapsed:.1f} s")
+    say(f"consistent: {_CONSISTENT[result.consistent]}")
+    for slot in result.skipped:
+        say(f"left out: slot {slot.id} at {slot.ipa:#x}, {size(slot.size_bytes)} of device memory")
+    for line in missing_lines("missing", result.missing):
+        say(line)
+    if result.lost is not None:
+        say(f"the guest was lost half-way: {result.lost}")

@@ -1,0 +1,97 @@
+"""`mtetool verify`: is a snapshot sound, and does a guest have its tags."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mtetool.backends import GuestOptions, open_guest
+from mtetool.cli.options import guest_options as with_guest_options
+from mtetool.cli.options import progress_options, report_option
+from mtetool.cli.progress import shown
+from mtetool.cli.ranges import extent_lines, extents_json, missing_json, missing_lines, size
+from mtetool.cli.render import print_json, say, warn
+
+if TYPE_CHECKING:
+    from mtetool.flows.verify import VerifyResult
+
+
+@click.command("verify")
+@click.argument("file", metavar="FILE")
+@click.option("--against", metavar="GUEST", help="Compare every tag with this guest's.")
+@with_guest_options
+@progress_options
+@report_option
+def command(
+    file: str,
+    against: str | None,
+    guest_options: GuestOptions,
+    quiet: bool,
+    progress: str,
+    output: str,
+) -> int:
+    """Check every byte of the snapshot FILE (- is standard input).
+
+    With --against every tag is compared with a guest's: status 1 where they differ. Status 3
+    when the snapshot marks ranges as missing, or some could not be compared.
+    """
+    from mtetool.flows.opening import snapshot_input
+    from mtetool.flows.verify import verify, verify_against
+
+    started = time.monotonic()
+    with snapshot_input(file) as snapshot, shown(f"verifying {file}", progress) as update:
+        reader = snapshot.reader()
+        if against is None:
+            result = verify(reader, progress=update)
+        else:
+            with open_guest(against, guest_options) as guest:
+                result = verify_against(reader, guest, against, progress=update)
+    elapsed = time.monotonic() - started
+    if result.paused is False and not quiet:
+        warn(f"{against} is running: its tags change while they are compared")
+    if output == "json":
+        print_json(_document(file, elapsed, result))
+    else:
+        _tell(file, elapsed, result)
+    return result.status
+
+
+def _document(file: str, elapsed: float, result: VerifyResult) -> dict[str, Any]:
+    checked = result.checked
+    document = {
+        "schema": "mtetool.verify/1",
+        "file": file,
+        "snapshot_id": checked.header.snapshot_id,
+        "sound": True,
+        "pieces": checked.n_pieces,
+        "held_bytes": checked.held_bytes,
+        "stored_bytes": checked.stored_bytes,
+        **missing_json("missing", checked.missing),
+        "against": result.against,
+        "elapsed_seconds": round(elapsed, 3),
+    }
+    if result.against is not None:
+        document.update(
+            same=not result.differing,
+            compared_bytes=result.compared_bytes,
+            **extents_json("differing", result.differing),
+            **missing_json("unreadable", result.unreadable),
+        )
+    return document
+
+
+def _tell(file: str, elapsed: float, result: VerifyResult) -> None:
+    checked = result.checked
+    say(f"{file}: sound, the tags of {size(checked.held_bytes)}, in {elapsed:.1f} s")
+    for line in missing_lines("missing in the snapshot", checked.missing):
+        say(line)
+    if result.against is None:
+        return
+    if not result.differing:
+        say(f"{result.against}: the same tags in {size(result.compared_bytes)}")
+    for line in extent_lines(f"{result.against}: other tags", result.differing):
+        say(line)
+    for line in missing_lines(f"{result.against}: could not be read", result.unreadable):
+        say(line)

@@ -1,0 +1,409 @@
+"""What is saved comes back, exactly; what does not is reported."""
+
+from __future__ import annotations
+
+import errno
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtetool.backends.base import Memslot
+from mtetool.errors import (
+    BusyError,
+    GuestError,
+    GuestLostError,
+    LayoutError,
+    LayoutUnknownError,
+    MisalignedError,
+    PartialError,
+    RangeError,
+    TruncatedError,
+    UsageError,
+)
+from mtetool.flows.restore import RestoreOptions, RestoreResult, restore
+from mtetool.flows.save import SaveOptions, SaveResult, save
+from mtetool.flows.verify import verify, verify_against
+from mtetool.snapshot.model import Extent
+from mtetool.snapshot.reader import SnapshotReader
+from mtetool.tags import Tags
+from mtetool.uapi import GRANULE_BYTES
+from tests.flows.fakes import PAGE, FakeGuest
+
+BASE = 0x4000_0000
+ROM = 0x1000_0000
+SLOTS = (
+    Memslot(0, BASE, 32 * PAGE),
+    Memslot(1, ROM, 16 * PAGE, readonly=True, kind="rom"),
+    Memslot(2, BASE + 64 * PAGE, 16 * PAGE),
+)
+
+
+def guest_with_tags(
+    seed: int = 1, slots: tuple[Memslot, ...] = SLOTS, page_size_bytes: int = PAGE
+) -> FakeGuest:
+    guest = FakeGuest(slots, page_size_bytes)
+    scramble(guest, seed)
+    return guest
+
+
+def scramble(guest: FakeGuest, seed: int) -> None:
+    """Random tags in every second page, one tag in the others."""
+    random = np.random.default_rng(seed)
+    for tags in guest.memory.values():
+        pages = tags.reshape(-1, 256)
+        pages[::2] = random.integers(0, 16, pages[::2].shape, dtype=np.uint8)
+        pages[1::2] = random.integers(0, 16, (pages[1::2].shape[0], 1), dtype=np.uint8)
+
+
+def saved(guest: FakeGuest, options: SaveOptions | None = None) -> tuple[bytes, SaveResult]:
+    out = io.BytesIO()
+    result = save(guest, out, options or SaveOptions(jobs=1))
+    return out.getvalue(), result
+
+
+def restored(
+    snapshot: bytes,
+    guest: FakeGuest,
+    options: RestoreOptions | None = None,
+    *,
+    again: bool = True,
+) -> RestoreResult:
+    def open_reader() -> SnapshotReader:
+        return SnapshotReader(io.BytesIO(snapshot), "snapshot")
+
+    return restore(open_reader, guest, options or RestoreOptions(), again=again)
+
+
+def writable_equal(a: FakeGuest, b: FakeGuest) -> bool:
+    return all(
+        np.array_equal(a.memory[slot.ipa], b.memory[slot.ipa])
+        for slot in a.slots
+        if not slot.readonly
+    )
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_over_a_dirty_guest_it_is_exact(again: bool) -> None:
+    source, target = guest_with_tags(1), guest_with_tags(2)
+    source.memory[BASE][: 8 * 256] = 0
+    target.memory[ROM][:] = source.memory[ROM]
+    snapshot, result = saved(source)
+    assert (result.status, result.consistent) == (0, True)
+    assert result.saved_bytes == 64 * PAGE
+    outcome = restored(snapshot, target, again=again)
+    assert outcome.status == 0
+    assert writable_equal(source, target)
+    assert outcome.restored_bytes == outcome.verified_bytes == 48 * PAGE
+    assert outcome.readonly_bytes == 16 * PAGE
+
+
+SIZES = st.sampled_from([4096, 16384, 65536])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    data=st.data(),
+    source_page=SIZES,
+    target_page=SIZES,
+    n_pages=st.integers(1, 4),
+)
+def test_any_tags_over_any_page_sizes(
+    data: st.DataObject, source_page: int, target_page: int, n_pages: int
+) -> None:
+    slots = (Memslot(0, BASE, n_pages * 65536), Memslot(5, BASE * 2, 65536))
+    source, target = FakeGuest(slots, source_page), FakeGuest(slots, target_page)
+    for tags in source.memory.values():
+        for _ in range(data.draw(st.integers(0, 4))):
+            start = data.draw(st.integers(0, tags.size - 1))
+            length = data.draw(st.integers(1, 3000))
+            tags[start : start + length] = data.draw(st.integers(0, 15))
+    for tags in target.memory.values():
+        tags[:] = data.draw(st.integers(0, 15))
+    snapshot, _ = saved(source)
+    assert restored(snapshot, target, again=data.draw(st.booleans())).status == 0
+    assert writable_equal(source, target)
+
+
+@settings(max_examples=40, deadline=None)
+@given(ranges=st.lists(st.tuples(st.integers(0, 15), st.integers(1, 16)), min_size=1, max_size=4))
+def test_ranges_touch_nothing_else(ranges: list[tuple[int, int]]) -> None:
+    slots = (Memslot(0, BASE, 32 * PAGE),)
+    source, target = guest_with_tags(1, slots), guest_with_tags(2, slots)
+    before = target.memory[BASE].copy()
+    asked = tuple(Extent(BASE + first * PAGE, n * PAGE) for first, n in ranges)
+    snapshot, _ = saved(source, SaveOptions(ranges=asked, jobs=1))
+    assert restored(snapshot, target).status == 0
+    inside = np.zeros(32, dtype=bool)
+    for first, n in ranges:
+        inside[first : first + n] = True
+    chosen = np.repeat(inside, 256)
+    assert np.array_equal(target.memory[BASE][chosen], source.memory[BASE][chosen])
+    assert np.array_equal(target.memory[BASE][~chosen], before[~chosen])
+
+
+def test_pieces_cut_inside_a_page_of_the_target() -> None:
+    """Ranges saved with 4K pages, whole 64K pages together, pieces in between missing."""
+    slots = (Memslot(0, BASE, 2 * 65536),)
+    bad = {BASE + n * PAGE for n in (0, 5, 15, 16, 20)}
+    source = FakeGuest(slots, bad=bad.__contains__)
+    target = FakeGuest(slots, 65536)
+    scramble(source, 1)
+    scramble(target, 2)
+    before = target.memory[BASE].copy()
+    snapshot, result = saved(source)
+    assert result.status == 3
+    outcome = restored(snapshot, target)
+    assert outcome.status == 3
+    assert outcome.missing.size_bytes == len(bad) * PAGE
+    gone = np.repeat([BASE + n * PAGE in bad for n in range(32)], 256)
+    assert np.array_equal(target.memory[BASE][~gone], source.memory[BASE][~gone])
+    assert np.array_equal(target.memory[BASE][gone], before[gone])
+
+
+def test_a_snapshot_that_ends_inside_a_page_is_refused_untouched() -> None:
+    slots = (Memslot(0, BASE, 4 * 65536),)
+    source, target = guest_with_tags(1, slots), guest_with_tags(2, slots, 65536)
+    asked = (Extent(BASE, 65536 + PAGE),)
+    snapshot, _ = saved(source, SaveOptions(ranges=asked, jobs=1))
+    for again in (True, False):
+        with pytest.raises(LayoutError, match="pages of the guest"):
+            restored(snapshot, target, again=again)
+    assert target.writes == 0
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_layout_that_does_not_fit_writes_nothing(again: bool) -> None:
+    snapshot, _ = saved(guest_with_tags())
+    target = guest_with_tags(2, (SLOTS[0],))
+    with pytest.raises(LayoutError, match=f"{ROM:#x}"):
+        restored(snapshot, target, again=again)
+    assert target.writes == 0
+
+
+def test_an_unknown_layout_is_that_of_the_snapshot() -> None:
+    source = guest_with_tags()
+    target = FakeGuest(SLOTS, layout_known=False)
+    target.memory[ROM][:] = source.memory[ROM]
+    snapshot, _ = saved(source)
+    assert restored(snapshot, target).status == 0
+    assert writable_equal(source, target)
+    with pytest.raises(LayoutUnknownError):
+        saved(target)
+
+
+def test_a_slot_that_moved() -> None:
+    source = guest_with_tags(1, (Memslot(0, BASE, 32 * PAGE), Memslot(1, ROM, 16 * PAGE)))
+    target = FakeGuest((Memslot(7, 2 * BASE, 64 * PAGE), Memslot(1, ROM, 16 * PAGE)))
+    snapshot, _ = saved(source)
+    moves = ((BASE, 2 * BASE + 8 * PAGE),)
+    assert restored(snapshot, target, RestoreOptions(moves=moves)).status == 0
+    moved = target.memory[2 * BASE][8 * 256 : 40 * 256]
+    assert np.array_equal(moved, source.memory[BASE])
+    assert np.array_equal(target.memory[ROM], source.memory[ROM])
+    with pytest.raises(MisalignedError):
+        restored(snapshot, target, RestoreOptions(moves=((BASE, 2 * BASE + 8),)))
+
+
+def test_read_only_slots_are_compared() -> None:
+    source, target = guest_with_tags(1), guest_with_tags(1)
+    target.memory[ROM][3] ^= 1
+    snapshot, _ = saved(source)
+    outcome = restored(snapshot, target)
+    assert outcome.status == 3
+    assert outcome.readonly_differing.items == [Extent(ROM + 3 * GRANULE_BYTES, GRANULE_BYTES)]
+
+
+def test_a_slot_of_which_nobody_knew_that_it_is_read_only() -> None:
+    slots = (Memslot(0, BASE, 8 * PAGE, readonly=None),)
+    source = guest_with_tags(1, slots)
+    target = FakeGuest(slots, bad_write=lambda ipa: True)
+    target.memory[BASE][:] = source.memory[BASE]
+    snapshot, _ = saved(source)
+    outcome = restored(snapshot, target)
+    assert (outcome.status, outcome.readonly_bytes) == (0, 8 * PAGE)
+    target.memory[BASE][5] ^= 1
+    assert restored(snapshot, target).status == 3
+
+
+def test_what_cannot_be_written_is_reported() -> None:
+    source = guest_with_tags()
+    target = FakeGuest(SLOTS, bad=lambda ipa: ipa == BASE + 5 * PAGE)
+    target.memory[ROM][:] = source.memory[ROM]
+    snapshot, _ = saved(source)
+    outcome = restored(snapshot, target)
+    assert outcome.status == 3
+    assert [(m.ipa, m.size_bytes, m.errno) for m in outcome.refused.items] == [
+        (BASE + 5 * PAGE, PAGE, errno.EFAULT)
+    ]
+
+
+class Forgetful(FakeGuest):
+    """Says that it wrote, and did not."""
+
+    def write_tags(self, ipa: int, tags: Tags) -> int:
+        return tags.size * GRANULE_BYTES
+
+
+def test_reading_back_finds_what_was_not_written() -> None:
+    slots = (Memslot(0, BASE, 8 * PAGE),)
+    source = FakeGuest(slots)
+    source.memory[BASE][256:300] = 3
+    snapshot, _ = saved(source)
+    outcome = restored(snapshot, Forgetful(slots))
+    assert outcome.status == 3
+    assert outcome.verify_differing.items == [Extent(BASE + PAGE, 44 * GRANULE_BYTES)]
+    assert restored(snapshot, Forgetful(slots), RestoreOptions(verify=False)).status == 0
+
+
+def test_a_dry_run_tells_and_writes_nothing() -> None:
+    slots = (Memslot(0, BASE, 8 * PAGE),)
+    source, target = FakeGuest(slots), FakeGuest(slots)
+    source.memory[BASE][256:300] = 3
+    snapshot, _ = saved(source)
+    outcome = restored(snapshot, target, RestoreOptions(dry_run=True))
+    assert (outcome.status, outcome.restored_bytes, target.writes) == (0, 0, 0)
+    assert outcome.changes.items == [Extent(BASE + PAGE, 44 * GRANULE_BYTES)]
+
+
+def test_dirty_logging_before_anything_was_written() -> None:
+    snapshot, _ = saved(guest_with_tags())
+    with pytest.raises(BusyError):
+        restored(snapshot, FakeGuest(SLOTS, busy_after_writes=0))
+
+
+def test_dirty_logging_that_starts_half_way() -> None:
+    source, target = guest_with_tags(), FakeGuest(SLOTS, busy_after_writes=1)
+    target.memory[ROM][:] = source.memory[ROM]
+    snapshot, _ = saved(source)
+    outcome = restored(snapshot, target)
+    assert outcome.status == 3
+    assert outcome.stopped is not None
+    assert "EBUSY" in outcome.stopped
+    assert outcome.restored_bytes == 32 * PAGE
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_cut_snapshot(again: bool) -> None:
+    source, target = guest_with_tags(), guest_with_tags(2)
+    snapshot, _ = saved(source)
+    with pytest.raises(TruncatedError) as caught:
+        restored(snapshot[:-40], target, again=again)
+    assert (target.writes > 0) is not again
+    assert ("restored_bytes" in caught.value.details) is not again
+    assert ("written" in caught.value.message) is not again
+
+
+def test_a_guest_that_ran_is_not_consistent() -> None:
+    for answers, expected in (
+        ([True, True], True),
+        ([True, False], False),
+        ([False, True], False),
+        ([True, None], None),
+        ([None, None], None),
+    ):
+        guest = guest_with_tags()
+        guest.paused_answers = list(answers)
+        assert saved(guest)[1].consistent is expected
+
+
+def test_uniform_memory_costs_nothing() -> None:
+    slots = (Memslot(0, BASE, 8192 * PAGE),)
+    guest = FakeGuest(slots)
+    guest.memory[BASE][:] = 7
+    snapshot, result = saved(guest)
+    assert result.uniform_bytes == 8192 * PAGE
+    assert len(snapshot) < 4096
+
+
+def test_a_range_across_a_hole() -> None:
+    asked = (Extent(BASE + 30 * PAGE, 40 * PAGE),)
+    snapshot, result = saved(guest_with_tags(), SaveOptions(ranges=asked, jobs=1))
+    assert result.status == 3
+    assert [(m.ipa, m.size_bytes) for m in result.missing.items] == [(BASE + 32 * PAGE, 32 * PAGE)]
+    assert result.saved_bytes == 8 * PAGE
+    checked = verify(SnapshotReader(io.BytesIO(snapshot), "s"))
+    assert checked.status == 3
+    assert checked.checked.held_bytes == 8 * PAGE
+    assert restored(snapshot, FakeGuest(SLOTS)).missing.size_bytes == 32 * PAGE
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (SaveOptions(ranges=(Extent(BASE + 16, PAGE),)), MisalignedError),
+        (SaveOptions(ranges=(Extent(BASE, PAGE + 16),)), MisalignedError),
+        (SaveOptions(ranges=(Extent(BASE, 0),)), RangeError),
+        (SaveOptions(ranges=(Extent(0, PAGE),)), RangeError),
+        (SaveOptions(ranges=(Extent(BASE, PAGE), Extent(0, PAGE))), RangeError),
+        (SaveOptions(slots=(9,)), UsageError),
+        (SaveOptions(slots=(1,), ranges=(Extent(BASE, PAGE),)), UsageError),
+    ],
+)
+def test_what_cannot_be_asked_reads_nothing(options: SaveOptions, error: type[Exception]) -> None:
+    guest = guest_with_tags()
+    with pytest.raises(error):
+        saved(guest, options)
+    assert guest.reads == 0
+
+
+def test_slots_by_id_and_device_slots() -> None:
+    slots = (*SLOTS, Memslot(9, 0x900_0000, 4 * PAGE, kind="device"))
+    guest = guest_with_tags(1, SLOTS)
+    guest.slots = slots
+    _, result = saved(guest, SaveOptions(slots=(2, 0), jobs=1))
+    assert result.scope == (Extent(BASE, 32 * PAGE), Extent(BASE + 64 * PAGE, 16 * PAGE))
+    _, everything = saved(guest)
+    assert [slot.id for slot in everything.skipped] == [9]
+    assert everything.status == 0
+    with pytest.raises(UsageError, match="device"):
+        saved(guest, SaveOptions(slots=(9,)))
+
+
+def test_all_or_nothing() -> None:
+    guest = guest_with_tags()
+    guest.bad = lambda ipa: ipa == BASE + 7 * PAGE
+    with pytest.raises(PartialError, match=f"{BASE + 7 * PAGE:#x}"):
+        saved(guest, SaveOptions(partial="fail", jobs=1))
+    assert saved(guest)[1].status == 3
+
+
+def test_nothing_at_all_is_no_snapshot() -> None:
+    with pytest.raises(GuestError, match="no tags at all"):
+        saved(FakeGuest(SLOTS, bad=lambda ipa: True))
+
+
+def test_a_guest_lost_half_way() -> None:
+    guest = guest_with_tags()
+    guest.lost_after_reads = 1
+    with pytest.raises(GuestLostError):
+        saved(guest)
+    guest.reads = 0
+    snapshot, result = saved(guest, SaveOptions(partial="keep", jobs=1))
+    assert result.status == 4
+    assert result.lost is not None
+    assert result.saved_bytes == 16 * PAGE
+    assert result.missing.size_bytes == 48 * PAGE
+    assert verify(SnapshotReader(io.BytesIO(snapshot), "s")).status == 3
+
+
+def test_verify_against_a_guest() -> None:
+    source = guest_with_tags()
+    snapshot, _ = saved(source)
+
+    def against(guest: FakeGuest) -> tuple[int, list[Extent]]:
+        reader = SnapshotReader(io.BytesIO(snapshot), "s")
+        result = verify_against(reader, guest, "fake:1")
+        return result.status, result.differing.items
+
+    assert against(source) == (0, [])
+    source.memory[BASE][17] ^= 4
+    assert against(source) == (1, [Extent(BASE + 17 * GRANULE_BYTES, GRANULE_BYTES)])
+    source.memory[BASE][17] ^= 4
+    source.bad = lambda ipa: ipa == BASE
+    assert against(source) == (3, [])
+    source.bad = lambda ipa: False
+    source.layout_known = False
+    assert against(source) == (0, [])
