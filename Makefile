@@ -1,0 +1,49 @@
+# `make` lists the targets. Everything is set up by them: packages, virtual environment, images.
+
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SHELL := /bin/sh
+
+.PHONY: help deps venv lab demo check test test-fast migration clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
+
+deps: ## install the Debian packages that tests and development need
+	@tools/deps
+
+venv: $(STAMP) ## make .venv with mtetool and its development tools
+
+$(STAMP): pyproject.toml mtetool/__init__.py
+	@tools/deps --only venv
+	@$(BIN)/python -c '' 2>/dev/null || rm -rf $(VENV)
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $(STAMP)
+
+lab: deps venv ## build the lab's images, where they are not cached
+	$(BIN)/python -m tests.lab build
+
+demo: venv ## save, look at and restore the tags of an emulated guest
+	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh
+
+check: venv ## style, types and scripts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	shellcheck examples/*.sh tools/deps .ci/run
+
+test: deps venv ## everything: checks, tests, the lab on a real kernel
+	$(MAKE) --no-print-directory check lab
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-fast: venv ## the tests that need no lab
+	$(BIN)/python -m pytest -n 2 --ignore tests/lab
+
+migration: deps venv ## the acceptance test: a guest moves between two QEMUs with its tags
+	$(BIN)/python -m pytest tests/lab -k migration
+
+clean: ## remove what make made here; the cache outside stays
+	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
