@@ -143,7 +143,7 @@ def guest_options(command: _F) -> _F:
     return memslot(qmp(with_options))  # type: ignore[return-value]
 
 
-def json_option(*more: str) -> Callable[[_F], _F]:
+def output_option(*more: str) -> Callable[[_F], _F]:
     """`--output text|json…` and its alias `--json`, as the keyword `output`.
 
     `more` are further forms, beside text (the default) and json.
@@ -174,7 +174,7 @@ def json_option(*more: str) -> Callable[[_F], _F]:
     return decorate
 
 
-report_option = json_option()
+report_option = output_option()
 
 
 def progress_options(command: _F) -> _F:

@@ -21,9 +21,6 @@ def print_json(document: object) -> None:
     sys.stdout.write(json.dumps(document, indent=indent) + "\n")
 
 
-report = print_json
-
-
 def say(text: str) -> None:
     """A line of a result for people."""
     sys.stdout.write(printable(text) + "\n")
