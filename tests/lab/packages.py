@@ -41,15 +41,14 @@ def mirror() -> str:
     """Where this machine gets its Debian packages from, or $MTETOOL_DEBIAN_MIRROR."""
     if configured := os.environ.get("MTETOOL_DEBIAN_MIRROR"):
         return configured
+    form = "$(ORIGIN)|$(LABEL)|$(COMPONENT)|$(REPO_URI)"
     listing = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(REPO_URI) $(COMPONENT) $(RELEASE)"],
-        capture_output=True,
-        text=True,
-        check=False,
+        ["apt-get", "indextargets", "--format", form], capture_output=True, text=True, check=False
     ).stdout
     for line in listing.splitlines():
-        uri, component, release = (*line.split(), "", "", "")[:3]
-        if component == "main" and "security" not in uri and "/" not in release:
+        origin, label, component, uri = line.split("|", 3)
+        # Before the machine's first update apt knows neither origin nor label.
+        if component == "main" and (origin, label) in (("Debian", "Debian"), ("", "")):
             return uri
     raise LabUnavailableError(
         "apt on this machine has no Debian archive configured;"
@@ -84,6 +83,11 @@ class Archive:
             "Dir::Etc::sourceparts": "-",
             "Dir::Etc::preferencesparts": "-",
         }
+        # Hooks of this machine (container images have some) are for its own packages.
+        hooks = ("APT::Update::Post-Invoke", "APT::Update::Post-Invoke-Success")
+        config = state / "apt.conf"
+        config.write_text("".join(f"#clear {hook};\n" for hook in (*hooks, "DPkg::Post-Invoke")))
+        self._environment = os.environ | {"APT_CONFIG": str(config)}
         self._options = [word for item in options.items() for word in ("-o", "=".join(item))]
 
     def update(self) -> None:
@@ -116,7 +120,14 @@ class Archive:
 
     def _apt(self, *words: str, cwd: Path | None = None) -> None:
         command = ["apt-get", "-q", *self._options, *words]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=cwd,
+            env=self._environment,
+        )
         if result.returncode:
             tail = "\n".join((result.stdout + result.stderr).splitlines()[-8:])
             raise LabUnavailableError(f"apt-get {' '.join(words[:4])} failed:\n{tail}")

@@ -1,0 +1,105 @@
+"""VMMs that run in the lab: QEMU with the tagger guest, and the VMM that does nothing."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field
+
+from tests.lab.machine import Machine
+
+_START_SECONDS = 120.0
+_CHECK = re.compile(rb"check=(\d+) granules=(\d+) wrong=(\d+) data_wrong=(\d+)\n")
+_IPA = re.compile(rb"TAGGER ipa (\d+) (0x[0-9a-f]+)\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What the tagger found in one round over its memory."""
+
+    number: int
+    granules: int
+    wrong: int
+    data_wrong: int
+
+
+@dataclass
+class Qemu:
+    """A QEMU with the tagger guest in a lab machine, by its name.
+
+    `mte` gives it mte=on; without, it waits in -preconfig for `mtetool enable`.
+    """
+
+    lab: Machine
+    name: str
+    mte: bool = True
+    memory: str = "256M"
+    extra: str = ""
+    pid: int = field(init=False)
+
+    @property
+    def qmp_path(self) -> str:
+        """The monitor's socket."""
+        return f"/tmp/{self.name}.qmp"
+
+    @property
+    def console(self) -> str:
+        """The file that the guest's serial console goes to."""
+        return f"/tmp/{self.name}.log"
+
+    def start(self) -> Qemu:
+        """Start it, and wait for its monitor."""
+        machine = "virt,gic-version=3" + (",mte=on" if self.mte else "")
+        options = (
+            f"-M {machine} -accel kvm -cpu host -m {self.memory} -nodefaults -display none"
+            " -kernel /lab/Image -initrd /lab/guest.cpio -append 'console=ttyAMA0 quiet'"
+            f" -serial file:{self.console} -qmp unix:{self.qmp_path},server=on,wait=off"
+            f" {'' if self.mte else '-preconfig'} {self.extra}"
+        )
+        result = self.lab.sh(
+            f"qemu-system-aarch64 {options} >/tmp/{self.name}.out 2>&1 & echo $!;"
+            f" until [ -S {self.qmp_path} ] || ! kill -0 $!; do sleep 0.02; done; kill -0 $!"
+        )
+        self.pid = int(result.stdout)
+        return self
+
+    def qmp(self, *words: str) -> bytes:
+        """Run a QMP command with the example script's own client."""
+        script = 'set -e; eval "$(sed -n \'/^qmp() {/,/^}/p\' $0)"; qmp "$@"'
+        example = "/opt/mtetool/examples/migrate-qemu.sh"
+        command = ["sh", "-c", script, example, self.qmp_path, *words]
+        return self.lab.run(command, check=True).stdout
+
+    def output(self) -> bytes:
+        """All that the guest has said so far."""
+        return self.lab.run(["cat", self.console]).stdout.replace(b"\r", b"")
+
+    def checks(self) -> list[Check]:
+        """The rounds that the guest has told of so far."""
+        return [Check(*map(int, match)) for match in _CHECK.findall(self.output())]
+
+    def wait_for_checks(self, count: int = 2) -> list[Check]:
+        """Wait until the guest has told of that many more rounds; those rounds."""
+        seen = len(self.checks())
+        deadline = time.monotonic() + _START_SECONDS
+        while len(checks := self.checks()) < seen + count:
+            assert time.monotonic() < deadline, f"{self.name} is silent: {self.output()!r}"
+            time.sleep(0.2)
+        return checks[seen:]
+
+    def ipas(self) -> dict[int, int]:
+        """Guest physical addresses of tagged pages, by the page's number."""
+        return {int(page): int(ipa, 16) for page, ipa in _IPA.findall(self.output())}
+
+
+def start_test_vmm(lab: Machine, *words: str) -> int:
+    """Start the VMM that does nothing; its PID. It ends with `pkill testvmm`."""
+    result = lab.sh(
+        "rm -f /tmp/vmm.in; mkfifo /tmp/vmm.in; : >/tmp/vmm.out;"
+        " sleep 100000 >/tmp/vmm.in 2>/dev/null &"
+        f" /lab/testvmm {' '.join(words)} </tmp/vmm.in >/tmp/vmm.out 2>&1 & echo $!;"
+        " until grep -q ready /tmp/vmm.out || ! kill -0 $!; do sleep 0.02; done;"
+        " cat /tmp/vmm.out >&2"
+    )
+    assert b"ready" in result.stderr, result.stderr
+    return int(result.stdout)

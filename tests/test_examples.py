@@ -1,0 +1,38 @@
+"""The examples that need no kernel; `tests/lab/test_migration.py` runs the others."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+_EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_demo_shows_a_round_trip(tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = subprocess.run(
+        [_EXAMPLES / "demo.sh", tmp_path / "demo"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PATH": path},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "mtetool diff" in result.stdout
+    assert (tmp_path / "demo" / "guest.mtesnap").stat().st_size > 100_000
+
+
+def test_migration_script_explains_itself() -> None:
+    result = subprocess.run(
+        [_EXAMPLES / "migrate-qemu.sh"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "SOURCE_PID SOURCE_QMP TARGET_PID TARGET_QMP" in result.stderr
+
+
+def test_every_example_is_run_by_a_test() -> None:
+    tests = Path(__file__).parent
+    texts = "".join(path.read_text() for path in tests.rglob("test_*.py"))
+    assert [path.name for path in _EXAMPLES.iterdir() if path.name not in texts] == []
