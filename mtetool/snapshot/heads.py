@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from mtetool.backends.base import Memslot, SlotKind
+from mtetool.errors import UnknownVersionError
 from mtetool.snapshot.maps import Fields, pack_map, storable_text, unpack_map
 from mtetool.snapshot.model import (
     ADDRESS_LIMIT,
@@ -169,8 +170,10 @@ def decode_tags(data: bytes, where: str, page_granules: int, chunk_granules: int
     fields = unpack_map(data, where)
     encoding = fields.integer("enc", 0, 255)
     if encoding not in (_FILL, _PACKED):
-        # Left over under a name that `end` reports: an encoding of a later version.
-        Fields({f"enc {encoding}": None}, where).end()
+        raise UnknownVersionError(
+            f"{where} has its tags in an encoding that this mtetool does not know: {encoding}",
+            hint="a newer mtetool wrote it",
+        )
     ipa = fields.integer("ipa", 0, _U64)
     if encoding == _FILL:
         granules = fields.integer("granules", 1, _GRANULES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mtetool.snapshot.coverage import Coverage, MissingMap, ScatteredError
 from mtetool.snapshot.heads import TagsHead
 from mtetool.snapshot.model import ADDRESS_LIMIT, Footer, Header, Missing
+from mtetool.uapi import GRANULE_BYTES
 
 
 class LedgerError(Exception):
@@ -39,18 +40,22 @@ class Ledger:
 
     def tags(self, head: TagsHead) -> None:
         """A record of tags comes next."""
-        self.check(head.ipa, head.size_bytes)
-        end = head.ipa + head.size_bytes
-        try:
-            self.missing.remove(head.ipa, end)
-            self._coverage.add(head.ipa, end)
-        except ScatteredError as error:
-            raise LedgerError(str(error)) from error
-        self._granules += head.granules
-        if self._granules >= ADDRESS_LIMIT:
-            raise LedgerError("more granules than can be counted")
+        self.seen(head.ipa, head.granules)
         self._tagged_granules += head.tagged_granules
         self._tagged_pages += head.tagged_pages
+
+    def seen(self, ipa: int, granules: int) -> None:
+        """As `tags`, for a record of which only the index is known: its tags are not counted."""
+        size_bytes = granules * GRANULE_BYTES
+        self.check(ipa, size_bytes)
+        try:
+            self.missing.remove(ipa, ipa + size_bytes)
+            self._coverage.add(ipa, ipa + size_bytes)
+        except ScatteredError as error:
+            raise LedgerError(str(error)) from error
+        self._granules += granules
+        if self._granules >= ADDRESS_LIMIT:
+            raise LedgerError("more granules than can be counted")
 
     def miss(self, missing: Missing) -> None:
         """A record of missing tags comes next."""

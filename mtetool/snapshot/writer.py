@@ -54,13 +54,15 @@ if TYPE_CHECKING:
 # Chunks under way for each worker: one that it compresses, one that waits for it.
 _WINDOW_PER_JOB = 2
 
+# Fills that wait behind a chunk under way; they are small, but must not pile up either.
+_MAX_QUEUED = 4096
 
-class _Compressed(NamedTuple):
-    """What a worker makes of a chunk."""
 
+class _Stored(NamedTuple):
+    """A record of tags as it will be written."""
+
+    head: TagsHead
     frame: bytes
-    tagged_granules: int
-    tagged_pages: int
 
 
 class SnapshotWriter:
@@ -90,7 +92,9 @@ class SnapshotWriter:
         jobs = jobs or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="compress")
         self._window = _WINDOW_PER_JOB * jobs
-        self._pending: deque[tuple[int, int, Future[_Compressed]]] = deque()
+        # In the order of the records: chunks under way, and fills, which need no work.
+        self._pending: deque[Future[_Stored] | _Stored] = deque()
+        self._n_chunks = 0
         # The last fill, held back: the next one may continue it.
         self._fill: tuple[int, int, int] | None = None
         self._open = True
@@ -112,12 +116,12 @@ class SnapshotWriter:
         if tag is not None:
             self.add_fill(ipa, n_granules * GRANULE_BYTES, tag)
             return
-        self._flush_fill()
-        while len(self._pending) >= self._window:
+        self._queue_fill()
+        while self._n_chunks >= self._window:
             self._write_oldest()
-        self._pending.append((ipa, n_granules, self._pool.submit(self._compress, packed)))
-        while self._pending and self._pending[0][2].done():
-            self._write_oldest()
+        self._pending.append(self._pool.submit(self._compress, ipa, packed))
+        self._n_chunks += 1
+        self._write_ready()
 
     def add_fill(self, ipa: int, size_bytes: int, tag: int) -> None:
         """Memory of any size (both page-aligned, in bytes) whose granules all have one tag.
@@ -132,7 +136,7 @@ class SnapshotWriter:
             if end == ipa and last_tag == tag and self._ledger.holds(start, ipa + size_bytes):
                 self._fill = (start, ipa + size_bytes, tag)
                 return
-        self._flush_fill()
+        self._queue_fill()
         self._fill = (ipa, ipa + size_bytes, tag)
 
     def add_missing(self, missing: Missing) -> None:
@@ -170,8 +174,6 @@ class SnapshotWriter:
     def abort(self) -> None:
         """Stop the threads and forget what was not written. May be called twice."""
         self._open = False
-        for *_, future in self._pending:
-            future.cancel()
         self._close_pool()
         self._pending.clear()
 
@@ -200,37 +202,45 @@ class SnapshotWriter:
         except LedgerError as error:
             raise RangeError(str(error), ipa=ipa, size_bytes=size_bytes) from error
 
-    def _compress(self, packed: Packed) -> _Compressed:
-        return _Compressed(self._compressor(packed), *count_tagged(packed, self._page_granules))
+    def _compress(self, ipa: int, packed: Packed) -> _Stored:
+        tagged, pages = count_tagged(packed, self._page_granules)
+        head = TagsHead(ipa, 2 * int(packed.size), None, tagged, pages)
+        return _Stored(head, self._compressor(packed))
+
+    def _queue_fill(self) -> None:
+        """Put the fill that was held back into its place."""
+        if self._fill is None:
+            return
+        (start, end, tag), self._fill = self._fill, None
+        granules = (end - start) // GRANULE_BYTES
+        self._pending.append(_Stored(fill_head(start, granules, tag, self._page_granules), b""))
+        self._write_ready()
+        while len(self._pending) > _MAX_QUEUED:
+            self._write_oldest()
+
+    def _write_ready(self) -> None:
+        while self._pending:
+            oldest = self._pending[0]
+            if isinstance(oldest, Future) and not oldest.done():
+                return
+            self._write_oldest()
 
     def _write_oldest(self) -> None:
-        ipa, n_granules, future = self._pending[0]
-        done = future.result()
-        self._pending.popleft()
-        head = TagsHead(ipa, n_granules, None, done.tagged_granules, done.tagged_pages)
-        self._write_tags(head, done.frame)
-
-    def _write_tags(self, head: TagsHead, frame: bytes) -> None:
+        oldest = self._pending.popleft()
+        if isinstance(oldest, Future):
+            self._n_chunks -= 1
+            oldest = oldest.result()
+        head, frame = oldest
         try:
             self._ledger.tags(head)
         except LedgerError as error:
             raise RangeError(str(error)) from error
         self._log.write(TAGS, encode_tags(head), frame, index=(head.ipa, head.granules))
 
-    def _flush_fill(self) -> None:
-        """Write the fill that was held back, and before it all that came before it."""
-        if self._fill is None:
-            return
-        (start, end, tag), self._fill = self._fill, None
-        while self._pending:
-            self._write_oldest()
-        granules = (end - start) // GRANULE_BYTES
-        self._write_tags(fill_head(start, granules, tag, self._page_granules), b"")
-
     def _settle(self) -> None:
+        self._queue_fill()
         while self._pending:
             self._write_oldest()
-        self._flush_fill()
 
     def _close_pool(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

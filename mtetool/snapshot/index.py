@@ -1,0 +1,186 @@
+"""A snapshot in a file, read through the index at its end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO, NamedTuple, Self
+
+from mtetool.errors import DamagedError, HostIoError
+from mtetool.snapshot.heads import DoneHead, decode_done, decode_missing
+from mtetool.snapshot.ledger import Ledger, LedgerError
+from mtetool.snapshot.model import ADDRESS_LIMIT, Extent, Footer, Header, Missing, Summary
+from mtetool.snapshot.reader import Piece, SnapshotReader, index_entries, piece_of, tags_head
+from mtetool.snapshot.records import (
+    DONE,
+    END_MAGIC,
+    INDEX_ENTRY,
+    INDX,
+    MISS,
+    TAGS,
+    TRAILER,
+    ByteSource,
+    Record,
+    read_record,
+)
+from mtetool.uapi import GRANULE_BYTES
+
+
+class Entry(NamedTuple):
+    """Where a record of tags or of missing tags is, and what it speaks of."""
+
+    offset: int
+    ipa: int
+    granules: int
+    kind: bytes
+    length_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of guest memory."""
+        return self.granules * GRANULE_BYTES
+
+
+class IndexedSnapshot:
+    """Header, end and index of a snapshot; the records in between are read when asked for.
+
+    Every record that is read has its checksum compared, those that are not may be damaged.
+    """
+
+    def __init__(self, stream: BinaryIO, name: str, header: Header, size: int, end: int) -> None:
+        self._stream = stream
+        self._name = name
+        self.header = header
+        self._file_bytes = size
+        self._first = stream.tell()
+        self._end = end
+        self._done = self._read_done()
+
+    @classmethod
+    def open(cls, stream: BinaryIO, name: str) -> Self | None:
+        """A snapshot in a regular file; None where the file has no end mark.
+
+        Without the mark something is wrong with the file, and reading it front to back
+        tells what. Raises SnapshotError, HostIoError.
+        """
+        header = SnapshotReader(stream, name).header
+        try:
+            first = stream.tell()
+            size = os.fstat(stream.fileno()).st_size
+            stream.seek(max(first, size - TRAILER.size))
+            trailer = stream.read(TRAILER.size)
+            stream.seek(first)
+        except OSError as error:
+            raise HostIoError(f"{name}: reading failed: {error.strerror or error}") from error
+        if len(trailer) < TRAILER.size:
+            return None
+        end, magic = TRAILER.unpack(trailer)
+        if magic != END_MAGIC or not first <= end < size:
+            return None
+        return cls(stream, name, header, size, end)
+
+    def _record_at(self, offset: int) -> Record:
+        try:
+            self._stream.seek(offset)
+        except OSError as error:
+            raise HostIoError(f"{self._name}: seeking failed: {error.strerror}") from error
+        source = ByteSource(self._stream, self._name, offset)
+        return read_record(source, None, self.header.chunk_granules)
+
+    def _damaged(self, offset: int, problem: str) -> DamagedError:
+        return DamagedError(f"{self._name}: the record at byte {offset}: {problem}", offset=offset)
+
+    def _read_done(self) -> DoneHead:
+        record = self._record_at(self._end)
+        if record.kind != DONE:
+            raise self._damaged(self._end, "it is not the end record, which belongs here")
+        if self._end + record.length_bytes + TRAILER.size != self._file_bytes:
+            raise self._damaged(self._end, "the file goes on behind the end record")
+        done = decode_done(record.head, f"{self._name}: the end record")
+        if record.sequence != done.footer.records:
+            raise self._damaged(self._end, "the end record does not count the records before it")
+        if not self._first <= done.index_offset <= self._end:
+            raise self._damaged(self._end, "the index is outside the file")
+        return done
+
+    def entries(self) -> Iterator[Entry]:
+        """The index, in the order of the log, everything in it checked."""
+        offset = self._done.index_offset
+        behind = self._first
+        for _ in range(self._done.index_records):
+            if offset >= self._end:
+                raise self._damaged(offset, "the index goes on behind the end record")
+            record = self._record_at(offset)
+            if record.kind != INDX:
+                raise self._damaged(offset, "it is not the index, which belongs here")
+            index_entries(record, self._name)
+            for values in INDEX_ENTRY.iter_unpack(record.payload):
+                entry = Entry(*values)
+                self._check_entry(entry, behind, offset)
+                behind = entry.offset + entry.length_bytes
+                yield entry
+            offset += record.length_bytes
+        if offset != self._end:
+            raise self._damaged(offset, "the index does not end where the end record starts")
+
+    def _check_entry(self, entry: Entry, behind: int, offset: int) -> None:
+        end = entry.offset + entry.length_bytes
+        if entry.offset < behind or end > self._done.index_offset or not entry.length_bytes:
+            raise self._damaged(offset, "an entry of the index points out of order")
+        if entry.kind not in (TAGS, MISS):
+            raise self._damaged(offset, f"an entry of the index of kind {entry.kind!r}")
+        if entry.ipa + entry.size_bytes > ADDRESS_LIMIT:
+            raise self._damaged(offset, "an entry of the index beyond the address space")
+
+    def _load(self, entry: Entry) -> Piece | Missing:
+        """The record that an entry names. Raises SnapshotError."""
+        record = self._record_at(entry.offset)
+        where = f"{self._name}: the record at byte {entry.offset}"
+        result: Piece | Missing
+        if record.kind == TAGS:
+            head = tags_head(record, self._name, self.header)
+            result = piece_of(record, head, self._name, self.header)
+        elif record.kind == MISS:
+            result = decode_missing(record.head, where)
+        else:
+            raise DamagedError(f"{where} is not what the index says")
+        found = Entry(
+            record.offset,
+            result.ipa,
+            result.size_bytes // GRANULE_BYTES,
+            record.kind,
+            record.length_bytes,
+        )
+        if found != entry or result.size_bytes % GRANULE_BYTES:
+            raise DamagedError(f"{where} is not what the index says")
+        return result
+
+    def summary(self) -> Summary:
+        """What the header, the end, the index and the records of missing tags say."""
+        ledger = Ledger(self.header)
+        try:
+            for entry in self.entries():
+                missing = self._load(entry) if entry.kind == MISS else None
+                if isinstance(missing, Missing):
+                    ledger.miss(missing)
+                else:
+                    ledger.seen(entry.ipa, entry.granules)
+            counted = ledger.footer(self._done.footer.records, self._done.footer.consistent)
+        except LedgerError as error:
+            raise DamagedError(f"{self._name}: {error}") from error
+        footer = self._done.footer
+        if (counted.granules, counted.missing_bytes) != (footer.granules, footer.missing_bytes):
+            raise DamagedError(f"{self._name}: the totals are not those of the index")
+        return Summary(self.header, footer, ledger.missing.ranges(), self._file_bytes)
+
+    @property
+    def footer(self) -> Footer:
+        """The totals, as the end record says them."""
+        return self._done.footer
+
+    def pieces(self, extents: Sequence[Extent]) -> Iterator[Piece | Missing]:
+        """The records that overlap any of `extents`, whole, in the order of the log."""
+        for entry in self.entries():
+            end = entry.ipa + entry.size_bytes
+            if any(entry.ipa < extent.end and extent.ipa < end for extent in extents):
+                yield self._load(entry)

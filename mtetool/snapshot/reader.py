@@ -1,0 +1,443 @@
+"""Reading a snapshot: front to back from any stream, or by its index from a file."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from mtetool.errors import (
+    DamagedError,
+    HostIoError,
+    NoSuchFileError,
+    NotASnapshotError,
+    TruncatedError,
+    UnknownVersionError,
+    UsageError,
+)
+from mtetool.snapshot.heads import (
+    DoneHead,
+    TagsHead,
+    decode_done,
+    decode_header,
+    decode_index,
+    decode_missing,
+    decode_tags,
+)
+from mtetool.snapshot.ledger import Ledger, LedgerError
+from mtetool.snapshot.model import CHUNK_GRANULES, Extent, Footer, Header, Missing, Summary
+from mtetool.snapshot.records import (
+    CHECKSUM,
+    DONE,
+    END_MAGIC,
+    HEAD,
+    INDEX_ENTRY,
+    INDX,
+    MAGIC,
+    MAX_RECORDS,
+    MISS,
+    PROLOGUE,
+    TAGS,
+    TRAILER,
+    VERSION,
+    ByteSource,
+    Digest,
+    Record,
+    read_record,
+)
+from mtetool.uapi import GRANULE_BYTES
+
+if TYPE_CHECKING:
+    from mtetool.tags import Tags
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tags of some memory; `fill` is the one tag of all of it, or None.
+
+    `stored_bytes` is what the record takes in the file.
+    """
+
+    ipa: int
+    n_granules: int
+    fill: int | None
+    stored_bytes: int
+    _where: str = field(repr=False)
+    _payload: bytes = field(repr=False)
+    _max_granules: int = field(repr=False)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of guest memory."""
+        return self.n_granules * GRANULE_BYTES
+
+    @property
+    def end(self) -> int:
+        """The first address behind it."""
+        return self.ipa + self.size_bytes
+
+    def tags(self) -> Tags:
+        """The tags, one byte a granule, C-contiguous; decompressed anew by each call.
+
+        Raises DamagedError where they cannot be decompressed, and ValueError for a fill that
+        is longer than the snapshot's chunks: it may speak for a terabyte.
+        """
+        # Here, because whoever reads only the description needs neither of the libraries.
+        import numpy as np
+
+        from mtetool.snapshot.frames import FrameError, decompress
+
+        if self.fill is not None:
+            if self.n_granules > self._max_granules:
+                raise ValueError(f"a fill of {self.n_granules} granules at once")
+            return np.full(self.n_granules, self.fill, dtype=np.uint8)
+        try:
+            return decompress(self._payload, self.n_granules)
+        except FrameError as error:
+            raise DamagedError(f"{self._where}: {error}", ipa=self.ipa) from error
+
+
+class SnapshotReader:
+    """Reads a snapshot from a stream, front to back; iterated once.
+
+    The header is read at once. Iterating gives the records of tags and of missing tags in
+    the order in which they were written, so that a later one replaces earlier ones; each
+    one's checksum was compared before. The iteration ends only when the snapshot is known
+    to be whole: totals, index, coverage, and nothing behind the end.
+
+    Raises NotASnapshotError, UnknownVersionError, TruncatedError, DamagedError, HostIoError.
+    """
+
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        self._source = ByteSource(stream, name)
+        self._digest = Digest()
+        self.header = self._read_header()
+        self._ledger = Ledger(self.header)
+        self._page_granules = self.header.page_size_bytes // GRANULE_BYTES
+        self._sequence = 1
+        # What the index must say, and what it said, without keeping either.
+        self._expected_index, self._index = Digest(), Digest()
+        self._index_offset: int | None = None
+        self._index_records = 0
+        self._footer: Footer | None = None
+        self._pieces = self._read_pieces()
+
+    def __iter__(self) -> Iterator[Piece | Missing]:
+        return self._pieces
+
+    @property
+    def footer(self) -> Footer:
+        """The totals. Raises RuntimeError before the iteration came to the end."""
+        if self._footer is None:
+            raise RuntimeError("the snapshot was not read to its end")
+        return self._footer
+
+    @property
+    def missing(self) -> tuple[Missing, ...]:
+        """What is missing, as far as was read: ascending, neighbours of one cause joined."""
+        return self._ledger.missing.ranges()
+
+    @property
+    def offset(self) -> int:
+        """The bytes that were read so far."""
+        return self._source.offset
+
+    def _read_header(self) -> Header:
+        prologue = _read_prologue(self._source)
+        record = read_record(self._source, 0, CHUNK_GRANULES, prologue)
+        self._digest.add(CHECKSUM.pack(record.checksum))
+        if record.kind != HEAD:
+            raise DamagedError(f"{self._source.name} does not start with a header")
+        return decode_header(record.head, f"{self._source.name}: the header")
+
+    def _read_pieces(self) -> Iterator[Piece | Missing]:
+        while True:
+            record = read_record(self._source, self._sequence, self.header.chunk_granules)
+            if record.kind == DONE:
+                self._finish(record)
+                return
+            self._sequence += 1
+            if self._sequence > MAX_RECORDS:
+                raise self._damaged(record, "one record more than there may be")
+            self._digest.add(CHECKSUM.pack(record.checksum))
+            if record.kind == INDX:
+                self._take_index(record)
+            elif self._index_offset is not None:
+                raise self._damaged(record, "it comes after the index")
+            elif record.kind == TAGS or record.kind == MISS:
+                yield self._take(record)
+            else:
+                _check_ignorable(record, self._source.name)
+
+    def _damaged(self, record: Record, problem: str) -> DamagedError:
+        return DamagedError(f"{_where(self._source.name, record)}: {problem}", offset=record.offset)
+
+    def _take(self, record: Record) -> Piece | Missing:
+        name = self._source.name
+        result: Piece | Missing
+        try:
+            if record.kind == TAGS:
+                head = tags_head(record, name, self.header)
+                self._ledger.tags(head)
+                granules = head.granules
+                result = piece_of(record, head, name, self.header)
+            else:
+                result = decode_missing(record.head, _where(name, record))
+                self._ledger.miss(result)
+                granules = result.size_bytes // GRANULE_BYTES
+        except LedgerError as error:
+            raise self._damaged(record, str(error)) from error
+        entry = INDEX_ENTRY.pack(
+            record.offset, result.ipa, granules, record.kind, record.length_bytes
+        )
+        self._expected_index.add(entry)
+        return result
+
+    def _take_index(self, record: Record) -> None:
+        index_entries(record, self._source.name)
+        if self._index_offset is None:
+            self._index_offset = record.offset
+        self._index_records += 1
+        self._index.add(record.payload)
+
+    def _finish(self, record: Record) -> None:
+        done = decode_done(record.head, _where(self._source.name, record))
+        try:
+            footer = self._ledger.footer(self._sequence, done.footer.consistent)
+        except LedgerError as error:
+            raise self._damaged(record, str(error)) from error
+        if self._index_offset is None:
+            self._index_offset = record.offset
+        expected = DoneHead(footer, self._index_offset, self._index_records, self._digest.value)
+        if done != expected:
+            raise self._damaged(record, "the totals are not those of the records before")
+        if self._index.value != self._expected_index.value:
+            raise self._damaged(record, "the index is not that of the records before")
+        trailer = self._source.exactly(TRAILER.size, "the end mark")
+        if trailer != TRAILER.pack(record.offset, END_MAGIC):
+            raise DamagedError(f"{self._source.name}: the end mark is wrong")
+        if self._source.read(1):
+            raise DamagedError(
+                f"{self._source.name} goes on behind the end of the snapshot,"
+                f" which is {self._source.offset - 1} bytes long",
+                hint="something was appended to it",
+            )
+        self._footer = footer
+
+
+# --- what the sequential and the indexed way share --------------------------------------------
+
+
+def _where(name: str, record: Record) -> str:
+    return f"{name}: record {record.sequence} at byte {record.offset}"
+
+
+def tags_head(record: Record, name: str, header: Header) -> TagsHead:
+    """The head of a record of tags. Raises DamagedError, UnknownVersionError."""
+    where = _where(name, record)
+    page_granules = header.page_size_bytes // GRANULE_BYTES
+    head = decode_tags(record.head, where, page_granules, header.chunk_granules)
+    if (head.fill is None) != bool(record.payload):
+        raise DamagedError(f"{where}: a payload that does not belong to its encoding")
+    return head
+
+
+def piece_of(record: Record, head: TagsHead, name: str, header: Header) -> Piece:
+    """A record of tags as its reader sees it."""
+    return Piece(
+        ipa=head.ipa,
+        n_granules=head.granules,
+        fill=head.fill,
+        stored_bytes=record.length_bytes,
+        _where=_where(name, record),
+        _payload=record.payload,
+        _max_granules=header.chunk_granules,
+    )
+
+
+def index_entries(record: Record, name: str) -> int:
+    """How many entries a part of the index has. Raises DamagedError, UnknownVersionError."""
+    where = _where(name, record)
+    n_entries = decode_index(record.head, where)
+    if len(record.payload) != n_entries * INDEX_ENTRY.size:
+        raise DamagedError(f"{where}: an index of {n_entries} entries in another size")
+    return n_entries
+
+
+def _check_ignorable(record: Record, name: str) -> None:
+    first = record.kind[:1]
+    if not (first.isalpha() and first.islower()):
+        raise UnknownVersionError(
+            f"{_where(name, record)} is of a kind that this mtetool does not know:"
+            f" {record.kind.decode('ascii', 'backslashreplace')!r}",
+            hint="a newer mtetool wrote it",
+        )
+
+
+_OTHER_FORMATS = (
+    (b"\x1f\x8b", "a gzip file"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file"),
+    (b"\xfd7zXZ\x00", "an xz file"),
+    (b"BZh", "a bzip2 file"),
+    (b"PK\x03\x04", "a zip file"),
+    (b"\x7fELF", "an ELF file (a core dump?)"),
+    (b"QEVM", "a QEMU migration stream"),
+    (b"QFI\xfb", "a qcow2 image"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\x89MTESNP\r\n", "a snapshot that was transferred as text, which destroyed it"),
+)
+
+
+def _looks_like(start: bytes) -> str:
+    if not start:
+        return "empty"
+    for magic, what in _OTHER_FORMATS:
+        if start.startswith(magic):
+            return what
+    if all(byte in b"\t\n\r" or byte >= 32 for byte in start):
+        try:
+            start.decode()
+        except UnicodeDecodeError as error:
+            # A character may be cut by where we stopped reading.
+            return "text" if error.end >= len(start) and error.start else "some other file"
+        return "text"
+    return "some other file"
+
+
+def _read_prologue(source: ByteSource) -> bytes:
+    prologue = source.read(PROLOGUE.size)
+    if not prologue.startswith(MAGIC):
+        if prologue and MAGIC.startswith(prologue):
+            raise TruncatedError(f"{source.name} ends after {len(prologue)} bytes")
+        what = _looks_like(prologue)
+        hint = {
+            "a gzip file": "unpack it first: gunzip",
+            "a zstd file": "unpack it first: zstd -d",
+            "an xz file": "unpack it first: unxz",
+        }.get(what, "mtetool save writes snapshots")
+        raise NotASnapshotError(f"{source.name} is no snapshot: it is {what}", hint=hint)
+    if len(prologue) < PROLOGUE.size:
+        raise TruncatedError(f"{source.name} ends after {len(prologue)} bytes")
+    _, version, flags = PROLOGUE.unpack(prologue)
+    if version != VERSION:
+        raise UnknownVersionError(
+            f"{source.name} is a snapshot of version {version};"
+            f" this mtetool reads version {VERSION}",
+            hint="a newer mtetool wrote it",
+            version=version,
+        )
+    if flags:
+        raise UnknownVersionError(
+            f"{source.name} is a snapshot of version {version} with features ({flags:#x})"
+            f" that this mtetool, which reads version {VERSION}, does not know",
+            hint="a newer mtetool wrote it",
+        )
+    return prologue
+
+
+# --- files ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened(path: str) -> Iterator[BinaryIO]:
+    """The bytes of a file, or of standard input for "-".
+
+    Raises UsageError for a terminal, NoSuchFileError, NotASnapshotError for a directory,
+    HostIoError.
+    """
+    if path == "-":
+        stdin = sys.stdin
+        if stdin is None or stdin.isatty():
+            raise UsageError(
+                "a snapshot is expected on standard input, which is "
+                + ("closed" if stdin is None else "a terminal"),
+                hint="name a file, or pipe one in",
+            )
+        yield stdin.buffer
+        return
+    try:
+        stream = Path(path).open("rb")  # noqa: SIM115
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NoSuchFileError(f"{path}: no such file", hint="is the path right?") from error
+    except IsADirectoryError as error:
+        raise NotASnapshotError(f"{path} is no snapshot: it is a directory") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise HostIoError(f"{path} cannot be opened: {reason}") from error
+    with stream:
+        yield stream
+
+
+@contextmanager
+def open_snapshot(path: str) -> Iterator[SnapshotReader]:
+    """A reader of a file, or of standard input for "-".
+
+    Raises as `SnapshotReader`, and UsageError for a terminal, NoSuchFileError,
+    NotASnapshotError for a directory, HostIoError.
+    """
+    with opened(path) as stream:
+        yield SnapshotReader(stream, display_name(path))
+
+
+def display_name(path: str) -> str:
+    """What messages call an input."""
+    return "standard input" if path == "-" else path
+
+
+def is_seekable(stream: BinaryIO) -> bool:
+    """Whether a stream is a regular file read from its start, which its index may serve."""
+    try:
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode) and stream.tell() == 0
+    except (OSError, ValueError):
+        return False
+
+
+def read_summary(path: str) -> Summary:
+    """A snapshot's description, without reading the tags where it is a file.
+
+    From a pipe, everything is read and checked, and nothing decompressed. Raises as
+    `open_snapshot`.
+    """
+    from mtetool.snapshot.index import IndexedSnapshot
+
+    with opened(path) as stream:
+        name = display_name(path)
+        if is_seekable(stream):
+            indexed = IndexedSnapshot.open(stream, name)
+            if indexed is not None:
+                return indexed.summary()
+            stream.seek(0)
+        return _summary_of_stream(SnapshotReader(stream, name))
+
+
+def _summary_of_stream(reader: SnapshotReader) -> Summary:
+    for _ in reader:
+        pass
+    return Summary(reader.header, reader.footer, reader.missing, None)
+
+
+def read_range(path: str, extents: Sequence[Extent]) -> Iterator[Piece | Missing]:
+    """The records that overlap any of `extents`, whole, in the order of the log.
+
+    A file is read by its index: only what is wanted, each record's checksum compared. A
+    pipe is read to its end. Raises as `open_snapshot`.
+    """
+    from mtetool.snapshot.index import IndexedSnapshot
+
+    wanted = tuple(extents)
+    with opened(path) as stream:
+        name = display_name(path)
+        if is_seekable(stream):
+            indexed = IndexedSnapshot.open(stream, name)
+            if indexed is not None:
+                yield from indexed.pieces(wanted)
+                return
+            stream.seek(0)
+        for piece in SnapshotReader(stream, name):
+            if any(piece.ipa < extent.end and extent.ipa < piece.end for extent in wanted):
+                yield piece
