@@ -19,7 +19,7 @@ _TEXT_MAX = 20
 def size(n_bytes: int) -> str:
     """`64 MiB`; with the exact bytes behind it where the short form rounds."""
     value, unit = float(n_bytes), "bytes"
-    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):  # noqa: B007
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
             break
         value /= 1024
@@ -71,7 +71,7 @@ def slot_rows(slots: Iterable[Memslot]) -> list[dict[str, Any]]:
 
 def missing_lines(title: str, tally: Tally[Missing]) -> list[str]:
     """What is not there, for people; nothing where nothing is missing."""
-    rows = [f"{_span(item)}  {_why(item)}" for item in tally.items[:_TEXT_MAX]]
+    rows = [f"{_span(item)}  {why(item)}" for item in tally.items[:_TEXT_MAX]]
     return _listed(title, tally, rows)
 
 
@@ -80,9 +80,7 @@ def extent_lines(title: str, tally: Tally[Extent]) -> list[str]:
     return _listed(title, tally, [_span(item) for item in tally.items[:_TEXT_MAX]])
 
 
-def _counted(
-    name: str, tally: Tally[Any], rows: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+def _counted(name: str, tally: Tally[Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {f"{name}_bytes": tally.size_bytes, f"{name}_count": tally.count, name: list(rows)}
 
 
@@ -101,5 +99,6 @@ def _span(item: Extent | Missing) -> str:
     return f"{item.ipa:#x}:{item.size_bytes:#x}"
 
 
-def _why(item: Missing) -> str:
+def why(item: Missing) -> str:
+    """Why a range is not there: the errno by name, and the reason."""
     return f"{errno_name(item.errno)}: {item.reason}" if item.errno else item.reason

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mtetool.errors import DamagedError
-from mtetool.flows.layout import merged, total_bytes
+from mtetool.flows.layout import total_bytes, without
 from mtetool.flows.pieces import Progress, chunks, no_progress
 from mtetool.flows.tally import Tally
 from mtetool.snapshot.model import Extent, Header, Missing
@@ -55,9 +55,7 @@ def check(
     total, done = total_bytes(reader.header.scope), 0
     progress(0, total)
     for piece in reader:
-        if isinstance(piece, Missing):
-            result.missing.add(piece)
-        else:
+        if not isinstance(piece, Missing):
             result.n_pieces += 1
             result.stored_bytes += piece.stored_bytes
             _append(result.held, Extent(piece.ipa, piece.size_bytes))
@@ -70,7 +68,11 @@ def check(
                     use(ipa, tags)
         done += piece.size_bytes
         progress(done, total)
-    result.held = merged(result.held)
+    # A later record may have replaced an earlier one: what counts is the end of the log.
+    for missing in reader.missing:
+        result.missing.add(missing)
+    gone = [Extent(missing.ipa, missing.size_bytes) for missing in reader.missing]
+    result.held = without(result.held, gone)
     return result
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mtetool.flows.copying import Copied
-from mtetool.flows.source import TagSource
+from mtetool.flows.layout import check_aligned, check_inside
+from mtetool.flows.source import TagSource, clip
 from mtetool.snapshot.model import Extent, Missing
 from mtetool.tags import differences, runs
 from mtetool.uapi import GRANULE_BYTES
@@ -49,7 +50,7 @@ def diff(
     one side has but could not read are Missing. `within` limits both sides.
     """
     last: Difference | None = None
-    for found in _differences(_side_by_side(a.read(a.clip(within)), b.read(b.clip(within)))):
+    for found in _differences(_side_by_side(a.read(clip(a, within)), b.read(clip(b, within)))):
         if (
             last is not None
             and isinstance(found, Difference)
@@ -67,6 +68,12 @@ def diff(
             last = found
     if last is not None:
         yield last
+
+
+def check_ranges(ranges: Sequence[Extent], a: TagSource, b: TagSource) -> None:
+    """Raise MisalignedError for parts of granules, RangeError for a range outside both."""
+    check_aligned(ranges, GRANULE_BYTES, "granule")
+    check_inside(ranges, [*a.extents(), *b.extents()], f"{a.name} and {b.name}")
 
 
 def _differences(pairs: Iterator[_Pair]) -> Iterator[Difference | Missing]:

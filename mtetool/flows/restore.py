@@ -125,9 +125,7 @@ class _Restorer:
         progress(0, total)
         try:
             for piece in reader:
-                if isinstance(piece, Missing):
-                    self._leave_out(piece)
-                else:
+                if not isinstance(piece, Missing):
                     for ipa, tags in chunks(piece):
                         self._take(ipa, tags)
                 done += piece.size_bytes
@@ -138,6 +136,8 @@ class _Restorer:
             self.result.stopped = error.message
         except MtetoolError as error:
             raise self._with_what_was_done(error) from error.__cause__
+        for missing in reader.missing:
+            self._leave_out(missing)
         return self.result
 
     def _with_what_was_done(self, error: MtetoolError) -> MtetoolError:

@@ -149,7 +149,7 @@ def _copy(
                 if tag is None:
                     writer.add_tags(step.ipa, step.tags)
                 else:
-                    writer.add_fill(step.ipa, int(step.tags.size), tag)
+                    writer.add_fill(step.ipa, step.size_bytes, tag)
                     result.uniform_bytes += step.size_bytes
                 result.saved_bytes += step.size_bytes
             reached.append(Extent(step.ipa, step.size_bytes))
@@ -161,7 +161,9 @@ def _copy(
             raise
         result.lost = error.message
         for extent in without(result.scope, reached):
-            missing = Missing(extent.ipa, extent.size_bytes, None, "the guest ended during the save")
+            missing = Missing(
+                extent.ipa, extent.size_bytes, None, "the guest ended during the save"
+            )
             writer.add_missing(missing)
             result.missing.add(missing)
     if not result.saved_bytes:

@@ -2,42 +2,201 @@
 
 from __future__ import annotations
 
-import sys
+import heapq
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from typing import IO, TYPE_CHECKING, Protocol
+from contextlib import contextmanager
+from typing import BinaryIO, Protocol, cast
 
 from mtetool.backends import GuestOptions, is_guest, open_guest
 from mtetool.backends.base import Guest
+from mtetool.errors import SnapshotError
 from mtetool.flows.copying import Copied, TagReader
 from mtetool.flows.layout import check_aligned, check_inside, common, layout_of, merged
 from mtetool.flows.pieces import chunks
+from mtetool.snapshot.index import Entry, IndexedSnapshot
 from mtetool.snapshot.model import Extent, Missing
-from mtetool.snapshot.reader import SnapshotReader, open_snapshot
+from mtetool.snapshot.reader import SnapshotReader, display_name, is_seekable, opened
 from mtetool.uapi import GRANULE_BYTES
-
-if TYPE_CHECKING:
-    from mtetool.tags import Tags
 
 
 class TagSource(Protocol):
     """What has tags for some extents of guest memory."""
 
-    name: str
-    page_size_bytes: int
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+        ...
+
+    @property
+    def page_size_bytes(self) -> int:
+        """The page size of the guest's host."""
+        ...
 
     def extents(self) -> list[Extent]:
         """The memory that it speaks of, in order of address."""
         ...
 
-    def clip(self, within: Sequence[Extent] | None) -> list[Extent]:
-        """Its extents, cut to `within`."""
-        ...
-
     def read(self, extents: Sequence[Extent]) -> Iterator[Copied | Missing]:
         """The tags of ascending extents of whole granules, in order of address.
 
-        Each result's tags are valid until the next step. Raises GuestError, SnapshotError.
+        Every granule of the extents is in exactly one of the results, whose tags are valid
+        until the next step. Raises GuestError, SnapshotError.
         """
         ...
+
+
+def asked(source: TagSource, ranges: Sequence[Extent]) -> list[Extent]:
+    """What to read of a source: the ranges that were asked for, or all of it.
+
+    Raises MisalignedError for parts of granules, RangeError for a range outside all of it.
+    """
+    held = merged(source.extents())
+    if not ranges:
+        return held
+    check_aligned(ranges, GRANULE_BYTES, "granule")
+    check_inside(ranges, held, source.name)
+    return merged(ranges)
+
+
+@contextmanager
+def open_source(source: str, options: GuestOptions | None = None) -> Iterator[TagSource]:
+    """Open a guest (`emu:PATH`, `kvm:PID`), a snapshot file, or standard input for "-".
+
+    Raises what opening those raises; LayoutUnknownError for a guest without a layout.
+    """
+    if is_guest(source):
+        with open_guest(source, options) as guest:
+            yield GuestSource(guest, source)
+        return
+    with opened(source) as stream:
+        name = display_name(source)
+        if is_seekable(stream):
+            yield SnapshotSource(_indexed(stream, name), source)
+            return
+        with tempfile.TemporaryFile() as spool:
+            _spool(stream, name, cast(BinaryIO, spool))
+            yield SnapshotSource(_indexed(cast(BinaryIO, spool), name), source)
+
+
+class GuestSource:
+    """The tags that a guest has now."""
+
+    def __init__(self, guest: Guest, name: str) -> None:
+        self.name = name
+        self.page_size_bytes = guest.page_size_bytes
+        self._layout = layout_of(guest)
+        self._reader = TagReader(guest, self._layout)
+
+    def extents(self) -> list[Extent]:
+        """See `TagSource.extents`: all slots but those of devices."""
+        return self._layout.taggable
+
+    def read(self, extents: Sequence[Extent]) -> Iterator[Copied | Missing]:
+        """See `TagSource.read`."""
+        return self._reader.read_granules(extents)
+
+
+class SnapshotSource:
+    """The tags of a snapshot in a file, read by its index."""
+
+    def __init__(self, snapshot: IndexedSnapshot, name: str) -> None:
+        self.name = name
+        self.page_size_bytes = snapshot.header.page_size_bytes
+        self._snapshot = snapshot
+        self._entries = list(_in_force(snapshot.entries()))
+
+    def extents(self) -> list[Extent]:
+        """See `TagSource.extents`: the scope of the snapshot."""
+        return list(self._snapshot.header.scope)
+
+    def read(self, extents: Sequence[Extent]) -> Iterator[Copied | Missing]:
+        """See `TagSource.read`."""
+        entries = iter(self._entries)
+        current = next(entries, None)
+        for extent in extents:
+            at = extent.ipa
+            while at < extent.end:
+                while current is not None and current[0].end <= at:
+                    current = next(entries, None)
+                if current is None or current[0].ipa > at:
+                    stop = min(extent.end, current[0].ipa if current else extent.end)
+                    yield Missing(at, stop - at, None, "not in the snapshot")
+                else:
+                    stop = min(extent.end, current[0].end)
+                    yield from self._load(current[1], Extent(at, stop - at))
+                at = stop
+
+    def _load(self, entry: Entry, part: Extent) -> Iterator[Copied | Missing]:
+        record = self._snapshot.load(entry)
+        if isinstance(record, Missing):
+            yield Missing(part.ipa, part.size_bytes, record.errno, record.reason)
+            return
+        for ipa, tags in chunks(record, part):
+            yield Copied(ipa, tags)
+
+
+def _in_force(entries: Iterable[Entry]) -> Iterator[tuple[Extent, Entry]]:
+    """Which record counts where, in order of address: a later one replaces earlier ones."""
+    by_ipa = sorted(
+        ((entry.ipa, entry.ipa + entry.size_bytes, -number, entry))
+        for number, entry in enumerate(entries)
+    )
+    # The record with the highest number is on top; those that ended are dropped late.
+    open_now: list[tuple[int, int, Entry]] = []
+    at = index = 0
+    while index < len(by_ipa) or open_now:
+        if not open_now:
+            at = by_ipa[index][0]
+        while index < len(by_ipa) and by_ipa[index][0] <= at:
+            _, end, number, entry = by_ipa[index]
+            heapq.heappush(open_now, (number, end, entry))
+            index += 1
+        while open_now and open_now[0][1] <= at:
+            heapq.heappop(open_now)
+        if not open_now:
+            continue
+        _, end, entry = open_now[0]
+        stop = min(end, by_ipa[index][0]) if index < len(by_ipa) else end
+        yield Extent(at, stop - at), entry
+        at = stop
+
+
+class _Copying:
+    """A stream that keeps a copy of what is read from it."""
+
+    def __init__(self, stream: BinaryIO, copy: BinaryIO) -> None:
+        self._stream = stream
+        self._copy = copy
+
+    def read(self, n_bytes: int = -1) -> bytes:
+        data = self._stream.read(n_bytes)
+        self._copy.write(data)
+        return data
+
+
+def _spool(stream: BinaryIO, name: str, spool: BinaryIO) -> None:
+    """Copy a snapshot from a pipe to a file without a name, checking it on the way.
+
+    What is no snapshot ends at its first bytes, and fills no disk.
+    """
+    for _ in SnapshotReader(cast(BinaryIO, _Copying(stream, spool)), name):
+        pass
+    spool.seek(0)
+
+
+def _indexed(stream: BinaryIO, name: str) -> IndexedSnapshot:
+    found = IndexedSnapshot.open(stream, name)
+    if found is None:
+        # Reading front to back tells what is wrong.
+        stream.seek(0)
+        for _ in SnapshotReader(stream, name):
+            pass
+        raise SnapshotError(f"{name} has no index")
+    return found
+
+
+def clip(source: TagSource, within: Sequence[Extent] | None) -> list[Extent]:
+    """The extents of a source, cut to `within`."""
+    held = merged(source.extents())
+    return held if within is None else common(held, within)

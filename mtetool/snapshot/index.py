@@ -132,7 +132,7 @@ class IndexedSnapshot:
         if entry.ipa + entry.size_bytes > ADDRESS_LIMIT:
             raise self._damaged(offset, "an entry of the index beyond the address space")
 
-    def _load(self, entry: Entry) -> Piece | Missing:
+    def load(self, entry: Entry) -> Piece | Missing:
         """The record that an entry names. Raises SnapshotError."""
         record = self._record_at(entry.offset)
         where = f"{self._name}: the record at byte {entry.offset}"
@@ -160,7 +160,7 @@ class IndexedSnapshot:
         ledger = Ledger(self.header)
         try:
             for entry in self.entries():
-                missing = self._load(entry) if entry.kind == MISS else None
+                missing = self.load(entry) if entry.kind == MISS else None
                 if isinstance(missing, Missing):
                     ledger.miss(missing)
                 else:
@@ -183,4 +183,4 @@ class IndexedSnapshot:
         for entry in self.entries():
             end = entry.ipa + entry.size_bytes
             if any(entry.ipa < extent.end and extent.ipa < end for extent in extents):
-                yield self._load(entry)
+                yield self.load(entry)

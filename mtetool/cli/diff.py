@@ -1,0 +1,110 @@
+"""`mtetool diff`: where the tags of two sources differ."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import click
+
+from mtetool.backends import GuestOptions
+from mtetool.cli.options import RANGE, Range, report_option
+from mtetool.cli.options import guest_options as with_guest_options
+from mtetool.cli.ranges import missing_json, why
+from mtetool.cli.render import printable
+from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL, UsageError
+
+if TYPE_CHECKING:
+    from mtetool.flows.diff import Difference
+    from mtetool.snapshot.model import Missing
+
+_BATCH_ROWS = 4096
+
+
+@click.command("diff")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option(
+    "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
+)
+@with_guest_options
+@report_option
+def command(
+    a: str, b: str, ranges: tuple[Range, ...], guest_options: GuestOptions, output: str
+) -> int:
+    """Say where the tags of A and B (guests, snapshots, or -) differ.
+
+    A row is: address, size, the tag in A, the tag in B. What only one of them has differs too
+    (absent). Status 0 when they are the same, 1 when they differ.
+    """
+    from mtetool.flows.diff import check_ranges, diff
+    from mtetool.flows.source import open_source
+    from mtetool.snapshot.model import Extent
+
+    if a == b == "-":
+        raise UsageError("standard input can only be one of the two")
+    asked = [Extent(*one) for one in ranges]
+    with open_source(a, guest_options) as left, open_source(b, guest_options) as right:
+        check_ranges(asked, left, right)
+        out = _Output(a, b, as_json=output == "json")
+        return out.write(diff(left, right, asked or None))
+
+
+class _Output:
+    """Streams rows, and counts them: all differences of a big guest may not fit into memory."""
+
+    def __init__(self, a: str, b: str, *, as_json: bool) -> None:
+        from mtetool.flows.tally import Tally
+
+        self._names = {"a": a, "b": b}
+        self._as_json = as_json
+        self._count = 0
+        self._size_bytes = 0
+        self._missing: Tally[Missing] = Tally()
+
+    def write(self, rows: Iterator[Difference | Missing]) -> int:
+        """Write all rows; returns the exit status."""
+        between = ",\n" if self._as_json else ""
+        if self._as_json:
+            head = {"schema": "mtetool.diff/1", **self._names}
+            sys.stdout.write(json.dumps(head)[:-1] + ', "ranges": [\n')
+        parts = self._parts(rows)
+        before = ""
+        while batch := list(islice(parts, _BATCH_ROWS)):
+            sys.stdout.write(before + between.join(batch))
+            before = between
+        if self._as_json:
+            tail = {
+                "same": not self._count,
+                "differing_bytes": self._size_bytes,
+                "differing_count": self._count,
+                **missing_json("missing", self._missing),
+            }
+            sys.stdout.write("\n], " + json.dumps(tail)[1:] + "\n")
+        if self._count:
+            return STATUS_NO
+        return STATUS_PARTIAL if self._missing else STATUS_OK
+
+    def _parts(self, rows: Iterator[Difference | Missing]) -> Iterator[str]:
+        from mtetool.snapshot.model import Missing
+
+        for row in rows:
+            if isinstance(row, Missing):
+                self._missing.add(row)
+                if not self._as_json:
+                    text = f"{row.ipa:#014x}  {row.size_bytes:#12x}  not comparable: {why(row)}"
+                    yield printable(text) + "\n"
+                continue
+            self._count += 1
+            self._size_bytes += row.size_bytes
+            if self._as_json:
+                yield json.dumps(row._asdict())
+            else:
+                yield f"{row.ipa:#014x}  {row.size_bytes:#12x}  {_tag(row.a)}  {_tag(row.b)}\n"
+
+
+def _tag(tag: int | None) -> str:
+    return "absent" if tag is None else f"{tag:x}"

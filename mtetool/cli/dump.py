@@ -1,0 +1,131 @@
+"""`mtetool dump`: tags to read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import click
+
+from mtetool.backends import GuestOptions
+from mtetool.cli.options import RANGE, Range, output_option
+from mtetool.cli.options import guest_options as with_guest_options
+from mtetool.cli.ranges import extent_rows, missing_json, why
+from mtetool.cli.render import printable, warn
+from mtetool.errors import STATUS_OK, STATUS_PARTIAL, UsageError
+
+if TYPE_CHECKING:
+    from mtetool.flows.dump import Run
+    from mtetool.flows.tally import Tally
+    from mtetool.snapshot.model import Extent, Missing
+
+    Rows = Iterator[Run | Missing]
+
+# Rows that are written at once: one write a row is ten times slower.
+_BATCH_ROWS = 4096
+
+
+@click.command("dump")
+@click.argument("source", metavar="SOURCE")
+@click.option("--granules", "each", is_flag=True, help="A row for each granule (16 bytes).")
+@click.option(
+    "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
+)
+@with_guest_options
+@output_option("raw")
+def command(
+    source: str,
+    each: bool,
+    ranges: tuple[Range, ...],
+    guest_options: GuestOptions,
+    output: str,
+) -> int:
+    """Print the tags of SOURCE (a guest, a snapshot, or -): runs of equal ones.
+
+    raw is one byte a granule, slots in order of address, and 0xff for what cannot be read.
+    Status 3 when some tags could not be read.
+    """
+    from mtetool.flows.dump import granules, tag_runs, write_raw
+    from mtetool.flows.source import asked, open_source
+    from mtetool.snapshot.model import Extent
+
+    if output == "raw" and sys.stdout.isatty():
+        raise UsageError("raw tags are not for a terminal", hint="a pipe, or > FILE behind it")
+    if output == "raw" and each:
+        raise UsageError("--granules is for text and json: raw has one byte a granule anyway")
+    with open_source(source, guest_options) as opened:
+        extents = asked(opened, [Extent(*one) for one in ranges])
+        if output == "raw":
+            missing = write_raw(opened, extents, sys.stdout.buffer)
+        else:
+            rows = granules(opened, extents) if each else tag_runs(opened, extents)
+            if output == "json":
+                missing = _json(source, opened.page_size_bytes, extents, rows, each=each)
+            else:
+                missing = _text(rows, each=each)
+    if missing and output != "json":
+        warn(f"{missing.size_bytes} bytes of guest memory in {missing.count} ranges have no tags")
+    return STATUS_PARTIAL if missing else STATUS_OK
+
+
+def _text(rows: Rows, *, each: bool) -> Tally[Missing]:
+    """Stream rows as text; returns what was missing."""
+    from mtetool.flows.tally import Tally
+    from mtetool.snapshot.model import Missing
+
+    missing: Tally[Missing] = Tally()
+
+    def lines() -> Iterator[str]:
+        for row in rows:
+            if isinstance(row, Missing):
+                missing.add(row)
+                yield (
+                    printable(f"{row.ipa:#014x}  {row.size_bytes:#12x}  missing: {why(row)}") + "\n"
+                )
+            elif each:
+                yield f"{row.ipa:#014x}  {row.tag:x}\n"
+            else:
+                yield f"{row.ipa:#014x}  {row.size_bytes:#12x}  {row.tag:x}\n"
+
+    _write_batches(lines(), "")
+    return missing
+
+
+def _json(
+    source: str, page_size_bytes: int, extents: list[Extent], rows: Rows, *, each: bool
+) -> Tally[Missing]:
+    """Stream one JSON object: a guest's rows may not fit into memory."""
+    from mtetool.flows.tally import Tally
+    from mtetool.snapshot.model import Missing
+
+    missing: Tally[Missing] = Tally()
+
+    def items() -> Iterator[str]:
+        for row in rows:
+            if isinstance(row, Missing):
+                missing.add(row)
+            elif each:
+                yield f'{{"ipa": {row.ipa}, "tag": {row.tag}}}'
+            else:
+                yield f'{{"ipa": {row.ipa}, "size_bytes": {row.size_bytes}, "tag": {row.tag}}}'
+
+    head = {
+        "schema": "mtetool.dump/1",
+        "source": source,
+        "page_size_bytes": page_size_bytes,
+        "scope": extent_rows(extents),
+    }
+    sys.stdout.write(json.dumps(head)[:-1] + f', "{"granules" if each else "runs"}": [\n')
+    _write_batches(items(), ",\n")
+    sys.stdout.write("\n], " + json.dumps(missing_json("missing", missing))[1:] + "\n")
+    return missing
+
+
+def _write_batches(parts: Iterator[str], between: str) -> None:
+    before = ""
+    while batch := list(islice(parts, _BATCH_ROWS)):
+        sys.stdout.write(before + between.join(batch))
+        before = between

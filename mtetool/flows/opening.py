@@ -1,0 +1,36 @@
+"""A snapshot that is read once or, where that can be, twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from mtetool.snapshot.reader import SnapshotReader, display_name, is_seekable, opened
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInput:
+    """An open snapshot. `seekable` says that `reader` may be called more than once."""
+
+    stream: BinaryIO
+    name: str
+    seekable: bool
+
+    def reader(self) -> SnapshotReader:
+        """A reader from the first byte on. Raises SnapshotError, HostIoError."""
+        if self.seekable:
+            self.stream.seek(0)
+        return SnapshotReader(self.stream, self.name)
+
+
+@contextmanager
+def snapshot_input(path: str) -> Iterator[SnapshotInput]:
+    """Open a snapshot file, or standard input for "-".
+
+    A path may be a pipe as well: a FIFO, or a shell's <(process substitution). Raises
+    UsageError, NoSuchFileError, NotASnapshotError (a directory), HostIoError.
+    """
+    with opened(path) as stream:
+        yield SnapshotInput(stream, display_name(path), is_seekable(stream))

@@ -1,0 +1,100 @@
+"""Every option stands in a man page, and the pages render without a complaint."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from mtetool.cli import group
+
+MAN = Path(__file__).parent.parent / "man"
+PAGES = sorted(MAN.glob("*.[1-9]"))
+
+
+def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The paths of all commands, groups too."""
+    yield path
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            found = command.get_command(context, name)
+            assert found is not None
+            yield from commands(found, (*path, name))
+
+
+def command_at(path: tuple[str, ...]) -> click.Command:
+    command: click.Command = group
+    for name in path:
+        assert isinstance(command, click.Group)
+        found = command.get_command(click.Context(command), name)
+        assert found is not None
+        command = found
+    return command
+
+
+def page_of(path: tuple[str, ...]) -> Path:
+    """The command's own page, else that of its group, else mtetool(1)."""
+    for length in range(len(path), 0, -1):
+        page = MAN / f"{'-'.join(('mtetool', *path[:length]))}.1"
+        if page.exists():
+            return page
+    return MAN / "mtetool.1"
+
+
+def words_of(page: Path) -> set[str]:
+    text = page.read_text().replace("\\-", "-")
+    return set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", text))
+
+
+@pytest.mark.parametrize(
+    "path", list(commands(group)), ids=lambda path: " ".join(path) or "mtetool"
+)
+def test_every_option_stands_in_a_page(path: tuple[str, ...]) -> None:
+    command = command_at(path)
+    page = page_of(path)
+    words = words_of(page)
+    options = [
+        name
+        for parameter in command.get_params(click.Context(command))
+        if isinstance(parameter, click.Option) and not parameter.hidden
+        for name in (*parameter.opts, *parameter.secondary_opts)
+    ]
+    assert not [name for name in options if name not in words], page.name
+    if path:
+        assert path[-1] in page.read_text()
+
+
+@pytest.mark.parametrize(
+    "path", list(commands(group)), ids=lambda path: " ".join(path) or "mtetool"
+)
+def test_help_fits_on_a_screen(path: tuple[str, ...]) -> None:
+    context = click.Context(command_at(path), info_name="x", terminal_width=80)
+    lines = context.get_help().splitlines()
+    assert len(lines) <= 40, f"{len(lines)} lines"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.skipif(shutil.which("groff") is None, reason="groff is not installed")
+def test_pages_render_without_warnings(page: Path) -> None:
+    done = subprocess.run(
+        ["groff", "-man", "-Tutf8", "-ww", "-z", str(page)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+
+
+def test_pages_name_no_page_that_is_not_there() -> None:
+    there = {page.name for page in PAGES}
+    for page in PAGES:
+        text = page.read_text().replace("\\-", "-")
+        named = {f"{name}.{n}" for name, n in re.findall(r"(mte[a-z-]+) \(([1-9])\)", text)}
+        # The format's page comes with the snapshot.
+        assert named - {"mtesnap.5"} <= there, page.name
