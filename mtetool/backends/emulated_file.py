@@ -1,0 +1,353 @@
+"""The file behind an emulated guest: its header, its lock, and how it comes to be.
+
+A header, then the tags of each memslot, one byte a granule, in order of address, each slot at
+a multiple of 64 KiB:
+
+    magic 8 | version u32 | description u32 | file size u64 | CRC-32 u32 | msgpack description
+
+in little-endian order; the checksum is that of the header without it. Tags that nobody set
+are holes.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import cast
+
+from mtetool.backends.base import Memslot, SlotKind
+from mtetool.errors import (
+    BusyError,
+    DiskFullError,
+    EmulatorFileError,
+    FileExistsAlreadyError,
+    HostIoError,
+    MisalignedError,
+    MtetoolError,
+    NoSuchFileError,
+    PermissionRefusedError,
+    RangeError,
+    SourceError,
+    UsageError,
+    errno_name,
+)
+from mtetool.snapshot.maps import Fields, pack_map, unpack_map
+from mtetool.uapi import GRANULE_BYTES
+
+PAGE_SIZES = (4096, 16384, 65536)
+"""The page sizes that arm64 kernels are built with, in bytes."""
+
+_MAGIC = b"\x89MTEEMU\n"
+_VERSION = 1
+_HEAD = struct.Struct("<8sIIQ")
+_CHECKSUM = struct.Struct("<I")
+_DESCRIPTION_AT = _HEAD.size + _CHECKSUM.size
+_DESCRIPTION_MAX_BYTES = 4 << 20
+_ALIGNMENT_BYTES = 64 << 10
+_ADDRESS_END = 1 << 64
+_COUNT_MAX = _ADDRESS_END - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What the header says; slots in order of address, `readonly` never None."""
+
+    page_size_bytes: int
+    mte: bool
+    vcpus: int
+    memslots: tuple[Memslot, ...]
+
+
+def check_description(described: Description) -> None:
+    """Raises UsageError, MisalignedError, RangeError for a guest that cannot be."""
+    if described.page_size_bytes not in PAGE_SIZES:
+        raise UsageError(
+            f"a page size of {described.page_size_bytes} bytes: it is 4096, 16384 or 65536"
+        )
+    if not 0 <= described.vcpus <= _COUNT_MAX:
+        raise UsageError(f"{described.vcpus} vCPUs")
+    if not described.memslots:
+        raise UsageError("a guest needs a memslot")
+    for slot in described.memslots:
+        _check_slot(slot, described.page_size_bytes)
+    for lower, upper in pairwise(described.memslots):
+        if lower.end > upper.ipa:
+            raise UsageError(f"the memslots at {lower.ipa:#x} and {upper.ipa:#x} overlap")
+    if len({slot.id for slot in described.memslots}) != len(described.memslots):
+        raise UsageError("two memslots have the same id")
+
+
+def _check_slot(slot: Memslot, page: int) -> None:
+    if slot.size_bytes <= 0:
+        raise RangeError(f"the memslot at {slot.ipa:#x} has no size", ipa=slot.ipa)
+    if slot.ipa % page or slot.size_bytes % page:
+        raise MisalignedError(
+            f"the memslot {slot.ipa:#x}:{slot.size_bytes:#x} is not made of whole pages"
+            f" of {page} bytes",
+            ipa=slot.ipa,
+        )
+    if slot.ipa < 0 or slot.end > _ADDRESS_END:
+        raise RangeError(f"the memslot at {slot.ipa:#x} ends beyond 64 bits", ipa=slot.ipa)
+
+
+# --- the header ---------------------------------------------------------------------------
+
+
+def header(described: Description) -> bytes:
+    """The header of a guest's file; as long as that of the same guest with MTE on or off."""
+    packed = _packed(described)
+    if len(packed) > _DESCRIPTION_MAX_BYTES:
+        raise UsageError(f"{len(described.memslots)} memslots are too many for one guest")
+    head = _HEAD.pack(_MAGIC, _VERSION, len(packed), file_size(described))
+    return head + _CHECKSUM.pack(zlib.crc32(packed, zlib.crc32(head))) + packed
+
+
+def offsets(described: Description) -> Iterator[int]:
+    """Where in the file the tags of each slot begin."""
+    *starts, _ = _edges(described)
+    yield from starts
+
+
+def file_size(described: Description) -> int:
+    """The size in bytes of a guest's file, most of it holes."""
+    *_, end = _edges(described)
+    return end
+
+
+def _edges(described: Description) -> Iterator[int]:
+    at = _align(_DESCRIPTION_AT + len(_packed(described)))
+    for slot in described.memslots:
+        yield at
+        at = _align(at + slot.size_bytes // GRANULE_BYTES)
+    yield at
+
+
+def _align(n_bytes: int) -> int:
+    return -(-n_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def _packed(described: Description) -> bytes:
+    slots = [
+        {
+            "id": slot.id,
+            "ipa": slot.ipa,
+            "size": slot.size_bytes,
+            "readonly": bool(slot.readonly),
+            "kind": slot.kind,
+        }
+        for slot in described.memslots
+    ]
+    return pack_map(
+        {
+            "page_size": described.page_size_bytes,
+            "mte": described.mte,
+            "vcpus": described.vcpus,
+            "memslots": slots,
+        }
+    )
+
+
+def _unpacked(packed: bytes) -> Description:
+    """Raises DamagedError."""
+    fields = unpack_map(packed, "the description")
+    page = fields.integer("page_size", 1, _COUNT_MAX)
+    mte = fields.truth_or_none("mte")
+    vcpus = fields.integer("vcpus", 0, _COUNT_MAX)
+    slots = tuple(_unpacked_slot(Fields(row, "a memslot")) for row in fields.array("memslots"))
+    if mte is None:
+        raise fields.wrong("'mte' is nil")
+    fields.end()
+    return Description(page, mte, vcpus, slots)
+
+
+def _unpacked_slot(fields: Fields) -> Memslot:
+    slot_id, ipa = fields.integer("id", 0, _COUNT_MAX), fields.integer("ipa", 0, _COUNT_MAX)
+    size = fields.integer("size", 1, _COUNT_MAX)
+    readonly, kind = fields.truth_or_none("readonly"), fields.text("kind")
+    if readonly is None or kind not in ("ram", "rom", "device"):
+        raise fields.wrong("of no known kind")
+    fields.end()
+    return Memslot(slot_id, ipa, size, readonly, cast(SlotKind, kind))
+
+
+def read_header(fd: int, path: str) -> Description:
+    """Raises EmulatorFileError for anything that `create` would not have written."""
+    try:
+        start = os.pread(fd, _DESCRIPTION_AT, 0)
+        if not start or start[: len(_MAGIC)] != _MAGIC[: len(start)]:
+            raise damaged(path, "it does not begin as such a file does")
+        if len(start) < _DESCRIPTION_AT:
+            raise damaged(path, "it is truncated")
+        _, version, length, size = _HEAD.unpack_from(start)
+        if version != _VERSION:
+            raise damaged(path, f"its version, {version}, is unknown to this mtetool")
+        if length > _DESCRIPTION_MAX_BYTES:
+            raise damaged(path, "its header is damaged")
+        packed = os.pread(fd, length, _DESCRIPTION_AT)
+        actual = os.fstat(fd).st_size
+    except OSError as error:
+        raise refused(error, path) from error
+    if actual < size:
+        raise damaged(path, f"it is truncated: {actual} of {size} bytes")
+    (checksum,) = _CHECKSUM.unpack_from(start, _HEAD.size)
+    if zlib.crc32(packed, zlib.crc32(start[: _HEAD.size])) != checksum:
+        raise damaged(path, "its header is damaged: the checksum is wrong")
+    return _described(packed, path, size, actual)
+
+
+def _described(packed: bytes, path: str, size: int, actual: int) -> Description:
+    try:
+        described = _unpacked(packed)
+        check_description(described)
+    # Well-formed nonsense: a wrong layout is not the user's usage here, but the file's.
+    except MtetoolError as error:
+        raise damaged(path, f"its description makes no sense: {error.message}") from error
+    if actual != size or size != file_size(described):
+        raise damaged(path, f"its size, {actual} bytes, does not fit its description")
+    return described
+
+
+# --- the file -----------------------------------------------------------------------------
+
+
+def open_file(path: str) -> tuple[int, bool]:
+    """A file descriptor of a regular file, and whether it can be written.
+
+    Raises NoSuchFileError, PermissionRefusedError, EmulatorFileError for a directory and the
+    like, HostIoError.
+    """
+    # Not blocking, for a FIFO; what is no regular file is refused once it is open.
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        try:
+            fd, writable = os.open(path, os.O_RDWR | flags), True
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
+                raise
+            fd, writable = os.open(path, os.O_RDONLY | flags), False
+    except OSError as error:
+        raise refused(error, path) from error
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise damaged(path, f"it is {'a directory' if stat.S_ISDIR(mode) else 'no regular file'}")
+    return fd, writable
+
+
+def lock(fd: int, path: str, kind: int) -> None:
+    """Take the lock `kind`, LOCK_SH or LOCK_EX, or raise BusyError at once."""
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BusyError(
+            f"{path} is in use by another process",
+            hint=f"wait for it to end; this says who it is: fuser {path}",
+        ) from None
+    except OSError as error:
+        raise refused(error, path) from error
+
+
+def create(path: str, described: Description, *, force: bool, fill: Callable[[int], None]) -> None:
+    """Make a file, with `fill` given its descriptor before it appears under its name.
+
+    Raises FileExistsAlreadyError without `force`; BusyError when it would replace a guest that
+    is in use; NoSuchFileError where there is no such directory; SourceError for what is no name
+    for a file; PermissionRefusedError, DiskFullError, HostIoError.
+    """
+    content = header(described)
+    target = _target(path, force=force)
+    temporary: str | None = None
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=".mtetool-", dir=target.parent)
+        try:
+            os.ftruncate(fd, file_size(described))
+            os.pwrite(fd, content, 0)
+            fill(fd)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        _publish(Path(temporary), target, path, force=force)
+    except FileNotFoundError:
+        raise NoSuchFileError(f"there is no directory {target.parent}") from None
+    except OSError as error:
+        raise refused(error, path) from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _target(path: str, *, force: bool) -> Path:
+    try:
+        target = Path(path).resolve()
+    except (OSError, RuntimeError) as error:
+        raise SourceError(f"{path}: {error}") from error
+    if not path or target.is_dir():
+        raise SourceError(f"{path or 'emu:'} is no name for a file")
+    if not target.exists():
+        return target
+    if not force:
+        raise _exists(path)
+    if not target.is_file():
+        raise SourceError(f"{path} is not a regular file, and not replaced")
+    # A guest that somebody works on would live on without a name, and the work be lost.
+    fd, _ = open_file(path)
+    try:
+        lock(fd, path, fcntl.LOCK_EX)
+    finally:
+        os.close(fd)
+    return target
+
+
+def _publish(temporary: Path, target: Path, path: str, *, force: bool) -> None:
+    if force:
+        temporary.replace(target)
+    else:
+        try:
+            # Unlike a rename, a link never replaces what appeared in the meantime.
+            os.link(temporary, target)
+        except FileExistsError:
+            raise _exists(path) from None
+    directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _exists(path: str) -> FileExistsAlreadyError:
+    return FileExistsAlreadyError(f"{path} exists already", hint="--force overwrites it")
+
+
+# --- what goes wrong ----------------------------------------------------------------------
+
+
+def refused(error: OSError, path: str) -> MtetoolError:
+    """What an OSError of this host means; never to be mistaken for an answer of the guest."""
+    name = errno_name(error.errno or 0)
+    message = f"{path}: {error.strerror} ({name})"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return NoSuchFileError(f"{path}: no such file", hint="mtetool emu create makes a guest")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return PermissionRefusedError(message, errno=name)
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return SourceError(message, errno=name)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(message, hint="free some space, or keep it elsewhere", errno=name)
+    return HostIoError(message, errno=name)
+
+
+def damaged(path: str, why: str) -> EmulatorFileError:
+    """The error that says why a file is not one of ours."""
+    return EmulatorFileError(
+        f"{path} is not the file of an emulated guest: {why}",
+        hint="mtetool emu create makes one",
+    )

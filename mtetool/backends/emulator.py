@@ -1,0 +1,410 @@
+"""Emulated guests, `emu:PATH`: tag memory in one sparse file, answering as the kernel does.
+
+The tags are read and written by pread and pwrite: a mapping would end the process with SIGBUS
+where the disk is full or the file was truncated, and would allocate the holes of a tmpfs as it
+reads them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from mtetool.backends.base import GuestInfo, Memslot
+from mtetool.backends.emulated_file import (
+    Description,
+    check_description,
+    create,
+    damaged,
+    header,
+    lock,
+    offsets,
+    open_file,
+    read_header,
+    refused,
+)
+from mtetool.errors import (
+    BusyError,
+    MisalignedError,
+    MteOffError,
+    PermissionRefusedError,
+    RangeError,
+    SourceError,
+    TooLateError,
+    UsageError,
+)
+from mtetool.uapi import COPY_LENGTH_MAX, GRANULE_BYTES, TAG_MAX
+
+if TYPE_CHECKING:
+    from mtetool.backends import GuestOptions
+    from mtetool.backends.base import Tags
+
+# What is compared and written at once; and the unit that is left alone where nothing in it
+# changes, so that zeros onto a hole allocate nothing: a file system's block.
+_CHUNK_BYTES = 1 << 20
+_BLOCK_BYTES = 4096
+
+Advance = Callable[[int], None]
+"""Called with the bytes of guest memory that were done since the last call."""
+
+
+def open_emulated(path: str, options: GuestOptions) -> EmulatedGuest:
+    """Open the emulated guest kept in the file `path`.
+
+    Raises NoSuchFileError; EmulatorFileError for what is no such file or is damaged;
+    BusyError while somebody writes to it; PermissionRefusedError; SourceError for no path.
+    """
+    if not path:
+        raise SourceError("emu: needs a path", hint="mtetool emu create PATH makes a guest")
+    fd, writable = open_file(path)
+    try:
+        lock(fd, path, fcntl.LOCK_SH)
+        described = read_header(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return EmulatedGuest(fd, path, described, writable=writable, told=options.memslots)
+
+
+def create_emulated(
+    path: str,
+    *,
+    page_size_bytes: int = 4096,
+    memslots: Sequence[Memslot],
+    mte: bool = True,
+    vcpus: int = 1,
+    force: bool = False,
+    fill: Callable[[EmulatedGuest], None] | None = None,
+) -> None:
+    """Make an emulated guest in the file `path`, all tags 0 or as `fill` sets them.
+
+    The file appears when it is whole, with mode 0600. Raises UsageError, MisalignedError and
+    RangeError for a layout that no guest has; FileExistsAlreadyError without `force`;
+    BusyError when it would replace a guest that is in use; NoSuchFileError where there is no
+    such directory; PermissionRefusedError, DiskFullError, HostIoError.
+    """
+    slots = tuple(sorted(memslots, key=lambda slot: slot.ipa))
+    described = Description(page_size_bytes, mte, vcpus, slots)
+    check_description(described)
+
+    def fill_file(fd: int) -> None:
+        if fill is not None:
+            with EmulatedGuest(os.dup(fd), path, described, writable=True, told=()) as guest:
+                fill(guest)
+
+    create(path, described, force=force, fill=fill_file)
+
+
+class EmulatedGuest:
+    """A guest whose tags are in a file; a `Guest`. `open_emulated` makes it.
+
+    Readers share the file; the first write takes it for this process alone, until `close`.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        path: str,
+        described: Description,
+        *,
+        writable: bool,
+        told: tuple[Memslot, ...],
+    ) -> None:
+        self._fd = fd
+        self._path = path
+        self._described = described
+        self._writable = writable
+        self._exclusive = False
+        self._told = told
+        self._starts = [slot.ipa for slot in described.memslots]
+        self._offsets = list(offsets(described))
+        self._scratch: Tags | None = None
+
+    @property
+    def page_size_bytes(self) -> int:
+        """See `Guest.page_size_bytes`."""
+        return self._described.page_size_bytes
+
+    def info(self) -> GuestInfo:
+        """See `Guest.info`; the memslots are those told with `--memslot`, if any were."""
+        return GuestInfo(
+            source=f"emu:{self._path}",
+            mte=self._described.mte,
+            page_size_bytes=self.page_size_bytes,
+            memslots=self._told or self._described.memslots,
+            vcpus=self._described.vcpus,
+        )
+
+    def paused(self) -> bool | None:
+        """True: nobody runs an emulated guest."""
+        return True
+
+    # --- as the kernel --------------------------------------------------------------------
+
+    def read_tags(self, ipa: int, out: Tags) -> int:
+        """See `Guest.read_tags`. Raises also EmulatorFileError, HostIoError."""
+        self._check_copy(ipa, out.size)
+        return self._copied(ipa, out, self._read_span, writing=False)
+
+    def write_tags(self, ipa: int, tags: Tags) -> int:
+        """See `Guest.write_tags`. Raises also BusyError, PermissionRefusedError, DiskFullError."""
+        self._check_copy(ipa, tags.size)
+        if tags.size:
+            self._take_for_writing()
+        return self._copied(ipa, tags, self._write_span, writing=True)
+
+    def _check_copy(self, ipa: int, n_granules: int) -> None:
+        """The checks of kvm_vm_ioctl_mte_copy_tags (arch/arm64/kvm/guest.c), in its order."""
+        self._check_open()
+        self._check_mte()
+        length_bytes = n_granules * GRANULE_BYTES
+        if ipa % self.page_size_bytes or length_bytes % self.page_size_bytes:
+            raise OSError(errno.EINVAL, "not aligned to the page size")
+        if length_bytes > COPY_LENGTH_MAX:
+            raise OSError(errno.EINVAL, "too long for one copy")
+
+    def _copied(
+        self, ipa: int, tags: Tags, copy: Callable[[int, Tags], None], *, writing: bool
+    ) -> int:
+        """Copy slot by slot up to the first page that cannot be; the bytes completed."""
+        done = 0
+        while done < tags.size:
+            at = ipa + done * GRANULE_BYTES
+            index = self._slot_index(at)
+            slot = self._described.memslots[index] if index is not None else None
+            if slot is None or slot.kind == "device" or (writing and slot.readonly):
+                if done:
+                    break
+                raise OSError(errno.EFAULT, "no memory there that can be copied")
+            part = tags[done : done + (slot.end - at) // GRANULE_BYTES]
+            copy(self._offset(at), part)
+            done += part.size
+        return done * GRANULE_BYTES
+
+    def enable_mte(self) -> bool:
+        """See `Guest.enable_mte`. A guest with vCPUs, what `vcpus` says, refuses."""
+        self._check_open()
+        if self._described.mte:
+            return False
+        if self._described.vcpus:
+            raise TooLateError(
+                f"emu:{self._path} has vCPUs already: MTE can only be enabled before",
+                hint="mtetool emu create --vcpus 0 makes a guest without",
+            )
+        self._take_for_writing()
+        self._described = replace(self._described, mte=True)
+        try:
+            # As long as it was: true and false are one byte each.
+            os.pwrite(self._fd, header(self._described), 0)
+        except OSError as error:
+            raise refused(error, self._path) from error
+        return True
+
+    # --- as its owner ---------------------------------------------------------------------
+
+    def set_tag(
+        self, ipa: int, size_bytes: int, tag: int, *, advance: Advance | None = None
+    ) -> None:
+        """Give the granules of a range one tag, in read-only memory too.
+
+        Raises MisalignedError for what is not whole granules, RangeError where not all of it
+        is memory, MteOffError, BusyError; nothing is changed then.
+        """
+        if not 0 <= tag <= TAG_MAX:
+            raise UsageError(f"{tag} is not a tag: tags go from 0 to {TAG_MAX}")
+        self._check_owned(ipa, size_bytes)
+        n_granules = size_bytes // GRANULE_BYTES
+        constant = np.full(min(n_granules, _CHUNK_BYTES), tag, dtype=np.uint8)
+        for first in range(0, n_granules, _CHUNK_BYTES):
+            part = constant[: min(_CHUNK_BYTES, n_granules - first)]
+            self._poke(ipa + first * GRANULE_BYTES, part)
+            if advance is not None:
+                advance(part.size * GRANULE_BYTES)
+
+    def fill(
+        self,
+        pattern: str,
+        seed: int,
+        slots: Sequence[int] | None = None,
+        *,
+        advance: Advance | None = None,
+    ) -> None:
+        """Give memslots (by id; None: all) the tags of a pattern, see `patterns`.
+
+        Device memory is left out. Raises UsageError for unknown slots and patterns,
+        MteOffError, BusyError.
+        """
+        from mtetool.backends.patterns import pattern_tags
+
+        chosen = self._chosen(slots)
+        self._check_mte()
+        self._take_for_writing()
+        per_page = self.page_size_bytes // GRANULE_BYTES
+        for slot in chosen:
+            ipa = slot.ipa
+            n_granules = slot.size_bytes // GRANULE_BYTES
+            for tags in pattern_tags(pattern, seed, ipa, n_granules, per_page):
+                self._poke(ipa, tags)
+                ipa += tags.size * GRANULE_BYTES
+                if advance is not None:
+                    advance(tags.size * GRANULE_BYTES)
+
+    def _chosen(self, slots: Sequence[int] | None) -> list[Memslot]:
+        known = {slot.id: slot for slot in self._described.memslots if slot.kind != "device"}
+        if slots is None:
+            return list(known.values())
+        for slot_id in slots:
+            if slot_id not in known:
+                ids = ", ".join(str(known_id) for known_id in sorted(known))
+                raise UsageError(f"{self._path} has no memslot {slot_id}; it has {ids}")
+        return [known[slot_id] for slot_id in dict.fromkeys(slots)]
+
+    def _check_owned(self, ipa: int, size_bytes: int) -> None:
+        if ipa % GRANULE_BYTES or size_bytes % GRANULE_BYTES or size_bytes <= 0:
+            raise MisalignedError(
+                f"{ipa:#x}:{size_bytes:#x} is not made of whole granules of 16 bytes", ipa=ipa
+            )
+        at, end = ipa, ipa + size_bytes
+        while at < end:
+            index = self._slot_index(at)
+            if index is None or self._described.memslots[index].kind == "device":
+                raise RangeError(
+                    f"{ipa:#x}:{size_bytes:#x} is not all memory: there is none at {at:#x}",
+                    hint=f"the memslots: mtetool emu show {self._path}",
+                    ipa=at,
+                )
+            at = self._described.memslots[index].end
+        self._check_mte()
+        self._take_for_writing()
+
+    def _poke(self, ipa: int, tags: Tags) -> None:
+        """Write to memory that is known to be there; it may cross from slot to slot."""
+        done = 0
+        while done < tags.size:
+            at = ipa + done * GRANULE_BYTES
+            index = self._slot_index(at)
+            if index is None:
+                raise RangeError(f"no memory at {at:#x}", ipa=at)
+            end = self._described.memslots[index].end
+            part = tags[done : done + (end - at) // GRANULE_BYTES]
+            self._write_span(self._offset(at), part)
+            done += part.size
+
+    # --- the tags in the file -------------------------------------------------------------
+
+    def _slot_index(self, ipa: int) -> int | None:
+        index = bisect_right(self._starts, ipa) - 1
+        if index < 0 or self._described.memslots[index].end <= ipa:
+            return None
+        return index
+
+    def _offset(self, ipa: int) -> int:
+        index = bisect_right(self._starts, ipa) - 1
+        return self._offsets[index] + (ipa - self._starts[index]) // GRANULE_BYTES
+
+    def _read_span(self, offset: int, out: Tags) -> None:
+        done = 0
+        while done < out.size:
+            try:
+                n_bytes = os.preadv(self._fd, [out[done:].data], offset + done)
+            except OSError as error:
+                raise refused(error, self._path) from error
+            if n_bytes == 0:
+                raise damaged(self._path, "it was truncated while it was open")
+            done += n_bytes
+        # The kernel gives bits 7:4 as 0, whatever became of the file.
+        np.bitwise_and(out, TAG_MAX, out=out)
+
+    def _write_span(self, offset: int, tags: Tags) -> None:
+        if self._scratch is None:
+            self._scratch = np.empty(2 * _CHUNK_BYTES, dtype=np.uint8)
+        done = 0
+        while done < tags.size:
+            # Up to a multiple of the chunk in the file, so that blocks are the file's own.
+            room = _CHUNK_BYTES - (offset + done) % _CHUNK_BYTES
+            part = tags[done : done + room]
+            wanted = self._scratch[: part.size]
+            np.bitwise_and(part, TAG_MAX, out=wanted)
+            current = self._scratch[_CHUNK_BYTES : _CHUNK_BYTES + part.size]
+            self._read_span(offset + done, current)
+            for first, last in _differing(wanted, current, (offset + done) % _BLOCK_BYTES):
+                self._write_all(offset + done + first, wanted[first:last])
+            done += part.size
+
+    def _write_all(self, offset: int, tags: Tags) -> None:
+        done = 0
+        while done < tags.size:
+            try:
+                done += os.pwrite(self._fd, tags[done:].data, offset + done)
+            except OSError as error:
+                raise refused(error, self._path) from error
+
+    # --- its life -------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._fd < 0:
+            raise ValueError(f"emu:{self._path} is closed")
+
+    def _check_mte(self) -> None:
+        if not self._described.mte:
+            raise MteOffError(
+                f"MTE is off in emu:{self._path}, so that it has no tags",
+                hint=f"mtetool enable emu:{self._path} (without vCPUs), or emu create anew",
+            )
+
+    def _take_for_writing(self) -> None:
+        self._check_open()
+        if self._exclusive:
+            return
+        if not self._writable:
+            raise PermissionRefusedError(f"{self._path} cannot be written by this user")
+        try:
+            lock(self._fd, self._path, fcntl.LOCK_EX)
+        except BusyError:
+            # A conversion that fails has lost the lock that was held (flock(2)).
+            with suppress(BusyError):
+                lock(self._fd, self._path, fcntl.LOCK_SH)
+            raise
+        self._exclusive = True
+
+    def close(self) -> None:
+        """See `Guest.close`; ends the lock."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _differing(a: Tags, b: Tags, phase: int) -> Iterator[tuple[int, int]]:
+    """Runs of blocks in which `a` and `b` differ, as first and last index.
+
+    `phase` is how far into a block the arrays begin.
+    """
+    if np.array_equal(a, b):
+        return
+    edges = np.arange(-phase, a.size, _BLOCK_BYTES)
+    edges[0] = 0
+    changed = np.logical_or.reduceat(a != b, edges)
+    steps = np.diff(changed.astype(np.int8), prepend=0, append=0)
+    starts, stops = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
+    edges = np.append(edges, a.size)
+    yield from zip(edges[starts].tolist(), edges[stops].tolist(), strict=True)
