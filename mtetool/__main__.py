@@ -168,7 +168,7 @@ def _as_json(error: MtetoolError) -> str:
         "hint": error.hint,
         "status": error.status,
     }
-    return json.dumps({**error.details, **fixed}, default=str)
+    return json.dumps({**fixed, **error.details, **fixed}, default=str)
 
 
 def wants_json(arguments: Sequence[str]) -> bool:

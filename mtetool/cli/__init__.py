@@ -49,6 +49,7 @@ class LazyGroup(click.Group):
 @click.command(
     "mtetool",
     cls=LazyGroup,
+    no_args_is_help=False,  # a missing command is an error like any other
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="The long story of each command is in its man page, mtetool-COMMAND(1).",
 )

@@ -1,0 +1,258 @@
+"""`mtetool emu`: make, show and change emulated guests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+from mtetool.backends.base import Memslot
+from mtetool.cli.options import (
+    SIZE,
+    Parsed,
+    Range,
+    parse_memslot,
+    parse_range,
+    parse_tag,
+    progress_options,
+    report_option,
+)
+from mtetool.cli.progress import progress as progress_shown
+from mtetool.cli.ranges import size
+from mtetool.cli.render import describe_guest, print_json, say, table
+from mtetool.errors import UsageError
+
+if TYPE_CHECKING:
+    from mtetool.backends.base import GuestInfo
+    from mtetool.backends.emulator import EmulatedGuest
+
+# Where the memory of QEMU's machine `virt` begins.
+_MEMORY_IPA = 0x40000000
+_MEMORY_BYTES = 1 << 30
+_PAGE_SIZES = {"4K": 4096, "16K": 16384, "64K": 65536}
+# Those of mtetool.backends.patterns, named here so that the help does not load numpy.
+_PATTERNS = ("zero", "sparse", "heap", "kernel", "random")
+
+
+class _Setting(NamedTuple):
+    range: Range
+    tag: int
+
+
+def _parse_slot(text: str) -> Memslot:
+    slot = parse_memslot(text)
+    if slot.readonly:
+        return replace(slot, kind="rom")
+    return replace(slot, readonly=False)
+
+
+def _parse_setting(text: str) -> _Setting:
+    range_text, equals, tag_text = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r} is not of the form IPA:SIZE=TAG, such as 0x40000000:64=5")
+    return _Setting(parse_range(range_text), parse_tag(tag_text))
+
+
+def _path(text: str) -> str:
+    return text.removeprefix("emu:")
+
+
+_PATH = Parsed("path", _path)
+_seed = click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=1,
+    metavar="N",
+    help="The pattern's seed: the same gives the same tags (default 1).",
+)
+
+
+@click.group("emu", no_args_is_help=False)
+def command() -> None:
+    """Make, show and change emulated guests: tag memory in a file, for trying things out.
+
+    PATH may be written emu:PATH, as the other commands want it.
+    """
+
+
+@command.command("create", short_help="Make an emulated guest in a new file.")
+@click.argument("path", type=_PATH)
+@click.option("--memory", type=SIZE, metavar="SIZE", help="One memslot at 0x40000000 (default 1G).")
+@click.option(
+    "--slot",
+    "slots",
+    type=Parsed("ipa:size[:ro]", _parse_slot),
+    multiple=True,
+    metavar="IPA:SIZE[:ro]",
+    help="A memslot, read-only with :ro (repeatable).",
+)
+@click.option(
+    "--page-size",
+    type=click.Choice(list(_PAGE_SIZES), case_sensitive=False),
+    default="4K",
+    metavar="4K|16K|64K",
+    help="The guest's pages (default 4K).",
+)
+@click.option(
+    "--fill", type=click.Choice(_PATTERNS), default="zero", help="Its tags (default zero)."
+)
+@_seed
+@click.option("--no-mte", is_flag=True, help="MTE off, as in a VM that nobody enabled it for.")
+@click.option(
+    "--vcpus",
+    type=click.IntRange(0, 4096),
+    default=1,
+    metavar="N",
+    help="How many it has; MTE can be enabled without any only (default 1).",
+)
+@click.option("--force", is_flag=True, help="Overwrite PATH if it exists.")
+@progress_options
+@report_option
+def create(
+    path: str,
+    memory: int | None,
+    slots: tuple[Memslot, ...],
+    page_size: str,
+    fill: str,
+    seed: int,
+    no_mte: bool,
+    vcpus: int,
+    force: bool,
+    quiet: bool,
+    progress: str,
+    output: str,
+) -> None:
+    """Make an emulated guest in the file PATH; only tags that are not 0 take space there."""
+    if memory is not None and slots:
+        raise UsageError("--memory and --slot exclude each other")
+    if no_mte and fill != "zero":
+        raise UsageError("--no-mte and --fill exclude each other: without MTE there are no tags")
+    from mtetool.backends.emulator import create_emulated
+
+    wanted = slots or (Memslot(0, _MEMORY_IPA, memory or _MEMORY_BYTES),)
+    numbered = [replace(slot, id=index) for index, slot in enumerate(wanted)]
+
+    def fill_it(guest: EmulatedGuest) -> None:
+        if fill != "zero":
+            _fill(guest, fill, seed, None, progress)
+
+    create_emulated(
+        path,
+        page_size_bytes=_PAGE_SIZES[page_size.upper()],
+        memslots=numbered,
+        mte=not no_mte,
+        vcpus=vcpus,
+        force=force,
+        fill=fill_it,
+    )
+    if output == "json":
+        _show(path, output, "mtetool.emu-create/1")
+
+
+@command.command("show", short_help="Say what an emulated guest is.")
+@click.argument("path", type=_PATH)
+@report_option
+def show(path: str, output: str) -> None:
+    """Say what an emulated guest is: its memslots, page size, whether MTE is on."""
+    _show(path, output, "mtetool.emu-show/1")
+
+
+@command.command("set", short_help="Give a range one tag.")
+@click.argument("path", type=_PATH)
+@click.argument("setting", type=Parsed("ipa:size=tag", _parse_setting), metavar="IPA:SIZE=TAG")
+@report_option
+def set_(path: str, setting: _Setting, output: str) -> None:
+    """Give all granules (of 16 bytes) of a range one tag, in read-only memory too."""
+    ipa, size_bytes = setting.range
+    with _opened(path) as guest:
+        guest.set_tag(ipa, size_bytes, setting.tag)
+    if output == "json":
+        print_json(
+            {
+                "schema": "mtetool.emu-set/1",
+                "source": f"emu:{path}",
+                "ipa": ipa,
+                "size_bytes": size_bytes,
+                "tag": setting.tag,
+            }
+        )
+
+
+@command.command("fill", short_help="Give memslots the tags of a pattern.")
+@click.argument("path", type=_PATH)
+@click.argument("pattern", type=click.Choice(_PATTERNS), metavar="PATTERN")
+@_seed
+@click.option(
+    "--slot",
+    "slots",
+    type=click.IntRange(min=0),
+    multiple=True,
+    metavar="ID",
+    help="Only this memslot (repeatable).",
+)
+@progress_options
+@report_option
+def fill(
+    path: str,
+    pattern: str,
+    seed: int,
+    slots: tuple[int, ...],
+    quiet: bool,
+    progress: str,
+    output: str,
+) -> None:
+    """Give memslots the tags of PATTERN: zero, sparse, heap, kernel or random."""
+    with _opened(path) as guest:
+        _fill(guest, pattern, seed, slots or None, progress)
+    if output == "json":
+        print_json(
+            {
+                "schema": "mtetool.emu-fill/1",
+                "source": f"emu:{path}",
+                "pattern": pattern,
+                "seed": seed,
+                "slots": list(slots) or None,
+            }
+        )
+
+
+def _opened(path: str) -> EmulatedGuest:
+    from mtetool.backends import GuestOptions
+    from mtetool.backends.emulator import open_emulated
+
+    return open_emulated(path, GuestOptions())
+
+
+def _fill(
+    guest: EmulatedGuest, pattern: str, seed: int, slots: Iterable[int] | None, mode: str
+) -> None:
+    memslots = guest.info().memslots
+    chosen = None if slots is None else list(slots)
+    total = sum(slot.size_bytes for slot in memslots if chosen is None or slot.id in chosen)
+    with progress_shown(total, pattern, mode) as advance:
+        guest.fill(pattern, seed, chosen, advance=advance)
+
+
+def _show(path: str, output: str, schema: str) -> None:
+    with _opened(path) as guest:
+        info = guest.info()
+    if output == "json":
+        document: dict[str, Any] = {"schema": schema, **describe_guest(info)}
+        print_json(document)
+    else:
+        _say_guest(info)
+
+
+def _say_guest(info: GuestInfo) -> None:
+    vcpus = "1 vCPU" if info.vcpus == 1 else f"{info.vcpus} vCPUs"
+    say(
+        f"{info.source}: MTE {'on' if info.mte else 'off'}, {vcpus},"
+        f" pages of {size(info.page_size_bytes)}"
+    )
+    rows = [
+        (slot.id, f"{slot.ipa:#x}", size(slot.size_bytes), "ro" if slot.readonly else "rw")
+        for slot in info.memslots
+    ]
+    say(table(("slot", "ipa", "size", "access"), rows, right=("slot", "ipa")))
