@@ -76,6 +76,11 @@ def _run(arguments: Sequence[str]) -> int:
         raise SignalError(signal.SIGINT) from None
     except click.ClickException as error:
         raise _usage_error(error) from error
+    except SystemExit as ended:
+        # click ends the process with status 1 where a pipe was closed, also when told not to.
+        if isinstance(ended.__context__, BrokenPipeError):
+            raise ended.__context__ from None
+        raise
     return result if isinstance(result, int) else STATUS_OK
 
 
