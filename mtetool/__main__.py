@@ -64,7 +64,7 @@ def _run(arguments: Sequence[str]) -> int:
     # Imported here, so that even an import that fails or is interrupted ends as it should.
     import click
 
-    from mtetool.cli import group
+    from mtetool.cli import ClosedPipeError, group
 
     # The default, strict, would end a listing with a traceback at the first odd file name.
     for stream in (sys.stdout, sys.stderr):
@@ -76,11 +76,8 @@ def _run(arguments: Sequence[str]) -> int:
         raise SignalError(signal.SIGINT) from None
     except click.ClickException as error:
         raise _usage_error(error) from error
-    except SystemExit as ended:
-        # click ends the process with status 1 where a pipe was closed, also when told not to.
-        if isinstance(ended.__context__, BrokenPipeError):
-            raise ended.__context__ from None
-        raise
+    except ClosedPipeError:
+        return STATUS_CLOSED_PIPE
     return result if isinstance(result, int) else STATUS_OK
 
 

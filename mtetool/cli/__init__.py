@@ -27,8 +27,23 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+class ClosedPipeError(Exception):
+    """Nobody reads any more what is written.
+
+    A BrokenPipeError never comes out of `click.Command.main`, which ends the process with
+    status 1 for it even where `standalone_mode` is off.
+    """
+
+
 class LazyGroup(click.Group):
     """A group whose commands are modules that are named, not imported."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command; raises ClosedPipeError for a BrokenPipeError."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise ClosedPipeError from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All commands, in the order of the table."""
