@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -221,6 +222,8 @@ def _signals_raise() -> Iterator[None]:
 
     before = {number: signal.getsignal(number) for number in _ENDING_SIGNALS}
     caught = [number for number in _ENDING_SIGNALS if before[number] != signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread():
+        caught = []  # who calls `main` from a thread keeps the signals
     try:
         for number in caught:
             signal.signal(number, raise_it)
