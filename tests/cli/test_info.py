@@ -1,0 +1,68 @@
+"""`mtetool info` as a user meets it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.running import BASE, KIB, ROM, make_guest, run
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> Path:
+    guest = make_guest(tmp_path / "g", seed=3)
+    assert run("save", guest, "-o", tmp_path / "s", "--range", f"{BASE:#x}:1M").status == 3
+    return tmp_path / "s"
+
+
+def test_for_people(snapshot: Path) -> None:
+    done = run("info", snapshot)
+    assert done.status == 0
+    for words in (str(snapshot), f"{ROM:#x}", "read-only", "EFAULT: no memslot there", "4 KiB"):
+        assert words in done.out
+
+
+def test_for_programs(snapshot: Path) -> None:
+    report = run("info", snapshot, "--json").json
+    assert report["schema"] == "mtetool.info/1"
+    assert report["mte"] is True
+    assert report["page_size_bytes"] == 4096
+    assert report["memslots"][0] == {
+        "id": 1,
+        "ipa": ROM,
+        "size_bytes": 64 * KIB,
+        "readonly": True,
+        "kind": "rom",
+    }
+    assert report["scope"] == [{"ipa": BASE, "size_bytes": 1024 * KIB}]
+    assert report["held_bytes"] == 512 * KIB
+    assert report["missing_bytes"] == 512 * KIB
+    assert report["missing"][0]["errno"] == "EFAULT"
+    assert report["consistent"] is True
+    assert report["file_bytes"] == snapshot.stat().st_size
+    assert report["source"].startswith("emu:")
+
+
+def test_from_a_pipe(snapshot: Path) -> None:
+    report = run("info", "-", "--json", stdin=snapshot.read_bytes()).json
+    assert report["file_bytes"] is None
+    assert report["missing_bytes"] == 512 * KIB
+
+
+@pytest.mark.parametrize("words", [["info", "FILE"], ["--help"], ["save", "--help"]])
+def test_neither_numpy_nor_rich_is_loaded(snapshot: Path, words: list[str]) -> None:
+    words = [str(snapshot) if word == "FILE" else word for word in words]
+    code = (
+        "import sys; sys.argv[1:] = sys.argv[1:]\n"
+        "from mtetool.__main__ import main\n"
+        "status = main()\n"
+        "sys.stderr.write(','.join({'numpy', 'rich', 'zstandard'} & set(sys.modules)))\n"
+        "sys.exit(status)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
