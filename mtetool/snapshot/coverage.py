@@ -67,12 +67,14 @@ class Coverage:
         for start, end in self._scope:
             while at < len(self._ranges) and self._ranges[at][1] <= start:
                 at += 1
-            if at == len(self._ranges) or self._ranges[at][0] > start:
-                stop = end if at == len(self._ranges) else min(end, self._ranges[at][0])
-                return start, stop
-            # Touching ranges are one by now, so the one that holds `start` must reach the end.
-            if self._ranges[at][1] < end:
-                return self._ranges[at][1], end
+            behind = at
+            if at < len(self._ranges) and self._ranges[at][0] <= start:
+                start = self._ranges[at][1]
+                behind += 1
+            # Ranges neither overlap nor touch by now: what is between two is a gap.
+            if start < end:
+                more = self._ranges[behind : behind + 1]
+                return start, min(end, more[0][0]) if more else end
         return None
 
 

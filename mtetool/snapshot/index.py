@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple, Self
 from mtetool.errors import DamagedError, HostIoError
 from mtetool.snapshot.heads import DoneHead, decode_done, decode_missing
 from mtetool.snapshot.ledger import Ledger, LedgerError
-from mtetool.snapshot.model import ADDRESS_LIMIT, Extent, Footer, Header, Missing, Summary
+from mtetool.snapshot.model import Extent, Footer, Header, Missing, Summary
 from mtetool.snapshot.reader import Piece, SnapshotReader, index_entries, piece_of, tags_head
 from mtetool.snapshot.records import (
     DONE,
@@ -54,6 +54,8 @@ class IndexedSnapshot:
         self._file_bytes = size
         self._first = stream.tell()
         self._end = end
+        # For its checks of ranges; nothing is entered into it.
+        self._ledger = Ledger(header)
         self._done = self._read_done()
 
     @classmethod
@@ -129,8 +131,10 @@ class IndexedSnapshot:
             raise self._damaged(offset, "an entry of the index points out of order")
         if entry.kind not in (TAGS, MISS):
             raise self._damaged(offset, f"an entry of the index of kind {entry.kind!r}")
-        if entry.ipa + entry.size_bytes > ADDRESS_LIMIT:
-            raise self._damaged(offset, "an entry of the index beyond the address space")
+        try:
+            self._ledger.check(entry.ipa, entry.size_bytes)
+        except LedgerError as error:
+            raise self._damaged(offset, f"the index: {error}") from error
 
     def load(self, entry: Entry) -> Piece | Missing:
         """The record that an entry names. Raises SnapshotError."""

@@ -67,9 +67,9 @@ class Piece:
     n_granules: int
     fill: int | None
     stored_bytes: int
-    _where: str = field(repr=False)
+    _where: str = field(repr=False, compare=False)
     _payload: bytes = field(repr=False)
-    _max_granules: int = field(repr=False)
+    _max_granules: int = field(repr=False, compare=False)
 
     @property
     def size_bytes(self) -> int:

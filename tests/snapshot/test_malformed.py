@@ -1,0 +1,667 @@
+"""Nothing that is not a whole, sound snapshot passes for one: by name of what is wrong."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import struct
+import time
+import tracemalloc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgpack  # type: ignore[import-untyped]
+import numpy as np
+import pytest
+import zstandard
+
+from mtetool.errors import (
+    DamagedError,
+    HostIoError,
+    NoSuchFileError,
+    NotASnapshotError,
+    SnapshotError,
+    TruncatedError,
+    UnknownVersionError,
+    UsageError,
+)
+from mtetool.snapshot.coverage import Coverage, MissingMap, ScatteredError
+from mtetool.snapshot.model import Extent, Missing
+from mtetool.snapshot.reader import (
+    Piece,
+    SnapshotReader,
+    open_snapshot,
+    read_range,
+    read_summary,
+)
+from tests.snapshot.forge import (
+    BASE,
+    PAGE,
+    PAGE_GRANULES,
+    Forge,
+    frame,
+    head_map,
+    header,
+    random_tags,
+    read_all,
+    small_forge,
+    small_snapshot,
+)
+
+
+def refused(data: bytes, kind: type[SnapshotError], match: str | None = None) -> None:
+    """Reading front to back refuses it, and so does the indexed way or it does not notice."""
+    with pytest.raises(kind, match=match):
+        read_all(data)
+
+
+# --- any change of any byte -----------------------------------------------------------------
+
+
+def test_every_flipped_bit_is_noticed() -> None:
+    data = bytearray(small_snapshot())
+    for at in range(len(data)):
+        for bit in range(8):
+            data[at] ^= 1 << bit
+            with pytest.raises(SnapshotError):
+                read_all(bytes(data))
+            data[at] ^= 1 << bit
+    read_all(bytes(data))
+
+
+def test_every_flipped_bit_leaves_the_summary_right_or_is_noticed(tmp_path: Path) -> None:
+    data = bytearray(small_snapshot())
+    path = tmp_path / "flipped"
+    path.write_bytes(data)
+    right = read_summary(str(path))
+    unnoticed = 0
+    with path.open("r+b", buffering=0) as file:
+        for at in range(len(data)):
+            for bit in range(8):
+                file.seek(at)
+                file.write(bytes([data[at] ^ 1 << bit]))
+                try:
+                    assert read_summary(str(path)) == right
+                    unnoticed += 1
+                except SnapshotError:
+                    pass
+            file.seek(at)
+            file.write(data[at : at + 1])
+    # Only bits of records of tags, which a summary does not read.
+    assert unnoticed < 8 * 300
+
+
+def test_every_flipped_bit_is_noticed_where_a_range_is_read(tmp_path: Path) -> None:
+    data = bytearray(small_snapshot())
+    path = tmp_path / "flipped"
+    path.write_bytes(data)
+    wanted = [Extent(BASE, 2 * PAGE)]
+    right = list(read_range(str(path), wanted))
+    for at in range(0, len(data)):
+        changed = bytearray(data)
+        changed[at] ^= 1 << at % 8
+        path.write_bytes(changed)
+        try:
+            assert list(read_range(str(path), wanted)) == right
+        except SnapshotError:
+            continue
+
+
+def test_a_cut_anywhere_is_truncated(tmp_path: Path) -> None:
+    data = small_snapshot()
+    path = tmp_path / "cut"
+    for length in range(1, len(data)):
+        refused(data[:length], TruncatedError)
+        path.write_bytes(data[:length])
+        with pytest.raises(TruncatedError):
+            read_summary(str(path))
+        with pytest.raises(TruncatedError):
+            list(read_range(str(path), [Extent(BASE, PAGE)]))
+
+
+@pytest.mark.parametrize(
+    "junk", [b"\0", b"\n", b"\0" * 4096, small_snapshot(), small_snapshot()[-16:]]
+)
+def test_junk_behind_the_end(tmp_path: Path, junk: bytes) -> None:
+    data = small_snapshot() + junk
+    refused(data, DamagedError, "behind the end")
+    path = tmp_path / "junk"
+    path.write_bytes(data)
+    with pytest.raises(DamagedError):
+        read_summary(str(path))
+
+
+def records_of(data: bytes) -> list[bytes]:
+    """A snapshot cut into its prologue, its records and its trailer."""
+    parts, at = [data[:16]], 16
+    while at < len(data) - 16:
+        head_bytes, payload_bytes = struct.unpack_from("<II", data, at + 4)
+        parts.append(data[at : at + 24 + head_bytes + payload_bytes])
+        at += len(parts[-1])
+    return [*parts, data[at:]]
+
+
+def test_records_lost_repeated_or_moved() -> None:
+    parts = records_of(small_snapshot())
+    assert b"".join(parts) == small_snapshot()
+    for i in range(1, len(parts) - 1):
+        refused(b"".join(parts[:i] + parts[i + 1 :]), SnapshotError)
+        refused(b"".join([*parts[: i + 1], *parts[i:]]), SnapshotError)
+        if i + 2 < len(parts):
+            swapped = [*parts[:i], parts[i + 1], parts[i], *parts[i + 2 :]]
+            refused(b"".join(swapped), SnapshotError)
+
+
+def test_records_of_another_snapshot_do_not_fit() -> None:
+    ours = records_of(small_forge().fill(BASE, 4, 1).end())
+    theirs = records_of(small_forge().fill(BASE, 4, 2).end())
+    # The number is right and its checksum too: the end's digest tells.
+    refused(b"".join([*ours[:2], theirs[2], *ours[3:]]), DamagedError, "totals")
+
+
+# --- something else ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (b"", "empty"),
+        (gzip.compress(small_snapshot()), "gzip"),
+        (zstandard.compress(small_snapshot()), "zstd"),
+        (lzma.compress(small_snapshot()), "xz"),
+        (b"# a script\n", "text"),
+        ("ä text in German".encode(), "text"),
+        (b"\x7fELF\2\1\1\0\0\0\0\0\0\0\0\0", "ELF"),
+        (b"QEVM\0\0\0\3\0\0\0\0\0\0\0\0", "QEMU migration"),
+        (bytes(100), "some other file"),
+        (small_snapshot().replace(b"\n", b"\r\n"), "transferred as text"),
+    ],
+)
+def test_something_else_is_named(tmp_path: Path, data: bytes, named: str) -> None:
+    refused(data, NotASnapshotError, named)
+    path = tmp_path / "else"
+    path.write_bytes(data)
+    for read in (read_summary, lambda p: next(read_range(p, []))):
+        with pytest.raises(NotASnapshotError, match=named):
+            read(str(path))
+
+
+def test_a_directory_is_no_snapshot(tmp_path: Path) -> None:
+    with pytest.raises(NotASnapshotError, match="directory"):
+        read_summary(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["absent", "file/absent"])
+def test_no_such_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NoSuchFileError), open_snapshot(str(tmp_path / name)):
+        pass
+
+
+def test_a_terminal_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    with pytest.raises(UsageError, match="terminal"):
+        read_summary("-")
+
+
+def test_a_failing_disk_is_no_damage() -> None:
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell() > 100:
+                raise OSError(5, "Input/output error")
+            return super().read(size)
+
+    with pytest.raises(HostIoError, match="Input/output error"):
+        list(SnapshotReader(Failing(small_snapshot()), "test"))
+
+
+# --- versions and features --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [0, 2, 3, 1 << 31])
+def test_another_version_names_both(version: int) -> None:
+    forge = Forge(version=version).fill(0, 4).fill(BASE, 8)
+    refused(forge.end(), UnknownVersionError, f"version {version};.* version 1")
+
+
+@pytest.mark.parametrize("bit", range(32))
+def test_any_flag_is_unknown(bit: int) -> None:
+    refused(Forge(flags=1 << bit).end(), UnknownVersionError)
+
+
+def test_an_unknown_kind_matters_unless_it_is_lower_case(tmp_path: Path) -> None:
+    for kind in (b"XTRA", b"Abcd", b"\0\0\0\0", b"1abc", b"\xffabc"):
+        refused(small_forge().record(kind, {}).fill(BASE, 4).end(), UnknownVersionError)
+    sound = small_forge().record(b"note", {"anything": [1, {}]}, b"payload").fill(BASE, 4).end()
+    _, pieces = read_all(sound)
+    assert [piece.ipa for piece in pieces] == [BASE]
+    path = tmp_path / "ancillary"
+    path.write_bytes(sound)
+    assert read_summary(str(path)).footer.records == 4
+    # Ignored, but not unchecked.
+    refused(sound.replace(b"payload", b"Payload"), DamagedError, "checksum")
+
+
+def test_unknown_keys_matter_unless_they_begin_with_x() -> None:
+    slot = {"id": 0, "ipa": 0, "size": PAGE, "readonly": None, "kind": "ram"}
+    about = header(4)
+    for extra in ("later", "X-later", "x", ""):
+        for data in (
+            Forge(head_map(about, **{extra: 1})).fill(BASE, 4).end(),
+            Forge(head_map(about, memslots=[{**slot, extra: 1}])).fill(BASE, 4).end(),
+            small_forge().fill(BASE, 4, **{extra: 1}).end(),
+            small_forge().tags(BASE, random_tags(4), **{extra: 1}).end(),
+            small_forge().miss(BASE, 4, **{extra: 1}).end(),
+            small_forge().fill(BASE, 4).end(**{extra: 1}),
+        ):
+            refused(data, UnknownVersionError, "feature")
+    forge = Forge(head_map(about, memslots=[{**slot, "x-a": 1}], **{"x-b": [{}]}))
+    forge.fill(BASE, 2, **{"x-c": None}).miss(BASE + 2 * PAGE, 2, **{"x-d": b"\0"})
+    read_all(forge.end(**{"x-e": -1}))
+
+
+def test_an_unknown_encoding() -> None:
+    head = {"ipa": BASE, "granules": 4 * PAGE_GRANULES, "enc": 2}
+    refused(small_forge().record(b"TAGS", head, b"1").end(), UnknownVersionError, "encoding")
+
+
+# --- heads ------------------------------------------------------------------------------------
+
+BAD_MAPS: list[bytes] = [
+    b"",
+    b"\xc0",
+    b"\x90",
+    b"\x81",
+    b"\xc1",
+    b"\x80\x80",
+    b"\xdf\xff\xff\xff\xff",
+    b"\xdd\xff\xff\xff\xff",
+    b"\xc6\xff\xff\xff\xff",
+    b"\x91" * 60_000,
+    b"\x81\xa1a" * 20_000,
+    b"\x81\x01\x02",
+    b"\x81\x90\x02",
+    b"\x81\xa2\xff\xfe\x01",
+    b"\x81\xc4\x01a\x01",
+    b"\x82\xa3ipa\x00\xa3ipa\x00",
+]
+
+
+@pytest.mark.parametrize("bad", BAD_MAPS, ids=range(len(BAD_MAPS)))
+def test_what_is_no_map(bad: bytes) -> None:
+    for kind in (b"TAGS", b"MISS", b"INDX", b"DONE"):
+        refused(small_forge().record(kind, bad).data, DamagedError)
+    refused(Forge(bad).data, DamagedError)
+
+
+def with_duplicate(values: Mapping[str, object], key: str) -> bytes:
+    """The map with a key twice, the second time with the same value."""
+    packer = msgpack.Packer()
+    parts = [packer.pack_map_header(len(values) + 1)]
+    for name, value in (*values.items(), (key, values[key])):
+        parts += [packer.pack(name), packer.pack(value)]
+    return b"".join(parts)
+
+
+def test_a_key_twice() -> None:
+    values = {"ipa": BASE, "granules": 4 * PAGE_GRANULES, "enc": 0, "tag": 0}
+    for key in values:
+        refused(small_forge().record(b"TAGS", with_duplicate(values, key)).data, DamagedError, key)
+    refused(Forge(with_duplicate(head_map(), "scope")).data, DamagedError, "twice")
+
+
+WRONG: list[object] = [None, True, -1, 1 << 63, 1.0, "1", b"1", [], {}, 8]
+
+
+@pytest.mark.parametrize("key", ["ipa", "granules", "enc", "tag"])
+def test_wrong_values_in_a_fill(key: str) -> None:
+    for value in WRONG:
+        if (key, value) == ("tag", 8):
+            continue
+        data = small_forge().fill(BASE, 4, **{key: value}).end()
+        refused(data, SnapshotError)
+    head: dict[str, object] = {"ipa": BASE, "granules": 4 * PAGE_GRANULES, "enc": 0, "tag": 0}
+    del head[key]
+    refused(small_forge().record(b"TAGS", head).end(), DamagedError, f"no '{key}'")
+
+
+@pytest.mark.parametrize("key", ["ipa", "granules", "tagged", "tagged_pages", "enc"])
+def test_wrong_values_in_packed_tags(key: str) -> None:
+    for value in WRONG:
+        refused(small_forge().tags(BASE, random_tags(4), **{key: value}).end(), SnapshotError)
+
+
+@pytest.mark.parametrize("key", ["ipa", "size", "errno", "reason"])
+def test_wrong_values_in_missing(key: str) -> None:
+    for value in WRONG:
+        if key == "errno" and value in (None, 8) and value is not True:
+            continue
+        if key == "reason" and value == "1":
+            continue
+        refused(small_forge().miss(BASE, 4, **{key: value}).end(), DamagedError)
+    refused(small_forge().miss(BASE, 4, reason="x" * 4097).end(), DamagedError)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "records",
+        "granules",
+        "tagged",
+        "tagged_pages",
+        "missing",
+        "consistent",
+        "index",
+        "index_records",
+        "digest",
+    ],
+)
+def test_wrong_values_in_the_end(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "end"
+    for value in WRONG:
+        if key == "consistent" and (value is None or value is True):
+            continue
+        data = small_forge().fill(BASE, 4, 1).end(**{key: value})
+        refused(data, DamagedError)
+        path.write_bytes(data)
+        # A summary does not count tags and reads no checksums of theirs.
+        if key not in ("tagged", "tagged_pages", "digest"):
+            with pytest.raises(DamagedError):
+                read_summary(str(path))
+
+
+HEAD_KEYS = [
+    ("id", ["", "z" * 32, "A" * 32, "0" * 31, None, 1, b"0" * 32]),
+    ("base", ["", "0" * 33, 1, False]),
+    ("page_size", [0, 1, 2048, 8192, 1 << 20, True, None, "4096", -4096]),
+    ("granule_size", [0, 8, 32, None, True]),
+    ("chunk_granules", [0, 1, 255, 257, (32 << 20) + 256, 1 << 40, True, None]),
+    ("source", [None, 1, "x" * 4097]),
+    ("created", [None]),
+    ("tool", [None]),
+    ("kernel", [None]),
+    ("machine", [None]),
+    ("vmm", [1, b""]),
+    ("name", [1, b""]),
+    ("paused", [0, 1, "true"]),
+    (
+        "scope",
+        [
+            None,
+            {},
+            [BASE, PAGE],
+            [[BASE]],
+            [[BASE, PAGE, 0]],
+            [[BASE, 0]],
+            [[BASE, -PAGE]],
+            [[BASE, True]],
+            [[BASE, 100]],
+            [[BASE + 16, PAGE]],
+            [[BASE, 2 * PAGE], [BASE + PAGE, PAGE]],
+            [[BASE, PAGE], [BASE, PAGE]],
+            [[BASE + PAGE, PAGE], [BASE, PAGE]],
+            [[(1 << 64) - PAGE, 2 * PAGE]],
+            [[0, (1 << 64) - PAGE], [(1 << 64) - PAGE, PAGE], [0, PAGE]],
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("key", "values"), HEAD_KEYS, ids=[key for key, _ in HEAD_KEYS])
+def test_wrong_values_in_the_header(key: str, values: list[object]) -> None:
+    for value in values:
+        refused(Forge(head_map(**{key: value})).data, DamagedError)
+    head = head_map()
+    del head[key]
+    refused(Forge(head).data, DamagedError, f"no '{key}'")
+
+
+def test_wrong_memslots() -> None:
+    good = {"id": 1, "ipa": BASE, "size": PAGE, "readonly": False, "kind": "ram"}
+    bad: list[object] = [
+        None,
+        [],
+        {**good, "kind": "disk"},
+        {**good, "kind": 1},
+        {**good, "readonly": 0},
+    ]
+    bad += [{**good, "size": 0}, {**good, "size": 100}, {**good, "ipa": 1}, {**good, "id": -1}]
+    bad += [{**good, "id": True}, {**good, "ipa": (1 << 64) - PAGE, "size": 2 * PAGE}]
+    for slot in bad:
+        refused(Forge(head_map(memslots=[slot])).data, DamagedError, "memslot")
+    refused(Forge(head_map(memslots=[good, good])).data, DamagedError, "overlaps")
+
+
+def test_the_header_comes_first_and_once() -> None:
+    forge = Forge()
+    forge.data, forge.records = forge.data[:16], 0
+    forge.record(b"MISS", {}, covered=forge.data)
+    refused(forge.data, DamagedError, "does not start")
+    refused(small_forge().record(b"HEAD", head_map()).end(), UnknownVersionError)
+
+
+# --- coverage ---------------------------------------------------------------------------------
+
+
+def test_pages_that_nobody_speaks_of() -> None:
+    for page in range(4):
+        forge = small_forge()
+        for other in range(4):
+            if other != page:
+                forge.fill(BASE + other * PAGE, 1)
+        refused(forge.end(), DamagedError, f"no record speaks of {BASE + page * PAGE:#x}:0x1000")
+    refused(small_forge().end(), DamagedError, "no record speaks")
+
+
+@pytest.mark.parametrize(
+    ("ipa", "n_pages"),
+    [(BASE - PAGE, 1), (BASE + 4 * PAGE, 1), (BASE, 5), (BASE - PAGE, 6), (BASE + 16, 1), (0, 1)],
+)
+def test_records_outside_the_scope(tmp_path: Path, ipa: int, n_pages: int) -> None:
+    path = tmp_path / "outside"
+    for forge in (
+        small_forge().fill(BASE, 4).fill(ipa, n_pages),
+        small_forge().fill(BASE, 4).miss(ipa, n_pages),
+    ):
+        data = forge.end()
+        refused(data, DamagedError)
+        path.write_bytes(data)
+        with pytest.raises(DamagedError):
+            read_summary(str(path))
+
+
+def test_records_in_a_hole_of_the_scope() -> None:
+    scope = [[BASE, PAGE], [BASE + 2 * PAGE, PAGE]]
+    forge = Forge(head_map(header(4), scope=scope)).fill(BASE, 3)
+    refused(forge.end(), DamagedError, "not inside")
+
+
+# --- sizes that lie, frames that lie ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [b"TAGS", b"MISS", b"INDX", b"DONE", b"HEAD", b"note", b"XTRA"])
+@pytest.mark.parametrize("sizes", [(1 << 21, 0), (0, 1 << 26), (0xFFFFFFFF, 0xFFFFFFFF)])
+def test_lengths_are_bounded_before_anything_is_read(kind: bytes, sizes: tuple[int, int]) -> None:
+    data = small_forge().record(kind, b"", b"", sizes=sizes).data
+    tracemalloc.start()
+    try:
+        refused(data + bytes(1000), DamagedError, "declares")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_largest_payload_is_read_in_portions() -> None:
+    data = small_forge(1 << 17, chunk_granules=32 << 20)
+    data.record(b"TAGS", b"", b"", sizes=(0, 16 << 20))
+    tracemalloc.start()
+    try:
+        refused(data.data + bytes(1000), TruncatedError)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def bombs() -> list[tuple[str, bytes]]:
+    """Payloads for four pages that are not one frame of 512 bytes."""
+    compress = zstandard.ZstdCompressor().compress
+    no_size = zstandard.ZstdCompressor(write_content_size=False).compress
+    packed = bytes(4 * PAGE_GRANULES // 2)
+    sound = compress(packed)
+    return [
+        ("256 MiB", compress(bytes(256 << 20))),
+        ("no size", no_size(packed)),
+        ("no size, 256 MiB", no_size(bytes(256 << 20))),
+        ("short", compress(packed[:-1])),
+        ("long", compress(packed + b"\0")),
+        ("empty", compress(b"")),
+        ("two frames", sound + sound),
+        ("junk behind", sound + b"\0"),
+        ("skippable frame", struct.pack("<II", 0x184D2A50, 4) + b"1234"),
+        ("skippable frame before", struct.pack("<II", 0x184D2A50, 4) + b"1234" + sound),
+        ("cut", sound[:-1]),
+        ("no frame", b"1234567890"),
+        ("raw", packed),
+    ]
+
+
+@pytest.mark.parametrize("payload", [p for _, p in bombs()], ids=[name for name, _ in bombs()])
+def test_frames_that_are_not_what_the_head_says(payload: bytes) -> None:
+    tags = np.zeros(4 * PAGE_GRANULES, dtype=np.uint8)
+    data = small_forge(4, chunk_granules=1 << 18).tags(BASE, tags, payload).end()
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedError, match="frame"):
+            read_all(data)
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_payloads_where_none_belong() -> None:
+    granules = 4 * PAGE_GRANULES
+    fill = {"ipa": BASE, "granules": granules, "enc": 0, "tag": 0}
+    refused(small_forge().record(b"TAGS", fill, b"x").end(), DamagedError, "payload")
+    packed = {"ipa": BASE, "granules": granules, "enc": 1, "tagged": 0, "tagged_pages": 0}
+    refused(small_forge().record(b"TAGS", packed).end(), DamagedError, "payload")
+
+
+def test_more_tags_than_a_chunk() -> None:
+    refused(small_forge(8).tags(BASE, random_tags(8)).end(), DamagedError, "payload")
+    tags = np.arange(8 * PAGE_GRANULES, dtype=np.uint8) & 15
+    refused(small_forge(8).tags(BASE, tags).end(), DamagedError, "'granules' is 2048")
+
+
+# --- the index ----------------------------------------------------------------------------------
+
+
+def test_an_index_that_lies(tmp_path: Path) -> None:
+    forge = small_forge().tags(BASE, random_tags(2)).fill(BASE + 2 * PAGE, 2)
+    entries = [forge.index[:32], forge.index[32:]]
+    offset, ipa, granules, kind, length = struct.unpack("<QQQ4sI", entries[0])
+    lies = {
+        "nothing": b"",
+        "one less": entries[0],
+        "twice": forge.index + entries[1],
+        "swapped": entries[1] + entries[0],
+    }
+    for name, changed in {
+        "offset": (offset + 1, ipa, granules, kind, length),
+        "far": (1 << 63, ipa, granules, kind, length),
+        "ipa": (offset, ipa + PAGE, granules, kind, length),
+        "granules": (offset, ipa, granules + PAGE_GRANULES, kind, length),
+        "many": (offset, ipa, 1 << 63, kind, length),
+        "kind": (offset, ipa, granules, b"MISS", length),
+        "done": (offset, ipa, granules, b"DONE", length),
+        "length": (offset, ipa, granules, kind, length - 1),
+        "no length": (offset, ipa, granules, kind, 0),
+        "all": (offset, ipa, granules, kind, 0xFFFFFFFF),
+    }.items():
+        lies[name] = struct.pack("<QQQ4sI", *changed) + entries[1]
+    path = tmp_path / "lying"
+    for name, index in lies.items():
+        data = replace_index(forge, index)
+        refused(data, DamagedError, "index")
+        path.write_bytes(data)
+        # The indexed way finds it out at the latest when the record is read. One that is
+        # not in the index cannot be: then a page is left out, which the summary knows.
+        with pytest.raises(DamagedError):  # noqa: PT012
+            read_summary(str(path))
+            list(read_range(str(path), [Extent(BASE, 4 * PAGE)]))
+            pytest.fail(name)
+
+
+def replace_index(forge: Forge, index: bytes) -> bytes:
+    """The forged snapshot with another index, everything else right."""
+    return replace_records(forge).end(index)
+
+
+def replace_records(forge: Forge) -> Forge:
+    """A copy to go on with."""
+    copy = small_forge()
+    for name in vars(forge):
+        setattr(copy, name, getattr(forge, name))
+    return copy
+
+
+def test_an_index_of_another_size() -> None:
+    forge = small_forge().fill(BASE, 4)
+    forge.record(b"INDX", {"entries": 2}, forge.index)
+    refused(forge.data, DamagedError, "another size")
+
+
+def test_nothing_comes_between_index_and_end() -> None:
+    forge = small_forge().fill(BASE, 2)
+    forge.record(b"INDX", {"entries": 1}, forge.index)
+    refused(forge.fill(BASE + 2 * PAGE, 2).data, DamagedError, "after the index")
+
+
+# --- bounds of the account ---------------------------------------------------------------------
+
+
+def test_scattered_ranges_end_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtetool.snapshot.coverage.MAX_FRAGMENTS", 100)
+    monkeypatch.setattr("mtetool.snapshot.coverage._SORT_AT", 50)
+    coverage = Coverage([Extent(0, 1 << 40)])
+    with pytest.raises(ScatteredError):
+        scatter(coverage.add)
+    missing = MissingMap()
+    with pytest.raises(ScatteredError):
+        scatter(lambda start, end: missing.add(Missing(start, end - start, None, "")))
+    holes = MissingMap()
+    holes.add(Missing(0, 1 << 40, None, ""))
+    with pytest.raises(ScatteredError):
+        scatter(holes.remove)
+
+
+def scatter(add: Callable[[int, int], None]) -> None:
+    """Many ranges that do not touch."""
+    for i in range(1000):
+        add(2 * i * PAGE, (2 * i + 1) * PAGE)
+
+
+def test_the_worst_order_takes_seconds_not_hours() -> None:
+    coverage, missing = Coverage([Extent(0, 1 << 40)]), MissingMap()
+    start = time.monotonic()
+    for i in range(50_000, 0, -1):
+        missing.add(Missing(2 * i * PAGE, PAGE, None, ""))
+        coverage.add(2 * i * PAGE, (2 * i + 1) * PAGE)
+    assert coverage.first_gap() == (0, 2 * PAGE)
+    assert time.monotonic() - start < 5
+
+
+def test_damage_names_the_place() -> None:
+    tags = random_tags(4)
+    broken = bytearray(frame(tags))
+    broken[20] ^= 0xFF
+    data = small_forge().tags(BASE, tags, bytes(broken[:-1])).end()
+    reader = SnapshotReader(io.BytesIO(data), "some/file")
+    (piece,) = reader
+    assert isinstance(piece, Piece)
+    with pytest.raises(DamagedError, match="some/file: record 1 at byte "):
+        piece.tags()
