@@ -88,7 +88,7 @@ def test_a_misaligned_range_is_told_what_would_do(guest: str, tmp_path: Path) ->
 
 def test_a_range_across_a_hole_is_partial(guest: str, tmp_path: Path) -> None:
     hole = BASE + 512 * KIB
-    arguments = ["save", guest, "-o", tmp_path / "s", "--range", f"{BASE:#x}:1088K"]
+    arguments = ["save", guest, "-o", str(tmp_path / "s"), "--range", f"{BASE:#x}:1088K"]
     done = run(*arguments)
     assert done.status == 3
     assert f"{hole:#x}:0x80000" in done.out
