@@ -84,8 +84,9 @@ def _differences(pairs: Iterator[_Pair]) -> Iterator[Difference | Missing]:
             continue
         tags_a = a.tags if isinstance(a, Copied) else None
         tags_b = b.tags if isinstance(b, Copied) else None
-        for block in range(0, size_bytes // GRANULE_BYTES, _BLOCK_GRANULES):
-            cut = slice(block, block + _BLOCK_GRANULES)
+        n_granules = size_bytes // GRANULE_BYTES
+        for block in range(0, n_granules, _BLOCK_GRANULES):
+            cut = slice(block, min(block + _BLOCK_GRANULES, n_granules))
             at = ipa + block * GRANULE_BYTES
             if tags_a is not None and tags_b is not None:
                 yield from _both(at, tags_a[cut], tags_b[cut])

@@ -163,9 +163,7 @@ def test_granules_inside_pages() -> None:
     reader = TagReader(guest, Layout(guest.slots, PAGE), chunk_granules=512)
     extent = Extent(BASE + 0xFF0, 3 * PAGE + 0x20)
     found = [
-        np.array(step.tags)
-        for step in reader.read_granules([extent])
-        if isinstance(step, Copied)
+        np.array(step.tags) for step in reader.read_granules([extent]) if isinstance(step, Copied)
     ]
     assert np.array_equal(np.concatenate(found), guest.memory[BASE][255 : 255 + 768 + 2])
 
