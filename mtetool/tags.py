@@ -20,7 +20,8 @@ def pack(tags: Tags) -> NDArray[np.uint8]:
     # As little-endian words, tag 2i is at bit 0 and tag 2i+1 at bit 8 of each 16-bit lane:
     # v | v >> 4 puts both into the lane's low byte, and the narrowing cast keeps that byte.
     words = tags.view("<u8")
-    return (words | words >> np.uint64(4)).view("<u2").astype(np.uint8)
+    lanes: NDArray[np.uint16] = (words | words >> np.uint64(4)).view("<u2")
+    return lanes.astype(np.uint8)
 
 
 def unpack(packed: NDArray[np.uint8]) -> Tags:

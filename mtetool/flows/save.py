@@ -156,14 +156,14 @@ def _copy(
             reached = merged(reached)
             done += step.size_bytes
             progress(done, total)
-    except GuestLostError as error:
-        if options.partial != "keep" or not result.saved_bytes:
-            raise
-        result.lost = error.message
+    except GuestError as error:
+        at = reached[-1].end if reached else result.scope[0].ipa
+        lost = isinstance(error, GuestLostError) and result.saved_bytes > 0
+        if not lost or options.partial != "keep":
+            raise _with_where(error, result, at) from error.__cause__
+        result.lost = _with_where(error, result, at).message
         for extent in without(result.scope, reached):
-            missing = Missing(
-                extent.ipa, extent.size_bytes, None, "the guest ended during the save"
-            )
+            missing = Missing(extent.ipa, extent.size_bytes, None, "the guest ended meanwhile")
             writer.add_missing(missing)
             result.missing.add(missing)
     if not result.saved_bytes:
@@ -185,6 +185,19 @@ def _note_missing(
         )
     writer.add_missing(missing)
     result.missing.add(missing)
+
+
+def _with_where(error: GuestError, result: SaveResult, ipa: int) -> GuestError:
+    """The same error, which also says how far the save had come."""
+    slot = next((s for s in result.info.memslots if s.ipa <= ipa < s.end), None)
+    if result.saved_bytes:
+        error.message += (
+            f"; the tags of {result.saved_bytes} bytes had been read, up to {ipa:#x}"
+            + (f" in slot {slot.id}" if slot else "")
+        )
+        error.args = (error.message,)
+        error.details.update(saved_bytes=result.saved_bytes, saved_up_to=ipa)
+    return error
 
 
 def _nothing(result: SaveResult) -> GuestError:

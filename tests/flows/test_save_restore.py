@@ -378,7 +378,7 @@ def test_nothing_at_all_is_no_snapshot() -> None:
 def test_a_guest_lost_half_way() -> None:
     guest = guest_with_tags()
     guest.lost_after_reads = 1
-    with pytest.raises(GuestLostError):
+    with pytest.raises(GuestLostError, match=f"up to {ROM + 16 * PAGE:#x}"):
         saved(guest)
     guest.reads = 0
     snapshot, result = saved(guest, SaveOptions(partial="keep", jobs=1))
