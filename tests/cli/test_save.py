@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from mtetool.backends.base import Memslot
+from mtetool.backends.emulator import EmulatedGuest
+from mtetool.errors import GuestLostError
+from mtetool.tags import Tags
 from tests.cli.running import BASE, KIB, ROM, make_guest, run, spawn
 
 
@@ -143,6 +146,40 @@ def test_a_guest_without_mte(tmp_path: Path) -> None:
     done = run("save", guest, "-o", tmp_path / "s", "--json")
     assert (done.status, done.error["error"]) == (4, "mte-off")
     assert not (tmp_path / "s").exists()
+
+
+def test_a_running_guest_is_warned_of(
+    guest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EmulatedGuest, "paused", lambda self: False)
+    done = run("save", guest, "-o", tmp_path / "s")
+    assert done.status == 0
+    assert "ran during the save" in done.err
+    assert "consistent: no" in done.out
+    assert run("save", guest, "-o", tmp_path / "q", "--quiet").err == ""
+    assert run("info", tmp_path / "s", "--json").json["consistent"] is False
+
+
+@pytest.mark.parametrize("partial", [None, "keep", "fail"])
+def test_a_guest_that_ends_half_way(
+    guest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partial: str | None
+) -> None:
+    read = EmulatedGuest.read_tags
+
+    def read_the_first_slot(self: EmulatedGuest, ipa: int, out: Tags) -> int:
+        if ipa >= BASE:
+            raise GuestLostError("the process ended")
+        return read(self, ipa, out)
+
+    monkeypatch.setattr(EmulatedGuest, "read_tags", read_the_first_slot)
+    options = ["--partial", partial] if partial else []
+    done = run("save", guest, "-o", tmp_path / "s", *options)
+    assert done.status == 4
+    assert f"{64 * KIB} bytes had been read" in (done.out if partial == "keep" else done.err)
+    # Kept only when that was asked for in words.
+    assert (tmp_path / "s").exists() is (partial == "keep")
+    if partial == "keep":
+        assert run("verify", tmp_path / "s").status == 3
 
 
 def test_device_slots_are_left_out_and_named(tmp_path: Path) -> None:
