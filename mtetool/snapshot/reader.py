@@ -167,6 +167,8 @@ class SnapshotReader:
             self._digest.add(CHECKSUM.pack(record.checksum))
             if record.kind == INDX:
                 self._take_index(record)
+            elif record.kind == HEAD:
+                raise self._damaged(record, "it is a second header")
             elif self._index_offset is not None:
                 raise self._damaged(record, "it comes after the index")
             elif record.kind == TAGS or record.kind == MISS:

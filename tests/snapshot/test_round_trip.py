@@ -498,3 +498,30 @@ def test_open_snapshot_reads_a_file(tmp_path: Path) -> None:
     with open_snapshot(str(path)) as reader:
         assert len(list(reader)) == 5
         assert reader.footer.consistent is True
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import mtetool.snapshot.model", {"numpy", "zstandard", "xxhash", "msgpack"}),
+        ("import mtetool.snapshot.output", {"numpy", "zstandard", "xxhash", "msgpack"}),
+        (
+            "from mtetool.snapshot.reader import read_summary as r; import sys; r(sys.argv[1])",
+            {"numpy", "zstandard"},
+        ),
+        (
+            "from mtetool.snapshot.reader import read_summary as r; r('-')",
+            {"numpy", "zstandard"},
+        ),
+    ],
+)
+def test_a_description_needs_no_heavy_library(tmp_path: Path, code: str, absent: set[str]) -> None:
+    path = tmp_path / "x.mtesnap"
+    path.write_bytes(small_snapshot())
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)", str(path)],
+        input=small_snapshot(),
+        capture_output=True,
+        check=True,
+    )
+    assert not absent & set(done.stdout.decode().split())
