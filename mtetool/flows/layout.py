@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from mtetool.backends.base import Guest, Memslot
 from mtetool.errors import LayoutUnknownError, MisalignedError, RangeError
-from mtetool.snapshot.model import Extent
+from mtetool.snapshot.model import Extent, Header
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,14 @@ def layout_of(guest: Guest, otherwise: Sequence[Memslot] | None = None) -> Layou
             raise
         slots = tuple(otherwise)
     return Layout(slots, guest.page_size_bytes)
+
+
+def slots_of(header: Header) -> tuple[Memslot, ...]:
+    """A snapshot's memslots; what it speaks of, where nobody knew them at its save."""
+    if header.memslots:
+        return header.memslots
+    scope = enumerate(merged(header.scope))
+    return tuple(Memslot(n, extent.ipa, extent.size_bytes, None) for n, extent in scope)
 
 
 def merged(extents: Iterable[Extent]) -> list[Extent]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtetool.backends.base import Memslot
+from mtetool.backends.base import GuestInfo, Memslot
 from mtetool.errors import (
     BusyError,
     GuestError,
@@ -26,8 +26,9 @@ from mtetool.errors import (
 from mtetool.flows.restore import RestoreOptions, RestoreResult, restore
 from mtetool.flows.save import SaveOptions, SaveResult, save
 from mtetool.flows.verify import verify, verify_against
-from mtetool.snapshot.model import Extent
+from mtetool.snapshot.model import Extent, Header
 from mtetool.snapshot.reader import SnapshotReader
+from mtetool.snapshot.writer import SnapshotWriter
 from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES
 from tests.flows.fakes import PAGE, FakeGuest
@@ -192,6 +193,19 @@ def test_an_unknown_layout_is_that_of_the_snapshot() -> None:
     assert writable_equal(source, target)
     with pytest.raises(LayoutUnknownError):
         saved(target)
+
+
+def test_a_layout_that_nobody_knew_then_or_now() -> None:
+    slots = (Memslot(0, BASE, 8 * PAGE),)
+    info = GuestInfo("fake:1", True, PAGE, ())
+    header = Header.for_guest(info, [Extent(BASE, 8 * PAGE)])
+    out = io.BytesIO()
+    with SnapshotWriter(out, header) as writer:
+        writer.add_fill(BASE, 8 * PAGE, 6)
+        writer.finish(consistent=None)
+    target = FakeGuest(slots, layout_known=False)
+    assert restored(out.getvalue(), target).status == 0
+    assert (target.memory[BASE] == 6).all()
 
 
 def test_a_slot_that_moved() -> None:
