@@ -288,11 +288,13 @@ def create(path: str, described: Description, *, force: bool, fill: Callable[[in
 def _target(path: str, *, force: bool) -> Path:
     try:
         target = Path(path).resolve()
-    except (OSError, RuntimeError) as error:
-        raise SourceError(f"{path}: {error}") from error
-    if not path or target.is_dir():
+        is_directory, exists = target.is_dir(), target.exists()
+    # RuntimeError for a loop of symbolic links, ValueError for a NUL in the name.
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SourceError(f"{path} is no name for a file: {error}") from error
+    if not path or is_directory:
         raise SourceError(f"{path or 'emu:'} is no name for a file")
-    if not target.exists():
+    if not exists:
         return target
     if not force:
         raise _exists(path)

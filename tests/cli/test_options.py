@@ -1,0 +1,167 @@
+"""Numbers, ranges, memslots and tags as people write them, and the shared options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from mtetool.backends import GuestOptions
+from mtetool.backends.base import Memslot
+from mtetool.cli.options import (
+    MEMSLOT,
+    RANGE,
+    SIZE,
+    TAG,
+    guest_options,
+    output_option,
+    parse_memslot,
+    parse_number,
+    parse_range,
+    parse_size,
+    parse_tag,
+    progress_options,
+    report_option,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0", 0),
+        ("4096", 4096),
+        ("010", 10),
+        ("0x40000000", 0x40000000),
+        ("0XfF", 255),
+        ("64K", 65536),
+        ("64k", 65536),
+        ("2M", 2 << 20),
+        ("1G", 1 << 30),
+        ("3t", 3 << 40),
+        ("0x10K", 16 << 10),
+        ("18446744073709551615", (1 << 64) - 1),
+        ("0" * 5000 + "1", 1),
+    ],
+)
+def test_numbers(text: str, value: int) -> None:
+    assert parse_number(text) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " 1", "1 ", "-1", "+1", "1_000", "1.5G", "0x", "x", "1KB", "1Ki", "٣", "0o7", "1e3", "K",
+     "18446744073709551616", "16777216T", "0xffffffffffffffffff", "9" * 10000, "1\n"],
+)  # fmt: skip
+def test_no_numbers(text: str) -> None:
+    with pytest.raises(ValueError, match=r"number|64 bits"):
+        parse_number(text)
+
+
+def test_sizes() -> None:
+    assert parse_size("4K") == 4096
+    with pytest.raises(ValueError, match="0 bytes"):
+        parse_size("0")
+
+
+def test_ranges() -> None:
+    assert parse_range("0x40000000:64K") == (0x40000000, 65536)
+    assert parse_range("0xfffffffffffff000:4K") == ((1 << 64) - 4096, 4096)
+    for bad in ("0x1000", "0x1000:", ":4K", "0:0", "0xfffffffffffff000:8K", "1:2:3", "1-2"):
+        with pytest.raises(ValueError, match=r"."):
+            parse_range(bad)
+
+
+def test_memslots() -> None:
+    assert parse_memslot("0:4K") == Memslot(0, 0, 4096, None)
+    assert parse_memslot("0:4K:ro") == Memslot(0, 0, 4096, True)
+    for bad in ("0:4K:rw", "0:4K:", "0:4K:ro:ro", "ro"):
+        with pytest.raises(ValueError, match=r"."):
+            parse_memslot(bad)
+
+
+def test_tags() -> None:
+    assert [parse_tag(text) for text in ("0", "15", "0xf", "0xA")] == [0, 15, 15, 10]
+    for bad in ("16", "0x10", "-1", "f", "0K", ""):
+        with pytest.raises(ValueError, match=r"."):
+            parse_tag(bad)
+
+
+@click.command()
+@click.option("--size", type=SIZE)
+@click.option("--range", type=RANGE)
+@click.option("--slot", type=MEMSLOT)
+@click.option("--tag", type=TAG)
+def typed(**values: object) -> None:
+    click.echo(repr(values))
+
+
+@pytest.mark.parametrize("option", ["--size", "--range", "--slot", "--tag"])
+def test_bad_values_are_usage_errors_that_name_the_option(option: str) -> None:
+    result = CliRunner().invoke(typed, [option, "nonsense"])
+    assert result.exit_code == 2
+    assert option in result.output
+    assert "'nonsense'" in result.output
+
+
+def test_guest_options() -> None:
+    found: list[GuestOptions] = []
+
+    @click.command()
+    @guest_options
+    def command(guest_options: GuestOptions) -> None:
+        found.append(guest_options)
+
+    arguments = ["--memslot", "0:4K", "--memslot", "1G:1M:ro", "--qmp", "/run/q"]
+    assert CliRunner().invoke(command, arguments).exit_code == 0
+    assert CliRunner().invoke(command, []).exit_code == 0
+    slots = (Memslot(0, 0, 4096, None), Memslot(1, 1 << 30, 1 << 20, True))
+    assert found == [GuestOptions(slots, Path("/run/q")), GuestOptions()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "text"),
+        (["--json"], "json"),
+        (["--output", "json"], "json"),
+        (["--output", "text", "--json"], "json"),
+        (["--json", "--output", "text"], "json"),
+        (["--output", "raw"], "raw"),
+    ],
+)
+def test_output(arguments: list[str], expected: str) -> None:
+    @click.command()
+    @output_option("raw")
+    def command(output: str) -> None:
+        click.echo(output)
+
+    assert CliRunner().invoke(command, arguments).output.strip() == expected
+
+
+def test_report_option_has_two_forms() -> None:
+    @click.command()
+    @report_option
+    def command(output: str) -> None:
+        click.echo(output)
+
+    assert CliRunner().invoke(command, ["--output", "raw"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "False auto"),
+        (["-q"], "True none"),
+        (["--quiet", "--progress", "json"], "True none"),
+        (["--progress", "json"], "False json"),
+    ],
+)
+def test_progress(arguments: list[str], expected: str) -> None:
+    @click.command()
+    @progress_options
+    def command(quiet: bool, progress: str) -> None:
+        click.echo(f"{quiet} {progress}")
+
+    assert CliRunner().invoke(command, arguments).output.strip() == expected
