@@ -6,7 +6,7 @@ A new command is one new file with the attribute `command`, and one line in COMM
 from __future__ import annotations
 
 from importlib import import_module
-from typing import cast
+from typing import Any, cast
 
 import click
 
@@ -37,6 +37,19 @@ class ClosedPipeError(Exception):
 
 class LazyGroup(click.Group):
     """A group whose commands are modules that are named, not imported."""
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Parse, which prints help and version; raises ClosedPipeError for BrokenPipeError."""
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except BrokenPipeError as error:
+            raise ClosedPipeError from error
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command; raises ClosedPipeError for a BrokenPipeError."""
