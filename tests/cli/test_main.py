@@ -186,7 +186,8 @@ def test_every_command_has_help_that_fits_on_a_screen(name: str) -> None:
 )
 def test_what_is_not_needed_is_not_loaded(arguments: list[str], banned: set[str]) -> None:
     script = (
-        f"import json, sys; from mtetool.__main__ import main; sys.argv[1:] = {arguments!r}; main();"
+        f"import json, sys; sys.argv[1:] = {arguments!r};"
+        "from mtetool.__main__ import main; main();"
         "print(json.dumps(sorted(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
