@@ -120,6 +120,11 @@ def test_a_cut_anywhere_is_truncated(tmp_path: Path) -> None:
             list(read_range(str(path), [Extent(BASE, PAGE)]))
 
 
+def test_the_end_is_where_the_message_says() -> None:
+    data = small_snapshot()
+    refused(data + b"junk", DamagedError, f"which is {len(data)} bytes long")
+
+
 @pytest.mark.parametrize(
     "junk", [b"\0", b"\n", b"\0" * 4096, small_snapshot(), small_snapshot()[-16:]]
 )
@@ -151,6 +156,13 @@ def test_records_lost_repeated_or_moved() -> None:
         if i + 2 < len(parts):
             swapped = [*parts[:i], parts[i + 1], parts[i], *parts[i + 2 :]]
             refused(b"".join(swapped), SnapshotError)
+
+
+def test_a_record_with_another_number() -> None:
+    for number in (0, 1, 3, 0xFFFFFFFF):
+        head = {"ipa": BASE + 2 * PAGE, "size": 2 * PAGE, "errno": None, "reason": ""}
+        forge = small_forge().fill(BASE, 2).record(b"MISS", head, sequence=number)
+        refused(forge.end(), DamagedError, f"number {number} where number 2 belongs")
 
 
 def test_records_of_another_snapshot_do_not_fit() -> None:
@@ -497,14 +509,19 @@ def test_lengths_are_bounded_before_anything_is_read(kind: bytes, sizes: tuple[i
 
 
 def test_the_largest_payload_is_read_in_portions() -> None:
-    data = small_forge(1 << 17, chunk_granules=32 << 20)
-    data.record(b"TAGS", b"", b"", sizes=(0, 16 << 20))
-    tracemalloc.start()
-    try:
-        refused(data.data + bytes(1000), TruncatedError)
-        assert tracemalloc.get_traced_memory()[1] < 4 << 20
-    finally:
-        tracemalloc.stop()
+    asked: list[int | None] = []
+
+    class Recording(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            asked.append(size)
+            return super().read(size)
+
+    forge = small_forge(1 << 17, chunk_granules=32 << 20)
+    forge.record(b"TAGS", b"", b"", sizes=(0, 16 << 20))
+    with pytest.raises(TruncatedError):
+        list(SnapshotReader(Recording(forge.data + bytes(1000)), "test"))
+    # A pipe's buffer makes room for all that is asked for.
+    assert all(size is not None and 0 < size <= 1 << 20 for size in asked)
 
 
 def bombs() -> list[tuple[str, bytes]]:
@@ -647,12 +664,13 @@ def scatter(add: Callable[[int, int], None]) -> None:
 
 def test_the_worst_order_takes_seconds_not_hours() -> None:
     coverage, missing = Coverage([Extent(0, 1 << 40)]), MissingMap()
-    start = time.monotonic()
+    # Of this process: other tests may keep all CPUs busy.
+    start = time.process_time()
     for i in range(50_000, 0, -1):
         missing.add(Missing(2 * i * PAGE, PAGE, None, ""))
         coverage.add(2 * i * PAGE, (2 * i + 1) * PAGE)
     assert coverage.first_gap() == (0, 2 * PAGE)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 10
 
 
 def test_damage_names_the_place() -> None:

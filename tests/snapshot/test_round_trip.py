@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from mtetool.backends.base import GuestInfo, Memslot
 from mtetool.errors import LayoutError, RangeError, SnapshotError, TruncatedError
+from mtetool.snapshot.frames import Compressor, Packed
 from mtetool.snapshot.model import Extent, Footer, Header, Missing
 from mtetool.snapshot.reader import Piece, SnapshotReader, open_snapshot, read_range, read_summary
 from mtetool.snapshot.writer import SnapshotWriter
@@ -338,6 +340,33 @@ def test_memory_is_bounded_by_a_few_chunks() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 60
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_chunks_that_wait_for_the_compressor_are_few(
+    monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    under_way: list[int] = []
+    lock = threading.Lock()
+
+    class Slow(Compressor):
+        def __call__(self, packed: Packed) -> bytes:
+            time.sleep(0.005)
+            with lock:
+                under_way.append(-1)
+            return super().__call__(packed)
+
+    monkeypatch.setattr("mtetool.snapshot.writer.Compressor", Slow)
+    most = 0
+    with SnapshotWriter(io.BytesIO(), header(40), jobs=jobs) as writer:
+        for page in range(40):
+            with lock:
+                under_way.append(1)
+            writer.add_tags(BASE + page * PAGE, random_tags(1))
+            with lock:
+                most = max(most, sum(under_way))
+        writer.finish(consistent=None)
+    assert jobs < most <= 2 * jobs
 
 
 def test_many_records_make_several_parts_of_the_index(
