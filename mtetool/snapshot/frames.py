@@ -13,7 +13,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from mtetool.tags import Tags, tagged_pages, unpack
+from mtetool.tags import tagged_pages
 
 Packed = NDArray[np.uint8]
 
@@ -57,8 +57,8 @@ def uniform_packed(packed: Packed) -> int | None:
     return first & 15
 
 
-def decompress(payload: bytes, n_granules: int) -> Tags:
-    """The tags of a frame, n_granules bytes, C-contiguous. Raises FrameError."""
+def decompress(payload: bytes, n_granules: int) -> Packed:
+    """The packed tags of a frame, n_granules / 2 bytes. Raises FrameError."""
     expected = n_granules // 2
     try:
         parameters = zstandard.get_frame_parameters(payload)
@@ -69,4 +69,4 @@ def decompress(payload: bytes, n_granules: int) -> Tags:
         raise FrameError(f"its frame cannot be decompressed: {error}") from error
     if len(data) != expected:
         raise FrameError(f"its frame holds {len(data)} bytes, not {expected}")
-    return unpack(np.frombuffer(data, dtype=np.uint8))
+    return np.frombuffer(data, dtype=np.uint8)

@@ -11,6 +11,8 @@ from mtetool.snapshot.maps import Fields, pack_map, storable_text, unpack_map
 from mtetool.snapshot.model import (
     ADDRESS_LIMIT,
     MAX_CHUNK_GRANULES,
+    MAX_ERRNO,
+    MAX_SLOT_ID,
     Extent,
     Footer,
     Header,
@@ -128,7 +130,7 @@ def _memslot(value: object, where: str) -> Memslot:
     if kind not in ("ram", "rom", "device"):
         raise fields.wrong(f"a kind {kind[:40]!r}")
     slot = Memslot(
-        id=fields.integer("id", 0, (1 << 32) - 1),
+        id=fields.integer("id", 0, MAX_SLOT_ID),
         ipa=fields.integer("ipa", 0, _U64),
         size_bytes=fields.integer("size", 1, _U64),
         readonly=fields.truth_or_none("readonly"),
@@ -205,7 +207,7 @@ def decode_missing(data: bytes, where: str) -> Missing:
     missing = Missing(
         ipa=fields.integer("ipa", 0, _U64),
         size_bytes=fields.integer("size", 1, ADDRESS_LIMIT - 1),
-        errno=fields.integer_or_none("errno", 0, (1 << 31) - 1),
+        errno=fields.integer_or_none("errno", 0, MAX_ERRNO),
         reason=fields.text("reason"),
     )
     fields.end()

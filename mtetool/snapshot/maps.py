@@ -37,6 +37,13 @@ def _once(pairs: Iterable[tuple[object, object]]) -> dict[object, object]:
     return result
 
 
+def _shown(value: object) -> str:
+    # repr() of lists that msgpack still decodes may exceed the interpreter's recursion limit.
+    if isinstance(value, (list, dict)):
+        return "an array" if isinstance(value, list) else "a map"
+    return f"{value!r:.40}"
+
+
 def unpack_map(data: bytes, where: str) -> Fields:
     """The map in `data`, which holds nothing else. Raises DamagedError."""
     try:
@@ -71,7 +78,7 @@ class Fields:
         """An integer of low ≤ value ≤ high; true and false are none."""
         value = self._take(key)
         if type(value) is not int or not low <= value <= high:
-            raise self.wrong(f"{key!r} is {value!r:.40}, not an integer of {low} to {high}")
+            raise self.wrong(f"{key!r} is {_shown(value)}, not an integer of {low} to {high}")
         return value
 
     def integer_or_none(self, key: str, low: int, high: int) -> int | None:

@@ -27,6 +27,9 @@ MAX_CHUNK_GRANULES = 32 << 20
 
 ADDRESS_LIMIT = 1 << 64
 
+MAX_SLOT_ID = (1 << 32) - 1
+MAX_ERRNO = (1 << 31) - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Extent:
@@ -148,8 +151,12 @@ def header_problem(header: Header) -> str | None:
             if item.ipa < behind:
                 return f"{where} overlaps the one before, or is out of order"
             behind = item.ipa + item.size_bytes
-            if behind > ADDRESS_LIMIT:
+            # All of the address space in one range: a size that no u64 holds.
+            if behind > ADDRESS_LIMIT or item.size_bytes >= ADDRESS_LIMIT:
                 return f"{where} goes beyond the address space"
+    for slot in header.memslots:
+        if not 0 <= slot.id <= MAX_SLOT_ID:
+            return f"a memslot with the number {slot.id}"
     for digits in (header.snapshot_id, header.base_id):
         if digits is not None and not _is_id(digits):
             return f"an id that is not 32 hex digits: {digits[:40]!r}"

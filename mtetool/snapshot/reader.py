@@ -70,6 +70,9 @@ class Piece:
     _where: str = field(repr=False, compare=False)
     _payload: bytes = field(repr=False)
     _max_granules: int = field(repr=False, compare=False)
+    _page_granules: int = field(repr=False, compare=False)
+    # What the record's head says of its tags: how many are not 0, and in how many pages.
+    _tagged: tuple[int, int] = field(repr=False)
 
     @property
     def size_bytes(self) -> int:
@@ -84,22 +87,28 @@ class Piece:
     def tags(self) -> Tags:
         """The tags, one byte a granule, C-contiguous; decompressed anew by each call.
 
-        Raises DamagedError where they cannot be decompressed, and ValueError for a fill that
-        is longer than the snapshot's chunks: it may speak for a terabyte.
+        Raises DamagedError where they cannot be decompressed or are not as many as the
+        record says, and ValueError for a fill that is longer than the snapshot's chunks: it
+        may speak for a terabyte.
         """
         # Here, because whoever reads only the description needs neither of the libraries.
         import numpy as np
 
-        from mtetool.snapshot.frames import FrameError, decompress
+        from mtetool.snapshot.frames import FrameError, count_tagged, decompress
+        from mtetool.tags import unpack
 
         if self.fill is not None:
             if self.n_granules > self._max_granules:
                 raise ValueError(f"a fill of {self.n_granules} granules at once")
             return np.full(self.n_granules, self.fill, dtype=np.uint8)
         try:
-            return decompress(self._payload, self.n_granules)
+            packed = decompress(self._payload, self.n_granules)
         except FrameError as error:
             raise DamagedError(f"{self._where}: {error}", ipa=self.ipa) from error
+        # The footer's totals are sums of these, and `info` prints them without a look at tags.
+        if count_tagged(packed, self._page_granules) != self._tagged:
+            raise DamagedError(f"{self._where}: the tags are not as many as it says", ipa=self.ipa)
+        return unpack(packed)
 
 
 class SnapshotReader:
@@ -259,6 +268,8 @@ def piece_of(record: Record, head: TagsHead, name: str, header: Header) -> Piece
         _where=_where(name, record),
         _payload=record.payload,
         _max_granules=header.chunk_granules,
+        _page_granules=header.page_size_bytes // GRANULE_BYTES,
+        _tagged=(head.tagged_granules, head.tagged_pages),
     )
 
 

@@ -24,7 +24,14 @@ from mtetool.snapshot.heads import (
 )
 from mtetool.snapshot.ledger import Ledger, LedgerError
 from mtetool.snapshot.maps import storable_text
-from mtetool.snapshot.model import Footer, Header, Missing, header_problem
+from mtetool.snapshot.model import (
+    ADDRESS_LIMIT,
+    MAX_ERRNO,
+    Footer,
+    Header,
+    Missing,
+    header_problem,
+)
 from mtetool.snapshot.records import (
     CHECKSUM,
     DONE,
@@ -142,6 +149,10 @@ class SnapshotWriter:
     def add_missing(self, missing: Missing) -> None:
         """Memory whose tags could not be read. Raises RangeError."""
         self._check(missing.ipa, missing.size_bytes)
+        if missing.errno is not None and not 0 <= missing.errno <= MAX_ERRNO:
+            raise RangeError(f"an errno of {missing.errno}")
+        if missing.size_bytes >= ADDRESS_LIMIT:
+            raise RangeError("all of the address space is more than one record can speak of")
         stored = Missing(
             missing.ipa, missing.size_bytes, missing.errno, storable_text(missing.reason)
         )
