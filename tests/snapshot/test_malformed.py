@@ -638,6 +638,19 @@ def test_nothing_comes_between_index_and_end() -> None:
     refused(forge.fill(BASE + 2 * PAGE, 2).data, DamagedError, "after the index")
 
 
+def test_not_even_what_may_be_ignored(tmp_path: Path) -> None:
+    forge = small_forge().fill(BASE, 4)
+    index_offset = len(forge.data)
+    forge.record(b"INDX", {"entries": 1}, forge.index).record(b"note", {})
+    forge.index = b""
+    data = forge.end(index=index_offset, index_records=1)
+    refused(data, DamagedError, "after the index")
+    path = tmp_path / "between"
+    path.write_bytes(data)
+    with pytest.raises(DamagedError, match="index does not end"):
+        read_summary(str(path))
+
+
 # --- bounds of the account ---------------------------------------------------------------------
 
 

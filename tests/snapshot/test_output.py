@@ -164,6 +164,16 @@ def test_a_full_device(size: int) -> None:
     assert Path("/dev/full").exists()
 
 
+def test_what_a_failed_body_had_buffered_is_dropped() -> None:
+    def body() -> None:
+        with output_file("/dev/full", force=False) as out:
+            out.write(b"x")
+            raise ValueError
+
+    with pytest.raises(ValueError, match="^$"):
+        body()
+
+
 def test_dev_null_is_written_directly() -> None:
     write("/dev/null", b"x")
     assert Path("/dev/null").is_char_device()
