@@ -170,7 +170,7 @@ def test_what_a_failed_body_had_buffered_is_dropped() -> None:
             out.write(b"x")
             raise ValueError
 
-    with pytest.raises(ValueError, match="^$"):
+    with pytest.raises(ValueError, match=r"^$"):
         body()
 
 
