@@ -214,6 +214,7 @@ class _Reader:
             self.done(start, head)
             return False
         need(self.sequence <= 16777216)
+        need(kind != b"HEAD")
         if kind == b"INDX":
             n_entries = _Map(_decode(head), "entries").integer("entries", 1, 65536)
             need(len(payload) == 32 * n_entries)
