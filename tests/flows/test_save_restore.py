@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mtetool.backends.base import GuestInfo, Memslot
 from mtetool.errors import (
     BusyError,
+    DamagedError,
     GuestError,
     GuestLostError,
     LayoutError,
@@ -27,7 +28,7 @@ from mtetool.flows.restore import RestoreOptions, RestoreResult, restore
 from mtetool.flows.save import SaveOptions, SaveResult, save
 from mtetool.flows.verify import verify, verify_against
 from mtetool.snapshot.model import Extent, Header
-from mtetool.snapshot.reader import SnapshotReader
+from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.snapshot.writer import SnapshotWriter
 from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES
@@ -308,6 +309,26 @@ def test_a_cut_snapshot(again: bool) -> None:
     assert (target.writes > 0) is not again
     assert ("restored_bytes" in caught.value.details) is not again
     assert ("written" in caught.value.message) is not again
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_tags_that_cannot_be_decompressed(monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
+    """The checksum is right, and what is behind it is not."""
+    snapshot, _ = saved(guest_with_tags())
+
+    def tags(self: Piece) -> Tags:
+        if self.ipa < BASE + 64 * PAGE:
+            return real(self)
+        raise DamagedError("no tags")
+
+    real = Piece.tags
+    monkeypatch.setattr(Piece, "tags", tags)
+    with pytest.raises(DamagedError):
+        verify(SnapshotReader(io.BytesIO(snapshot), "s"))
+    target = guest_with_tags(2)
+    with pytest.raises(DamagedError):
+        restored(snapshot, target, again=again)
+    assert (target.writes > 0) is not again
 
 
 def test_a_guest_that_ran_is_not_consistent() -> None:
