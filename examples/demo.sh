@@ -17,7 +17,7 @@ run() {
 run mtetool emu create "$dir/source.emu" --memory 1G --fill heap --seed 1
 run mtetool save "emu:$dir/source.emu" -o "$dir/guest.mtesnap"
 run mtetool info "$dir/guest.mtesnap"
-run mtetool dump "$dir/guest.mtesnap" --range 0x40000000:512
+run mtetool dump "$dir/guest.mtesnap" --range 0x4001d000:1K
 run mtetool emu create "$dir/target.emu" --memory 1G
 run mtetool restore "$dir/guest.mtesnap" "emu:$dir/target.emu"
 run mtetool diff "emu:$dir/source.emu" "emu:$dir/target.emu"

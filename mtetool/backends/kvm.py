@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Self
 
 from mtetool import uapi
 from mtetool.attach.session import PAGE_BYTES, Session
-from mtetool.backends.base import GuestInfo
+from mtetool.backends.base import GuestInfo, Memslot
 from mtetool.errors import (
     GuestLostError,
     LayoutUnknownError,
+    MisalignedError,
     MteOffError,
     MteUnsupportedError,
+    RangeError,
     SourceError,
     TooLateError,
     WrongHostError,
@@ -53,6 +55,7 @@ def open_kvm(rest: str, options: GuestOptions) -> KvmGuest:
             f"kvm:{rest} is not of the form kvm:PID or kvm:PID:FD",
             hint="look for the VMM with: pgrep -a qemu",
         )
+    _check_told(options.memslots)
     process = proc.find(int(pid_text))
     fd = proc.choose_vm(process, int(fd_text) if colon else None)
     return KvmGuest(process, fd, options)
@@ -222,6 +225,21 @@ class KvmGuest:
             return self._ask_monitor().name()
         except LayoutUnknownError:
             return None
+
+
+def _check_told(memslots: tuple[Memslot, ...]) -> None:
+    """Memslots told by hand must be ones that this host's kernel can have."""
+    end = 0
+    for slot in sorted(memslots, key=lambda slot: slot.ipa):
+        named = f"the memslot {slot.ipa:#x}:{slot.size_bytes:#x}"
+        if slot.ipa % PAGE_BYTES or slot.size_bytes % PAGE_BYTES:
+            raise MisalignedError(
+                f"{named} is not a multiple of the host's page size, {PAGE_BYTES} bytes",
+                hint="memslots consist of whole pages; look at the VMM's own configuration",
+            )
+        if slot.ipa < end:
+            raise RangeError(f"{named} overlaps the one before it, which ends at {end:#x}")
+        end = slot.end
 
 
 def mte_off(pid: int) -> MteOffError:

@@ -26,7 +26,8 @@ def _state(sve: bytes | None = None, poe: bytes | None = None) -> ThreadState:
 
 
 def _records(data: bytes) -> dict[int, bytes]:
-    at, found = 592, {}
+    at = 592
+    found: dict[int, bytes] = {}
     while True:
         magic, size = struct.unpack_from("<II", data, at)
         if magic == 0:
