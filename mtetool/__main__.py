@@ -16,7 +16,9 @@ from types import FrameType
 
 from mtetool.errors import (
     STATUS_HOST,
+    STATUS_NO,
     STATUS_OK,
+    STATUS_PARTIAL,
     DiskFullError,
     HostIoError,
     MtetoolError,
@@ -196,7 +198,8 @@ def _flushed(status: int, arguments: Sequence[str]) -> int:
     flushed = _guarded(flush, arguments)
     if flushed != status or status == STATUS_CLOSED_PIPE:
         _drop_stdout()
-    return status if status not in (STATUS_OK, STATUS_CLOSED_PIPE) else flushed
+    # An answer that did not arrive is none; an error that was told stays what it was.
+    return flushed if status in (STATUS_OK, STATUS_NO, STATUS_PARTIAL) else status
 
 
 def _drop_stdout() -> None:

@@ -16,7 +16,6 @@ import fcntl
 import os
 import stat
 import struct
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from mtetool.errors import (
     errno_name,
 )
 from mtetool.snapshot.maps import Fields, pack_map, unpack_map
+from mtetool.snapshot.output import NewFile
 from mtetool.uapi import GRANULE_BYTES
 
 PAGE_SIZES = (4096, 16384, 65536)
@@ -265,24 +265,17 @@ def create(path: str, described: Description, *, force: bool, fill: Callable[[in
     """
     content = header(described)
     target = _target(path, force=force)
-    temporary: str | None = None
     try:
-        fd, temporary = tempfile.mkstemp(prefix=".mtetool-", dir=target.parent)
-        try:
+        with NewFile(path, target, force=force) as new:
+            fd = new.file.fileno()
             os.ftruncate(fd, file_size(described))
             os.pwrite(fd, content, 0)
             fill(fd)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        _publish(Path(temporary), target, path, force=force)
+            new.keep()
     except FileNotFoundError:
         raise NoSuchFileError(f"there is no directory {target.parent}") from None
     except OSError as error:
         raise refused(error, path) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def _target(path: str, *, force: bool) -> Path:
@@ -307,22 +300,6 @@ def _target(path: str, *, force: bool) -> Path:
     finally:
         os.close(fd)
     return target
-
-
-def _publish(temporary: Path, target: Path, path: str, *, force: bool) -> None:
-    if force:
-        temporary.replace(target)
-    else:
-        try:
-            # Unlike a rename, a link never replaces what appeared in the meantime.
-            os.link(temporary, target)
-        except FileExistsError:
-            raise _exists(path) from None
-    directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _exists(path: str) -> FileExistsAlreadyError:

@@ -60,7 +60,7 @@ def output_file(path: str, *, force: bool) -> Iterator[BinaryIO]:
         raise _exists(path)
     # Behind a symbolic link, its target is written, and the link stays.
     with _named(path):
-        new = _NewFile(path, Path(os.path.realpath(path)), force=force)
+        new = NewFile(path, Path(os.path.realpath(path)), force=force)
     with new:
         with _written(new.file, path) as out:
             yield out
@@ -163,11 +163,12 @@ def _written(target: BinaryIO | io.FileIO, path: str) -> Iterator[BinaryIO]:
         out.close()
 
 
-class _NewFile:
+class NewFile:
     """A file that is still nameless (O_TMPFILE), or has a temporary name beside its own.
 
     A nameless one vanishes with the process, however that ends; some file systems (NFS)
-    have none.
+    have none. `file` is open for reading and writing; `keep` gives it the name `target`.
+    Raises OSError, and FileExistsAlreadyError for a name that was taken meanwhile.
     """
 
     def __init__(self, path: str, target: Path, *, force: bool) -> None:
@@ -181,9 +182,9 @@ class _NewFile:
     def _open(self) -> int:
         if Path("/proc/self/fd").is_dir():
             with suppress(OSError):
-                flags = os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC
+                flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
                 return os.open(self._target.parent, flags, MODE)
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
         self._temporary = self._temporary_name()
         return os.open(self._temporary, flags, MODE)
 
@@ -239,7 +240,7 @@ class _NewFile:
         finally:
             os.close(here)
 
-    def __enter__(self) -> _NewFile:
+    def __enter__(self) -> NewFile:
         return self
 
     def __exit__(self, *_: object) -> None:

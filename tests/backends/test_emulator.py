@@ -117,6 +117,7 @@ def test_what_is_no_place_for_a_file(tmp_path: Path) -> None:
         (str(tmp_path / "fifo"), SourceError),
         (str(tmp_path / "no" / "guest"), NoSuchFileError),
         (str(tmp_path / ("n" * 300)), SourceError),
+        (str(tmp_path / "fifo" / "guest"), NoSuchFileError),
     ]:
         with pytest.raises(error):
             create_emulated(bad, memslots=SLOTS, force=True)
@@ -130,6 +131,18 @@ def test_through_a_symbolic_link(tmp_path: Path, path: str) -> None:
     assert link.is_symlink()
     with opened(path) as guest:
         assert guest.info().memslots == SLOTS[:1]
+
+
+def test_a_name_that_is_taken_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "guest"
+
+    def take_the_name(guest: EmulatedGuest) -> None:
+        path.write_text("precious")
+
+    with pytest.raises(FileExistsAlreadyError):
+        create_emulated(str(path), memslots=SLOTS, fill=take_the_name)
+    assert path.read_text() == "precious"
+    assert names(tmp_path) == ["guest"]
 
 
 def test_a_fill_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -331,6 +344,22 @@ def test_told_memslots_replace_the_layout(path: str) -> None:
         assert guest.info().memslots == told
 
 
+def test_addresses_do_not_wrap_around(tmp_path: Path) -> None:
+    """No kernel has memory at the end of 64 bits, but a copy there must not go on at 0."""
+    path = str(tmp_path / "guest")
+    top = (1 << 64) - 4096
+    create_emulated(path, memslots=[Memslot(0, 0, 4096), Memslot(1, top, 4096)])
+    with opened(path) as guest:
+        assert guest.write_tags(top, np.ones(512, dtype=np.uint8)) == 4096
+        assert guest.read_tags(top, np.zeros(512, dtype=np.uint8)) == 4096
+        assert not tags_of(guest, 0, 4096).any()
+        with pytest.raises(RangeError):
+            guest.set_tag(top, 8192, 1)
+        for ipa in (1 << 64, (1 << 64) + 4096, -4096):
+            with pytest.raises(OSError, match="Errno 14"):
+                guest.read_tags(ipa, np.zeros(256, dtype=np.uint8))
+
+
 # --- together with others -----------------------------------------------------------------
 
 
@@ -445,7 +474,8 @@ def test_truncated_and_extended(path: str) -> None:
     size = Path(path).stat().st_size
     for wrong in (size - 1, size + 1, size // 2, 100, 20):
         os.truncate(path, wrong)
-        with pytest.raises(EmulatorFileError):
+        what = "truncated" if wrong < size else "does not fit"
+        with pytest.raises(EmulatorFileError, match=what):
             opened(path)
 
 

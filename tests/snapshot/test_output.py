@@ -258,7 +258,7 @@ def test_a_kill_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "file"
     probe = tmp_path / "probe"
     write(probe, b"")
-    new = output._NewFile("x", tmp_path / "x", force=False)
+    new = output.NewFile("x", tmp_path / "x", force=False)
     with new:
         if new._temporary is not None:
             pytest.skip("this file system has no files without names")
