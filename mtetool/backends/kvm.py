@@ -87,7 +87,7 @@ class KvmGuest:
             mte=self._mte_is_on(),
             page_size_bytes=self.page_size_bytes,
             memslots=tuple(slots),
-            vmm=self._process.comm,
+            vmm=self._process.program,
             name=self._name(),
             pid=self._process.pid,
             vcpus=self._process.vcpus,
@@ -213,7 +213,7 @@ class KvmGuest:
             path = self._options.qmp or qemu.find_monitor(self._process.pid)
             if path is None:
                 raise LayoutUnknownError(
-                    f"process {self._process.pid} ({self._process.comm}) has no QMP monitor on"
+                    f"process {self._process.pid} ({self._process.program}) has no QMP monitor on"
                     " a unix socket that could tell its memory layout",
                     hint="name the memory by hand: --memslot IPA:SIZE (repeatable)",
                 )

@@ -26,7 +26,7 @@ class VmmProcess:
 
     pid: int
     start_time: int
-    comm: str
+    program: str
     vm_fds: tuple[int, ...]
     vcpus: int
 
@@ -36,7 +36,7 @@ def find(pid: int) -> VmmProcess:
     links = _fd_links(pid)
     vm_fds = sorted(fd for fd, link in links.items() if link == _VM_LINK)
     vcpus = len({link for link in links.values() if link.startswith(_VCPU_LINK)})
-    return VmmProcess(pid, start_time(pid), _comm(pid), tuple(vm_fds), vcpus)
+    return VmmProcess(pid, start_time(pid), _program(pid), tuple(vm_fds), vcpus)
 
 
 def choose_vm(process: VmmProcess, fd: int | None) -> int:
@@ -48,7 +48,7 @@ def choose_vm(process: VmmProcess, fd: int | None) -> int:
     listed = ", ".join(map(str, fds))
     if not fds:
         raise NotAVmmError(
-            f"process {pid} ({process.comm}) has no KVM virtual machine",
+            f"process {pid} ({process.program}) has no KVM virtual machine",
             hint="give the PID of the VMM itself, not of a shell or a wrapper around it",
             pid=pid,
         )
@@ -56,7 +56,7 @@ def choose_vm(process: VmmProcess, fd: int | None) -> int:
         raise SourceError(f"fd {fd} of process {pid} is no VM; its VMs are {listed}", pid=pid)
     if fd is None and len(fds) > 1:
         raise SeveralVmsError(
-            f"process {pid} ({process.comm}) has several VMs: fds {listed}",
+            f"process {pid} ({process.program}) has several VMs: fds {listed}",
             hint=f"name one: kvm:{pid}:{fds[0]}",
             pid=pid,
             fds=list(fds),
@@ -128,7 +128,16 @@ def _no_process(pid: int) -> NoSuchProcessError:
     )
 
 
-def _comm(pid: int) -> str:
+def _program(pid: int) -> str:
+    # The kernel cuts comm at 15 bytes; the executable's name needs the right to trace.
+    try:
+        return (
+            os.fsdecode(os.readlink(f"/proc/{pid}/exe"))
+            .removesuffix(" (deleted)")
+            .rpartition("/")[2]
+        )
+    except OSError:
+        pass
     try:
         return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
     except OSError:

@@ -1,0 +1,73 @@
+"""`python -m tests.bench.lab`: what attaching, saving and restoring cost in the lab.
+
+Every time is of an emulated CPU, and says something only beside the others of the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+from tests.lab.guests import Qemu
+from tests.lab.machine import Machine
+
+_BORROW = """
+import json, sys, time
+import numpy as np
+from mtetool.backends import open_guest
+pid, runs = sys.argv[1], int(sys.argv[2])
+out = np.zeros(16 << 20, np.uint8)
+rows = []
+for _ in range(runs):
+    start = time.perf_counter()
+    with open_guest(f"kvm:{pid}") as guest:
+        guest.info()
+        ready = time.perf_counter()
+        done = guest.read_tags(0x40000000, out)
+        read = time.perf_counter()
+        assert done == 256 << 20
+        assert guest.write_tags(0x40000000, out) == done
+        rows.append([guest.borrowed_seconds, ready - start, read - ready,
+                     time.perf_counter() - read])
+print(json.dumps(rows))
+"""
+
+
+def main() -> None:
+    """Boot, measure, print a table."""
+    with Machine() as lab:
+        print(f"{'boot to first command':44} {lab.boot_seconds:8.2f} s")
+        guest = Qemu(lab, "guest").start()
+        guest.wait_for_checks()
+        guest.qmp("stop")
+        env = {"PYTHONPATH": "/opt/mtetool"}
+        command = ["python3", "-c", _BORROW, str(guest.pid), "20"]
+        rows = json.loads(lab.run(command, env=env, check=True, timeout=600).stdout)
+        names = (
+            "VMM's thread borrowed",
+            "open, attach, layout",
+            "read 256 MiB of guest tags (4 ioctls)",
+            "write 256 MiB of guest tags (4 ioctls)",
+        )
+        for name, column in zip(names, zip(*rows, strict=True), strict=True):
+            middle, worst = statistics.median(column), max(column)
+            print(f"{name:44} {middle:8.3f} s   worst {worst:.3f} s")
+        for name, words in (
+            ("save, 256 MiB and flash, whole command", f"save kvm:{guest.pid} -o /tmp/s --force"),
+            ("restore with read-back, whole command", f"restore /tmp/s kvm:{guest.pid}"),
+        ):
+            _time(lab, name, words)
+
+
+def _time(lab: Machine, name: str, words: str) -> None:
+    seconds = []
+    for _ in range(5):
+        script = f"mtetool {words} >/dev/null 2>&1; cat /proc/uptime"
+        before = float(lab.sh("cat /proc/uptime").stdout.split()[0])
+        after = float(lab.sh(script, timeout=300).stdout.split()[0])
+        seconds.append(after - before)
+    print(f"{name:44} {statistics.median(seconds):8.2f} s   worst {max(seconds):.2f} s")
+
+
+if __name__ == "__main__":
+    main()
