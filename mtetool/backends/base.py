@@ -118,5 +118,3 @@ class Guest(Protocol):
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None: ...
-
-

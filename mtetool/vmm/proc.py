@@ -131,11 +131,7 @@ def _no_process(pid: int) -> NoSuchProcessError:
 def _program(pid: int) -> str:
     # The kernel cuts comm at 15 bytes; the executable's name needs the right to trace.
     try:
-        return (
-            os.fsdecode(os.readlink(f"/proc/{pid}/exe"))
-            .removesuffix(" (deleted)")
-            .rpartition("/")[2]
-        )
+        return Path(f"/proc/{pid}/exe").readlink().name.removesuffix(" (deleted)")
     except OSError:
         pass
     try:
