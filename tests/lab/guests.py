@@ -103,3 +103,12 @@ def start_test_vmm(lab: Machine, *words: str) -> int:
     )
     assert b"ready" in result.stderr, result.stderr
     return int(result.stdout)
+
+
+def fill_with_random_tags(lab: Machine, pid: int, size: str) -> None:
+    """Give the memory of a test VMM, `size` from 0x40000000 on, tags that do not compress."""
+    lab.sh(
+        f"mtetool emu create /tmp/e --memory {size} --fill random"
+        " && mtetool save emu:/tmp/e -o /tmp/r"
+        f" && mtetool restore /tmp/r kvm:{pid} --memslot 0x40000000:{size}"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from tests.lab.guests import Qemu, start_test_vmm
+from tests.lab.guests import Qemu, fill_with_random_tags, start_test_vmm
 from tests.lab.machine import Machine
 
 # Start a save over and over, kill it after a while that differs each time, and see what it
@@ -62,10 +62,7 @@ def test_interrupted_save_ends_by_its_signal_and_leaves_nothing(lab: Machine) ->
     pid = start_test_vmm(lab, "0x40000000:0x4000000")
     threads = int(lab.sh(f"ls /proc/{pid}/task | wc -l").stdout)
     slot = "--memslot 0x40000000:64M"
-    lab.sh(
-        "mtetool emu create /tmp/e --memory 64M --fill random && mtetool save emu:/tmp/e -o /tmp/r"
-        f" && mtetool restore /tmp/r kvm:{pid} {slot}"
-    )
+    fill_with_random_tags(lab, pid, "64M")
     # Nobody reads the pipe: the save stands in the middle of its stream when the signal comes.
     lab.sh(
         "mkfifo /tmp/pipe; sleep 1000 </tmp/pipe & "

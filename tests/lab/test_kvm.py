@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.lab.guests import Qemu, start_test_vmm
+from tests.lab.guests import Qemu, fill_with_random_tags, start_test_vmm
 from tests.lab.machine import Machine
 
 MIB = 1 << 20
@@ -191,16 +191,19 @@ def test_process_that_is_traced_already(lab: Machine, guest: Qemu) -> None:
     lab.run(["mtetool", "save", f"kvm:{guest.pid}", "-o", "/tmp/s"], check=True)
 
 
-def test_disk_full_in_the_middle_leaves_no_file(lab: Machine, guest: Qemu) -> None:
-    before = _state(lab, guest.pid)
-    lab.sh("mkdir /tmp/small; mount -t tmpfs -o size=4k small /tmp/small")
-    words = ["mtetool", "save", f"kvm:{guest.pid}", "-o", "/tmp/small/s"]
-    result = lab.run(words)
+def test_disk_full_in_the_middle_leaves_no_file(lab: Machine) -> None:
+    pid = start_test_vmm(lab, "0x40000000:0x1000000")
+    fill_with_random_tags(lab, pid, "16M")
+    before = _state(lab, pid)
+    lab.sh("mkdir /tmp/small; mount -t tmpfs -o size=128k small /tmp/small")
+    save = ["mtetool", "save", f"kvm:{pid}", "--memslot", "0x40000000:16M", "-o"]
+    result = lab.run([*save, "/tmp/small/s"])
     left = lab.sh("ls -A /tmp/small; umount /tmp/small").stdout
     assert result.returncode == 6, result.stderr
+    assert b"space" in result.stderr
     assert left == b""
-    assert lab.run(["mtetool", "save", f"kvm:{guest.pid}", "-o", "/dev/full"]).returncode == 6
-    assert _state(lab, guest.pid) == before
+    assert lab.run([*save, "/dev/full"]).returncode == 6
+    assert _state(lab, pid) == before
 
 
 def test_sandboxed_qemu_is_borrowed_from_within_its_filter(lab: Machine) -> None:
