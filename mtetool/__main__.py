@@ -16,9 +16,7 @@ from types import FrameType
 
 from mtetool.errors import (
     STATUS_HOST,
-    STATUS_NO,
     STATUS_OK,
-    STATUS_PARTIAL,
     DiskFullError,
     HostIoError,
     MtetoolError,
@@ -55,12 +53,44 @@ def main() -> int:
     error comes with its traceback.
     """
     arguments = sys.argv[1:]
+    _take_closed_descriptors()
     try:
         with _signals_raise():
-            status = _guarded(lambda: _run(arguments), arguments)
-            return _flushed(status, arguments)
+            status = _guarded(lambda: _flushed(_run(arguments)), arguments)
+            _drop_unwritten()
+            return status
     except SignalError as caught:
         return _die_by(caught.number)
+
+
+def _take_closed_descriptors() -> None:
+    """Put something onto those of the descriptors 0, 1 and 2 that came closed.
+
+    The next file that is opened would be given such a number. As glibc does for setuid programs
+    (csu/check_fds.c), each is opened the wrong way round, so that what is read or written fails
+    with EBADF: a result that nobody gets is no success. Standard error takes what it is told,
+    as nobody could be told of a failure.
+    """
+    for fd, name, flags, mode in (
+        (0, "stdin", os.O_WRONLY, "r"),
+        (1, "stdout", os.O_RDONLY, "w"),
+        (2, "stderr", os.O_WRONLY, "w"),
+    ):
+        # Not inherited: a program that this one becomes finds them closed, as it would without.
+        if getattr(sys, name) is None and _is_closed(fd):
+            null = os.open(os.devnull, flags)
+            if null != fd:
+                os.dup2(null, fd, inheritable=False)
+                os.close(null)
+            setattr(sys, name, os.fdopen(fd, mode, closefd=False))
+
+
+def _is_closed(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return True
+    return False
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -186,25 +216,28 @@ def wants_json(arguments: Sequence[str]) -> bool:
     return "--json" in words or "--output=json" in words or "json" in outputs
 
 
-def _flushed(status: int, arguments: Sequence[str]) -> int:
-    """Flush standard output while there is still somebody to tell of what goes wrong."""
+def _flushed(status: int) -> int:
+    """`status`, once what was written is out: a result that did not arrive is no result."""
+    # None where an embedding program has none.
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    return status
 
-    def flush() -> int:
-        # None where the process was started with its standard output closed.
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return status
 
-    flushed = _guarded(flush, arguments)
-    if flushed != status or status == STATUS_CLOSED_PIPE:
+def _drop_unwritten() -> None:
+    """Flush standard output, or else point it to nowhere.
+
+    The interpreter flushes once more at its end, and would complain. Whatever went wrong here
+    went wrong before, and was told.
+    """
+    try:
+        _flushed(STATUS_OK)
+    except (OSError, ValueError):
         _drop_stdout()
-    # An answer that did not arrive is none; an error that was told stays what it was.
-    return flushed if status in (STATUS_OK, STATUS_NO, STATUS_PARTIAL) else status
 
 
 def _drop_stdout() -> None:
-    """Point standard output to nowhere: the interpreter flushes once more, and would complain."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)

@@ -298,12 +298,52 @@ def test_an_output_that_is_full(arguments: list[str], tmp_path: Path) -> None:
     assert b"Exception" not in err
 
 
-def test_closed_outputs() -> None:
-    for redirection in (">&-", "2>&-", ">&- 2>&-"):
-        script = f'"$@" {redirection}'
-        for arguments, status in [(["--version"], 0), (["nix"], 2)]:
-            done = subprocess.run(["sh", "-c", script, "sh", *command(*arguments)], check=False)
-            assert done.returncode == status
+@pytest.mark.parametrize(
+    ("redirection", "arguments", "status"),
+    [
+        # A result that nobody gets is no success, as where the disk is full.
+        (">&-", ["--version"], 6),
+        (">&-", ["emu", "show", "guest"], 6),
+        (">&-", ["emu", "show", "guest", "--json"], 6),
+        (">&-", ["dump", "emu:guest"], 6),
+        (">&-", ["nix"], 2),
+        (">&-", ["emu", "fill", "guest", "random"], 0),
+        ("2>&-", ["emu", "fill", "guest", "random", "--progress", "json"], 0),
+        ("2>&-", ["emu", "show", "guest"], 0),
+        ("2>&-", ["nix"], 2),
+        ("<&- >&- 2>&-", ["emu", "show", "guest"], 6),
+        ("<&-", ["emu", "show", "guest"], 0),
+        ("<&-", ["info", "-"], 6),
+    ],
+)
+def test_closed_streams(
+    tmp_path: Path, redirection: str, arguments: list[str], status: int
+) -> None:
+    guest = tmp_path / "guest"
+    run("emu", "create", guest, "--memory", "1M")
+    words = command(*(word.replace("guest", str(guest)) for word in arguments))
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {redirection}', "sh", *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == status
+    for unwanted in (b"should not happen", b"Traceback", b"Exception"):
+        assert unwanted not in done.stderr
+    # Nothing of what was said went into the file that would have had the closed number.
+    assert run("emu", "show", guest).status == 0
+
+
+def test_a_signal_with_a_closed_output(tmp_path: Path) -> None:
+    def close() -> None:
+        os.close(1)
+
+    with waiting_create(tmp_path, preexec_fn=close) as process:
+        process.terminate()
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM
+    assert said(err) == []
 
 
 def test_odd_names_are_shown_somehow(tmp_path: Path) -> None:
