@@ -102,6 +102,7 @@ class KvmGuest:
 
     def read_tags(self, ipa: int, out: Tags) -> int:
         """See `Guest.read_tags`."""
+        self._check(ipa, out.size * uapi.GRANULE_BYTES)
         done = 0
         while done < out.size or not out.size:
             part = out[done : done + _BUFFER_BYTES]
@@ -116,6 +117,7 @@ class KvmGuest:
 
     def write_tags(self, ipa: int, tags: Tags) -> int:
         """See `Guest.write_tags`."""
+        self._check(ipa, tags.size * uapi.GRANULE_BYTES)
         done = 0
         while done < tags.size or not tags.size:
             part = tags[done : done + _BUFFER_BYTES]
@@ -177,6 +179,14 @@ class KvmGuest:
                 raise GuestLostError(f"process {pid} ended, and another one has its PID now")
         return self._session
 
+    def _check(self, ipa: int, length_bytes: int) -> None:
+        """The kernel's checks of a whole request, which goes there in parts."""
+        if not self._mte_is_on():
+            raise mte_off(self._process.pid)
+        misaligned = ipa % self.page_size_bytes or length_bytes % self.page_size_bytes
+        if misaligned or length_bytes > uapi.COPY_LENGTH_MAX:
+            raise OSError(errno.EINVAL, f"{length_bytes} bytes at {ipa:#x} are not to be copied")
+
     def _copy(self, ipa: int, done: int, part: Tags, flags: int) -> int:
         """One ioctl for `part`, which begins `done` granules behind `ipa`."""
         at = ipa + done * uapi.GRANULE_BYTES
@@ -186,8 +196,6 @@ class KvmGuest:
         result = session.ioctl(self._fd, uapi.KVM_ARM_MTE_COPY_TAGS, argument)
         if result >= 0:
             return result
-        if result == -errno.EINVAL and not self._mte_is_on():
-            raise mte_off(self._process.pid)
         if result == -errno.EIO:
             raise GuestLostError(f"the VM of process {self._process.pid} is dead (EIO)")
         if done:

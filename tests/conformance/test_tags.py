@@ -299,8 +299,6 @@ def test_two_guests_in_turn(make_guest: Factory, page: int) -> None:
 
 
 def test_too_long(make_guest: Factory, page: int) -> None:
-    if getattr(make_guest, "executable", None):
-        pytest.skip("kvm: copies what is too long for one ioctl in several")
     guest = make_guest([(BASE, page, False)])
     too_long = np.zeros((COPY_LENGTH_MAX + 1) // GRANULE_BYTES, dtype=np.uint8)
     assert errno_of_write(guest, BASE, COPY_LENGTH_MAX + 1) == errno.EINVAL
