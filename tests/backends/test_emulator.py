@@ -238,6 +238,17 @@ def test_writing_what_is_there_allocates_nothing(tmp_path: Path) -> None:
     assert set(found[found > 0].tolist()) == {3}
 
 
+def test_what_is_left_alone_are_blocks_of_the_file(path: str) -> None:
+    # From the middle of the file's first block of tags to the end of its second; only the
+    # second has anything new.
+    before = allocated_bytes(path)
+    tags = np.zeros(8192 - 256, dtype=np.uint8)
+    tags[4096 - 256] = 1
+    with opened(path) as guest:
+        guest.write_tags(BASE + 4096, tags)
+    assert allocated_bytes(path) - before <= 4096
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_any_writes_against_an_array(tmp_path: Path, seed: int) -> None:
     """Random writes, aligned to granules only, over two adjacent slots, against a model."""
@@ -372,6 +383,8 @@ def test_readers_share_and_a_writer_excludes(path: str) -> None:
         # It may still read, and still keeps others from writing.
         assert not tags_of(b, BASE, 4096).any()
         a.close()
+        with opened(path) as c, pytest.raises(BusyError):
+            c.write_tags(BASE, page)
         b.write_tags(BASE, page)
         with pytest.raises(BusyError):
             opened(path)
@@ -474,7 +487,7 @@ def test_truncated_and_extended(path: str) -> None:
     size = Path(path).stat().st_size
     for wrong in (size - 1, size + 1, size // 2, 100, 20):
         os.truncate(path, wrong)
-        what = "truncated" if wrong < size else "does not fit"
+        what = "it is truncated" if wrong < size else "does not fit"
         with pytest.raises(EmulatorFileError, match=what):
             opened(path)
 
