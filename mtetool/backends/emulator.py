@@ -236,23 +236,26 @@ class EmulatedGuest:
         seed: int,
         slots: Sequence[int] | None = None,
         *,
+        ranges: Sequence[tuple[int, int]] = (),
         advance: Advance | None = None,
     ) -> None:
         """Give memslots (by id; None: all) the tags of a pattern, see `patterns`.
 
-        Device memory is left out. Raises UsageError for unknown slots and patterns,
-        MteOffError, BusyError.
+        Device memory is left out. `ranges`, pairs of address and size in bytes, are filled
+        instead of memslots, each with a pattern of its own. Raises UsageError for unknown slots
+        and patterns, MisalignedError for a range that is not whole pages, RangeError where not
+        all of it is memory, MteOffError, BusyError; nothing is changed then.
         """
         from mtetool.backends.patterns import pattern_tags
 
-        chosen = self._chosen(slots)
+        for ipa, size_bytes in ranges:
+            self._check_pages(ipa, size_bytes)
+        stretches = ranges or [(slot.ipa, slot.size_bytes) for slot in self._chosen(slots)]
         self._check_mte()
         self._take_for_writing()
         per_page = self.page_size_bytes // GRANULE_BYTES
-        for slot in chosen:
-            ipa = slot.ipa
-            n_granules = slot.size_bytes // GRANULE_BYTES
-            for tags in pattern_tags(pattern, seed, ipa, n_granules, per_page):
+        for ipa, size_bytes in stretches:
+            for tags in pattern_tags(pattern, seed, ipa, size_bytes // GRANULE_BYTES, per_page):
                 self._poke(ipa, tags)
                 ipa += tags.size * GRANULE_BYTES
                 if advance is not None:
@@ -267,6 +270,14 @@ class EmulatedGuest:
                 ids = ", ".join(str(known_id) for known_id in sorted(known))
                 raise UsageError(f"{self._path} has no memslot {slot_id}; it has {ids}")
         return [known[slot_id] for slot_id in dict.fromkeys(slots)]
+
+    def _check_pages(self, ipa: int, size_bytes: int) -> None:
+        page = self.page_size_bytes
+        if ipa % page or size_bytes % page:
+            raise MisalignedError(
+                f"{ipa:#x}:{size_bytes:#x} is not made of whole pages of {page} bytes", ipa=ipa
+            )
+        self._check_owned(ipa, size_bytes)
 
     def _check_owned(self, ipa: int, size_bytes: int) -> None:
         if ipa % GRANULE_BYTES or size_bytes % GRANULE_BYTES or size_bytes <= 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +10,7 @@ import click
 
 from mtetool.backends.base import Memslot
 from mtetool.cli.options import (
+    RANGE,
     SIZE,
     Parsed,
     Range,
@@ -136,7 +137,7 @@ def create(
 
     def fill_it(guest: EmulatedGuest) -> None:
         if fill != "zero":
-            _fill(guest, fill, seed, None, progress)
+            _fill(guest, fill, seed, progress)
 
     create_emulated(
         path,
@@ -192,6 +193,14 @@ def set_(path: str, setting: _Setting, output: str) -> None:
     metavar="ID",
     help="Only this memslot (repeatable).",
 )
+@click.option(
+    "--range",
+    "ranges",
+    type=RANGE,
+    multiple=True,
+    metavar="IPA:SIZE",
+    help="Only these pages (repeatable).",
+)
 @progress_options
 @report_option
 def fill(
@@ -199,13 +208,16 @@ def fill(
     pattern: str,
     seed: int,
     slots: tuple[int, ...],
+    ranges: tuple[Range, ...],
     quiet: bool,
     progress: str,
     output: str,
 ) -> None:
     """Give memslots the tags of PATTERN: zero, sparse, heap, kernel or random."""
+    if slots and ranges:
+        raise UsageError("--slot and --range exclude each other")
     with _opened(path) as guest:
-        _fill(guest, pattern, seed, slots or None, progress)
+        _fill(guest, pattern, seed, progress, slots=slots or None, ranges=ranges)
     if output == "json":
         print_json(
             {
@@ -214,6 +226,7 @@ def fill(
                 "pattern": pattern,
                 "seed": seed,
                 "slots": list(slots) or None,
+                "ranges": [found._asdict() for found in ranges] or None,
             }
         )
 
@@ -226,13 +239,19 @@ def _opened(path: str) -> EmulatedGuest:
 
 
 def _fill(
-    guest: EmulatedGuest, pattern: str, seed: int, slots: Iterable[int] | None, mode: str
+    guest: EmulatedGuest,
+    pattern: str,
+    seed: int,
+    mode: str,
+    *,
+    slots: Sequence[int] | None = None,
+    ranges: Sequence[Range] = (),
 ) -> None:
     memslots = guest.info().memslots
-    chosen = None if slots is None else list(slots)
-    total = sum(slot.size_bytes for slot in memslots if chosen is None or slot.id in chosen)
+    chosen = [slot for slot in memslots if slots is None or slot.id in slots]
+    total = sum(filled.size_bytes for filled in ranges or chosen)
     with progress_shown(total, pattern, mode) as advance:
-        guest.fill(pattern, seed, chosen, advance=advance)
+        guest.fill(pattern, seed, slots, ranges=ranges, advance=advance)
 
 
 def _show(path: str, output: str, schema: str) -> None:

@@ -253,11 +253,44 @@ def test_fill_one_slot_and_back_to_zero(path: Path) -> None:
         "pattern": "random",
         "seed": 1,
         "slots": None,
+        "ranges": None,
     }
     assert np.array_equal(tags_of(path, second), before)
     assert run("emu", "fill", path, "zero").status == 0
     assert not tags_of(path, first).any()
     assert not tags_of(path, second).any()
+
+
+def test_fill_ranges(path: Path) -> None:
+    run("emu", "create", path, "--slot", "0:1M", "--slot", "1M:1M:ro")
+    both = Memslot(0, 0, 2 * MIB)
+    words = ["--range", "4K:8K", "--range", "0xff000:8K", "--json"]
+    outcome = run("emu", "fill", path, "random", *words)
+    assert outcome.status == 0
+    assert outcome.json["slots"] is None
+    assert outcome.json["ranges"] == [
+        {"ipa": 4096, "size_bytes": 8192},
+        {"ipa": 0xFF000, "size_bytes": 8192},
+    ]
+    pages = tags_of(path, both).reshape(-1, 256).any(axis=1)
+    assert np.flatnonzero(pages).tolist() == [1, 2, 255, 256]
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--range", "4K:8K", "--range", "16:4K"], "misaligned"),
+        (["--range", "4K:8K", "--range", "4K:16"], "misaligned"),
+        (["--range", "4K:8K", "--range", "60K:8K"], "out-of-range"),
+        (["--range", "0:4K", "--slot", "0"], "usage"),
+        (["--range", "0:0"], "usage"),
+    ],
+)
+def test_bad_ranges_change_nothing(path: Path, words: list[str], error: str) -> None:
+    run("emu", "create", path, "--slot", "0:64K")
+    outcome = run("emu", "fill", path, "random", *words, "--json")
+    assert (outcome.status, outcome.error["error"]) == (2, error)
+    assert not tags_of(path, Memslot(0, 0, 65536)).any()
 
 
 def test_fill_bad_usage(path: Path) -> None:
