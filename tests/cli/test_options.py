@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from mtetool.backends import GuestOptions
 from mtetool.backends.base import Memslot
@@ -57,6 +59,40 @@ def test_numbers(text: str, value: int) -> None:
 def test_no_numbers(text: str) -> None:
     with pytest.raises(ValueError, match=r"number|64 bits"):
         parse_number(text)
+
+
+SUFFIXES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+NUMBERS = st.integers(0, (1 << 64) - 1)
+
+
+@given(
+    NUMBERS, st.sampled_from(sorted(SUFFIXES)), st.sampled_from(["d", "#x", "#X"]), st.booleans()
+)
+def test_every_way_to_write_a_number(value: int, suffix: str, form: str, lower: bool) -> None:
+    shift = SUFFIXES[suffix]
+    text = format(value >> shift, form) + (suffix.lower() if lower else suffix)
+    assert parse_number(text) == value >> shift << shift
+
+
+@given(st.text() | st.text("0123456789abcdefxXkKMGT_+-. :", max_size=24))
+@example("1e3")
+def test_any_text_is_a_number_or_a_value_error(text: str) -> None:
+    for parse in (parse_number, parse_size, parse_tag, parse_range, parse_memslot):
+        try:
+            found = parse(text)
+        except ValueError:
+            continue
+        assert text.isascii()
+        assert not isinstance(found, int) or 0 <= found < 1 << 64
+
+
+@given(NUMBERS, st.integers(1, (1 << 64) - 1))
+def test_any_range_that_ends_within_64_bits(ipa: int, size_bytes: int) -> None:
+    if ipa + size_bytes <= 1 << 64:
+        assert parse_range(f"{ipa:#x}:{size_bytes}") == (ipa, size_bytes)
+    else:
+        with pytest.raises(ValueError, match="64 bits"):
+            parse_range(f"{ipa:#x}:{size_bytes}")
 
 
 def test_sizes() -> None:
