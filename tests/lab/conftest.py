@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.lab.guests import kill_vmms
 from tests.lab.machine import Machine, MachineLostError
 from tests.lab.packages import LabUnavailableError
 
@@ -50,7 +51,8 @@ def lab(lab_session: Lab) -> Iterator[Machine]:
         pytest.fail(f"THE LAB CANNOT RUN, nothing was tried on a real kernel: {error}")
     yield machine
     try:
-        machine.sh("pkill -9 qemu-system; pkill -9 testvmm; rm -rf /tmp/*; true")
+        kill_vmms(machine)
+        machine.sh("rm -rf /tmp/*")
     except MachineLostError:
         lab_session.drop()
 

@@ -92,8 +92,29 @@ class Qemu:
         return {int(page): int(ipa, 16) for page, ipa in _IPA.findall(self.output())}
 
 
+_KILL_VMMS = """
+for process in /proc/[0-9]*; do
+    case $(readlink $process/exe) in
+    */qemu-system-aarch64 | */testvmm) kill -KILL ${process#/proc/} ;;
+    esac
+done
+for process in /proc/[0-9]*; do
+    case $(readlink $process/exe) in
+    */qemu-system-aarch64 | */testvmm) exit 1 ;;
+    esac
+done
+"""
+
+
+def kill_vmms(lab: Machine) -> None:
+    """End all VMMs; one that stays would take the CPU from whatever runs next."""
+    deadline = time.monotonic() + _START_SECONDS
+    while lab.sh(_KILL_VMMS, check=False).returncode:
+        assert time.monotonic() < deadline, "a VMM cannot be killed"
+
+
 def start_test_vmm(lab: Machine, *words: str) -> int:
-    """Start the VMM that does nothing; its PID. It ends with `pkill testvmm`."""
+    """Start the VMM that does nothing; its PID. `kill_vmms` ends it."""
     result = lab.sh(
         "rm -f /tmp/vmm.in; mkfifo /tmp/vmm.in; : >/tmp/vmm.out;"
         " sleep 100000 >/tmp/vmm.in 2>/dev/null &"

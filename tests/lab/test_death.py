@@ -7,6 +7,8 @@ import random
 from tests.lab.guests import Qemu, fill_with_random_tags, start_test_vmm
 from tests.lab.machine import Machine
 
+_DEATHS = 15
+
 # Start a save over and over, kill it after a while that differs each time, and see what it
 # left in the VMM: "threads mappings traced" a line.
 _TORTURE = """
@@ -34,20 +36,21 @@ def test_killed_saves_leave_vmm_and_guest_unharmed(lab: Machine) -> None:
     guest.wait_for_checks()
     threads = int(lab.sh(f"ls /proc/{guest.pid}/task | wc -l").stdout)
     mask = lab.sh(f"grep SigBlk /proc/{guest.pid}/status").stdout.decode().strip()
+    lab.run(["mtetool", "save", f"kvm:{guest.pid}", "-o", "/tmp/s"], check=True)
     # How long a save takes here decides when to kill it: between its start and its end.
     took = float(
         lab.sh(
             "a=$(cut -d' ' -f1 /proc/uptime);"
-            f" mtetool save kvm:{guest.pid} -o /tmp/s >/dev/null 2>&1;"
+            f" mtetool save kvm:{guest.pid} -o /tmp/s --force >/dev/null 2>&1;"
             " b=$(cut -d' ' -f1 /proc/uptime); awk \"BEGIN { print $b - $a }\""
         ).stdout
     )
     chance = random.Random(20)  # noqa: S311 - no secret
-    delays = [f"{took * chance.uniform(0.3, 1.0):.3f}" for _ in range(20)]
+    delays = [f"{took * chance.uniform(0.3, 1.0):.3f}" for _ in range(_DEATHS)]
     script = f"threads={threads}\n{_TORTURE}"
     result = lab.run(["sh", "-c", script, "torture", str(guest.pid), *delays], timeout=300)
     lines = result.stdout.decode().splitlines()
-    assert len(lines) == 20, result
+    assert len(lines) == _DEATHS, result
     for line in lines:
         count, _, rest = line.split(" ", 2)
         assert int(count) == threads, lines

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 
@@ -22,12 +21,11 @@ awk '$6 == "" && $5 == 0 { print $1, $2 }' maps
 
 
 @pytest.fixture
-def guest(lab: Machine) -> Iterator[Qemu]:
+def guest(lab: Machine) -> Qemu:
     """A QEMU whose guest has tagged its memory and keeps checking it."""
     qemu = Qemu(lab, "guest").start()
     qemu.wait_for_checks()
-    yield qemu
-    lab.sh("pkill -9 qemu-system; true")
+    return qemu
 
 
 def _state(lab: Machine, pid: int) -> bytes:
@@ -183,11 +181,14 @@ def test_process_that_is_traced_already(lab: Machine, guest: Qemu) -> None:
         "print('on', flush=True)\ntime.sleep(1000)\n"
     )
     lab.put("/tmp/tracer.py", tracer.encode())
-    lab.sh("python3 /tmp/tracer.py >/tmp/on & until grep -q on /tmp/on; do sleep 0.05; done")
+    lab.sh(
+        "python3 /tmp/tracer.py >/tmp/on & echo $! >/tmp/pid;"
+        " until grep -q on /tmp/on; do sleep 0.05; done"
+    )
     result = lab.run(["mtetool", "save", f"kvm:{guest.pid}", "-o", "/tmp/s"])
     assert result.returncode == 4
     assert b"traced by process" in result.stderr
-    lab.sh("pkill -f tracer.py")
+    lab.sh("kill -KILL $(cat /tmp/pid)")
     lab.run(["mtetool", "save", f"kvm:{guest.pid}", "-o", "/tmp/s"], check=True)
 
 
