@@ -8,8 +8,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import cast
 
-from mtetool.backends.base import Guest, GuestInfo, Memslot
+from mtetool.backends.base import Guest
 from mtetool.errors import SourceError
+from mtetool.guest import GuestInfo, Memslot
 
 __all__ = ["Guest", "GuestInfo", "GuestOptions", "Memslot", "is_guest", "open_guest"]
 

@@ -8,52 +8,13 @@ completed nothing. What such an answer means for a whole guest is decided above,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
+
+from mtetool.guest import GuestInfo
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Tags = NDArray[np.uint8]
-    """Tags, one byte a granule, bits 7:4 zero; the ioctl's own format."""
-
-SlotKind = Literal["ram", "rom", "device"]
-
-
-@dataclass(frozen=True, slots=True)
-class Memslot:
-    """A range of guest physical memory that the VMM has given to KVM.
-
-    `readonly` is None where nobody may know (a slot found by asking the kernel). `kind`
-    is "device" for memory that cannot carry tags; such slots are never copied.
-    """
-
-    id: int
-    ipa: int
-    size_bytes: int
-    readonly: bool | None = False
-    kind: SlotKind = "ram"
-
-    @property
-    def end(self) -> int:
-        """The first address behind the slot."""
-        return self.ipa + self.size_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class GuestInfo:
-    """A guest's description, as `emu show`, `info` and `list` print it."""
-
-    source: str
-    mte: bool | None
-    page_size_bytes: int
-    memslots: tuple[Memslot, ...]
-    vmm: str | None = None
-    name: str | None = None
-    pid: int | None = None
-    vcpus: int | None = None
+    from mtetool.tags import Tags
 
 
 class Guest(Protocol):

@@ -23,7 +23,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
-from mtetool.backends.base import Memslot, SlotKind
 from mtetool.errors import (
     BusyError,
     DiskFullError,
@@ -39,6 +38,7 @@ from mtetool.errors import (
     UsageError,
     errno_name,
 )
+from mtetool.guest import Memslot, SlotKind
 from mtetool.snapshot.maps import Fields, pack_map, unpack_map
 from mtetool.snapshot.output import NewFile
 from mtetool.uapi import GRANULE_BYTES

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from mtetool.backends.base import GuestInfo, Memslot
 from mtetool.backends.emulated_file import (
     Description,
     check_description,
@@ -42,11 +41,12 @@ from mtetool.errors import (
     TooLateError,
     UsageError,
 )
+from mtetool.guest import GuestInfo, Memslot
 from mtetool.uapi import COPY_LENGTH_MAX, GRANULE_BYTES, TAG_MAX
 
 if TYPE_CHECKING:
     from mtetool.backends import GuestOptions
-    from mtetool.backends.base import Tags
+    from mtetool.tags import Tags
 
 # What is compared and written at once; and the unit that is left alone where nothing in it
 # changes, so that zeros onto a hole allocate nothing: a file system's block.

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Self
 
 from mtetool import uapi
 from mtetool.attach.session import PAGE_BYTES, Session
-from mtetool.backends.base import GuestInfo, Memslot
 from mtetool.errors import (
     GuestLostError,
     LayoutUnknownError,
@@ -27,11 +26,12 @@ from mtetool.errors import (
     WrongHostError,
     errno_name,
 )
+from mtetool.guest import GuestInfo, Memslot
 from mtetool.vmm import proc, qemu
 
 if TYPE_CHECKING:
     from mtetool.backends import GuestOptions
-    from mtetool.backends.base import Tags
+    from mtetool.tags import Tags
 
 # What one ioctl copies at most: 4 MiB of tags, 64 MiB of guest memory. The kernel's loop
 # neither reschedules nor looks at signals, and the buffer lies in the VMM.

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from mtetool.backends.base import Memslot
 from mtetool.cli.options import (
     RANGE,
     SIZE,
@@ -24,10 +23,11 @@ from mtetool.cli.progress import progress as progress_shown
 from mtetool.cli.ranges import size
 from mtetool.cli.render import describe_guest, print_json, say, table
 from mtetool.errors import UsageError
+from mtetool.guest import Memslot
 
 if TYPE_CHECKING:
-    from mtetool.backends.base import GuestInfo
     from mtetool.backends.emulator import EmulatedGuest
+    from mtetool.guest import GuestInfo
 
 # Where the memory of QEMU's machine `virt` begins.
 _MEMORY_IPA = 0x40000000

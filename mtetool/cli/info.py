@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtetool.backends.base import GuestInfo, Memslot
 from mtetool.cli.options import report_option
 from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size
 from mtetool.cli.render import describe_guest, print_json, say, table
 from mtetool.flows.tally import Tally
+from mtetool.guest import GuestInfo, Memslot
 
 if TYPE_CHECKING:
     from mtetool.snapshot.model import Missing, Summary
@@ -26,7 +26,7 @@ def command(file: str, output: str) -> None:
 
     The tags are not decompressed: see mtetool verify to know whether they are sound.
     """
-    from mtetool.snapshot.reader import read_summary
+    from mtetool.snapshot.opening import read_summary
 
     summary = read_summary(file)
     missing: Tally[Missing] = Tally()

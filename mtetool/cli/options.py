@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 
 from mtetool.backends import GuestOptions
-from mtetool.backends.base import Memslot
+from mtetool.guest import Memslot
 from mtetool.uapi import TAG_MAX
 
 if TYPE_CHECKING:

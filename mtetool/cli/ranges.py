@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from mtetool.errors import errno_name
 
 if TYPE_CHECKING:
-    from mtetool.backends.base import Memslot
     from mtetool.flows.tally import Tally
+    from mtetool.guest import Memslot
     from mtetool.snapshot.model import Extent, Missing
 
 # A report is read by a person: the whole list is in the JSON form.

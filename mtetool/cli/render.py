@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mtetool.backends.base import GuestInfo
+    from mtetool.guest import GuestInfo
 
 
 def print_json(document: object) -> None:

@@ -6,8 +6,9 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from mtetool.backends.base import Guest, Memslot
+from mtetool.backends.base import Guest
 from mtetool.errors import LayoutUnknownError, MisalignedError, RangeError
+from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Header
 
 

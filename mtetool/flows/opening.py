@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from mtetool.snapshot.reader import SnapshotReader, display_name, is_seekable, opened
+from mtetool.snapshot.opening import display_name, is_seekable, opened
+from mtetool.snapshot.reader import SnapshotReader
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
-from mtetool.backends.base import Memslot
 from mtetool.errors import LayoutError, MisalignedError, UsageError
 from mtetool.flows.layout import Layout, hex_range, merged, without
+from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mtetool.backends.base import Guest, Memslot
+from mtetool.backends.base import Guest
 from mtetool.errors import STATUS_OK, STATUS_PARTIAL, BusyError, LayoutError, MtetoolError
 from mtetool.flows.checking import check
 from mtetool.flows.comparing import Comparer
@@ -17,6 +17,7 @@ from mtetool.flows.layout import Layout, common, hex_range, layout_of, merged, s
 from mtetool.flows.pieces import Progress, chunks, no_progress
 from mtetool.flows.relocation import Relocation, check_fit
 from mtetool.flows.tally import Tally
+from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Header, Missing
 from mtetool.snapshot.reader import SnapshotReader
 from mtetool.uapi import GRANULE_BYTES

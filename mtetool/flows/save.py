@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import BinaryIO, Literal
 
-from mtetool.backends.base import Guest, GuestInfo, Memslot
+from mtetool.backends.base import Guest
 from mtetool.errors import (
     STATUS_GUEST,
     STATUS_OK,
@@ -27,6 +27,7 @@ from mtetool.flows.layout import (
 )
 from mtetool.flows.pieces import Progress, no_progress
 from mtetool.flows.tally import Tally
+from mtetool.guest import GuestInfo, Memslot
 from mtetool.snapshot.model import Extent, Header, Missing
 from mtetool.snapshot.writer import SnapshotWriter
 from mtetool.tags import uniform

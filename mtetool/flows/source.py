@@ -16,7 +16,8 @@ from mtetool.flows.layout import check_aligned, check_inside, common, layout_of,
 from mtetool.flows.pieces import chunks
 from mtetool.snapshot.index import Entry, IndexedSnapshot
 from mtetool.snapshot.model import Extent, Missing
-from mtetool.snapshot.reader import SnapshotReader, display_name, is_seekable, opened
+from mtetool.snapshot.opening import display_name, is_seekable, opened
+from mtetool.snapshot.reader import SnapshotReader
 from mtetool.uapi import GRANULE_BYTES
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import cast
 
-from mtetool.backends.base import Memslot, SlotKind
 from mtetool.errors import UnknownVersionError
+from mtetool.guest import Memslot, SlotKind
 from mtetool.snapshot.maps import Fields, pack_map, storable_text, unpack_map
 from mtetool.snapshot.model import (
     ADDRESS_LIMIT,

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Self
 
 import mtetool
-from mtetool.backends.base import GuestInfo, Memslot
+from mtetool.guest import GuestInfo, Memslot
 from mtetool.uapi import GRANULE_BYTES
 
 PAGE_SIZES = (4 << 10, 16 << 10, 64 << 10)

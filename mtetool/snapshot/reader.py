@@ -1,24 +1,16 @@
-"""Reading a snapshot: front to back from any stream, or by its index from a file."""
+"""Reading a snapshot front to back, from any stream."""
 
 from __future__ import annotations
 
-import os
-import stat
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from mtetool.errors import (
     DamagedError,
-    HostIoError,
-    NoSuchFileError,
     NotASnapshotError,
     TruncatedError,
     UnknownVersionError,
-    UsageError,
 )
 from mtetool.snapshot.heads import (
     DoneHead,
@@ -30,7 +22,7 @@ from mtetool.snapshot.heads import (
     decode_tags,
 )
 from mtetool.snapshot.ledger import Ledger, LedgerError
-from mtetool.snapshot.model import CHUNK_GRANULES, Extent, Footer, Header, Missing, Summary
+from mtetool.snapshot.model import CHUNK_GRANULES, Footer, Header, Missing
 from mtetool.snapshot.records import (
     CHECKSUM,
     DONE,
@@ -354,103 +346,3 @@ def _read_prologue(source: ByteSource) -> bytes:
 
 
 # --- files ---------------------------------------------------------------------------------
-
-
-@contextmanager
-def opened(path: str) -> Iterator[BinaryIO]:
-    """The bytes of a file, or of standard input for "-".
-
-    Raises UsageError for a terminal, NoSuchFileError, NotASnapshotError for a directory,
-    HostIoError.
-    """
-    if path == "-":
-        stdin = sys.stdin
-        if stdin is None or stdin.isatty():
-            raise UsageError(
-                "a snapshot is expected on standard input, which is "
-                + ("closed" if stdin is None else "a terminal"),
-                hint="name a file, or pipe one in",
-            )
-        yield stdin.buffer
-        return
-    try:
-        stream = Path(path).open("rb")  # noqa: SIM115
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise NoSuchFileError(f"{path}: no such file", hint="is the path right?") from error
-    except IsADirectoryError as error:
-        raise NotASnapshotError(f"{path} is no snapshot: it is a directory") from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise HostIoError(f"{path} cannot be opened: {reason}") from error
-    with stream:
-        yield stream
-
-
-@contextmanager
-def open_snapshot(path: str) -> Iterator[SnapshotReader]:
-    """A reader of a file, or of standard input for "-".
-
-    Raises as `SnapshotReader`, and UsageError for a terminal, NoSuchFileError,
-    NotASnapshotError for a directory, HostIoError.
-    """
-    with opened(path) as stream:
-        yield SnapshotReader(stream, display_name(path))
-
-
-def display_name(path: str) -> str:
-    """What messages call an input."""
-    return "standard input" if path == "-" else path
-
-
-def is_seekable(stream: BinaryIO) -> bool:
-    """Whether a stream is a regular file read from its start, which its index may serve."""
-    try:
-        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode) and stream.tell() == 0
-    except (OSError, ValueError):
-        return False
-
-
-def read_summary(path: str) -> Summary:
-    """A snapshot's description, without reading the tags where it is a file.
-
-    From a pipe, everything is read and checked, and nothing decompressed. Raises as
-    `open_snapshot`.
-    """
-    from mtetool.snapshot.index import IndexedSnapshot
-
-    with opened(path) as stream:
-        name = display_name(path)
-        if is_seekable(stream):
-            indexed = IndexedSnapshot.open(stream, name)
-            if indexed is not None:
-                return indexed.summary()
-            stream.seek(0)
-        return _summary_of_stream(SnapshotReader(stream, name))
-
-
-def _summary_of_stream(reader: SnapshotReader) -> Summary:
-    for _ in reader:
-        pass
-    return Summary(reader.header, reader.footer, reader.missing, None)
-
-
-def read_range(path: str, extents: Sequence[Extent]) -> Iterator[Piece | Missing]:
-    """The records that overlap any of `extents`, whole, in the order of the log.
-
-    A file is read by its index: only what is wanted, each record's checksum compared. A
-    pipe is read to its end. Raises as `open_snapshot`.
-    """
-    from mtetool.snapshot.index import IndexedSnapshot
-
-    wanted = tuple(extents)
-    with opened(path) as stream:
-        name = display_name(path)
-        if is_seekable(stream):
-            indexed = IndexedSnapshot.open(stream, name)
-            if indexed is not None:
-                yield from indexed.pieces(wanted)
-                return
-            stream.seek(0)
-        for piece in SnapshotReader(stream, name):
-            if any(piece.ipa < extent.end and extent.ipa < piece.end for extent in wanted):
-                yield piece

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mtetool.backends.base import Memslot, SlotKind
 from mtetool.errors import LayoutUnknownError
+from mtetool.guest import Memslot, SlotKind
 from mtetool.vmm import proc
 
 # A monitor that somebody else holds accepts the connection and says nothing.

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from mtetool.backends import GuestOptions, open_guest
-from mtetool.backends.base import Memslot
 from mtetool.backends.emulated_file import damaged, refused
 from mtetool.backends.emulator import EmulatedGuest, create_emulated, open_emulated
 from mtetool.errors import (
@@ -34,6 +33,7 @@ from mtetool.errors import (
     TooLateError,
     UsageError,
 )
+from mtetool.guest import Memslot
 from mtetool.snapshot.maps import pack_map
 from mtetool.uapi import GRANULE_BYTES
 

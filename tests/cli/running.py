@@ -17,8 +17,8 @@ import numpy as np
 
 from mtetool.__main__ import main
 from mtetool.backends import open_guest
-from mtetool.backends.base import Memslot
 from mtetool.backends.emulator import create_emulated
+from mtetool.guest import Memslot
 from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES
 

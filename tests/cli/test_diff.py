@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mtetool.backends.base import Memslot
+from mtetool.guest import Memslot
 from tests.cli.running import BASE, KIB, make_guest, run, set_tag
 
 SLOTS = (Memslot(0, BASE, 64 * KIB), Memslot(1, 2 * BASE, 64 * KIB))

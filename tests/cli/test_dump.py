@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtetool.backends.base import Memslot
+from mtetool.guest import Memslot
 from tests.cli.running import BASE, KIB, ROM, SLOTS, make_guest, run, set_tag, spawn, tags_of
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mtetool.backends import open_guest
-from mtetool.backends.base import Memslot
 from mtetool.backends.patterns import PATTERNS, pattern_tags
 from mtetool.cli import emu
+from mtetool.guest import Memslot
 from tests.cli.running import run, tags_of
 
 BASE = 0x4000_0000

@@ -11,7 +11,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mtetool.backends import GuestOptions
-from mtetool.backends.base import Memslot
 from mtetool.cli.options import (
     MEMSLOT,
     RANGE,
@@ -27,6 +26,7 @@ from mtetool.cli.options import (
     progress_options,
     report_option,
 )
+from mtetool.guest import Memslot
 
 
 @pytest.mark.parametrize(

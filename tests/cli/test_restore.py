@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtetool.backends.base import Memslot
+from mtetool.guest import Memslot
 from tests.cli.running import (
     BASE,
     KIB,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mtetool.backends.base import Memslot
 from mtetool.backends.emulator import EmulatedGuest
 from mtetool.errors import GuestLostError
+from mtetool.guest import Memslot
 from mtetool.tags import Tags
 from tests.cli.running import BASE, KIB, ROM, make_guest, run, spawn
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Protocol
 
 from mtetool.backends import GuestOptions, open_guest
-from mtetool.backends.base import Guest, Memslot
+from mtetool.backends.base import Guest
 from mtetool.backends.emulator import create_emulated
+from mtetool.guest import Memslot
 
 Slot = tuple[int, int, bool]
 """A memslot as a test wants it: address, size in bytes, read-only."""

@@ -10,8 +10,8 @@ from typing import Self
 
 import numpy as np
 
-from mtetool.backends.base import GuestInfo, Memslot
 from mtetool.errors import GuestLostError, LayoutUnknownError
+from mtetool.guest import GuestInfo, Memslot
 from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES
 

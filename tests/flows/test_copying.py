@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtetool.backends.base import Memslot
 from mtetool.errors import BusyError, GuestError, GuestLostError
 from mtetool.flows.copying import Copied, TagReader, write_extent
 from mtetool.flows.layout import Layout
+from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Missing
 from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES

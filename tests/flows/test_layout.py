@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtetool.backends.base import Memslot
 from mtetool.errors import LayoutError, MisalignedError, RangeError, UsageError
 from mtetool.flows.layout import (
     Layout,
@@ -20,6 +19,7 @@ from mtetool.flows.layout import (
     without,
 )
 from mtetool.flows.relocation import Relocation, check_fit
+from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent
 
 extents = st.lists(

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtetool.backends.base import GuestInfo, Memslot
 from mtetool.errors import (
     BusyError,
     DamagedError,
@@ -27,6 +26,7 @@ from mtetool.errors import (
 from mtetool.flows.restore import RestoreOptions, RestoreResult, restore
 from mtetool.flows.save import SaveOptions, SaveResult, save
 from mtetool.flows.verify import verify, verify_against
+from mtetool.guest import GuestInfo, Memslot
 from mtetool.snapshot.model import Extent, Header
 from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.snapshot.writer import SnapshotWriter

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtetool.backends.base import GuestInfo, Memslot
 from mtetool.flows.diff import Difference, diff
 from mtetool.flows.dump import Run, tag_runs
 from mtetool.flows.source import GuestSource, SnapshotSource, asked, open_source
+from mtetool.guest import GuestInfo, Memslot
 from mtetool.snapshot.index import IndexedSnapshot
 from mtetool.snapshot.model import Extent, Header, Missing
 from mtetool.snapshot.writer import SnapshotWriter

@@ -16,7 +16,7 @@ import numpy as np
 import zstandard
 from xxhash import xxh3_64_intdigest
 
-from mtetool.backends.base import Memslot
+from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Header, Missing
 from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.snapshot.writer import SnapshotWriter

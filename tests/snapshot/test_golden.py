@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtetool.backends.base import Memslot
+from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Footer, Missing
-from mtetool.snapshot.reader import Piece, open_snapshot, read_summary
+from mtetool.snapshot.opening import open_snapshot, read_summary
+from mtetool.snapshot.reader import Piece
 from mtetool.snapshot.writer import SnapshotWriter
 from tests.snapshot.forge import BASE, HEADER, PAGE, PAGE_GRANULES, header
 

@@ -7,8 +7,8 @@ import io
 import msgpack  # type: ignore[import-untyped]
 import pytest
 
-from mtetool.backends.base import Memslot
 from mtetool.errors import DamagedError, LayoutError, RangeError
+from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Missing
 from mtetool.snapshot.writer import SnapshotWriter
 from tests.snapshot.forge import (

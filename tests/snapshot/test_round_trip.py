@@ -16,11 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtetool.backends.base import GuestInfo, Memslot
 from mtetool.errors import LayoutError, RangeError, SnapshotError, TruncatedError
+from mtetool.guest import GuestInfo, Memslot
 from mtetool.snapshot.frames import Compressor, Packed
 from mtetool.snapshot.model import Extent, Footer, Header, Missing
-from mtetool.snapshot.reader import Piece, SnapshotReader, open_snapshot, read_range, read_summary
+from mtetool.snapshot.opening import open_snapshot, read_range, read_summary
+from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.snapshot.writer import SnapshotWriter
 from mtetool.tags import Tags
 from tests.snapshot.forge import (
@@ -535,11 +536,11 @@ def test_open_snapshot_reads_a_file(tmp_path: Path) -> None:
         ("import mtetool.snapshot.model", {"numpy", "zstandard", "xxhash", "msgpack"}),
         ("import mtetool.snapshot.output", {"numpy", "zstandard", "xxhash", "msgpack"}),
         (
-            "from mtetool.snapshot.reader import read_summary as r; import sys; r(sys.argv[1])",
+            "from mtetool.snapshot.opening import read_summary as r; import sys; r(sys.argv[1])",
             {"numpy", "zstandard"},
         ),
         (
-            "from mtetool.snapshot.reader import read_summary as r; r('-')",
+            "from mtetool.snapshot.opening import read_summary as r; r('-')",
             {"numpy", "zstandard"},
         ),
     ],

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mtetool.backends.base import Memslot
 from mtetool.errors import LayoutUnknownError
+from mtetool.guest import Memslot
 from mtetool.vmm import proc, qemu
 
 # What QEMU 11.1.3 printed in the lab for -M virt -m 256M, shortened.
