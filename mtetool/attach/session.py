@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -194,6 +195,9 @@ class Session:
             except GuestLostError as error:
                 self._lost = error
                 future.set_exception(error)
+            except ProcessLookupError:
+                self._lost = self._gone()
+                future.set_exception(self._lost)
             except BaseException as error:  # noqa: BLE001 - it is raised on the caller's side
                 future.set_exception(error)
 
@@ -223,10 +227,11 @@ class Session:
         helper, self._helper = self._helper, None
         if helper is None or self._lost is not None:
             return
-        unmapped = helper.leave()
-        if not unmapped:
-            with BorrowedThread(self.pid, choose_thread(self.pid)) as thread:
-                thread.syscall(_NR_MUNMAP, helper.base, helper.length)
+        # A process that ended took everything along.
+        with suppress(ProcessLookupError, GuestLostError):
+            if not helper.leave():
+                with BorrowedThread(self.pid, choose_thread(self.pid)) as thread:
+                    thread.syscall(_NR_MUNMAP, helper.base, helper.length)
 
 
 class _Helper:

@@ -61,19 +61,38 @@ def test_killed_saves_leave_vmm_and_guest_unharmed(lab: Machine) -> None:
     assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]
 
 
-def test_interrupted_save_ends_by_its_signal_and_leaves_nothing(lab: Machine) -> None:
+def _stalled_save(lab: Machine) -> int:
+    """A save that stands in the middle of its stream, attached; the test VMM's PID."""
     pid = start_test_vmm(lab, "0x40000000:0x4000000")
-    threads = int(lab.sh(f"ls /proc/{pid}/task | wc -l").stdout)
-    slot = "--memslot 0x40000000:64M"
     fill_with_random_tags(lab, pid, "64M")
-    # Nobody reads the pipe: the save stands in the middle of its stream when the signal comes.
+    # Somebody holds the pipe open and does not read it.
     lab.sh(
         "mkfifo /tmp/pipe; sleep 1000 </tmp/pipe & "
-        f"mtetool save kvm:{pid} {slot} -o - >/tmp/pipe 2>/tmp/err & echo $! >/tmp/pid;"
-        f" until grep -q ^6d74 /proc/{pid}/maps || ! kill -0 $!; do sleep 0.02; done"
+        f"mtetool save kvm:{pid} --memslot 0x40000000:64M -o - >/tmp/pipe 2>/tmp/err & "
+        "tool=$!; echo $tool >/tmp/pid;"
+        f" until grep -q ^6d74 /proc/{pid}/maps || ! kill -0 $tool; do sleep 0.02; done"
     )
-    assert int(lab.sh(f"ls /proc/{pid}/task | wc -l").stdout) == threads + 1
+    return pid
+
+
+def _threads(lab: Machine, pid: int) -> int:
+    return int(lab.sh(f"ls /proc/{pid}/task | wc -l").stdout)
+
+
+def test_interrupted_save_ends_by_its_signal_and_leaves_nothing(lab: Machine) -> None:
+    pid = _stalled_save(lab)
+    assert _threads(lab, pid) == 2
     script = "kill -TERM $(cat /tmp/pid); while kill -0 $(cat /tmp/pid); do sleep 0.05; done"
     lab.sh(script + " 2>/dev/null", timeout=60, check=False)
     assert lab.sh(f"grep -c ^6d74 /proc/{pid}/maps; true").stdout == b"0\n"
-    assert int(lab.sh(f"ls /proc/{pid}/task | wc -l").stdout) == threads
+    assert _threads(lab, pid) == 1
+
+
+def test_vmm_that_ends_while_attached_is_gone_at_once(lab: Machine) -> None:
+    pid = _stalled_save(lab)
+    # The tool stands still in its pipe; it must not keep the VMM as a zombie.
+    lab.sh(f"kill -KILL {pid}; while [ -e /proc/{pid} ]; do sleep 0.05; done", timeout=30)
+    assert lab.sh("kill -0 $(cat /tmp/pid)").returncode == 0
+    # With a reader the save goes on, up to the guest that is not there any more.
+    lab.sh("cat /tmp/pipe >/dev/null; while kill -0 $(cat /tmp/pid); do sleep 0.05; done 2>&1")
+    assert b"ended" in lab.get("/tmp/err")
