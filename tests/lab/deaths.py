@@ -1,0 +1,120 @@
+"""Run in the lab: attach, copy and detach, killed with SIGKILL before each of its steps.
+
+`python3 -m tests.lab.deaths PID` forks a mtetool for each step and prints, as JSON, what state
+the VMM was in behind each death. A step is one ptrace request or one copy of the VMM's memory:
+whatever happens between two of them happens in mtetool alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mtetool.attach import memory, ptrace
+from mtetool.backends import GuestOptions, open_guest
+from mtetool.guest import Memslot
+
+_MEMORY = Memslot(0, 0x40000000, 1 << 20)
+_SETTLE_SECONDS = 20.0
+
+
+def cycle(pid: int) -> None:
+    """What every command does to a VMM: attach, read, write, detach."""
+    tags = np.zeros(4096, dtype=np.uint8)
+    with open_guest(f"kvm:{pid}", GuestOptions(memslots=(_MEMORY,))) as guest:
+        guest.read_tags(_MEMORY.ipa, tags)
+        guest.write_tags(_MEMORY.ipa, tags)
+
+
+def die_at(step: int) -> None:
+    """Let this process be killed before that step."""
+    count = 0
+
+    def counted(function: Callable[..., object]) -> Callable[..., object]:
+        def run(*arguments: object) -> object:
+            nonlocal count
+            count += 1
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+
+        return run
+
+    ptrace._ptrace = counted(ptrace._ptrace)  # type: ignore[assignment]
+    memory._transfer = counted(memory._transfer)  # type: ignore[assignment]
+
+
+def state(pid: int) -> dict[str, object]:
+    """What a death must leave as it was."""
+    tasks = sorted(Path(f"/proc/{pid}/task").iterdir())
+    keys = ("SigBlk", "TracerPid", "State", "SigPnd")
+    lines = [line.split() for task in tasks for line in (task / "status").read_text().splitlines()]
+    kept = [line for line in lines if line[0].rstrip(":") in keys and line[0] != "State:"]
+    stopped = [line for line in lines if line[0] == "State:" and line[1] in "tTZ"]
+    return {"threads": len(tasks), "status": kept, "stopped": stopped, "fds": fds(pid)}
+
+
+def fds(pid: int) -> list[str]:
+    """The VMM's file descriptors, and what they are."""
+    links = (path.readlink() for path in sorted(Path(f"/proc/{pid}/fd").iterdir()))
+    return [str(link) for link in links if "qmp" not in str(link)]
+
+
+def settled(pid: int, before: dict[str, object]) -> dict[str, object] | None:
+    """None when the VMM comes back to `before` soon, else how it is."""
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while True:
+        try:
+            now = state(pid)
+        except OSError as error:
+            now = {"error": str(error)}
+        if now == before:
+            return None
+        if time.monotonic() > deadline:
+            return now
+        time.sleep(0.02)
+
+
+def mappings(pid: int) -> int:
+    """How many mappings of ours the VMM has."""
+    return sum(line.startswith("6d74") for line in Path(f"/proc/{pid}/maps").open())
+
+
+def main() -> None:
+    """Die at every step in turn, until a cycle gets through alive."""
+    pid = int(sys.argv[1])
+    cycle(pid)
+    before, harmed, left = state(pid), {}, 0
+    for step in range(1, 100_000):
+        child = os.fork()
+        if child == 0:
+            die_at(step)
+            cycle(pid)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if (after := settled(pid, before)) is not None:
+            harmed[step] = after
+            break
+        left = max(left, mappings(pid))
+        if os.WIFEXITED(status):
+            break
+    result = {
+        "deaths": step - 1,
+        "last_status": status,
+        "harmed": harmed,
+        "before": before,
+        "most_mappings_left": left,
+        "mappings_in_the_end": mappings(pid),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
