@@ -1,8 +1,10 @@
 """Run in the lab: attach, copy and detach, killed with SIGKILL before each of its steps.
 
-`python3 -m tests.lab.deaths PID` forks a mtetool for each step and prints, as JSON, what state
-the VMM was in behind each death. A step is one ptrace request or one copy of the VMM's memory:
-whatever happens between two of them happens in mtetool alone.
+`python3 -m tests.lab.deaths PID [no-exit]` forks a mtetool for each step and prints, as JSON,
+what state the VMM was in behind each death. A step is one ptrace request or one copy of the
+VMM's memory: whatever happens between two of them happens in mtetool alone. With "no-exit" the
+VMM's C library is taken for one without the instructions that end a thread, as in a statically
+linked VMM.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mtetool.attach import memory, ptrace
+from mtetool.attach import gadgets, memory, ptrace
 from mtetool.backends import GuestOptions, open_guest
 from mtetool.guest import Memslot
 
@@ -90,6 +92,8 @@ def mappings(pid: int) -> int:
 def main() -> None:
     """Die at every step in turn, until a cycle gets through alive."""
     pid = int(sys.argv[1])
+    if "no-exit" in sys.argv[2:]:
+        gadgets._find_exit = lambda pid, maps: None
     cycle(pid)
     before, harmed, left = state(pid), {}, 0
     for step in range(1, 100_000):
