@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import struct
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -68,7 +69,8 @@ class BorrowedThread:
             raise
         except BaseException:
             # Nothing of the thread's state was changed yet: letting go is enough.
-            self._tracee.detach()
+            with suppress(OSError):
+                self._tracee.detach()
             raise
         return self
 

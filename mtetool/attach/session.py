@@ -101,6 +101,7 @@ class Session:
         self.borrowed_seconds = 0.0
         self._helper: _Helper | None = None
         self._lost: GuestLostError | None = None
+        self._stuck = False
         self._requests: queue.SimpleQueue[tuple[Future[object], Callable[[], object]] | None]
         self._requests = queue.SimpleQueue()
         self._tracer = threading.Thread(target=self._trace, name="tracer", daemon=True)
@@ -108,7 +109,8 @@ class Session:
         try:
             self._call(lambda: self._attach(avoid))
         except BaseException:
-            self._requests.put(None)
+            # A signal of ours may come while the tracer is still at it.
+            self.close()
             raise
 
     def ioctl(self, fd: int, request: int, argument: bytes | int) -> int:
@@ -133,7 +135,7 @@ class Session:
 
     def close(self) -> None:
         """Let the helper end and take its memory along; nothing of ours stays. Idempotent."""
-        if not self._tracer.is_alive():
+        if self._stuck or not self._tracer.is_alive():
             return
         try:
             self._call(self._let_go)
@@ -149,6 +151,7 @@ class Session:
         try:
             return future.result(_PATIENCE_SECONDS)  # type: ignore[return-value]
         except TimeoutError:
+            self._stuck = True
             raise BusyError(
                 f"process {self.pid} did not answer for {_PATIENCE_SECONDS:.0f} seconds",
                 hint="it is frozen or stuck in the kernel; mtetool lets go of it by ending",
@@ -210,8 +213,9 @@ class Session:
             thread = BorrowedThread(self.pid, choose_thread(self.pid, avoid))
             with thread:
                 thread.allows(_NEEDED_CALLS)
-                _remove_leftovers(thread)
-                self._helper = _start_helper(thread, self.buffer_bytes)
+                length = _map_bytes(self.buffer_bytes)
+                _remove_leftovers(thread, length)
+                self._helper = _start_helper(thread, length)
         except OSError as error:
             raise refusal(self.pid, error) from error
         self.borrowed_seconds = thread.seconds
@@ -278,9 +282,12 @@ def _second_road_at(base: int) -> int:
     return _crash_road_at(base) - (frame.FRAME_BYTES + 15 & ~15)
 
 
-def _start_helper(thread: BorrowedThread, buffer_bytes: int) -> _Helper:
+def _map_bytes(buffer_bytes: int) -> int:
+    return (_BUFFER_AT + buffer_bytes + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
+
+
+def _start_helper(thread: BorrowedThread, length: int) -> _Helper:
     """Map the buffer, lay the helper's crash road, and only then make the helper."""
-    length = (_BUFFER_AT + buffer_bytes + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
     base = _map(thread, length)
     try:
         thread.syscall(_NR_MADVISE, base, length, _MADV_DONTFORK)
@@ -339,19 +346,21 @@ def _map(thread: BorrowedThread, length: int) -> int:
     )
 
 
-def _remove_leftovers(thread: BorrowedThread) -> None:
+def _remove_leftovers(thread: BorrowedThread, length: int) -> None:
     """Unmap what a killed run left: at our addresses, anonymous, its helper not alive.
 
     While we hold the borrowed thread no other run can be between its mmap and its clone.
     """
     for mapping in memory.mappings(thread.pid):
         place, off = divmod(mapping.start - _MAP_BASE, _MAP_STRIDE)
-        ours = off == 0 and 0 <= place < _MAP_PLACES and mapping.inode == 0 and not mapping.name
-        if not ours:
+        anonymous = mapping.inode == 0 and not mapping.name and mapping.flags == "rw-p"
+        if off or not 0 <= place < _MAP_PLACES or not anonymous:
             continue
         helper, _, magic = _HEADER.unpack(memory.read(thread.pid, mapping.start, _HEADER.size))
         alive = helper and Path(f"/proc/{thread.pid}/task/{helper}").exists()
-        if magic in (_MAGIC, bytes(8)) and not alive:
+        # One that died right behind its mmap has no header yet: then the length must be ours.
+        nameless = magic == bytes(8) and mapping.end - mapping.start == length
+        if (magic == _MAGIC or nameless) and not alive:
             thread.syscall(_NR_MUNMAP, mapping.start, mapping.end - mapping.start)
 
 
