@@ -215,17 +215,12 @@ def test_ctrl_c_half_way_leaves_no_file(tmp_path: Path) -> None:
     os.mkfifo(fifo)
     # Nobody reads: the save comes to a stand when the pipe is full.
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    child = spawn("save", guest, "-o", fifo, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c)
+    child = spawn("save", guest, "-o", fifo, stderr=subprocess.PIPE)
     wait_until_full(reader, child)
     child.send_signal(signal.SIGINT)
     assert child.wait(timeout=30) in (130, -signal.SIGINT)
     os.close(reader)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "g"]
-
-
-def heed_ctrl_c() -> None:
-    """A job in the background of a script is started with SIGINT ignored, and its tests too."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until_full(reader: int, child: subprocess.Popen[bytes]) -> None:
