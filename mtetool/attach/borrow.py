@@ -39,6 +39,7 @@ from mtetool.errors import AttachRefusedError, GuestLostError
 _STACK_GAP_BYTES = 1024
 # How often a thread inside a restartable sequence is let run on before it is given up.
 _RSEQ_TRIES = 20
+_SIGSTOP = 19
 
 
 class BorrowedThread:
@@ -84,6 +85,11 @@ class BorrowedThread:
             return  # there is no thread to send home
         self._go_home()
         self.seconds = time.monotonic() - self._since
+
+    @property
+    def poe(self) -> bytes | None:
+        """The thread's NT_ARM_POE register set, which a thread that it makes needs as well."""
+        return self._state.poe
 
     def syscall(self, number: int, *args: int) -> int:
         """Make a system call in the thread; its result, -errno for an error.
@@ -170,10 +176,11 @@ def run_call(tracee: Tracee) -> tuple[int, int]:
 
     Returns the call's result (signed) and the id of the thread it made (0: none).
     """
-    child = 0
-    stops = 0
+    child = stops = signal = 0
     while stops < 2:  # the entry and the exit
-        stop = tracee.to_syscall_stop()
+        stop = tracee.to_syscall_stop(signal)
+        # All others are blocked; the process as a whole must not miss this one.
+        signal = stop.signal if not stop.event and stop.signal == _SIGSTOP else 0
         if stop.syscall:
             stops += 1
         elif stop.event == EVENT_CLONE:

@@ -73,7 +73,13 @@ def build(state: ThreadState) -> bytes:
 
 
 def build_calling(
-    number: int, args: tuple[int, ...], *, gadget: int, home: int, sp: int = 0
+    number: int,
+    args: tuple[int, ...],
+    *,
+    gadget: int,
+    home: int,
+    sp: int = 0,
+    poe: bytes | None = None,
 ) -> bytes:
     """The frame of a thread that has no state of its own: it makes one call, then goes `home`.
 
@@ -81,7 +87,7 @@ def build_calling(
     """
     blank = Registers((0,) * 31, sp=sp, pc=0, pstate=0)
     registers = blank.calling(number, args, gadget=gadget, home=home)
-    return build(ThreadState(registers, bytes(528), None, None, ALL_SIGNALS))
+    return build(ThreadState(registers, bytes(528), None, poe, ALL_SIGNALS))
 
 
 ALL_SIGNALS = 0xFFFF_FFFF_FFFF_FFFF

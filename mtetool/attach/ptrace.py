@@ -176,9 +176,9 @@ class Tracee:
         """Let the thread run on, with that signal delivered to it."""
         _ptrace(_CONT, self.tid, 0, signal)
 
-    def to_syscall_stop(self) -> Stop:
-        """Let the thread run until it enters or leaves a system call (or meets an event)."""
-        _ptrace(_SYSCALL, self.tid)
+    def to_syscall_stop(self, signal: int = 0) -> Stop:
+        """Let the thread run, with that signal, until it enters or leaves a system call."""
+        _ptrace(_SYSCALL, self.tid, 0, signal)
         return self.wait()
 
     def detach(self) -> None:

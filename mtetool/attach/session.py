@@ -19,7 +19,7 @@ import queue
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +32,7 @@ from mtetool.attach.ptrace import Registers, Tracee
 from mtetool.errors import (
     AttachRefusedError,
     BusyError,
+    GuestError,
     GuestLostError,
     NoSuchProcessError,
     PermissionRefusedError,
@@ -71,17 +72,6 @@ _STACK_BYTES = 64 << 10
 _ARGUMENT_AT = PAGE_BYTES + _STACK_BYTES
 _BUFFER_AT = _ARGUMENT_AT + PAGE_BYTES
 
-# The fd and the request of an ioctl are those of KVM_ARM_MTE_COPY_TAGS on a likely fd.
-_NEEDED_CALLS = (
-    seccomp.Call("mmap", _NR_MMAP, (_MAP_BASE, PAGE_BYTES, _PROT_READ_WRITE, _MAP_FLAGS)),
-    seccomp.Call("madvise", _NR_MADVISE, (_MAP_BASE, PAGE_BYTES, _MADV_DONTFORK)),
-    seccomp.Call("clone", _NR_CLONE, (_CLONE_FLAGS,)),
-    seccomp.Call("ioctl", _NR_IOCTL, (9, 0x8030AEB4)),
-    seccomp.Call("munmap", _NR_MUNMAP, (_MAP_BASE, PAGE_BYTES)),
-    seccomp.Call("exit", _NR_EXIT, (0,)),
-    seccomp.Call("rt_sigreturn", _NR_RT_SIGRETURN),
-)
-
 # A call that takes longer is stuck: mtetool then ends, which is safe; hanging is not.
 _PATIENCE_SECONDS = 60.0
 _IDLE_SECONDS = 0.1
@@ -102,12 +92,13 @@ class Session:
         self._helper: _Helper | None = None
         self._lost: GuestLostError | None = None
         self._stuck = False
+        self._avoid = avoid
         self._requests: queue.SimpleQueue[tuple[Future[object], Callable[[], object]] | None]
         self._requests = queue.SimpleQueue()
         self._tracer = threading.Thread(target=self._trace, name="tracer", daemon=True)
         self._tracer.start()
         try:
-            self._call(lambda: self._attach(avoid))
+            self._call(self._attach)
         except BaseException:
             # A signal of ours may come while the tracer is still at it.
             self.close()
@@ -146,16 +137,21 @@ class Session:
     # --- on the caller's side ---------------------------------------------------------
 
     def _call(self, function: Callable[[], T]) -> T:
+        if self._stuck:
+            raise self._frozen()
         future: Future[object] = Future()
         self._requests.put((future, function))
         try:
             return future.result(_PATIENCE_SECONDS)  # type: ignore[return-value]
         except TimeoutError:
             self._stuck = True
-            raise BusyError(
-                f"process {self.pid} did not answer for {_PATIENCE_SECONDS:.0f} seconds",
-                hint="it is frozen or stuck in the kernel; mtetool lets go of it by ending",
-            ) from None
+            raise self._frozen() from None
+
+    def _frozen(self) -> BusyError:
+        return BusyError(
+            f"process {self.pid} did not answer for {_PATIENCE_SECONDS:.0f} seconds",
+            hint="it is frozen or stuck in the kernel; mtetool lets go of it by ending",
+        )
 
     def _alive(self) -> _Helper:
         if self._lost is not None:
@@ -205,15 +201,16 @@ class Session:
                 future.set_exception(error)
 
     def _reap(self) -> None:
-        if self._helper is not None and self._lost is None and self._helper.tracee.ended():
+        # Also when it is known to be lost: unreaped, the helper keeps the process a zombie.
+        if self._helper is not None and self._helper.tracee.ended() and self._lost is None:
             self._lost = self._gone()
 
-    def _attach(self, avoid: frozenset[int]) -> None:
+    def _attach(self) -> None:
         try:
-            thread = BorrowedThread(self.pid, choose_thread(self.pid, avoid))
+            thread = BorrowedThread(self.pid, choose_thread(self.pid, self._avoid))
             with thread:
-                thread.allows(_NEEDED_CALLS)
                 length = _map_bytes(self.buffer_bytes)
+                thread.allows(_needed_calls(length))
                 _remove_leftovers(thread, length)
                 self._helper = _start_helper(thread, length)
         except OSError as error:
@@ -222,20 +219,26 @@ class Session:
 
     def _ioctl(self, fd: int, request: int, argument: bytes | int) -> int:
         helper = self._alive()
-        if isinstance(argument, bytes):
-            memory.write(self.pid, helper.base + _ARGUMENT_AT, argument)
-            argument = helper.base + _ARGUMENT_AT
-        return helper.syscall(_NR_IOCTL, fd, request, argument)
+        try:
+            if isinstance(argument, bytes):
+                memory.write(self.pid, helper.base + _ARGUMENT_AT, argument)
+                argument = helper.base + _ARGUMENT_AT
+            return helper.syscall(_NR_IOCTL, fd, request, argument)
+        except OSError as error:
+            # An error of ours on the way is no answer of the ioctl.
+            raise self._gone() from error
 
     def _let_go(self) -> None:
         helper, self._helper = self._helper, None
         if helper is None or self._lost is not None:
             return
-        # A process that ended took everything along.
-        with suppress(ProcessLookupError, GuestLostError):
+        # A process that ended took everything along; what stays, the next run removes.
+        with suppress(OSError, GuestError):
             if not helper.leave():
-                with BorrowedThread(self.pid, choose_thread(self.pid)) as thread:
-                    thread.syscall(_NR_MUNMAP, helper.base, helper.length)
+                tid = choose_thread(self.pid, self._avoid)
+                with BorrowedThread(self.pid, tid) as thread:
+                    # It looks again whose it is: another run may have taken the place.
+                    _remove_leftovers(thread, helper.length)
 
 
 class _Helper:
@@ -286,6 +289,25 @@ def _map_bytes(buffer_bytes: int) -> int:
     return (_BUFFER_AT + buffer_bytes + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
 
 
+def _needed_calls(length: int) -> tuple[seccomp.Call, ...]:
+    """All calls that are made in the process, as a filter sees them.
+
+    The ioctls are those of KVM tags and capabilities; their fd is not known here.
+    """
+    everywhere = 0xFFFF_FFFF_FFFF_FFFF
+    mapped = (_MAP_BASE, length, _PROT_READ_WRITE, _MAP_FLAGS, everywhere, 0)
+    return (
+        seccomp.Call("mmap", _NR_MMAP, mapped),
+        seccomp.Call("madvise", _NR_MADVISE, (_MAP_BASE, length, _MADV_DONTFORK)),
+        seccomp.Call("clone", _NR_CLONE, (_CLONE_FLAGS, *[_MAP_BASE] * 4)),
+        seccomp.Call("ioctl", _NR_IOCTL, (9, 0x8030AEB4, _MAP_BASE)),
+        seccomp.Call("ioctl", _NR_IOCTL, (9, 0x4068AEA3, _MAP_BASE)),
+        seccomp.Call("munmap", _NR_MUNMAP, (_MAP_BASE, length)),
+        seccomp.Call("exit", _NR_EXIT, (0,)),
+        seccomp.Call("rt_sigreturn", _NR_RT_SIGRETURN),
+    )
+
+
 def _start_helper(thread: BorrowedThread, length: int) -> _Helper:
     """Map the buffer, lay the helper's crash road, and only then make the helper."""
     base = _map(thread, length)
@@ -311,7 +333,7 @@ def _lay_helper_road(thread: BorrowedThread, base: int, length: int) -> None:
     gadgets = thread.gadgets
     if gadgets.exit is not None:
         first = frame.build_calling(
-            _NR_MUNMAP, (base, length), gadget=gadgets.svc_ret, home=gadgets.exit
+            _NR_MUNMAP, (base, length), gadget=gadgets.svc_ret, home=gadgets.exit, poe=thread.poe
         )
     else:
         # No exit to return to: unmap only what does not carry the frames, then a second
@@ -323,8 +345,11 @@ def _lay_helper_road(thread: BorrowedThread, base: int, length: int) -> None:
             gadget=gadgets.svc_ret,
             home=gadgets.sigreturn,
             sp=_second_road_at(base),
+            poe=thread.poe,
         )
-        second = frame.build_calling(_NR_EXIT, (0,), gadget=gadgets.svc_ret, home=gadgets.sigreturn)
+        second = frame.build_calling(
+            _NR_EXIT, (0,), gadget=gadgets.svc_ret, home=gadgets.sigreturn, poe=thread.poe
+        )
         memory.write(thread.pid, _second_road_at(base), second)
     memory.write(thread.pid, _crash_road_at(base), first)
 
@@ -349,19 +374,41 @@ def _map(thread: BorrowedThread, length: int) -> int:
 def _remove_leftovers(thread: BorrowedThread, length: int) -> None:
     """Unmap what a killed run left: at our addresses, anonymous, its helper not alive.
 
-    While we hold the borrowed thread no other run can be between its mmap and its clone.
+    Nothing is touched while another run is at work in the process: it may be between its mmap
+    and its clone, where its memory looks like a leftover.
     """
+    if _others_traced(thread.pid, thread.tid):
+        return
     for mapping in memory.mappings(thread.pid):
         place, off = divmod(mapping.start - _MAP_BASE, _MAP_STRIDE)
         anonymous = mapping.inode == 0 and not mapping.name and mapping.flags == "rw-p"
         if off or not 0 <= place < _MAP_PLACES or not anonymous:
             continue
         helper, _, magic = _HEADER.unpack(memory.read(thread.pid, mapping.start, _HEADER.size))
-        alive = helper and Path(f"/proc/{thread.pid}/task/{helper}").exists()
+        alive = helper != 0 and _lives(thread.pid, helper)
         # One that died right behind its mmap has no header yet: then the length must be ours.
         nameless = magic == bytes(8) and mapping.end - mapping.start == length
         if (magic == _MAGIC or nameless) and not alive:
             thread.syscall(_NR_MUNMAP, mapping.start, mapping.end - mapping.start)
+
+
+def _lives(pid: int, tid: int) -> bool:
+    """Whether the process has a thread that its own PID namespace calls `tid`."""
+    return any(int(status.get("NSpid", "0").split()[-1]) == tid for status in _statuses(pid))
+
+
+def _others_traced(pid: int, but: int) -> bool:
+    return any(
+        int(status["Pid"]) != but and status["TracerPid"] != "0" for status in _statuses(pid)
+    )
+
+
+def _statuses(pid: int) -> Iterator[dict[str, str]]:
+    """What /proc says of each thread: TracerPid, NSpid and so on."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            lines = (task / "status").read_text(errors="replace").splitlines()
+            yield {key: value.strip() for key, _, value in (x.partition(":") for x in lines)}
 
 
 def refusal(pid: int, error: OSError) -> NoSuchProcessError | PermissionRefusedError | BusyError:

@@ -32,7 +32,8 @@ class VmmProcess:
 
 
 def find(pid: int) -> VmmProcess:
-    """Look at a process. Raises NoSuchProcessError, PermissionRefusedError."""
+    """Look at a process. Raises NoSuchProcessError, NotAVmmError, PermissionRefusedError."""
+    _check_is_process(pid)
     links = _fd_links(pid)
     vm_fds = sorted(fd for fd, link in links.items() if link == _VM_LINK)
     vcpus = len({link for link in links.values() if link.startswith(_VCPU_LINK)})
@@ -120,6 +121,19 @@ def _fd_links(pid: int) -> dict[int, str]:
             pid=pid,
         ) from None
     return links
+
+
+def _check_is_process(pid: int) -> None:
+    # /proc also answers to the ids of threads, which it does not list.
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        raise _no_process(pid) from None
+    group = next(line.split()[1] for line in status.splitlines() if line.startswith("Tgid:"))
+    if int(group) != pid:
+        raise NotAVmmError(
+            f"{pid} is a thread of process {group}, not a process", hint=f"kvm:{group}", pid=pid
+        )
 
 
 def _no_process(pid: int) -> NoSuchProcessError:
