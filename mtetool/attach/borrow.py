@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import struct
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mtetool.attach import frame, gadgets, memory, seccomp
+from mtetool.attach import frame, gadgets, memory, seccomp, steps
 from mtetool.attach.frame import FRAME_BYTES, ThreadState
 from mtetool.attach.gadgets import Gadgets
 from mtetool.attach.ptrace import (
@@ -33,36 +34,57 @@ from mtetool.attach.ptrace import (
     Registers,
     Tracee,
 )
-from mtetool.errors import AttachRefusedError, GuestLostError
+from mtetool.errors import AttachRefusedError, BusyError, GuestLostError
 
 # Kept free below the stack pointer: arm64 has no red zone, but a leaf may be about to push.
 _STACK_GAP_BYTES = 1024
 # How often a thread inside a restartable sequence is let run on before it is given up.
 _RSEQ_TRIES = 20
 _SIGSTOP = 19
+# include/linux/errno.h: ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK. At
+# the end of a call they say that the kernel makes it anew when the thread runs on.
+_RESTART_CODES = (-512, -513, -514, -516)
+_CALL_TRIES = 100
 
 
 class BorrowedThread:
     """A thread of the process, ours for a while; a context manager.
 
+    `calls` are all that it is going to make, or threads that it makes: its seccomp filters must
+    allow them. `check` is asked once the thread stands still, whether it is the right process.
     `seconds` is the time for which it was stopped or made calls for us.
+
+    Entering raises AttachRefusedError where this thread cannot be borrowed safely; then nothing
+    of it was changed.
     """
 
-    def __init__(self, pid: int, tid: int) -> None:
+    def __init__(
+        self,
+        pid: int,
+        tid: int,
+        calls: tuple[seccomp.Call, ...],
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
         self.pid = pid
         self.tid = tid
+        self._calls = calls
+        self._check = check
         self.seconds = 0.0
         self.gadgets: Gadgets
+        self.filters: tuple[seccomp.Program, ...]
         self._tracee: Tracee
         self._state: ThreadState
         self._call_base: Registers
         self._since = 0.0
 
     def __enter__(self) -> Self:
+        steps.enter("borrow")
         self._tracee = Tracee.seize(self.tid)
         self._since = time.monotonic()
         try:
             self._stop_outside_rseq()
+            self._check()
+            self.filters = seccomp.check(self._tracee, self.pid, self._calls)
             self.gadgets = gadgets.find(self.pid)
             self._state = _read_state(self._tracee)
             self._lay_crash_road()
@@ -99,10 +121,6 @@ class BorrowedThread:
         self._aim(number, args)
         result, _ = run_call(self._tracee)
         return result
-
-    def allows(self, calls: tuple[seccomp.Call, ...]) -> None:
-        """See that the thread's seccomp filters allow the calls; AttachRefusedError if not."""
-        seccomp.check(self._tracee, self.pid, calls)
 
     def clone(self, number: int, *args: int) -> tuple[int, Tracee | None]:
         """Make a clone call; its result, and the new thread, traced and stopped before its start.
@@ -158,6 +176,7 @@ class BorrowedThread:
             self._blocked = True
 
     def _go_home(self) -> None:
+        steps.enter("home")
         tracee, state = self._tracee, self._state
         if self._blocked:
             # From a system-call stop to an event stop: at the former, x7 cannot be set.
@@ -174,8 +193,21 @@ class BorrowedThread:
 def run_call(tracee: Tracee) -> tuple[int, int]:
     """Run a tracee that is aimed at `svc; ret` through that call.
 
-    Returns the call's result (signed) and the id of the thread it made (0: none).
+    Returns the call's result (signed) and the id of the thread it made (0: none). A call that
+    the kernel broke off, to be made anew, is: a signal that is about to stop the process does
+    that to a clone. Raises BusyError when it never gets through.
     """
+    for _ in range(_CALL_TRIES):
+        result, child = _run_once(tracee)
+        if result not in _RESTART_CODES:
+            return result, child
+    raise BusyError(
+        f"thread {tracee.tid} was interrupted in each of {_CALL_TRIES} tries of a system call",
+        hint="try again; is somebody stopping and continuing the VMM?",
+    )
+
+
+def _run_once(tracee: Tracee) -> tuple[int, int]:
     child = stops = signal = 0
     while stops < 2:  # the entry and the exit
         stop = tracee.to_syscall_stop(signal)
@@ -230,19 +262,6 @@ def _writable(pid: int, low: int, high: int) -> bool:
     return any(
         m.start <= low and high <= m.end and m.flags.startswith("rw") for m in memory.mappings(pid)
     )
-
-
-def choose_thread(pid: int, is_bad: frozenset[int] = frozenset()) -> int:
-    """The thread to borrow: the main one, unless it is in `is_bad` (vCPUs) or has ended.
-
-    Raises AttachRefusedError where none is left.
-    """
-    tids = sorted(int(path.name) for path in Path(f"/proc/{pid}/task").iterdir())
-    tids.sort(key=lambda tid: tid != pid)
-    for tid in tids:
-        if tid not in is_bad and state_letter(Path(f"/proc/{pid}/task/{tid}")) not in "ZX":
-            return tid
-    raise AttachRefusedError(f"process {pid} has no thread that could be borrowed")
 
 
 def state_letter(task: Path) -> str:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtetool.attach import steps
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -37,6 +39,7 @@ for _function in (_libc.process_vm_readv, _libc.process_vm_writev):
 def _transfer(write: bool, pid: int, address: int, local: int, length: int) -> None:
     function = _libc.process_vm_writev if write else _libc.process_vm_readv
     done = 0
+    steps.reach("writev" if write else "readv")
     while done < length:
         ours = _Iovec(local + done, length - done)
         theirs = _Iovec(address + done, length - done)

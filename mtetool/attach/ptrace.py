@@ -9,9 +9,12 @@ import ctypes
 import errno
 import os
 import struct
+import threading
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import Self
 
+from mtetool.attach import steps
 from mtetool.errors import GuestLostError
 
 # include/uapi/linux/ptrace.h
@@ -32,7 +35,25 @@ _O_TRACESYSGOOD = 1
 _O_TRACECLONE = 8
 EVENT_CLONE = 3
 EVENT_STOP = 128
+# include/uapi/linux/wait.h: threads too; and only what this one OS thread traces.
 _WALL = 0x40000000
+_WNOTHREAD = 0x20000000
+
+_NAMES = {
+    _CONT: "cont",
+    _DETACH: "detach",
+    _SYSCALL: "syscall",
+    _SETOPTIONS: "setoptions",
+    _GETEVENTMSG: "geteventmsg",
+    _GETREGSET: "getregset",
+    _SETREGSET: "setregset",
+    _SEIZE: "seize",
+    _INTERRUPT: "interrupt",
+    _GETSIGMASK: "getsigmask",
+    _SETSIGMASK: "setsigmask",
+    _SECCOMP_GET_FILTER: "getfilter",
+    _GET_RSEQ_CONFIGURATION: "getrseq",
+}
 
 # include/uapi/linux/elf.h
 NT_PRSTATUS = 1
@@ -61,6 +82,7 @@ _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c
 
 
 def _ptrace(request: int, tid: int, addr: int = 0, data: int = 0) -> int:
+    steps.reach(_NAMES[request])
     result = int(_libc.ptrace(request, tid, addr, data))
     if result == -1:
         number = ctypes.get_errno()
@@ -96,6 +118,48 @@ class Registers:
         return replace(self, x=tuple(x), pc=gadget, pstate=self.pstate & ~PSTATE_BTYPE)
 
 
+class _Waits(threading.local):
+    """What was told of the threads that this OS thread traces, and not asked for yet.
+
+    All are waited for together: the end of a process is told thread by thread, its first thread
+    last, and only when all the others that we trace have been collected.
+    """
+
+    def __init__(self) -> None:
+        self._statuses: dict[int, deque[int]] = {}
+
+    def forget(self, tid: int) -> None:
+        self._statuses.pop(tid, None)
+
+    def next(self, tid: int) -> int | None:
+        """The thread's next wait status, waited for; None when it is not traced any more."""
+        try:
+            while not (waiting := self._statuses.get(tid)):
+                self._collect(0)
+        except ChildProcessError:
+            return None
+        # An end stays told: there is nothing behind it.
+        return waiting[0] if not os.WIFSTOPPED(waiting[0]) else waiting.popleft()
+
+    def ended(self, tid: int) -> bool:
+        try:
+            while self._collect(os.WNOHANG):
+                pass
+        except ChildProcessError:
+            return True  # where SIGCHLD is ignored, ends are not told
+        waiting = self._statuses.get(tid, ())
+        return any(not os.WIFSTOPPED(status) for status in waiting)
+
+    def _collect(self, flags: int) -> bool:
+        tid, status = os.waitpid(-1, _WALL | _WNOTHREAD | flags)
+        if tid:
+            self._statuses.setdefault(tid, deque()).append(status)
+        return tid != 0
+
+
+_waits = _Waits()
+
+
 @dataclass(frozen=True, slots=True)
 class Stop:
     """Why a tracee stopped: the signal, the ptrace event (0: none), a system-call stop."""
@@ -118,6 +182,7 @@ class Tracee:
         No option outlives us: without PTRACE_O_EXITKILL the kernel detaches when we die.
         Raises OSError (EPERM: not allowed or traced already, ESRCH: gone).
         """
+        _waits.forget(tid)
         _ptrace(_SEIZE, tid, 0, _O_TRACESYSGOOD)
         return cls(tid)
 
@@ -131,25 +196,18 @@ class Tracee:
 
     def wait(self) -> Stop:
         """Wait for the thread's next stop. Raises GuestLostError when it ended instead."""
-        tid, status = os.waitpid(self.tid, _WALL)
-        return self._stop(tid, status)
-
-    def ended(self) -> bool:
-        """Whether the thread has ended (or is not ours any more), without waiting."""
-        try:
-            tid, status = os.waitpid(self.tid, _WALL | os.WNOHANG)
-        except ChildProcessError:
-            return True
-        return tid != 0 and not os.WIFSTOPPED(status)
-
-    def _stop(self, tid: int, status: int) -> Stop:
-        if not os.WIFSTOPPED(status):
+        status = _waits.next(self.tid)
+        if status is None or not os.WIFSTOPPED(status):
             raise GuestLostError(
-                f"thread {tid} of the VMM ended while mtetool was attached to it",
+                f"thread {self.tid} of the VMM ended while mtetool was attached to it",
                 hint="look at why the VMM ended; mtetool does not end it",
             )
         signal = os.WSTOPSIG(status)
         return Stop(signal & 0x7F, status >> 16, bool(signal & 0x80))
+
+    def ended(self) -> bool:
+        """Whether the thread has ended, without waiting; all that ended are reaped."""
+        return _waits.ended(self.tid)
 
     def stop(self) -> Stop:
         """Stop the thread between two instructions of its own: an event stop.
@@ -158,15 +216,16 @@ class Tracee:
         SIGTRAP, or the stopping signal where the whole process is stopped.
         """
         self.interrupt()
-        return self._to_event_stop()
+        return self.until_event_stop()
 
     def to_event_stop(self) -> Stop:
         """From another kind of stop to an event stop, without an instruction in between."""
         self.interrupt()
         self.cont()
-        return self._to_event_stop()
+        return self.until_event_stop()
 
-    def _to_event_stop(self) -> Stop:
+    def until_event_stop(self) -> Stop:
+        """Wait for the event stop that was asked for; signals that come first are delivered."""
         while (stop := self.wait()).event != EVENT_STOP:
             # A signal on its way (event 0) goes on its way; at any other stop nothing is due.
             self.cont(0 if stop.syscall or stop.event else stop.signal)

@@ -39,30 +39,36 @@ class Call:
         return struct.pack("<iIQ6Q", self.number, _AUDIT_ARCH_AARCH64, 0, *masked)
 
 
-def check(tracee: Tracee, pid: int, calls: Iterable[Call]) -> None:
-    """See that the stopped thread's filters allow all the calls.
+def check(tracee: Tracee, pid: int, calls: Iterable[Call]) -> tuple[Program, ...]:
+    """See that the stopped thread's filters allow all the calls; the filters.
 
     Raises AttachRefusedError naming the call that is not allowed, or that nobody may know.
     """
     mode = _mode(pid, tracee.tid)
     if mode == 0:
-        return
+        return ()
     if mode == 1:
         raise AttachRefusedError(f"thread {tracee.tid} of process {pid} runs in strict seccomp")
     try:
-        programs = [parse(raw) for raw in tracee.seccomp_filters()]
+        programs = tuple(parse(raw) for raw in tracee.seccomp_filters())
     except OSError as error:
         raise AttachRefusedError(
             f"process {pid} has a seccomp filter that cannot be read: {error.strerror}",
             hint="run mtetool as root in the host's own namespaces (CAP_SYS_ADMIN)",
         ) from error
     for call in calls:
-        if not all(run(program, call.data()) in _ALLOWED_ACTIONS for program in programs):
-            raise AttachRefusedError(
-                f"the seccomp filter of process {pid} does not allow {call.name}"
-                f" (system call {call.number})",
-                hint=f"allow {call.name} in the VMM's filter, or start it without one",
-            )
+        allow(programs, pid, call)
+    return programs
+
+
+def allow(programs: Iterable[Program], pid: int, call: Call) -> None:
+    """See that all the filters allow the call. Raises AttachRefusedError."""
+    if not all(run(program, call.data()) in _ALLOWED_ACTIONS for program in programs):
+        raise AttachRefusedError(
+            f"the seccomp filter of process {pid} does not allow {call.name}"
+            f" (system call {call.number})",
+            hint=f"allow {call.name} in the VMM's filter, or start it without one",
+        )
 
 
 def parse(raw: bytes) -> Program:

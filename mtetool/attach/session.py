@@ -13,20 +13,22 @@ reaped by it within a moment.
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import queue
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from mtetool.attach import frame, memory, seccomp
-from mtetool.attach.borrow import BorrowedThread, choose_thread, run_call, state_letter
+from mtetool.attach import frame, memory, seccomp, steps
+from mtetool.attach.borrow import BorrowedThread, run_call, state_letter
 from mtetool.attach.gadgets import Gadgets
 from mtetool.attach.ptrace import Registers, Tracee
 from mtetool.errors import (
@@ -72,33 +74,55 @@ _STACK_BYTES = 64 << 10
 _ARGUMENT_AT = PAGE_BYTES + _STACK_BYTES
 _BUFFER_AT = _ARGUMENT_AT + PAGE_BYTES
 
-# A call that takes longer is stuck: mtetool then ends, which is safe; hanging is not.
+# What takes longer is stuck: mtetool then ends, which is safe; hanging is not. A call of the
+# helper may be held up by memory that is read in from swap.
 _PATIENCE_SECONDS = 60.0
+_ATTACH_PATIENCE_SECONDS = 20.0
+_LEAVE_PATIENCE_SECONDS = 10.0
 _IDLE_SECONDS = 0.1
+# How many threads are tried where one after the other cannot be borrowed safely.
+_MOST_CANDIDATES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The process to attach to, and what is known of it above.
+
+    `ioctls` are the (fd, request) pairs that will be made, for the seccomp filter to be asked.
+    `candidates` gives the threads that may be borrowed, the best first; `check` raises where
+    the process is not the one that was meant (a PID may change hands).
+    """
+
+    pid: int
+    ioctls: tuple[tuple[int, int], ...]
+    candidates: Callable[[], Sequence[int]]
+    check: Callable[[], object]
 
 
 class Session:
-    """Calls inside process `pid` through a helper thread, until `close`.
+    """Calls inside the process through a helper thread, until `close`.
 
-    `buffer_bytes` is the size of the transfer buffer, `avoid` the threads never to borrow.
-    Usable from any thread of ours, one call at a time. Raises GuestError subclasses where
-    the process cannot be borrowed from; nothing was touched then.
+    `buffer_bytes` is the size of the transfer buffer. Usable from any thread of ours, one call
+    at a time. Raises GuestError subclasses where the process cannot be borrowed from; nothing
+    was touched then.
     """
 
-    def __init__(self, pid: int, *, buffer_bytes: int, avoid: frozenset[int] = frozenset()) -> None:
-        self.pid = pid
+    def __init__(self, target: Target, *, buffer_bytes: int) -> None:
+        self.pid = target.pid
         self.buffer_bytes = buffer_bytes
         self.borrowed_seconds = 0.0
+        self._target = target
         self._helper: _Helper | None = None
+        self._held: dict[int, Tracee] = {}
+        self._filters: tuple[seccomp.Program, ...] = ()
         self._lost: GuestLostError | None = None
         self._stuck = False
-        self._avoid = avoid
         self._requests: queue.SimpleQueue[tuple[Future[object], Callable[[], object]] | None]
         self._requests = queue.SimpleQueue()
         self._tracer = threading.Thread(target=self._trace, name="tracer", daemon=True)
         self._tracer.start()
         try:
-            self._call(self._attach)
+            self._call(self._attach, _ATTACH_PATIENCE_SECONDS)
         except BaseException:
             # A signal of ours may come while the tracer is still at it.
             self.close()
@@ -107,7 +131,8 @@ class Session:
     def ioctl(self, fd: int, request: int, argument: bytes | int) -> int:
         """ioctl(2) in the process, on its file descriptor; the result, -errno for an error.
 
-        An argument in bytes is copied there first. Raises GuestLostError.
+        An argument in bytes is copied there first. Raises GuestLostError, and AttachRefusedError
+        where the process's seccomp filter does not allow it.
         """
         return self._call(lambda: self._ioctl(fd, request, argument))
 
@@ -124,6 +149,23 @@ class Session:
         """Copy `data` to the start of the transfer buffer. Raises GuestLostError."""
         self._copy(memory.write_from, data)
 
+    @property
+    def helper_tid(self) -> int:
+        """The helper thread's id."""
+        return self._alive().tracee.tid
+
+    def hold(self, tids: Iterable[int]) -> dict[int, Registers]:
+        """Stop threads and hold them; their registers. One that ended is left out.
+
+        Held they are by ptrace alone: whatever becomes of us, they run on. Signals to them wait.
+        Raises GuestLostError.
+        """
+        return self._call(lambda: self._hold(tids))
+
+    def release(self, tids: Iterable[int] | None = None) -> None:
+        """Let held threads run on: these, or all. Raises GuestLostError."""
+        self._call(lambda: self._release(tids))
+
     def close(self) -> None:
         """Let the helper end and take its memory along; nothing of ours stays. Idempotent."""
         if self._stuck or not self._tracer.is_alive():
@@ -136,21 +178,23 @@ class Session:
 
     # --- on the caller's side ---------------------------------------------------------
 
-    def _call(self, function: Callable[[], T]) -> T:
+    def _call(self, function: Callable[[], T], patience: float = _PATIENCE_SECONDS) -> T:
         if self._stuck:
-            raise self._frozen()
+            raise self._no_answer(patience)
         future: Future[object] = Future()
         self._requests.put((future, function))
         try:
-            return future.result(_PATIENCE_SECONDS)  # type: ignore[return-value]
+            return future.result(patience)  # type: ignore[return-value]
         except TimeoutError:
             self._stuck = True
-            raise self._frozen() from None
+            raise self._no_answer(patience) from None
 
-    def _frozen(self) -> BusyError:
+    def _no_answer(self, patience: float) -> BusyError:
         return BusyError(
-            f"process {self.pid} did not answer for {_PATIENCE_SECONDS:.0f} seconds",
-            hint="it is frozen or stuck in the kernel; mtetool lets go of it by ending",
+            f"process {self.pid} did not answer for {patience:.0f} seconds",
+            hint="it is frozen (a cgroup's freezer?) or stuck in the kernel; mtetool lets go of it"
+            " by ending, and it goes on when it can",
+            pid=self.pid,
         )
 
     def _alive(self) -> _Helper:
@@ -201,44 +245,125 @@ class Session:
                 future.set_exception(error)
 
     def _reap(self) -> None:
-        # Also when it is known to be lost: unreaped, the helper keeps the process a zombie.
+        # Also when it is known to be lost: unreaped, a thread keeps the process a zombie.
         if self._helper is not None and self._helper.tracee.ended() and self._lost is None:
             self._lost = self._gone()
 
     def _attach(self) -> None:
         try:
-            thread = BorrowedThread(self.pid, choose_thread(self.pid, self._avoid))
-            with thread:
-                length = _map_bytes(self.buffer_bytes)
-                thread.allows(_needed_calls(length))
-                _remove_leftovers(thread, length)
-                self._helper = _start_helper(thread, length)
+            with _alone(self.pid), ExitStack() as stack:
+                thread = self._borrow(stack)
+                _remove_leftovers(thread, _map_bytes(self.buffer_bytes))
+                self._helper = _start_helper(thread, _map_bytes(self.buffer_bytes))
         except OSError as error:
             raise refusal(self.pid, error) from error
         self.borrowed_seconds = thread.seconds
+        self._filters = thread.filters
+
+    def _borrow(self, stack: ExitStack) -> BorrowedThread:
+        """The first thread that can be borrowed safely, until the stack unwinds."""
+        first: AttachRefusedError | None = None
+        calls = _needed_calls(_map_bytes(self.buffer_bytes), self._target.ioctls)
+        for tid in self._target.candidates()[:_MOST_CANDIDATES]:
+            thread = BorrowedThread(self.pid, tid, calls, self._target.check)
+            try:
+                return stack.enter_context(thread)
+            except AttachRefusedError as error:
+                first = first or error
+            except ProcessLookupError:
+                continue  # that thread ended meanwhile
+        if first is not None:
+            raise first
+        raise AttachRefusedError(
+            f"process {self.pid} has no thread that could be borrowed", hint="try again"
+        )
 
     def _ioctl(self, fd: int, request: int, argument: bytes | int) -> int:
         helper = self._alive()
+        steps.enter("call")
+        at = argument if isinstance(argument, int) else helper.base + _ARGUMENT_AT
+        seccomp.allow(self._filters, self.pid, _ioctl_call(fd, request, at))
         try:
             if isinstance(argument, bytes):
-                memory.write(self.pid, helper.base + _ARGUMENT_AT, argument)
-                argument = helper.base + _ARGUMENT_AT
-            return helper.syscall(_NR_IOCTL, fd, request, argument)
+                memory.write(self.pid, at, argument)
+            return helper.syscall(_NR_IOCTL, fd, request, at)
         except OSError as error:
             # An error of ours on the way is no answer of the ioctl.
             raise self._gone() from error
 
+    def _hold(self, tids: Iterable[int]) -> dict[int, Registers]:
+        self._alive()
+        steps.enter("freeze")
+        seized: list[Tracee] = []
+        for tid in sorted(set(tids) - set(self._held)):
+            try:
+                tracee = self._held[tid] = Tracee.seize(tid)
+                tracee.interrupt()
+                seized.append(tracee)
+            except ProcessLookupError:
+                self._held.pop(tid, None)
+            except OSError as error:
+                raise refusal(self.pid, error) from error
+        # All have been asked to stop before the first is waited for.
+        registers = {}
+        for tracee in seized:
+            try:
+                tracee.until_event_stop()
+                registers[tracee.tid] = tracee.registers()
+            except (GuestLostError, ProcessLookupError):
+                del self._held[tracee.tid]
+        return registers
+
+    def _release(self, tids: Iterable[int] | None) -> None:
+        steps.enter("thaw")
+        for tid in list(self._held) if tids is None else tids:
+            if (tracee := self._held.pop(tid, None)) is not None:
+                with suppress(ProcessLookupError):
+                    tracee.detach()
+
     def _let_go(self) -> None:
+        self._release(None)
         helper, self._helper = self._helper, None
         if helper is None or self._lost is not None:
             return
         # A process that ended took everything along; what stays, the next run removes.
         with suppress(OSError, GuestError):
             if not helper.leave():
-                tid = choose_thread(self.pid, self._avoid)
-                with BorrowedThread(self.pid, tid) as thread:
+                with _alone(self.pid), ExitStack() as stack:
                     # It looks again whose it is: another run may have taken the place.
-                    _remove_leftovers(thread, helper.length)
+                    _remove_leftovers(self._borrow(stack), helper.length)
+
+
+@contextmanager
+def _alone(pid: int) -> Iterator[None]:
+    """No other mtetool maps or unmaps memory in the process meanwhile. Raises BusyError.
+
+    The lock is on the process's own file in /proc, so that the death of its holder frees it.
+    Where another mount of /proc hides two runs from each other, the marks in the memory itself
+    (`_remove_leftovers`) have to do.
+    """
+    file = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + _ATTACH_PATIENCE_SECONDS / 2
+        while not _locked(file):
+            if time.monotonic() > deadline:
+                raise BusyError(
+                    f"another mtetool is attaching to process {pid} and does not get on",
+                    hint="see what it waits for; ending it is safe",
+                    pid=pid,
+                )
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(file)
+
+
+def _locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class _Helper:
@@ -259,13 +384,14 @@ class _Helper:
 
     def leave(self) -> bool:
         """End the thread, and wait until it has ended. Whether its memory went with it."""
+        steps.enter("leave")
         if self._gadgets.exit is not None:
             self._aim(_NR_MUNMAP, (self.base, self.length), home=self._gadgets.exit)
         else:
             self._aim(_NR_EXIT, (0,), home=self._gadgets.sigreturn)
         self.tracee.detach()
         task = Path(f"/proc/{self.pid}/task/{self.tracee.tid}")
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+        deadline = time.monotonic() + _LEAVE_PATIENCE_SECONDS
         # In a process that is stopped as a whole, it leaves when the process is continued.
         while state_letter(task) not in "XTt" and time.monotonic() < deadline:
             time.sleep(0.0005)
@@ -289,27 +415,28 @@ def _map_bytes(buffer_bytes: int) -> int:
     return (_BUFFER_AT + buffer_bytes + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
 
 
-def _needed_calls(length: int) -> tuple[seccomp.Call, ...]:
-    """All calls that are made in the process, as a filter sees them.
-
-    The ioctls are those of KVM tags and capabilities; their fd is not known here.
-    """
+def _needed_calls(length: int, ioctls: tuple[tuple[int, int], ...]) -> tuple[seccomp.Call, ...]:
+    """All calls that are made in the process, as a filter sees them; addresses are like ours."""
     everywhere = 0xFFFF_FFFF_FFFF_FFFF
     mapped = (_MAP_BASE, length, _PROT_READ_WRITE, _MAP_FLAGS, everywhere, 0)
     return (
         seccomp.Call("mmap", _NR_MMAP, mapped),
         seccomp.Call("madvise", _NR_MADVISE, (_MAP_BASE, length, _MADV_DONTFORK)),
         seccomp.Call("clone", _NR_CLONE, (_CLONE_FLAGS, *[_MAP_BASE] * 4)),
-        seccomp.Call("ioctl", _NR_IOCTL, (9, 0x8030AEB4, _MAP_BASE)),
-        seccomp.Call("ioctl", _NR_IOCTL, (9, 0x4068AEA3, _MAP_BASE)),
+        *(_ioctl_call(fd, request, _MAP_BASE + _ARGUMENT_AT) for fd, request in ioctls),
         seccomp.Call("munmap", _NR_MUNMAP, (_MAP_BASE, length)),
         seccomp.Call("exit", _NR_EXIT, (0,)),
         seccomp.Call("rt_sigreturn", _NR_RT_SIGRETURN),
     )
 
 
+def _ioctl_call(fd: int, request: int, argument: int) -> seccomp.Call:
+    return seccomp.Call(f"ioctl {request:#x}", _NR_IOCTL, (fd, request, argument))
+
+
 def _start_helper(thread: BorrowedThread, length: int) -> _Helper:
     """Map the buffer, lay the helper's crash road, and only then make the helper."""
+    steps.enter("helper")
     base = _map(thread, length)
     try:
         thread.syscall(_NR_MADVISE, base, length, _MADV_DONTFORK)
@@ -317,11 +444,14 @@ def _start_helper(thread: BorrowedThread, length: int) -> _Helper:
         _lay_helper_road(thread, base, length)
         road = _crash_road_at(base)
         result, tracee = thread.clone(_NR_CLONE, _CLONE_FLAGS, road, base, base + _TLS_AT, base)
-        if result < 0 or tracee is None:
+        if result < 0:
             raise AttachRefusedError(
                 f"process {thread.pid} could not start a thread: {os.strerror(-result)}",
                 hint="raise its limit of threads (the pids cgroup, RLIMIT_NPROC)",
             )
+        if tracee is None:
+            # It is on its crash road by now, which takes its memory along.
+            raise BusyError(f"a thread that process {thread.pid} made for mtetool was not traced")
     except AttachRefusedError:
         thread.syscall(_NR_MUNMAP, base, length)
         raise
@@ -375,11 +505,14 @@ def _remove_leftovers(thread: BorrowedThread, length: int) -> None:
     """Unmap what a killed run left: at our addresses, anonymous, its helper not alive.
 
     Nothing is touched while another run is at work in the process: it may be between its mmap
-    and its clone, where its memory looks like a leftover.
+    and its clone, where its memory looks like a leftover. That is asked after the look at the
+    memory: a run that had mapped it then, and is alive, traces a thread now.
     """
+    steps.enter("leftovers")
+    mappings = memory.mappings(thread.pid)
     if _others_traced(thread.pid, thread.tid):
         return
-    for mapping in memory.mappings(thread.pid):
+    for mapping in mappings:
         place, off = divmod(mapping.start - _MAP_BASE, _MAP_STRIDE)
         anonymous = mapping.inode == 0 and not mapping.name and mapping.flags == "rw-p"
         if off or not 0 <= place < _MAP_PLACES or not anonymous:

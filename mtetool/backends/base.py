@@ -39,6 +39,17 @@ class Guest(Protocol):
         """Whether the guest's vCPUs stand still now; None where nobody may know."""
         ...
 
+    def freeze(self) -> None:
+        """Stop all vCPUs until `thaw`, so that nothing of the guest changes its tags.
+
+        They run on by themselves if mtetool dies. Raises GuestError; then none is stopped.
+        """
+        ...
+
+    def thaw(self) -> float:
+        """Let the vCPUs run on; for how many seconds they stood still (0.0: they never ran)."""
+        ...
+
     def read_tags(self, ipa: int, out: Tags) -> int:
         """Copy the tags of guest memory from `ipa` on into `out` (one byte a granule).
 

@@ -148,6 +148,13 @@ class EmulatedGuest:
         """True: nobody runs an emulated guest."""
         return True
 
+    def freeze(self) -> None:
+        """Nothing: an emulated guest always stands still."""
+
+    def thaw(self) -> float:
+        """See `Guest.thaw`; 0.0, as it never ran."""
+        return 0.0
+
     # --- as the kernel --------------------------------------------------------------------
 
     def read_tags(self, ipa: int, out: Tags) -> int:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import platform
+import time
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from mtetool import uapi
-from mtetool.attach.session import PAGE_BYTES, Session
+from mtetool.attach.session import PAGE_BYTES, Session, Target
+from mtetool.backends.vcpus import hold_vcpus
 from mtetool.errors import (
     GuestLostError,
     LayoutUnknownError,
@@ -72,6 +74,8 @@ class KvmGuest:
         self._session: Session | None = None
         self._monitor: qemu.Monitor | None = None
         self._mte: bool | None = None
+        self._frozen_since: float | None = None
+        self._requests = [uapi.KVM_ARM_MTE_COPY_TAGS]
         self._stack = ExitStack()
 
     @property
@@ -94,11 +98,31 @@ class KvmGuest:
         )
 
     def paused(self) -> bool | None:
-        """What QEMU's monitor says; None where there is none to ask."""
+        """What QEMU's monitor says; without one, a vCPU that is in the guest tells. True frozen."""
+        if self._frozen_since is not None:
+            return True  # and a monitor may wait for a vCPU
         try:
             return self._ask_monitor().paused()
         except LayoutUnknownError:
-            return None
+            return False if proc.runs_guest(self._process.pid) else None
+
+    def freeze(self) -> None:
+        """See `Guest.freeze`: the threads of the vCPUs are stopped by ptrace."""
+        session, pid = self._attached(), self._process.pid
+        self._frozen_since = time.monotonic()
+        try:
+            hold_vcpus(session, pid, proc.find(pid).vcpus)
+        except BaseException:
+            self.thaw()
+            raise
+
+    def thaw(self) -> float:
+        """See `Guest.thaw`."""
+        since, self._frozen_since = self._frozen_since, None
+        if since is None:
+            return 0.0
+        self._attached().release()
+        return time.monotonic() - since
 
     def read_tags(self, ipa: int, out: Tags) -> int:
         """See `Guest.read_tags`."""
@@ -130,6 +154,7 @@ class KvmGuest:
 
     def enable_mte(self) -> bool:
         """See `Guest.enable_mte`: KVM_ENABLE_CAP in the VMM."""
+        self._requests.append(uapi.KVM_ENABLE_CAP)
         if self._mte_is_on():
             return False
         request = uapi.enable_cap(uapi.KVM_CAP_ARM_MTE)
@@ -171,12 +196,16 @@ class KvmGuest:
 
     def _attached(self) -> Session:
         if self._session is None:
-            pid = self._process.pid
-            self._session = Session(pid, buffer_bytes=_BUFFER_BYTES, avoid=proc.vcpu_threads(pid))
+            process, fd = self._process, self._fd
+            target = Target(
+                pid=process.pid,
+                ioctls=tuple((fd, request) for request in self._requests),
+                candidates=lambda: proc.threads_to_borrow(process.pid),
+                # Between the look-up and the attach the PID may have changed hands.
+                check=lambda: proc.check_same(process, fd),
+            )
+            self._session = Session(target, buffer_bytes=_BUFFER_BYTES)
             self._stack.callback(self._session.close)
-            # Between the look-up and the attach the PID may have changed hands.
-            if proc.start_time(pid) != self._process.start_time:
-                raise GuestLostError(f"process {pid} ended, and another one has its PID now")
         return self._session
 
     def _check(self, ipa: int, length_bytes: int) -> None:

@@ -47,6 +47,7 @@ _CONSISTENT = {
     type=click.Choice(["keep", "fail"]),
     help="Where some pages cannot be read: keep the rest (default), or fail.",
 )
+@click.option("--freeze", is_flag=True, help="Stop the guest's vCPUs while tags are read.")
 @click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Threads that compress.")
 @click.option(
     "--level", type=click.IntRange(1, 19), default=1, metavar="N", help="The zstd level (1)."
@@ -61,6 +62,7 @@ def command(
     ranges: tuple[Range, ...],
     slots: tuple[int, ...],
     partial: Literal["keep", "fail"] | None,
+    freeze: bool,
     jobs: int | None,
     level: int,
     guest_options: GuestOptions,
@@ -70,8 +72,8 @@ def command(
 ) -> int:
     """Save the tags of GUEST to a snapshot.
 
-    Pause the guest first: the tags of a running one change while they are read. Without -o
-    the snapshot goes down the pipe. Status 3 when some pages could not be read.
+    Pause the guest first, or use --freeze: the tags of a running one change while they are
+    read. Without -o the snapshot goes down the pipe. Status 3 when some pages could not be read.
     """
     # Everything is loaded before the guest is looked at: it may be waiting, paused.
     from mtetool.flows.save import SaveOptions, save
@@ -83,6 +85,7 @@ def command(
         ranges=tuple(Extent(*asked) for asked in ranges),
         slots=slots,
         partial=partial,
+        freeze=freeze,
         level=level,
         jobs=jobs,
     )
@@ -98,7 +101,7 @@ def command(
     if result.consistent is False and not quiet:
         warn(
             f"{guest} ran during the save: the snapshot mixes tags of different moments;"
-            " pause the guest first (virsh suspend, or stop in QEMU's monitor)"
+            " pause the guest first (virsh suspend, or stop in QEMU's monitor), or use --freeze"
         )
     # The snapshot has standard output for itself.
     with redirect_stdout(sys.stderr if target == "-" else sys.stdout):
@@ -137,6 +140,7 @@ def _target(out: str | None) -> str:
 def _document(
     guest: str, target: str, file_bytes: int, elapsed: float, result: SaveResult
 ) -> dict[str, Any]:
+    frozen = result.frozen_seconds
     return {
         "schema": "mtetool.save/1",
         "source": guest,
@@ -151,6 +155,7 @@ def _document(
         **missing_json("missing", result.missing),
         "consistent": result.consistent,
         "lost": result.lost,
+        "frozen_seconds": None if frozen is None else round(frozen, 3),
         "elapsed_seconds": round(elapsed, 3),
     }
 
@@ -160,6 +165,8 @@ def _tell(guest: str, target: str, file_bytes: int, elapsed: float, result: Save
     say(f"saved the tags of {size(result.saved_bytes)} of {guest} to {name}")
     say(f"snapshot: {size(file_bytes)}, in {elapsed:.1f} s")
     say(f"consistent: {_CONSISTENT[result.consistent]}")
+    if result.frozen_seconds is not None:
+        say(f"the guest stood still for {result.frozen_seconds:.3f} s")
     for slot in result.skipped:
         say(f"left out: slot {slot.id} at {slot.ipa:#x}, {size(slot.size_bytes)} of device memory")
     for line in missing_lines("missing", result.missing):

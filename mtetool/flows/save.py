@@ -16,6 +16,7 @@ from mtetool.errors import (
     UsageError,
 )
 from mtetool.flows.copying import TagReader
+from mtetool.flows.freezing import held_still
 from mtetool.flows.layout import (
     Layout,
     check_aligned,
@@ -38,19 +39,24 @@ class SaveOptions:
     """What the user asked for.
 
     `ranges` or `slots` (ids), else all memory that has tags. `partial` None is "keep" for
-    pages that cannot be read, and "fail" for a guest that ends half-way.
+    pages that cannot be read, and "fail" for a guest that ends half-way. `freeze` stops the
+    guest's vCPUs for as long as tags are read.
     """
 
     ranges: tuple[Extent, ...] = ()
     slots: tuple[int, ...] = ()
     partial: Literal["keep", "fail"] | None = None
+    freeze: bool = False
     level: int = 1
     jobs: int | None = None
 
 
 @dataclass
 class SaveResult:
-    """What a save did; `lost` says how the guest ended, if it did half-way."""
+    """What a save did; `lost` says how the guest ended, if it did half-way.
+
+    `frozen_seconds` is for how long the vCPUs were stopped; None where that was not asked for.
+    """
 
     header: Header
     info: GuestInfo
@@ -61,6 +67,7 @@ class SaveResult:
     uniform_bytes: int = 0
     missing: Tally[Missing] = field(default_factory=Tally)
     lost: str | None = None
+    frozen_seconds: float | None = None
 
     @property
     def status(self) -> int:
@@ -82,14 +89,17 @@ def save(
     info = guest.info()
     layout = Layout(info.memslots, guest.page_size_bytes)
     scope = decide_scope(layout, options, info.source)
-    paused_before = guest.paused()
-    header = Header.for_guest(info, scope, paused=paused_before)
-    result = SaveResult(header, info, tuple(scope), _skipped(layout, options))
     reader = TagReader(guest, layout)
-    with SnapshotWriter(out, header, level=options.level, jobs=options.jobs) as writer:
-        _copy(reader, writer, result, options, progress)
-        result.consistent = _consistent(paused_before, _paused_after(guest, result))
-        writer.finish(consistent=result.consistent)
+    # What takes its time (the monitor, memory for the tags) comes before the guest stands still.
+    with held_still(guest, out, wanted=options.freeze) as (stream, thaw):
+        paused_before = guest.paused()
+        header = Header.for_guest(info, scope, paused=paused_before)
+        result = SaveResult(header, info, tuple(scope), _skipped(layout, options))
+        with SnapshotWriter(stream, header, level=options.level, jobs=options.jobs) as writer:
+            _copy(reader, writer, result, options, progress)
+            result.consistent = _consistent(paused_before, _paused_after(guest, result))
+            result.frozen_seconds = thaw()
+            writer.finish(consistent=result.consistent)
     return result
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
+from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from mtetool import uapi
@@ -18,6 +21,10 @@ from mtetool.errors import (
 # The names are given in virt/kvm/kvm_main.c.
 _VM_LINK = "anon_inode:kvm-vm"
 _VCPU_LINK = "anon_inode:kvm-vcpu:"
+
+# How often, and how far apart, a thread is looked at that is never seen to wait.
+_LOOKS = 6
+_LOOK_SECONDS = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,21 @@ def choose_vm(process: VmmProcess, fd: int | None) -> int:
     return fds[0] if fd is None else fd
 
 
+def check_same(process: VmmProcess, fd: int) -> None:
+    """See that the PID and the fd are still what they were. Raises NoSuchProcessError."""
+    pid = process.pid
+    if start_time(pid) != process.start_time:
+        raise NoSuchProcessError(
+            f"process {pid} ended, and another one has its PID now",
+            hint="look for the VMM again; nothing was touched",
+            pid=pid,
+        )
+    if _fd_links(pid).get(fd) != _VM_LINK:
+        raise NoSuchProcessError(
+            f"process {pid} has closed its VM (fd {fd}) meanwhile", hint="look at the VMM", pid=pid
+        )
+
+
 def start_time(pid: int) -> int:
     """When the process started, in clock ticks since boot: with the PID, its identity."""
     try:
@@ -74,18 +96,58 @@ def start_time(pid: int) -> int:
     return int(stat.rpartition(")")[2].split()[19])
 
 
-def vcpu_threads(pid: int) -> frozenset[int]:
-    """The threads that sit in KVM_RUN now, as far as /proc tells."""
-    found = set()
+class Activity(Enum):
+    """What a thread is at, as /proc tells."""
+
+    VCPU = "in KVM_RUN"
+    BLOCKED = "waits in another call"
+    RUNNING = "runs: in its own code, in the kernel or in the guest"
+
+
+def activities(pid: int) -> dict[int, Activity]:
+    """What each living thread is at now. Empty where nobody may know."""
+    found = {}
     for task in _tasks(pid):
-        try:
-            call = (task / "syscall").read_text().split()
-        except OSError:
-            continue
-        # "29 0xFD 0xae80 ...": ioctl is 29 on arm64. A thread that runs shows "running".
-        if len(call) > 2 and call[0] == "29" and int(call[2], 16) == uapi.KVM_RUN:
-            found.add(int(task.name))
-    return frozenset(found)
+        with suppress(OSError, IndexError):
+            if (task / "stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "ZX":
+                continue
+            found[int(task.name)] = _activity((task / "syscall").read_text().split())
+    return found
+
+
+def _activity(call: list[str]) -> Activity:
+    # "29 0xFD 0xae80 ...": ioctl is 29 on arm64. "-1 ..." is a thread stopped outside calls.
+    if call[0] == "running":
+        return Activity.RUNNING
+    in_kvm_run = len(call) > 2 and call[0] == "29" and int(call[2], 16) == uapi.KVM_RUN
+    return Activity.VCPU if in_kvm_run else Activity.BLOCKED
+
+
+def runs_guest(pid: int) -> bool:
+    """Whether some thread is in KVM_RUN now; a halted vCPU is, one of a paused guest is not."""
+    return Activity.VCPU in activities(pid).values()
+
+
+def threads_to_borrow(pid: int) -> list[int]:
+    """The process's threads, those first whose borrowing the guest feels least.
+
+    The main thread where it waits in a call, as a main loop does; others that wait; then what
+    runs all the time and so may be a vCPU; last those that are vCPUs.
+    """
+    seen: dict[int, set[Activity]] = {}
+    for _ in range(_LOOKS):
+        for tid, activity in activities(pid).items():
+            seen.setdefault(tid, set()).add(activity)
+        if seen.get(pid) == {Activity.BLOCKED}:
+            break
+        time.sleep(_LOOK_SECONDS)
+
+    def rank(tid: int) -> tuple[int, bool, int]:
+        was = seen[tid]
+        kind = 2 if Activity.VCPU in was else 0 if Activity.BLOCKED in was else 1
+        return kind, tid != pid, tid
+
+    return sorted(seen, key=rank)
 
 
 def command_line(pid: int) -> list[str]:

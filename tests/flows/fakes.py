@@ -38,6 +38,9 @@ class FakeGuest:
     busy_after_writes: int | None = None
     reads: int = 0
     writes: int = 0
+    frozen: bool = False
+    freezes: int = 0
+    reads_while_running: int = 0
     memory: dict[int, Tags] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -50,7 +53,17 @@ class FakeGuest:
             raise LayoutUnknownError("nobody knows the layout")
         return GuestInfo("fake:1", True, self.page_size_bytes, self.slots)
 
+    def freeze(self) -> None:
+        self.frozen = True
+        self.freezes += 1
+
+    def thaw(self) -> float:
+        was, self.frozen = self.frozen, False
+        return 2.5 if was else 0.0
+
     def paused(self) -> bool | None:
+        if self.frozen:
+            return True
         if len(self.paused_answers) > 1:
             return self.paused_answers.pop(0)
         return self.paused_answers[0]
@@ -68,6 +81,7 @@ class FakeGuest:
 
     def read_tags(self, ipa: int, out: Tags) -> int:
         self.reads += 1
+        self.reads_while_running += not self.frozen
         if self.lost_after_reads is not None and self.reads > self.lost_after_reads:
             raise GuestLostError("the VM is gone")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -342,6 +343,45 @@ def test_a_guest_that_ran_is_not_consistent() -> None:
         guest = guest_with_tags()
         guest.paused_answers = list(answers)
         assert saved(guest)[1].consistent is expected
+
+
+class WatchfulStream(io.BytesIO):
+    """Notes whether its guest ever stood still while it was written to."""
+
+    def __init__(self, guest: FakeGuest) -> None:
+        super().__init__()
+        self.guest = guest
+        self.written_while_frozen = 0
+
+    def write(self, data: Any) -> int:
+        self.written_while_frozen += self.guest.frozen
+        return super().write(data)
+
+
+def test_frozen_guest_stands_still_for_the_reading_and_not_for_the_writing() -> None:
+    guest = guest_with_tags()
+    guest.paused_answers = [False]
+    out = WatchfulStream(guest)
+    result = save(guest, out, SaveOptions(freeze=True))
+    assert (result.consistent, result.frozen_seconds) == (True, 2.5)
+    assert (guest.freezes, guest.frozen, guest.reads_while_running) == (1, False, 0)
+    assert out.written_while_frozen == 0
+    plain = guest_with_tags()
+    assert result.saved_bytes == saved(plain)[1].saved_bytes
+    reader = SnapshotReader(io.BytesIO(out.getvalue()), "s")
+    verify(reader)
+    assert reader.header.paused is True
+
+
+def test_guest_runs_on_when_a_frozen_save_fails() -> None:
+    guest = guest_with_tags()
+    guest.lost_after_reads = 1
+    with pytest.raises(GuestLostError):
+        save(guest, io.BytesIO(), SaveOptions(freeze=True))
+    assert (guest.freezes, guest.frozen) == (1, False)
+    with pytest.raises(RangeError):
+        save(guest, io.BytesIO(), SaveOptions(freeze=True, ranges=(Extent(1 << 50, PAGE),)))
+    assert guest.freezes == 1
 
 
 def test_uniform_memory_costs_nothing() -> None:

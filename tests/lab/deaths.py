@@ -1,10 +1,9 @@
-"""Run in the lab: attach, copy and detach, killed with SIGKILL before each of its steps.
+"""Run in the lab: attach, copy, freeze and detach, killed before each of its steps.
 
-`python3 -m tests.lab.deaths PID [no-exit]` forks a mtetool for each step and prints, as JSON,
-what state the VMM was in behind each death. A step is one ptrace request or one copy of the
-VMM's memory: whatever happens between two of them happens in mtetool alone. With "no-exit" the
-VMM's C library is taken for one without the instructions that end a thread, as in a statically
-linked VMM.
+`python3 -m tests.lab.deaths PID [no-exit]` forks a mtetool for each step (see
+`mtetool.attach.steps`) and prints, as JSON, what state the VMM was in behind each death. With
+"no-exit" the VMM's C library is taken for one without the instructions that end a thread, as in
+a statically linked VMM.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from mtetool.attach import gadgets, memory, ptrace
+from mtetool.attach import gadgets, steps
 from mtetool.backends import GuestOptions, open_guest
 from mtetool.guest import Memslot
 
@@ -28,29 +26,35 @@ _SETTLE_SECONDS = 20.0
 
 
 def cycle(pid: int) -> None:
-    """What every command does to a VMM: attach, read, write, detach."""
+    """What the commands do to a VMM: attach, read, freeze, write, detach."""
     tags = np.zeros(4096, dtype=np.uint8)
     with open_guest(f"kvm:{pid}", GuestOptions(memslots=(_MEMORY,))) as guest:
         guest.read_tags(_MEMORY.ipa, tags)
+        guest.freeze()
         guest.write_tags(_MEMORY.ipa, tags)
+        guest.thaw()
 
 
-def die_at(step: int) -> None:
-    """Let this process be killed before that step."""
+def die_at(number: int) -> None:
+    """Let this process be killed before that step, the first being 1."""
     count = 0
 
-    def counted(function: Callable[..., object]) -> Callable[..., object]:
-        def run(*arguments: object) -> object:
-            nonlocal count
-            count += 1
-            if count == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments)
+    def hook(_: str) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        return run
+    steps.on_step(hook)
 
-    ptrace._ptrace = counted(ptrace._ptrace)  # type: ignore[assignment]
-    memory._transfer = counted(memory._transfer)  # type: ignore[assignment]
+
+def names(pid: int) -> list[str]:
+    """The names of all steps of a cycle, in their order."""
+    seen: list[str] = []
+    steps.on_step(seen.append)
+    cycle(pid)
+    steps.on_step(None)
+    return seen
 
 
 def state(pid: int) -> dict[str, object]:
@@ -94,7 +98,7 @@ def main() -> None:
     pid = int(sys.argv[1])
     if "no-exit" in sys.argv[2:]:
         gadgets._find_exit = lambda pid, maps: None
-    cycle(pid)
+    steps_of_a_cycle = names(pid)
     before, harmed, left = state(pid), {}, 0
     for step in range(1, 100_000):
         child = os.fork()
@@ -111,6 +115,7 @@ def main() -> None:
             break
     result = {
         "deaths": step - 1,
+        "steps": steps_of_a_cycle,
         "last_status": status,
         "harmed": harmed,
         "before": before,

@@ -1,0 +1,56 @@
+"""The steps of the work on another process, by name, where a test can make mtetool die.
+
+A step is reached before each request to the kernel that looks at or changes the process; what
+happens between two steps happens in mtetool alone. So a death before every step is a death at
+every instant. `MTETOOL_FAULT=SIGNAL@STEP[:NTH]` in the environment sends this process that
+signal at the NTH time (1) that it reaches the step, `KILL@home/setregset:2`; mtetool's own
+tests set it. A step's name has the phase of the work and the request.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable
+
+Hook = Callable[[str], None]
+
+_phase = "attach"
+_hook: Hook | None = None
+
+
+def enter(phase: str) -> None:
+    """From now on, steps belong to that phase of the work."""
+    global _phase
+    _phase = phase
+
+
+def reach(request: str) -> None:
+    """Before a request to the kernel."""
+    if _hook is not None:
+        _hook(f"{_phase}/{request}")
+
+
+def on_step(hook: Hook | None) -> None:
+    """Let `hook` be called with the name of every step, before it."""
+    global _hook
+    _hook = hook
+
+
+def fault(plan: str) -> Hook:
+    """The hook that carries out `SIGNAL@STEP[:NTH]`. Raises ValueError, KeyError."""
+    name, _, step = plan.partition("@")
+    step, _, nth = step.partition(":")
+    number, due, seen = signal.Signals[f"SIG{name}"], int(nth or 1), Counter[str]()
+
+    def hook(reached: str) -> None:
+        seen[reached] += 1
+        if reached == step and seen[reached] == due:
+            os.kill(os.getpid(), number)
+
+    return hook
+
+
+if plan := os.environ.get("MTETOOL_FAULT"):
+    on_step(fault(plan))
