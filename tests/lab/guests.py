@@ -35,6 +35,7 @@ class Qemu:
     mte: bool = True
     memory: str = "256M"
     extra: str = ""
+    guest_options: str = ""
     pid: int = field(init=False)
 
     @property
@@ -52,7 +53,8 @@ class Qemu:
         machine = "virt,gic-version=3" + (",mte=on" if self.mte else "")
         options = (
             f"-M {machine} -accel kvm -cpu host -m {self.memory} -nodefaults -display none"
-            " -kernel /lab/Image -initrd /lab/guest.cpio -append 'console=ttyAMA0 quiet'"
+            " -kernel /lab/Image -initrd /lab/guest.cpio"
+            f" -append 'console=ttyAMA0 quiet {self.guest_options}'"
             f" -serial file:{self.console} -qmp unix:{self.qmp_path},server=on,wait=off"
             f" {'' if self.mte else '-preconfig'} {self.extra}"
         )

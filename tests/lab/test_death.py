@@ -116,3 +116,13 @@ def test_death_before_every_step_is_harmless(lab: Machine, exit_road: str) -> No
     # One mapping at most, however often it died: each run removes what the one before left.
     assert found["most_mappings_left"] <= 1
     assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]
+
+
+def test_vmm_that_dies_at_any_step_is_let_go_and_told_of(lab: Machine) -> None:
+    command = ["python3", "-m", "tests.lab.vmm_deaths"]
+    result = lab.run(command, timeout=400, env={"PYTHONPATH": "/opt/mtetool"}, check=True)
+    found = json.loads(result.stdout)
+    print(found)
+    assert found["stuck"] == []
+    assert found["statuses"] == {"4": found["deaths"]}
+    assert found["deaths"] > 50

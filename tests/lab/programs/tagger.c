@@ -7,7 +7,9 @@
  *   TAGGER ready                         the pattern is in place
  *   TAGGER check=N granules=G wrong=W data_wrong=D
  *
- * On the kernel's command line: tagger.mib=N (4), tagger.ipas=1 (all pages, not 16).
+ * On the kernel's command line: tagger.mib=N (4), tagger.ipas=1 (all pages, not 16),
+ * tagger.load=N: as many processes that check tagged memory of their own without a pause; what
+ * they find wrong counts as well.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -87,6 +89,43 @@ static void print_ipas(char *memory, size_t pages)
 	close(pagemap);
 }
 
+static void tag_all(char *memory, size_t granules)
+{
+	for (size_t i = 0; i < granules; i++)
+		set_tag(memory + i * GRANULE, expected(i));
+}
+
+static size_t count_wrong(char *memory, size_t granules)
+{
+	size_t wrong = 0;
+	for (size_t i = 0; i < granules; i++)
+		wrong += get_tag(memory + i * GRANULE) != expected(i);
+	return wrong;
+}
+
+static void be_load(volatile size_t *wrong)
+{
+	enum { SIZE = 1 << 20 };
+	char *memory = mmap(NULL, SIZE, PROT_READ | PROT_WRITE | PROT_MEMORY_TAGS,
+			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE | MAP_LOCKED, -1, 0);
+	if (memory == MAP_FAILED)
+		__atomic_fetch_add(wrong, 1, __ATOMIC_RELAXED);
+	else
+		tag_all(memory, SIZE / GRANULE);
+	for (;;)
+		__atomic_fetch_add(wrong, count_wrong(memory, SIZE / GRANULE), __ATOMIC_RELAXED);
+}
+
+static volatile size_t *start_load(long processes)
+{
+	volatile size_t *wrong = mmap(NULL, PAGE, PROT_READ | PROT_WRITE,
+				      MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	for (long i = 0; i < processes; i++)
+		if (fork() == 0)
+			be_load(wrong);
+	return wrong;
+}
+
 int main(void)
 {
 	set_up();
@@ -102,8 +141,7 @@ int main(void)
 		perror("TAGGER mmap");
 		pause_ms(1000000);
 	}
-	for (size_t i = 0; i < granules; i++)
-		set_tag(memory + i * GRANULE, expected(i));
+	tag_all(memory, granules);
 	/* Every other page stays all zero bytes: such pages travel as "zero" in a migration. */
 	for (size_t page = 0; page < pages; page += 2) {
 		char *at = memory + page * PAGE;
@@ -111,11 +149,10 @@ int main(void)
 	}
 	printf("TAGGER pages=%zu page_size=%d\n", pages, PAGE);
 	print_ipas(memory, pages);
+	volatile size_t *load_wrong = start_load(option("tagger.load=", 0));
 	puts("TAGGER ready");
 	for (unsigned long check = 1;; check++) {
-		size_t wrong = 0, data_wrong = 0;
-		for (size_t i = 0; i < granules; i++)
-			wrong += get_tag(memory + i * GRANULE) != expected(i);
+		size_t wrong = count_wrong(memory, granules) + *load_wrong, data_wrong = 0;
 		for (size_t page = 0; page < pages; page++)
 			data_wrong += *(uint64_t *)(memory + page * PAGE) != (page % 2 ? 0 : page + 1);
 		printf("TAGGER check=%lu granules=%zu wrong=%zu data_wrong=%zu\n", check, granules,

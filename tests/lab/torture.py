@@ -1,0 +1,193 @@
+"""Run in the lab: mtetool's commands started again and again on a VMM, and ended at bad moments.
+
+`python3 -m tests.lab.torture PID DEATHS SEED SNAPSHOT` prints a line of JSON for each thing that
+the VMM suffered and one, at the end, of what was done. Commands run in forked children, from
+main() on, so that thousands of deaths take minutes. One in two dies at a step drawn by lot (see
+`mtetool.attach.steps`), the others after a while drawn by lot: by SIGKILL, SIGTERM, SIGINT or
+SIGHUP, or by the closing of the pipe that they write to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+from mtetool.attach import steps
+from tests.lab.deaths import mappings, settled, state
+
+_SIGNALS = ("KILL", "KILL", "KILL", "TERM", "INT", "HUP", "PIPE")
+# Loaded once, before all children are forked.
+_LOADED = (
+    "mtetool.__main__",
+    "mtetool.cli.save",
+    "mtetool.cli.restore",
+    "mtetool.cli.enable",
+    "mtetool.backends.kvm",
+    "mtetool.flows.restore",
+    "mtetool.flows.save",
+)
+
+
+@dataclass
+class Command:
+    """A command line, the steps that it goes through, and how long it takes."""
+
+    words: list[str]
+    steps: list[tuple[str, int]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def commands(pid: int, snapshot: str) -> list[Command]:
+    """What is started on the VMM, all from its real command line."""
+    guest = f"kvm:{pid}"
+    lines = (
+        f"save {guest} -o /tmp/torture.out --force --range 0x40000000:64M",
+        f"save {guest} -o - --range 0x40000000:64M",
+        f"save {guest} -o /tmp/torture.out --force --freeze --range 0x40000000:64M",
+        f"restore {snapshot} {guest}",
+        f"enable {guest}",
+        "list",
+    )
+    return [Command(line.split()) for line in lines]
+
+
+def become(command: Command, out: int) -> None:
+    """Be the command, in a child; never comes back."""
+    from mtetool.__main__ import main
+
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(out, 1)
+    os.dup2(null, 2)
+    sys.argv = ["mtetool", *command.words]
+    status = 70
+    try:
+        status = main()
+    finally:
+        os._exit(status)
+
+
+def start(command: Command, hook: steps.Hook | None = None) -> tuple[int, int]:
+    """Start a command; its process, and the end of the pipe that its output comes out of."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        steps.on_step(hook)
+        become(command, writing)
+    os.close(writing)
+    return child, reading
+
+
+def drain(reading: int) -> None:
+    """Read a command's output to its end, as a good neighbour does."""
+    while os.read(reading, 1 << 16):
+        pass
+    os.close(reading)
+
+
+def learn(command: Command) -> None:
+    """Let the command run once, unharmed, and note its steps."""
+    listing, noting = os.pipe()
+    os.set_blocking(listing, False)
+    began = time.monotonic()
+    with open(noting, "wb", buffering=0) as note:  # noqa: PTH123 - a descriptor
+
+        def hook(name: str) -> None:
+            note.write(name.encode() + b"\n")
+
+        child, reading = start(command, hook)
+    text, done = b"", 0
+    while not done:
+        done, _ = os.waitpid(child, os.WNOHANG)
+        for fd in (listing, reading):
+            os.set_blocking(fd, False)
+            with suppress(BlockingIOError):
+                data = os.read(fd, 1 << 20)
+                text += data if fd == listing else b""
+        time.sleep(0.002)
+    command.seconds = time.monotonic() - began
+    with suppress(BlockingIOError):
+        while data := os.read(listing, 1 << 20):
+            text += data
+    for fd in (listing, reading):
+        os.close(fd)
+    seen = Counter[str]()
+    for name in text.decode().split():
+        seen[name] += 1
+        command.steps.append((name, seen[name]))
+
+
+def die(command: Command, chance: random.Random) -> tuple[str, str]:
+    """Start the command and end it badly; by which signal, and where ("time": by the clock)."""
+    name = chance.choice(_SIGNALS)
+    at_step = command.steps and chance.random() < 0.5 and name != "PIPE"
+    step, nth = _draw(command, chance) if at_step else ("time", 0)
+    hook = steps.fault(f"{name}@{step}:{nth}") if at_step else None
+    child, reading = start(command, hook)
+    if not at_step:
+        time.sleep(chance.uniform(0.0, 1.1) * command.seconds)
+    if name == "PIPE":
+        os.close(reading)
+    elif not at_step:
+        os.kill(child, signal.Signals[f"SIG{name}"])
+    if name != "PIPE":
+        drain(reading)
+    os.waitpid(child, 0)
+    return name, step
+
+
+def _draw(command: Command, chance: random.Random) -> tuple[str, int]:
+    # First the name, so that a step that comes once is drawn as often as one that comes always.
+    name = chance.choice(sorted({name for name, _ in command.steps}))
+    return chance.choice([step for step in command.steps if step[0] == name])
+
+
+def main() -> None:
+    """Do it."""
+    pid, deaths, seed, snapshot = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    chance = random.Random(seed)  # noqa: S311 - no secret
+    # Before the guest's busy vCPUs, as it would otherwise take hours.
+    os.nice(-15)
+    for module in _LOADED:
+        import_module(module)
+    kinds = commands(pid, snapshot)
+    for command in kinds:
+        learn(command)
+    before = state(pid)
+    by_signal, by_step, most_left = Counter[str](), Counter[str](), 0
+    for number in range(deaths):
+        command = chance.choice(kinds)
+        name, step = die(command, chance)
+        by_signal[name] += 1
+        by_step[step] += 1
+        if (after := settled(pid, before)) is not None:
+            harm = {"death": number, "command": command.words, "signal": name, "step": step}
+            print(json.dumps({"harmed": harm, "before": before, "after": after}), flush=True)
+            break
+        most_left = max(most_left, mappings(pid))
+    learn(kinds[0])  # what the last one left is removed by whatever attaches next
+    result = {
+        "deaths": sum(by_signal.values()),
+        "by_signal": by_signal,
+        "by_step": by_step,
+        "steps": sorted({step for command in kinds for step, _ in command.steps}),
+        "seconds": {" ".join(command.words[:1]): command.seconds for command in kinds},
+        "most_mappings_left": most_left,
+        "mappings_in_the_end": mappings(pid),
+        "files_left": [path.name for path in Path("/tmp").glob(".torture*")],
+    }
+    print(json.dumps({"done": result}))
+
+
+if __name__ == "__main__":
+    main()

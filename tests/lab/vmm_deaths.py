@@ -1,0 +1,91 @@
+"""Run in the lab: the VMM is killed before each step of an attach, a copy and a detach.
+
+`python3 -m tests.lab.vmm_deaths` prints, as JSON, how many VMMs died so, how mtetool ended each
+time, and where it or the dead VMM did not end within a time that is ample.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+
+from mtetool.attach import steps
+from mtetool.errors import GuestError
+from tests.lab.deaths import cycle
+
+_ENDS_SECONDS = 15.0
+
+
+def start_vmm() -> subprocess.Popen[bytes]:
+    """The VMM that does nothing, ready."""
+    words = ["/lab/testvmm", "0x40000000:0x100000"]
+    vmm = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert vmm.stdout
+    assert vmm.stdout.readline() == b"ready\n"
+    return vmm
+
+
+def child(pid: int, number: int) -> int:
+    """A cycle in which the VMM is killed at that step; 0: it got through, 4: refused in words."""
+    count = 0
+
+    def hook(_: str) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            os.kill(pid, signal.SIGKILL)
+
+    steps.on_step(hook)
+    try:
+        cycle(pid)
+    except GuestError:
+        return 4
+    # At the last steps nothing is left that could fail.
+    return 4 if count >= number else 0
+
+
+def ended(pid: int) -> int | None:
+    """The child's status, or None when it does not end; then it is killed."""
+    deadline = time.monotonic() + _ENDS_SECONDS
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def main() -> None:
+    """Kill a VMM at every step in turn."""
+    statuses: Counter[int] = Counter()
+    stuck: list[dict[str, object]] = []
+    for number in range(1, 10_000):
+        vmm = start_vmm()
+        pid = os.fork()
+        if pid == 0:
+            os._exit(child(vmm.pid, number))
+        # Nobody else waits for the VMM: it can only be reaped when mtetool lets it go.
+        status = ended(pid)
+        if status == 0:
+            vmm.kill()
+            vmm.wait()
+            break
+        if status is None:
+            stuck.append({"step": number, "who": "mtetool"})
+        else:
+            statuses[os.waitstatus_to_exitcode(status)] += 1
+        try:
+            vmm.wait(_ENDS_SECONDS)
+        except subprocess.TimeoutExpired:
+            stuck.append({"step": number, "who": "VMM"})
+    print(json.dumps({"deaths": number - 1, "statuses": statuses, "stuck": stuck}))
+
+
+if __name__ == "__main__":
+    main()
