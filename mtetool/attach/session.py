@@ -328,10 +328,12 @@ class Session:
             return
         # A process that ended took everything along; what stays, the next run removes.
         with suppress(OSError, GuestError):
-            if not helper.leave():
-                with _alone(self.pid), ExitStack() as stack:
-                    # It looks again whose it is: another run may have taken the place.
-                    _remove_leftovers(self._borrow(stack), helper.length)
+            try:
+                if not helper.aim_at_its_end():
+                    with _alone(self.pid), ExitStack() as stack:
+                        self._borrow(stack).syscall(_NR_MUNMAP, helper.base, helper.length)
+            finally:
+                helper.leave()
 
 
 @contextmanager
@@ -382,20 +384,27 @@ class _Helper:
         self._aim(number, args, home=self._gadgets.sigreturn)
         return run_call(self.tracee)[0]
 
-    def leave(self) -> bool:
-        """End the thread, and wait until it has ended. Whether its memory went with it."""
+    def aim_at_its_end(self) -> bool:
+        """Point the thread at what it does last. Whether that takes its memory along.
+
+        Without the C library's way to end a thread, it only ends, for which it needs no memory.
+        """
         steps.enter("leave")
-        if self._gadgets.exit is not None:
-            self._aim(_NR_MUNMAP, (self.base, self.length), home=self._gadgets.exit)
-        else:
+        if self._gadgets.exit is None:
             self._aim(_NR_EXIT, (0,), home=self._gadgets.sigreturn)
+            return False
+        self._aim(_NR_MUNMAP, (self.base, self.length), home=self._gadgets.exit)
+        return True
+
+    def leave(self) -> None:
+        """Let the thread end, and wait until it has."""
+        steps.enter("leave")
         self.tracee.detach()
         task = Path(f"/proc/{self.pid}/task/{self.tracee.tid}")
         deadline = time.monotonic() + _LEAVE_PATIENCE_SECONDS
-        # In a process that is stopped as a whole, it leaves when the process is continued.
+        # In a process that is stopped as a whole, it ends when the process is continued.
         while state_letter(task) not in "XTt" and time.monotonic() < deadline:
             time.sleep(0.0005)
-        return self._gadgets.exit is not None
 
     def _aim(self, number: int, args: tuple[int, ...], *, home: int) -> None:
         self.tracee.set_registers(

@@ -10,6 +10,14 @@ from tests.lab.machine import Machine
 
 _START_SECONDS = 120.0
 _CHECK = re.compile(rb"check=(\d+) granules=(\d+) wrong=(\d+) data_wrong=(\d+)\n")
+_BECOME = """
+import os, sys
+uid = int(sys.argv[1])
+os.setgroups([])
+os.setresgid(uid, uid, uid)
+os.setresuid(uid, uid, uid)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 _IPA = re.compile(rb"TAGGER ipa (\d+) (0x[0-9a-f]+)\n")
 
 
@@ -27,7 +35,8 @@ class Check:
 class Qemu:
     """A QEMU with the tagger guest in a lab machine, by its name.
 
-    `mte` gives it mte=on; without, it waits in -preconfig for `mtetool enable`.
+    `mte` gives it mte=on; without, it waits in -preconfig for `mtetool enable`. It runs as the
+    user `uid`, which gets /dev/kvm.
     """
 
     lab: Machine
@@ -36,6 +45,7 @@ class Qemu:
     memory: str = "256M"
     extra: str = ""
     guest_options: str = ""
+    uid: int = 0
     pid: int = field(init=False)
 
     @property
@@ -58,8 +68,13 @@ class Qemu:
             f" -serial file:{self.console} -qmp unix:{self.qmp_path},server=on,wait=off"
             f" {'' if self.mte else '-preconfig'} {self.extra}"
         )
+        become = ""
+        if self.uid:
+            self.lab.sh("chmod 666 /dev/kvm; chmod 1777 /tmp")
+            self.lab.put("/tmp/become.py", _BECOME.encode())
+            become = f"python3 /tmp/become.py {self.uid} "
         result = self.lab.sh(
-            f"qemu-system-aarch64 {options} >/tmp/{self.name}.out 2>&1 & echo $!;"
+            f"{become}qemu-system-aarch64 {options} >/tmp/{self.name}.out 2>&1 & echo $!;"
             f" until [ -S {self.qmp_path} ] || ! kill -0 $!; do sleep 0.02; done; kill -0 $!"
         )
         self.pid = int(result.stdout)

@@ -44,6 +44,8 @@ def test_torture(busy: Qemu) -> None:
         lines = _batch(busy, min(_BATCH, _DEATHS - first), seed)
         done = lines[-1]["done"]
         print(json.dumps(done), flush=True)
+        # What the commands do is what tests.lab.deaths dies in, step by step.
+        assert set(done["steps"]) <= set(done["steps_of_a_cycle"])
         assert len(lines) == 1, lines
         survived += done["deaths"]
         assert done["most_mappings_left"] <= 1

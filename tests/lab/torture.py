@@ -22,7 +22,7 @@ from importlib import import_module
 from pathlib import Path
 
 from mtetool.attach import steps
-from tests.lab.deaths import mappings, settled, state
+from tests.lab.deaths import mappings, names, settled, state
 
 _SIGNALS = ("KILL", "KILL", "KILL", "TERM", "INT", "HUP", "PIPE")
 # Loaded once, before all children are forked.
@@ -181,6 +181,7 @@ def main() -> None:
         "by_signal": by_signal,
         "by_step": by_step,
         "steps": sorted({step for command in kinds for step, _ in command.steps}),
+        "steps_of_a_cycle": sorted(set(names(pid))),
         "seconds": {" ".join(command.words[:1]): command.seconds for command in kinds},
         "most_mappings_left": most_left,
         "mappings_in_the_end": mappings(pid),

@@ -1,19 +1,29 @@
 /*
  * A VMM that does nothing: a VM with the memslots that its arguments name, for tests.
  *
- *   testvmm [--no-mte] [--vcpus N] [--memfd] IPA:SIZE[:ro] ...
+ *   testvmm [--no-mte] [--vcpus N] [--memfd] [--churn] [--allow CALLS] IPA:SIZE[:ro] ...
  *
  * It prints "ready" and lives until its standard input ends. Numbers as strtoull takes them.
+ * With --churn its main thread makes thread after thread meanwhile, and tells how many. With
+ * --allow a seccomp filter kills it at any other system call; the list is like 222,29:0x8030aeb4,
+ * a number after the colon being the only second argument that is allowed.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <linux/filter.h>
 #include <linux/kvm.h>
+#include <linux/seccomp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 static void need(int good, const char *what)
@@ -46,14 +56,77 @@ static void add_slot(int vm, unsigned slot, const char *argument, int memfd)
 	need(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region) == 0, argument);
 }
 
+static struct sock_filter code[256];
+static unsigned short length;
+
+static void add(unsigned short operation, unsigned k, unsigned char jt, unsigned char jf)
+{
+	code[length++] = (struct sock_filter){ operation, jt, jf, k };
+}
+
+static void allow(unsigned long call, const char *argument)
+{
+	unsigned skip = argument ? 3 : 1;
+	add(BPF_JMP | BPF_JEQ | BPF_K, call, 0, skip);
+	if (argument) {
+		add(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[1]), 0, 0);
+		add(BPF_JMP | BPF_JEQ | BPF_K, strtoul(argument, NULL, 0), 0, 1);
+	}
+	add(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
+	if (argument)
+		add(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr), 0, 0);
+}
+
+static void be_strict(char *calls)
+{
+	add(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr), 0, 0);
+	allow(__NR_read, NULL);
+	allow(__NR_write, NULL);
+	allow(__NR_exit_group, NULL);
+	for (char *word = strtok(calls, ","); word; word = strtok(NULL, ",")) {
+		char *colon = strchr(word, ':');
+		allow(strtoul(word, NULL, 0), colon ? colon + 1 : NULL);
+	}
+	add(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS, 0, 0);
+	struct sock_fprog program = { length, code };
+	need(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0, "PR_SET_NO_NEW_PRIVS");
+	need(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0, "PR_SET_SECCOMP");
+}
+
+static void *run_thread(void *argument)
+{
+	return argument;
+}
+
+/* Returns when standard input has ended. */
+static void make_threads(void)
+{
+	struct pollfd input = { .fd = 0, .events = POLLIN };
+	unsigned long threads = 0, wrong = 0;
+	char byte;
+	for (; poll(&input, 1, 0) == 0 || read(0, &byte, 1) > 0; threads++) {
+		pthread_t thread;
+		void *result = NULL;
+		if (pthread_create(&thread, NULL, run_thread, &byte) != 0 ||
+		    pthread_join(thread, &result) != 0 || result != &byte)
+			wrong++;
+	}
+	printf("threads=%lu wrong=%lu\n", threads, wrong);
+}
+
 int main(int argc, char **argv)
 {
-	int mte = 1, memfd = 0, vcpus = 0, at = 1;
+	int mte = 1, memfd = 0, vcpus = 0, churn = 0, at = 1;
+	char *calls = NULL;
 	for (; at < argc && argv[at][0] == '-'; at++) {
 		if (!strcmp(argv[at], "--no-mte"))
 			mte = 0;
 		else if (!strcmp(argv[at], "--memfd"))
 			memfd = 1;
+		else if (!strcmp(argv[at], "--churn"))
+			churn = 1;
+		else if (!strcmp(argv[at], "--allow") && at + 1 < argc)
+			calls = argv[++at];
 		else if (!strcmp(argv[at], "--vcpus") && at + 1 < argc)
 			vcpus = atoi(argv[++at]);
 	}
@@ -70,6 +143,10 @@ int main(int argc, char **argv)
 		need(ioctl(vm, KVM_CREATE_VCPU, i) >= 0, "KVM_CREATE_VCPU");
 	puts("ready");
 	fflush(stdout);
+	if (calls)
+		be_strict(calls);
+	if (churn)
+		make_threads();
 	char byte;
 	while (read(0, &byte, 1) > 0)
 		;

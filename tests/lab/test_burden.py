@@ -1,0 +1,130 @@
+"""What mtetool must not do to a VMM, whatever state it finds it in."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.lab.guests import Qemu, start_test_vmm
+from tests.lab.machine import Machine
+
+_SAVE = "mtetool save kvm:{pid} --memslot 0x40000000:1M -o /tmp/s --force"
+_CGROUP = """
+cd /sys/fs/cgroup; [ -e cgroup.procs ] || mount -t cgroup2 cgroup .; cd /sys/fs/cgroup
+echo +pids >cgroup.subtree_control; mkdir {pid}; cd {pid}; echo {pid} >cgroup.procs
+"""
+
+# Frozen vCPUs use no time; the main loop answers meanwhile; thawed, they run.
+_FREEZE = """
+import json, sys, time
+from pathlib import Path
+from mtetool.backends import GuestOptions, open_guest
+from mtetool.guest import Memslot
+pid = int(sys.argv[1])
+def used():
+    stats = [(t / "stat").read_text().rpartition(")")[2].split() for t in tasks]
+    return [int(s[11]) + int(s[12]) for s in stats]
+tasks = [t for t in Path(f"/proc/{pid}/task").iterdir() if "KVM" in (t / "comm").read_text()]
+slot = Memslot(0, 0x40000000, 1 << 20)
+with open_guest(f"kvm:{pid}", GuestOptions(memslots=(slot,))) as guest:
+    guest.freeze()
+    states = [(t / "stat").read_text().rpartition(")")[2].split()[0] for t in tasks]
+    main = (Path(f"/proc/{pid}/stat")).read_text().rpartition(")")[2].split()[0]
+    first = used()
+    time.sleep(0.5)
+    second = used()
+    seconds = guest.thaw()
+while used() == second:
+    time.sleep(0.01)
+print(json.dumps([len(tasks), states, main, first == second, seconds > 0.5]))
+"""
+
+
+def _threads(lab: Machine, pid: int) -> bytes:
+    script = f"for t in /proc/{pid}/task/*; do grep -E 'State|TracerPid|SigBlk' $t/status; done"
+    return lab.sh(script).stdout
+
+
+def _ours(lab: Machine, pid: int) -> bytes:
+    return lab.sh(f"grep -c ^6d74 /proc/{pid}/maps; true").stdout
+
+
+def test_stopped_vmm_is_saved_and_stays_stopped(lab: Machine) -> None:
+    pid = start_test_vmm(lab, "0x40000000:0x100000")
+    lab.sh(f"kill -STOP {pid}; until grep -q 'State:.T' /proc/{pid}/status; do sleep 0.01; done")
+    before = _threads(lab, pid)
+    lab.sh(_SAVE.format(pid=pid))
+    assert b"State:\tT" in before
+    assert b"State:\tT" in lab.sh(f"grep State /proc/{pid}/status").stdout
+    # The helper leaves when the VMM is continued, and takes its memory along.
+    lab.sh(f"kill -CONT {pid}; until ! grep -q ^6d74 /proc/{pid}/maps; do sleep 0.01; done")
+    assert lab.sh(f"ls /proc/{pid}/task | wc -l").stdout == b"1\n"
+    lab.sh(_SAVE.format(pid=pid))
+
+
+def test_frozen_vmm_is_given_up_and_goes_on_when_thawed(lab: Machine) -> None:
+    pid = start_test_vmm(lab, "0x40000000:0x100000")
+    before = _threads(lab, pid)
+    lab.sh(
+        _CGROUP.format(pid=pid)
+        + "echo 1 >cgroup.freeze; until grep -q 'frozen 1' cgroup.events; do sleep 0.01; done"
+    )
+    result = lab.run(_SAVE.format(pid=pid).split())
+    assert result.returncode == 4, result.stderr
+    assert b"did not answer" in result.stderr
+    lab.sh(
+        f"echo 0 >/sys/fs/cgroup/{pid}/cgroup.freeze;"
+        f" until [ $(ls /proc/{pid}/task | wc -l) = 1 ]; do sleep 0.01; done"
+    )
+    lab.sh(_SAVE.format(pid=pid))
+    assert (_threads(lab, pid), _ours(lab, pid)) == (before, b"0\n")
+
+
+def test_vmm_that_may_have_no_more_threads_is_refused_and_untouched(lab: Machine) -> None:
+    pid = start_test_vmm(lab, "0x40000000:0x100000")
+    before = _threads(lab, pid)
+    lab.sh(_CGROUP.format(pid=pid) + "echo 1 >pids.max")
+    result = lab.run(_SAVE.format(pid=pid).split())
+    assert result.returncode == 4
+    assert b"could not start a thread" in result.stderr
+    assert (_threads(lab, pid), _ours(lab, pid)) == (before, b"0\n")
+
+
+def test_threads_that_the_vmm_makes_meanwhile_are_left_alone(lab: Machine) -> None:
+    pid = start_test_vmm(lab, "--churn", "0x40000000:0x100000")
+    for _ in range(4):
+        lab.sh(_SAVE.format(pid=pid))
+    # The end of its input lets it tell how it fared.
+    lab.sh(
+        "for p in /proc/[0-9]*; do"
+        " [ \"$(tr '\\0' ' ' <$p/cmdline)\" = 'sleep 100000 ' ] && kill ${p#/proc/}; done;"
+        " until grep -q wrong= /tmp/vmm.out; do sleep 0.05; done"
+    )
+    found = re.fullmatch(r"ready\nthreads=(\d+) wrong=0\n", lab.get("/tmp/vmm.out").decode())
+    assert found, lab.get("/tmp/vmm.out")
+    assert int(found[1]) > 100
+
+
+@pytest.mark.parametrize("load", [0, 3])
+def test_frozen_vcpus_stand_still_and_run_on(lab: Machine, load: int) -> None:
+    guest = Qemu(lab, "g", extra="-smp 4", guest_options=f"tagger.load={load}").start()
+    guest.wait_for_checks()
+    lab.put("/tmp/freeze.py", _FREEZE.encode())
+    command = ["python3", "/tmp/freeze.py", str(guest.pid)]
+    result = lab.run(command, env={"PYTHONPATH": "/opt/mtetool"}, check=True)
+    n_vcpus, states, main, stood, timed = json.loads(result.stdout)
+    assert (n_vcpus, states, stood, timed) == (4, ["t"] * 4, True, True)
+    assert main != "t"
+    assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]
+
+
+def test_save_freeze_of_a_running_guest_is_consistent(lab: Machine) -> None:
+    guest = Qemu(lab, "g", extra="-smp 2").start()
+    guest.wait_for_checks()
+    words = ["mtetool", "save", f"kvm:{guest.pid}", "-o", "/tmp/s", "--freeze", "--json"]
+    saved = json.loads(lab.run(words, check=True).stdout)
+    assert saved["consistent"] is True
+    assert 0 < saved["frozen_seconds"] < saved["elapsed_seconds"]
+    assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]
