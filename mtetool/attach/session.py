@@ -260,11 +260,12 @@ class Session:
         self.borrowed_seconds = thread.seconds
         self._filters = thread.filters
 
-    def _borrow(self, stack: ExitStack) -> BorrowedThread:
-        """The first thread that can be borrowed safely, until the stack unwinds."""
+    def _borrow(self, stack: ExitStack, but: int = 0) -> BorrowedThread:
+        """The first thread (`but` one) that can be borrowed safely, until the stack unwinds."""
         first: AttachRefusedError | None = None
         calls = _needed_calls(_map_bytes(self.buffer_bytes), self._target.ioctls)
-        for tid in self._target.candidates()[:_MOST_CANDIDATES]:
+        candidates = [tid for tid in self._target.candidates() if tid != but]
+        for tid in candidates[:_MOST_CANDIDATES]:
             thread = BorrowedThread(self.pid, tid, calls, self._target.check)
             try:
                 return stack.enter_context(thread)
@@ -331,7 +332,8 @@ class Session:
             try:
                 if not helper.aim_at_its_end():
                     with _alone(self.pid), ExitStack() as stack:
-                        self._borrow(stack).syscall(_NR_MUNMAP, helper.base, helper.length)
+                        thread = self._borrow(stack, but=helper.tracee.tid)
+                        thread.syscall(_NR_MUNMAP, helper.base, helper.length)
             finally:
                 helper.leave()
 

@@ -107,6 +107,19 @@ def test_threads_that_the_vmm_makes_meanwhile_are_left_alone(lab: Machine) -> No
     assert int(found[1]) > 100
 
 
+def test_vcpu_that_is_the_only_thread_runs_on(lab: Machine) -> None:
+    pid = start_test_vmm(lab, "--run", "0x40000000:0x100000")
+    in_guest = f"grep -qE '^(running|29 0x[0-9a-f]* 0xae80 )' /proc/{pid}/syscall"
+    lab.sh(f"until {in_guest}; do sleep 0.01; done")
+    for _ in range(3):
+        lab.sh(_SAVE.format(pid=pid))
+        lab.sh(_SAVE.format(pid=pid) + " --freeze")
+    used = f"read -r line </proc/{pid}/stat; set -- ${{line##*)}}; echo ${{12}} ${{13}}"
+    lab.sh(f'a=$({used}); until [ "$({used})" != "$a" ]; do sleep 0.01; done; {in_guest}')
+    assert lab.sh(f"ls /proc/{pid}/task | wc -l").stdout == b"1\n"
+    assert _ours(lab, pid) == b"0\n"
+
+
 @pytest.mark.parametrize("load", [0, 3])
 def test_frozen_vcpus_stand_still_and_run_on(lab: Machine, load: int) -> None:
     guest = Qemu(lab, "g", extra="-smp 4", guest_options=f"tagger.load={load}").start()

@@ -1,14 +1,16 @@
 /*
  * A VMM that does nothing: a VM with the memslots that its arguments name, for tests.
  *
- *   testvmm [--no-mte] [--vcpus N] [--memfd] [--churn] [--allow CALLS] IPA:SIZE[:ro] ...
+ *   testvmm [--no-mte] [--vcpus N] [--memfd] [--churn] [--run] [--allow CALLS]
+ *           IPA:SIZE[:ro] ...
  *
  * It prints "ready" and lives until its standard input ends. Numbers as strtoull takes them.
  * With --churn its main thread makes thread after thread meanwhile, and tells how many. With
- * --allow a seccomp filter kills it at any other system call; the list is like 222,29:0x8030aeb4,
+ * --run the main thread is a vCPU, the only thread, in an endless loop of the guest. With --allow a seccomp filter kills it at any other system call; the list is like 222,29:0x8030aeb4,
  * a number after the colon being the only second argument that is allowed.
  */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <fcntl.h>
 #include <linux/filter.h>
 #include <linux/kvm.h>
@@ -46,6 +48,7 @@ static void add_slot(int vm, unsigned slot, const char *argument, int memfd)
 	int flags = memfd ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 	void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, fd, 0);
 	need(memory != MAP_FAILED, "mmap");
+	*(uint32_t *)memory = 0x14000000; /* b . */
 	struct kvm_userspace_memory_region region = {
 		.slot = slot,
 		.flags = readonly ? KVM_MEM_READONLY : 0,
@@ -54,6 +57,27 @@ static void add_slot(int vm, unsigned slot, const char *argument, int memfd)
 		.userspace_addr = (uintptr_t)memory,
 	};
 	need(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region) == 0, argument);
+}
+
+/* Never returns: the guest's one instruction, a branch to itself, is at `ipa`. */
+static void run_vcpu(int kvm, int vm, uint64_t ipa)
+{
+	struct kvm_vcpu_init init;
+	int vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
+	need(vcpu >= 0, "KVM_CREATE_VCPU");
+	size_t size = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+	struct kvm_run *run = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
+	need(run != MAP_FAILED, "kvm_run");
+	need(ioctl(vm, KVM_ARM_PREFERRED_TARGET, &init) == 0, "KVM_ARM_PREFERRED_TARGET");
+	need(ioctl(vcpu, KVM_ARM_VCPU_INIT, &init) == 0, "KVM_ARM_VCPU_INIT");
+	struct kvm_one_reg pc = {
+		.id = KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_CORE |
+		      KVM_REG_ARM_CORE_REG(regs.pc),
+		.addr = (uintptr_t)&ipa,
+	};
+	need(ioctl(vcpu, KVM_SET_ONE_REG, &pc) == 0, "KVM_SET_ONE_REG");
+	for (;;)
+		need(ioctl(vcpu, KVM_RUN, 0) == 0 || errno == EINTR, "KVM_RUN");
 }
 
 static struct sock_filter code[256];
@@ -116,7 +140,7 @@ static void make_threads(void)
 
 int main(int argc, char **argv)
 {
-	int mte = 1, memfd = 0, vcpus = 0, churn = 0, at = 1;
+	int mte = 1, memfd = 0, vcpus = 0, churn = 0, run = 0, at = 1;
 	char *calls = NULL;
 	for (; at < argc && argv[at][0] == '-'; at++) {
 		if (!strcmp(argv[at], "--no-mte"))
@@ -125,6 +149,8 @@ int main(int argc, char **argv)
 			memfd = 1;
 		else if (!strcmp(argv[at], "--churn"))
 			churn = 1;
+		else if (!strcmp(argv[at], "--run"))
+			run = 1;
 		else if (!strcmp(argv[at], "--allow") && at + 1 < argc)
 			calls = argv[++at];
 		else if (!strcmp(argv[at], "--vcpus") && at + 1 < argc)
@@ -145,6 +171,8 @@ int main(int argc, char **argv)
 	fflush(stdout);
 	if (calls)
 		be_strict(calls);
+	if (run)
+		run_vcpu(kvm, vm, strtoull(argv[argc - 1], NULL, 0));
 	if (churn)
 		make_threads();
 	char byte;
