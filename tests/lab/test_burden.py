@@ -11,6 +11,37 @@ from tests.lab.guests import Qemu, start_test_vmm
 from tests.lab.machine import Machine
 
 _SAVE = "mtetool save kvm:{pid} --memslot 0x40000000:1M -o /tmp/s --force"
+# The VMM ends, and another one gets its PID, between the look at it and the attach.
+_REUSE = """
+import os, sys, time
+from pathlib import Path
+from mtetool.backends import GuestOptions, open_guest
+from mtetool.errors import MtetoolError
+from mtetool.guest import Memslot
+import subprocess
+def start(number):
+    Path("/proc/sys/kernel/ns_last_pid").write_text(str(number - 1))
+    words = ["/lab/testvmm", "0x40000000:0x100000"]
+    vmm = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert vmm.stdout.readline() == b"ready\\n"
+    assert vmm.pid == number
+    return vmm
+first = start(20000)
+guest = open_guest("kvm:20000", GuestOptions(memslots=(Memslot(0, 0x40000000, 1 << 20),)))
+first.kill()
+first.wait()
+time.sleep(0.05)  # a start time is counted in hundredths of a second
+second = start(20000)
+before = Path("/proc/20000/maps").read_text()
+try:
+    guest.info()
+except MtetoolError as error:
+    print(error.id, error.message)
+guest.close()
+assert Path("/proc/20000/maps").read_text() == before
+assert "TracerPid:\\t0" in Path("/proc/20000/status").read_text()
+second.kill()
+"""
 _CGROUP = """
 cd /sys/fs/cgroup; [ -e cgroup.procs ] || mount -t cgroup2 cgroup .; cd /sys/fs/cgroup
 echo +pids >cgroup.subtree_control; mkdir {pid}; cd {pid}; echo {pid} >cgroup.procs
@@ -141,3 +172,11 @@ def test_save_freeze_of_a_running_guest_is_consistent(lab: Machine) -> None:
     assert saved["consistent"] is True
     assert 0 < saved["frozen_seconds"] < saved["elapsed_seconds"]
     assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]
+
+
+def test_pid_that_changes_hands_before_the_attach_is_noticed(lab: Machine) -> None:
+    lab.put("/tmp/reuse.py", _REUSE.encode())
+    command = ["python3", "/tmp/reuse.py"]
+    result = lab.run(command, env={"PYTHONPATH": "/opt/mtetool"}, check=True)
+    assert b"no-such-process" in result.stdout
+    assert b"another one has its PID now" in result.stdout
