@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 
 from tests.lab.guests import Qemu
 from tests.lab.machine import Machine
@@ -33,10 +34,27 @@ print(json.dumps(rows))
 """
 
 
+# The command itself, from the start of its process to the first ioctl of its helper.
+_FIRST = """
+import os, sys, time
+from pathlib import Path
+from mtetool.attach import steps
+def hook(name):
+    if name == "call/syscall":
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        now = float(Path("/proc/uptime").read_text().split()[0])
+        print(now - ticks / os.sysconf("SC_CLK_TCK"), file=sys.stderr)
+        steps.on_step(None)
+steps.on_step(hook)
+from mtetool.__main__ import main
+sys.exit(main())
+"""
+
+
 def main() -> None:
     """Boot, measure, print a table."""
     with Machine() as lab:
-        print(f"{'boot to first command':44} {lab.boot_seconds:8.2f} s")
+        print(f"{'boot to first command':46} {lab.boot_seconds:8.2f} s")
         guest = Qemu(lab, "guest").start()
         guest.wait_for_checks()
         guest.qmp("stop")
@@ -50,13 +68,25 @@ def main() -> None:
             "write 256 MiB of guest tags (4 ioctls)",
         )
         for name, column in zip(names, zip(*rows, strict=True), strict=True):
-            middle, worst = statistics.median(column), max(column)
-            print(f"{name:44} {middle:8.3f} s   worst {worst:.3f} s")
-        for name, words in (
+            _row(name, column)
+        words = ["save", f"kvm:{guest.pid}", "-o", "/tmp/s", "--force", "--quiet"]
+        first = [
+            float(lab.run(["python3", "-c", _FIRST, *words], env=env, check=True).stderr)
+            for _ in range(5)
+        ]
+        _row("start of the command to its first ioctl", first)
+        guest.qmp("cont")
+        frozen = [
+            json.loads(lab.run(["mtetool", *words, "--freeze", "--json"]).stdout)["frozen_seconds"]
+            for _ in range(5)
+        ]
+        _row("save --freeze, 256 MiB and flash: vCPUs still", frozen)
+        guest.qmp("stop")
+        for name, line in (
             ("save, 256 MiB and flash, whole command", f"save kvm:{guest.pid} -o /tmp/s --force"),
             ("restore with read-back, whole command", f"restore /tmp/s kvm:{guest.pid}"),
         ):
-            _time(lab, name, words)
+            _time(lab, name, line)
 
 
 def _time(lab: Machine, name: str, words: str) -> None:
@@ -66,7 +96,11 @@ def _time(lab: Machine, name: str, words: str) -> None:
         before = float(lab.sh("cat /proc/uptime").stdout.split()[0])
         after = float(lab.sh(script, timeout=300).stdout.split()[0])
         seconds.append(after - before)
-    print(f"{name:44} {statistics.median(seconds):8.2f} s   worst {max(seconds):.2f} s")
+    _row(name, seconds)
+
+
+def _row(name: str, seconds: Sequence[float]) -> None:
+    print(f"{name:46} {statistics.median(seconds):8.3f} s   worst {max(seconds):.3f} s", flush=True)
 
 
 if __name__ == "__main__":
