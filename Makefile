@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/sh
 
-.PHONY: help deps venv lab demo check test test-fast migration bench-lab clean
+.PHONY: help deps venv lab demo check test test-fast migration torture bench-lab clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -44,6 +44,9 @@ test-fast: venv ## the tests that need no lab
 
 migration: deps venv ## the acceptance test: a guest moves between two QEMUs with its tags
 	$(BIN)/python -m pytest tests/lab -k migration
+
+torture: deps venv ## a thousand deaths of mtetool on a busy VMM (half an hour)
+	MTETOOL_DEATHS=1000 $(BIN)/python -m pytest -s tests/lab/test_torture.py
 
 bench-lab: deps venv ## what attaching, saving and restoring cost in the lab
 	$(BIN)/python -m tests.bench.lab

@@ -14,6 +14,8 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 
+from mtetool.errors import UsageError
+
 Hook = Callable[[str], None]
 
 _phase = "attach"
@@ -39,10 +41,17 @@ def on_step(hook: Hook | None) -> None:
 
 
 def fault(plan: str) -> Hook:
-    """The hook that carries out `SIGNAL@STEP[:NTH]`. Raises ValueError, KeyError."""
+    """The hook that carries out `SIGNAL@STEP[:NTH]`. Raises UsageError."""
     name, _, step = plan.partition("@")
     step, _, nth = step.partition(":")
-    number, due, seen = signal.Signals[f"SIG{name}"], int(nth or 1), Counter[str]()
+    try:
+        number, due = signal.Signals[f"SIG{name}"], int(nth or 1)
+    except (KeyError, ValueError):
+        raise UsageError(
+            f"MTETOOL_FAULT={plan} is not of the form SIGNAL@STEP:NTH",
+            hint="it is for mtetool's own tests; unset it",
+        ) from None
+    seen = Counter[str]()
 
     def hook(reached: str) -> None:
         seen[reached] += 1

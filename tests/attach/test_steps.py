@@ -1,0 +1,35 @@
+"""Named steps, and the faults that tests let happen at them."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from mtetool.attach import steps
+from mtetool.errors import UsageError
+
+
+def test_fault_comes_at_the_nth_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda _, number: sent.append(number))
+    steps.on_step(steps.fault("TERM@home/setregset:2"))
+    told = []
+    try:
+        steps.enter("home")
+        for request in ("setregset", "cont", "setregset", "setregset"):
+            steps.reach(request)
+            told.append(list(sent))
+    finally:
+        steps.on_step(None)
+    assert told == [[], [], [signal.SIGTERM], [signal.SIGTERM]]
+
+
+@pytest.mark.parametrize("plan", ["KILL", "@", "WHAT@borrow/seize", "KILL@borrow/seize:x"])
+def test_fault_that_makes_no_sense(plan: str) -> None:
+    if plan == "KILL":  # at a step without a name, which never comes
+        steps.fault(plan)
+    else:
+        with pytest.raises(UsageError, match="MTETOOL_FAULT"):
+            steps.fault(plan)
