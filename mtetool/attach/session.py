@@ -208,6 +208,7 @@ class Session:
         self, copy: Callable[[int, int, NDArray[np.uint8]], None], data: NDArray[np.uint8]
     ) -> None:
         address = self.buffer_address
+        steps.enter("call")
         try:
             copy(self.pid, address, data)
         except OSError as error:
