@@ -35,6 +35,15 @@ KVM_ENABLE_CAP_STRUCT = struct.Struct("<II4Q64x")
 # The header says _IOW of the struct: 0x4068aea3.
 KVM_ENABLE_CAP = ioc(_IOC_WRITE, KVMIO, 0xA3, KVM_ENABLE_CAP_STRUCT.size)
 
+KVM_USERSPACE_MEMORY_REGION_STRUCT = struct.Struct("<IIQQQ")
+"""struct kvm_userspace_memory_region: slot, flags, guest_phys_addr, memory_size, userspace_addr."""
+KVM_SET_USER_MEMORY_REGION = ioc(_IOC_WRITE, KVMIO, 0x46, KVM_USERSPACE_MEMORY_REGION_STRUCT.size)
+KVM_MEM_READONLY = 1 << 1
+# The largest memslot, include/linux/kvm_host.h: KVM_MEM_MAX_NR_PAGES.
+MEMSLOT_PAGES_MAX = (1 << 31) - 1
+# arch/arm64/include/asm/kvm_host.h: KVM_USER_MEM_SLOTS; ids are below it.
+MEMSLOTS_MAX = (1 << 15) - 1
+
 # --- KVM on arm64: arch/arm64/include/uapi/asm/kvm.h --------------------------------------
 KVM_ARM_COPY_MTE_TAGS_STRUCT = struct.Struct("<QQQQ16x")
 """struct kvm_arm_copy_mte_tags: guest_ipa, length, addr, flags, reserved[2]; 48 bytes."""
@@ -50,6 +59,11 @@ COPY_LENGTH_MAX = (1 << 31) - 1
 def enable_cap(cap: int) -> bytes:
     """The argument of KVM_ENABLE_CAP for a capability without arguments."""
     return KVM_ENABLE_CAP_STRUCT.pack(cap, 0, 0, 0, 0, 0)
+
+
+def memory_region(slot: int, flags: int, ipa: int, size: int, hva: int) -> bytes:
+    """The argument of KVM_SET_USER_MEMORY_REGION."""
+    return KVM_USERSPACE_MEMORY_REGION_STRUCT.pack(slot, flags, ipa, size, hva)
 
 
 def copy_mte_tags(guest_ipa: int, length: int, addr: int, flags: int) -> bytes:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Self
 
 from mtetool import uapi
 from mtetool.attach.session import PAGE_BYTES, Session, Target
+from mtetool.backends.asking import memslots_of
 from mtetool.backends.vcpus import hold_vcpus
 from mtetool.errors import (
+    GuestError,
     GuestLostError,
     LayoutUnknownError,
     MisalignedError,
@@ -55,7 +57,7 @@ def open_kvm(rest: str, options: GuestOptions) -> KvmGuest:
     if not pid_text.isdecimal() or (colon and not fd_text.isdecimal()):
         raise SourceError(
             f"kvm:{rest} is not of the form kvm:PID or kvm:PID:FD",
-            hint="look for the VMM with: pgrep -a qemu",
+            hint="look for the VMM with: mtetool list",
         )
     _check_told(options.memslots)
     process = proc.find(int(pid_text))
@@ -73,6 +75,8 @@ class KvmGuest:
         self._options = options
         self._session: Session | None = None
         self._monitor: qemu.Monitor | None = None
+        self._silent: LayoutUnknownError | None = None
+        self._slots: tuple[Memslot, ...] | None = None
         self._mte: bool | None = None
         self._frozen_since: float | None = None
         self._requests = [uapi.KVM_ARM_MTE_COPY_TAGS]
@@ -85,12 +89,32 @@ class KvmGuest:
 
     def info(self) -> GuestInfo:
         """The VM; attaches, to ask the kernel whether MTE is on."""
-        slots = self._options.memslots or self._ask_monitor().memslots()
+        slots = self._memslots()
+        return self._described(self._mte_is_on(), slots)
+
+    def glance(self, *, attach: bool) -> tuple[GuestInfo, GuestError | None]:
+        """As `info`, with None and () for what cannot be learnt, and the reason for that.
+
+        Without `attach` only the monitor is asked, and what everybody may know.
+        """
+        mte: bool | None = None
+        slots: tuple[Memslot, ...] = ()
+        reason: GuestError | None = None
+        try:
+            mte = self._mte_is_on() if attach else None
+            slots = self._memslots() if mte else self._ask_monitor().memslots()
+        except LayoutUnknownError as error:
+            reason = error if mte else None
+        except GuestError as error:
+            reason = error
+        return self._described(mte, slots), reason
+
+    def _described(self, mte: bool | None, slots: tuple[Memslot, ...]) -> GuestInfo:
         return GuestInfo(
             source=f"kvm:{self._process.pid}:{self._fd}",
-            mte=self._mte_is_on(),
+            mte=mte,
             page_size_bytes=self.page_size_bytes,
-            memslots=tuple(slots),
+            memslots=slots,
             vmm=self._process.program,
             name=self._name(),
             pid=self._process.pid,
@@ -245,23 +269,43 @@ class KvmGuest:
             self._mte = result == 0
         return self._mte
 
+    def _memslots(self) -> tuple[Memslot, ...]:
+        """As told by hand, or by the monitor, or by the kernel; in this order."""
+        if self._options.memslots:
+            return self._options.memslots
+        if self._slots is None:
+            try:
+                self._slots = self._ask_monitor().memslots()
+            except LayoutUnknownError:
+                if self._options.qmp or not self._mte_is_on():
+                    raise
+                self._slots = memslots_of(self._attached(), self._fd)
+        return self._slots
+
     def _ask_monitor(self) -> qemu.Monitor:
+        """The monitor; one that did not answer once is not asked again."""
+        if self._silent is not None:
+            raise self._silent
         if self._monitor is None:
             path = self._options.qmp or qemu.find_monitor(self._process.pid)
-            if path is None:
-                raise LayoutUnknownError(
-                    f"process {self._process.pid} ({self._process.program}) has no QMP monitor on"
-                    " a unix socket that could tell its memory layout",
-                    hint="name the memory by hand: --memslot IPA:SIZE (repeatable)",
-                )
-            self._monitor = self._stack.enter_context(qemu.Monitor(path))
+            try:
+                if path is None:
+                    raise LayoutUnknownError(
+                        f"process {self._process.pid} ({self._process.program}) has no QMP monitor"
+                        " on a unix socket that could tell its memory layout",
+                        hint="name the memory by hand: --memslot IPA:SIZE (repeatable)",
+                    )
+                self._monitor = self._stack.enter_context(qemu.Monitor(path))
+            except LayoutUnknownError as error:
+                self._silent = error
+                raise
         return self._monitor
 
     def _name(self) -> str | None:
         try:
             return self._ask_monitor().name()
         except LayoutUnknownError:
-            return None
+            return qemu.name_of(self._process.pid)
 
 
 def _check_told(memslots: tuple[Memslot, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,6 +46,35 @@ def find(pid: int) -> VmmProcess:
     vm_fds = sorted(fd for fd, link in links.items() if link == _VM_LINK)
     vcpus = len({link for link in links.values() if link.startswith(_VCPU_LINK)})
     return VmmProcess(pid, start_time(pid), _program(pid), tuple(vm_fds), vcpus)
+
+
+def find_all() -> tuple[list[VmmProcess], int]:
+    """All processes that have a VM, by PID; and how many could not be looked at."""
+    found, unseen = [], 0
+    for path in Path("/proc").iterdir():
+        if not path.name.isdecimal():
+            continue
+        try:
+            process = find(int(path.name))
+        except PermissionRefusedError:
+            unseen += 1
+        except (NoSuchProcessError, NotAVmmError):
+            continue  # it ended meanwhile
+        else:
+            found += [process] if process.vm_fds else []
+    return sorted(found, key=lambda process: process.pid), unseen
+
+
+def owner(pid: int) -> str | None:
+    """The user that the process runs as, by name where the user has one; None: it is gone."""
+    try:
+        uid = Path(f"/proc/{pid}").stat().st_uid
+    except OSError:
+        return None
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def choose_vm(process: VmmProcess, fd: int | None) -> int:
@@ -200,7 +230,7 @@ def _check_is_process(pid: int) -> None:
 
 def _no_process(pid: int) -> NoSuchProcessError:
     return NoSuchProcessError(
-        f"there is no process {pid}", hint="look for the VMM with: pgrep -a qemu", pid=pid
+        f"there is no process {pid}", hint="look for the VMM with: mtetool list", pid=pid
     )
 
 

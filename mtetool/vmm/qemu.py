@@ -19,6 +19,7 @@ from mtetool.guest import Memslot, SlotKind
 from mtetool.vmm import proc
 
 # A monitor that somebody else holds accepts the connection and says nothing.
+_GREETING_SECONDS = 4.0
 _TIMEOUT_SECONDS = 20.0
 
 # "  0000000040000000-000000007fffffff (prio 0, ram): mach-virt.ram KVM", offsets as "@0000…".
@@ -44,12 +45,13 @@ class Monitor:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(_TIMEOUT_SECONDS)
+        self._socket.settimeout(_GREETING_SECONDS)
         try:
             self._socket.connect(_short_path(path))
             self._file = self._socket.makefile("rb")
             if "QMP" not in self._receive():
                 raise self._silent("it is not a QMP monitor")
+            self._socket.settimeout(_TIMEOUT_SECONDS)
             self.execute("qmp_capabilities")
         except OSError as error:
             self._socket.close()
@@ -160,6 +162,17 @@ def find_monitor(pid: int) -> Path | None:
     if not monitors:
         return None
     return Path(f"/proc/{pid}/cwd") / monitors[0] if monitors[0][:1] != "/" else Path(monitors[0])
+
+
+def name_of(pid: int) -> str | None:
+    """The guest's name on a QEMU's command line, `-name NAME` or `-name guest=NAME`, or None."""
+    for option, value in itertools.pairwise(proc.command_line(pid)):
+        if option in ("-name", "--name"):
+            fields = [field.partition("=") for field in value.split(",")]
+            named = [after for key, equals, after in fields if key == "guest" and equals]
+            bare = [key for key, equals, _ in fields[:1] if not equals]
+            return next(iter(named + bare), None) or None
+    return None
 
 
 def _short_path(path: Path) -> str:

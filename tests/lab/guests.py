@@ -68,13 +68,9 @@ class Qemu:
             f" -serial file:{self.console} -qmp unix:{self.qmp_path},server=on,wait=off"
             f" {'' if self.mte else '-preconfig'} {self.extra}"
         )
-        become = ""
-        if self.uid:
-            self.lab.sh("chmod 666 /dev/kvm; chmod 1777 /tmp")
-            self.lab.put("/tmp/become.py", _BECOME.encode())
-            become = f"python3 /tmp/become.py {self.uid} "
+        command = " ".join(as_user(self.lab, self.uid, "qemu-system-aarch64"))
         result = self.lab.sh(
-            f"{become}qemu-system-aarch64 {options} >/tmp/{self.name}.out 2>&1 & echo $!;"
+            f"{command} {options} >/tmp/{self.name}.out 2>&1 & echo $!;"
             f" until [ -S {self.qmp_path} ] || ! kill -0 $!; do sleep 0.02; done; kill -0 $!"
         )
         self.pid = int(result.stdout)
@@ -107,6 +103,15 @@ class Qemu:
     def ipas(self) -> dict[int, int]:
         """Guest physical addresses of tagged pages, by the page's number."""
         return {int(page): int(ipa, 16) for page, ipa in _IPA.findall(self.output())}
+
+
+def as_user(lab: Machine, uid: int, *words: str) -> list[str]:
+    """The command line that becomes that user, who may use /dev/kvm, and then `words`."""
+    if not uid:
+        return list(words)
+    lab.sh("chmod 666 /dev/kvm; chmod 1777 /tmp")
+    lab.put("/tmp/become.py", _BECOME.encode())
+    return ["python3", "/tmp/become.py", str(uid), *words]
 
 
 _KILL_VMMS = """

@@ -1,0 +1,75 @@
+"""`mtetool list`: the VMs of this host."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mtetool.cli.options import report_option
+from mtetool.cli.ranges import size
+from mtetool.cli.render import describe_guest, print_json, say, table, warn
+
+if TYPE_CHECKING:
+    from mtetool.backends.vms import ListedVm
+
+_MTE = {True: "on", False: "off", None: "unknown"}
+
+
+@click.command("list")
+@click.option("--no-attach", is_flag=True, help="Attach to no VMM: say only what /proc shows.")
+@click.option("-q", "--quiet", is_flag=True, help="No warnings on standard error.")
+@report_option
+def command(no_attach: bool, quiet: bool, output: str) -> int:
+    """List the VMs of this host: PID, VMM, name, vCPUs, memory, MTE, state, owner.
+
+    Each VMM is attached to for a moment, to ask the kernel whether MTE is on. What cannot be
+    learnt is shown as unknown, and why is told on standard error.
+    """
+    from mtetool.backends.vms import list_vms
+
+    listing = list_vms(attach=not no_attach)
+    if not quiet:
+        for vm in listing.vms:
+            if vm.reason is not None:
+                warn(f"{vm.info.source}: {vm.reason.message}")
+        if listing.n_unseen:
+            warn(
+                f"{listing.n_unseen} processes of other users could not be looked at, and may be"
+                " VMMs; run as root to see them"
+            )
+    if output == "json":
+        vms = [_document(vm) for vm in listing.vms]
+        unseen = {"unseen_processes": listing.n_unseen}
+        print_json({"schema": "mtetool.list/1", "vms": vms, **unseen})
+        return 0
+    header = ("GUEST", "VMM", "NAME", "VCPUS", "MEMORY", "MTE", "STATE", "OWNER")
+    say(table(header, (_row(vm) for vm in listing.vms), right=("VCPUS",)))
+    return 0
+
+
+def _row(vm: ListedVm) -> tuple[object, ...]:
+    memory = vm.memory_bytes
+    return (
+        vm.info.source,
+        vm.info.vmm,
+        vm.info.name,
+        vm.info.vcpus,
+        None if memory is None else size(memory),
+        _MTE[vm.info.mte],
+        vm.state,
+        vm.owner,
+    )
+
+
+def _document(vm: ListedVm) -> dict[str, Any]:
+    reason = vm.reason
+    return {
+        **describe_guest(vm.info),
+        "name": vm.info.name,
+        "fd": vm.fd,
+        "memory_bytes": vm.memory_bytes,
+        "state": vm.state,
+        "owner": vm.owner,
+        "reason": None if reason is None else {"error": reason.id, "message": reason.message},
+    }

@@ -1,0 +1,110 @@
+"""Where a guest has memory, from answers to one question: does anything overlap this range?
+
+KVM tells nobody its memslots, but refuses a new one that overlaps another. Pure: the question
+is a function. Where a covered range starts is found exactly, and all between the ranges found is
+known to be free. A hole inside a range can only be noticed by a question about that very page;
+such questions are asked at the places where memslots end: behind as much memory as some mapping
+of the VMM has, at powers of two, at every page of a small range and at even distances in a large
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+# Up to so many pages, each is asked for; of more, so many.
+_EVERY_PAGE = 128
+_SAMPLES = 48
+
+
+class Answer(Enum):
+    """What the kernel says to a range."""
+
+    TAKEN = "a memslot overlaps it"
+    FREE = "none does"
+    BEYOND = "none does, and it reaches beyond the guest's address space"
+
+
+Ask = Callable[[int, int], Answer]
+
+
+@dataclass(frozen=True, slots=True)
+class Prober:
+    """Finds what is covered. `ask` takes an address and a size, both whole pages.
+
+    `piece_bytes` is the largest range that can be asked for. `hints` are sizes that memslots may
+    have, those of the VMM's mappings.
+    """
+
+    ask: Ask
+    page_bytes: int
+    piece_bytes: int
+    hints: Iterable[int] = ()
+
+    def covered(self) -> list[tuple[int, int]]:
+        """The ranges that are covered, as (first address, address behind), in their order.
+
+        Memslots that touch come as one.
+        """
+        found: list[tuple[int, int]] = []
+        at = 0
+        while (start := self._first_taken(at)) is not None:
+            at = self._end_of(start)
+            if found and found[-1][1] == start:
+                start = found.pop()[0]
+            found.append((start, at))
+        return found
+
+    def _first_taken(self, at: int) -> int | None:
+        """The first page from `at` on that is taken; None when there is none."""
+        while (answer := self.ask(at, self.piece_bytes)) is not Answer.TAKEN:
+            if answer is Answer.BEYOND:
+                return None
+            at += self.piece_bytes
+        # Within the piece, "anything up to here" only ever turns from no to yes.
+        low, high = 0, self.piece_bytes // self.page_bytes
+        while high - low > 1:
+            middle = (low + high) // 2
+            taken = self.ask(at, middle * self.page_bytes) is Answer.TAKEN
+            low, high = (low, middle) if taken else (middle, high)
+        return at + low * self.page_bytes
+
+    def _end_of(self, start: int) -> int:
+        """The end of the range that starts there, as far as questions are asked."""
+        end = self._fall(start, self._likely_ends())
+        while True:
+            shorter = self._fall(start, self._checks((end - start) // self.page_bytes))
+            if shorter >= end:
+                return end
+            end = shorter
+
+    def _fall(self, start: int, offsets: Iterable[int]) -> int:
+        """The end of memory between the last page of `offsets` (in pages) taken and the first not.
+
+        Where all are taken, the page behind the last.
+        """
+        low = 0
+        for high in offsets:
+            if not self._taken(start, high):
+                break
+            low = high
+        else:
+            return start + (low + 1) * self.page_bytes
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._taken(start, middle) else (low, middle)
+        return start + high * self.page_bytes
+
+    def _taken(self, start: int, page: int) -> bool:
+        return self.ask(start + page * self.page_bytes, self.page_bytes) is Answer.TAKEN
+
+    def _likely_ends(self) -> list[int]:
+        """In pages; the last is behind any address space (2^52 bytes)."""
+        hinted = {hint // self.page_bytes for hint in self.hints}
+        return sorted((hinted | {1 << bit for bit in range(41)}) - {0})
+
+    def _checks(self, n_pages: int) -> list[int]:
+        step = 1 if n_pages <= _EVERY_PAGE else n_pages // _SAMPLES
+        return [*range(step, n_pages - 1, step), *([n_pages - 1] if n_pages > 1 else [])]

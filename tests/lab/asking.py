@@ -1,0 +1,87 @@
+"""Run in the lab: the memslots of a VM, learnt from the kernel, and what learning them cost.
+
+`python3 -m tests.lab.asking PID [QMP]` prints JSON: the ranges found, those that QEMU's monitor
+tells (touching ones joined), the number of questions, the time, and the memory that the VMM, which
+must be idle, had before and after.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from mtetool.attach.session import Session
+from mtetool.backends import GuestOptions, asking
+from mtetool.backends.kvm import open_kvm
+from mtetool.guest import Memslot
+from mtetool.vmm.qemu import Monitor
+
+
+def resident(pid: int) -> list[str]:
+    """What the process has in memory, and its memfds, of which holes must stay holes."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    rss = [line for line in lines if line.startswith(("Rss:", "Swap:"))]
+    fds = Path(f"/proc/{pid}/fd").iterdir()
+    blocks = [fd.stat().st_blocks for fd in fds if "memfd:" in str(fd.readlink())]
+    return [*rss, f"memfd blocks {sum(blocks)}"]
+
+
+def settled(pid: int) -> list[str]:
+    """The same, once it has stopped changing by itself."""
+    before = resident(pid)
+    while True:
+        time.sleep(0.3)
+        now = resident(pid)
+        if now == before:
+            return now
+        before = now
+
+
+def joined(slots: tuple[Memslot, ...]) -> list[tuple[int, int]]:
+    """Slots as (start, end), those that touch as one."""
+    found: list[tuple[int, int]] = []
+    for slot in slots:
+        start = found.pop()[0] if found and found[-1][1] == slot.ipa else slot.ipa
+        found.append((start, slot.end))
+    return found
+
+
+def main() -> None:
+    """Ask."""
+    pid = int(sys.argv[1])
+    told = None
+    if len(sys.argv) > 2:
+        with Monitor(Path(sys.argv[2])) as monitor:
+            told = joined(monitor.memslots())
+    count = 0
+    ioctl = Session.ioctl
+
+    def counted(self: Session, fd: int, request: int, argument: bytes | int) -> int:
+        nonlocal count
+        count += 1
+        return ioctl(self, fd, request, argument)
+
+    with open_kvm(str(pid), GuestOptions()) as guest:
+        assert guest._mte_is_on()
+        session = guest._attached()
+        Session.ioctl = counted  # type: ignore[method-assign]
+        before = settled(pid)
+        began = time.monotonic()
+        found = asking.memslots_of(session, guest._fd)
+        seconds = time.monotonic() - began
+        after = resident(pid)
+    result = {
+        "found": joined(found),
+        "told": told,
+        "asked": count,
+        "seconds": round(seconds, 3),
+        "before": before,
+        "after": after,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

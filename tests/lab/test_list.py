@@ -1,0 +1,93 @@
+"""`mtetool list`: every VM of the host, whoever runs it and whatever it refuses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tests.lab.guests import Qemu, start_test_vmm
+from tests.lab.machine import Machine
+
+MIB = 1 << 20
+
+
+def _list(lab: Machine, *words: str) -> dict[int, dict[str, Any]]:
+    result = lab.run(["mtetool", "list", "--json", *words], check=True)
+    found = json.loads(result.stdout)
+    assert found["schema"] == "mtetool.list/1"
+    return {vm["pid"]: vm for vm in found["vms"]}
+
+
+def _keys(vm: dict[str, Any], *keys: str) -> list[Any]:
+    return [vm[key] for key in keys]
+
+
+def test_all_vms_of_the_host(lab: Machine) -> None:
+    guest = Qemu(lab, "first", extra="-smp 2 -name guest=web,debug-threads=on").start()
+    paused = Qemu(lab, "second", extra="-S", uid=4711).start()
+    plain = start_test_vmm(lab, "--no-mte", "0x40000000:0x100000")
+    vms = _list(lab)
+    keys = ("vmm", "name", "vcpus", "memory_bytes", "mte", "state", "owner", "reason")
+    assert set(vms) == {guest.pid, paused.pid, plain}
+    qemu = "qemu-system-aarch64"
+    # QEMU's memory, and the page of stolen time that it gives each guest.
+    size = 256 * MIB + 4096
+    shown = [qemu, "web", 2, size, True, "running", "root", None]
+    assert _keys(vms[guest.pid], *keys) == shown
+    shown = [qemu, None, 1, size, True, "paused", "4711", None]
+    assert _keys(vms[paused.pid], *keys) == shown
+    assert _keys(vms[plain], *keys) == ["testvmm", None, 0, None, False, None, "root", None]
+    assert [slot["ipa"] for slot in vms[guest.pid]["memslots"]][-1] == 0x40000000
+    text = lab.run(["mtetool", "list"], check=True).stdout.decode().splitlines()
+    assert text[0].split() == ["GUEST", "VMM", "NAME", "VCPUS", "MEMORY", "MTE", "STATE", "OWNER"]
+    assert [line.split()[0].split(":")[1] for line in text[1:]] == sorted(map(str, vms), key=int)
+
+
+def test_nothing_is_attached_to_when_that_is_asked(lab: Machine) -> None:
+    pid = start_test_vmm(lab, "0x40000000:0x100000")
+    before = lab.sh(f"grep ctxt /proc/{pid}/status").stdout
+    vm = _list(lab, "--no-attach")[pid]
+    assert _keys(vm, "mte", "memslots", "reason") == [None, [], None]
+    assert lab.sh(f"grep ctxt /proc/{pid}/status").stdout == before
+    assert _list(lab)[pid]["mte"] is True
+
+
+def test_vm_that_refuses_is_listed_with_the_reason(lab: Machine) -> None:
+    strict = start_test_vmm(lab, "--allow", "29", "0x40000000:0x100000")
+    result = lab.run(["mtetool", "list"], check=True)
+    assert f"kvm:{strict}".encode() in result.stdout
+    assert b"unknown" in result.stdout
+    assert b"does not allow" in result.stderr
+    assert _list(lab)[strict]["reason"]["error"] == "attach-refused"
+
+
+def test_monitor_that_somebody_holds_is_done_without(lab: Machine) -> None:
+    guest = Qemu(lab, "busy").start()
+    guest.wait_for_checks()
+    hold = (
+        "import socket, time\n"
+        "monitor = socket.socket(socket.AF_UNIX)\n"
+        f"monitor.connect({guest.qmp_path!r})\n"
+        "print(monitor.recv(4096), flush=True)\n"
+        "time.sleep(1000)\n"
+    )
+    lab.put("/tmp/hold.py", hold.encode())
+    lab.sh("python3 /tmp/hold.py >/tmp/held & until grep -q QMP /tmp/held; do sleep 0.05; done")
+    vm = _list(lab)[guest.pid]
+    assert _keys(vm, "mte", "state") == [True, "running"]
+    assert vm["memslots"][-1]["size_bytes"] == 256 * MIB
+    saved = lab.run(["mtetool", "save", f"kvm:{guest.pid}", "-o", "/tmp/s", "--json"], check=True)
+    assert json.loads(saved.stdout)["consistent"] is False
+    assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]
+
+
+def test_user_without_the_right_sees_what_there_is_to_see(lab: Machine) -> None:
+    start_test_vmm(lab, "0x40000000:0x100000")
+    lab.put(
+        "/tmp/become.py", b"import os, sys\nos.setuid(1000)\nos.execvp(sys.argv[1], sys.argv[1:])"
+    )
+    result = lab.run(["python3", "/tmp/become.py", "mtetool", "list", "--json"], check=True)
+    found = json.loads(result.stdout)
+    assert found["vms"] == []
+    assert found["unseen_processes"] > 0
+    assert b"run as root" in result.stderr
