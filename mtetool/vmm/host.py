@@ -6,21 +6,16 @@ of our own, and is gone when the answer is there.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import platform
 import resource
 from dataclasses import dataclass
 from pathlib import Path
 
 from mtetool import uapi
+from mtetool.vmm.scratch import Kvm
 
 # include/uapi/linux/capability.h
 _CAP_SYS_PTRACE = 19
-
-# include/uapi/linux/kvm.h; the answer is the largest guest address size in bits, which goes
-# into the low byte of KVM_CREATE_VM's argument (Documentation/virt/kvm/api.rst, 4.2).
-_KVM_CAP_ARM_VM_IPA_SIZE = 165
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,34 +53,25 @@ def host_facts(proc: Path = Path("/proc"), kvm: Path = Path("/dev/kvm")) -> Host
     )
 
 
-def _ask_kvm(kvm: Path, machine: str) -> tuple[int, bool | None]:
+def _ask_kvm(path: Path, machine: str) -> tuple[int, bool | None]:
     """The errno of opening KVM (0: open), and whether a VM can have MTE."""
     try:
-        descriptor = os.open(kvm, os.O_RDWR | os.O_CLOEXEC)
+        kvm = Kvm(path)
     except OSError as error:
         return error.errno or 0, None
+    with kvm:
+        return 0, _scratch_vm_has_mte(kvm) if machine == "aarch64" else None
+
+
+def _scratch_vm_has_mte(kvm: Kvm) -> bool | None:
+    """Whether MTE can be enabled, tried on a VM that ends here; None without a VM."""
     try:
-        return 0, _scratch_vm_has_mte(descriptor) if machine == "aarch64" else None
+        vm = kvm.create_vm()
     except OSError:
-        return 0, None
-    finally:
-        os.close(descriptor)
-
-
-def _scratch_vm_has_mte(kvm: int) -> bool:
-    """Whether MTE can be enabled, tried on a VM that ends here. Raises OSError."""
-    if fcntl.ioctl(kvm, uapi.KVM_GET_API_VERSION) != uapi.KVM_API_VERSION:
-        return False
-    bits = fcntl.ioctl(kvm, uapi.KVM_CHECK_EXTENSION, _KVM_CAP_ARM_VM_IPA_SIZE)
-    # Type 0 asks for 40 bits of address, which small hosts do not have.
-    vm = fcntl.ioctl(kvm, uapi.KVM_CREATE_VM, bits if 0 < bits < 40 else 0)
-    try:
-        if not fcntl.ioctl(vm, uapi.KVM_CHECK_EXTENSION, uapi.KVM_CAP_ARM_MTE):
-            return False
-        fcntl.ioctl(vm, uapi.KVM_ENABLE_CAP, uapi.enable_cap(uapi.KVM_CAP_ARM_MTE))
-        return True
-    finally:
-        os.close(vm)
+        return None
+    with vm:
+        offered = vm.check_extension(uapi.KVM_CAP_ARM_MTE) > 0
+        return offered and vm.enable(uapi.KVM_CAP_ARM_MTE) == 0
 
 
 def _status(path: Path) -> dict[str, str]:
