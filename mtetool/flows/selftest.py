@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mtetool import uapi
 from mtetool.errors import errno_name
@@ -288,36 +289,42 @@ def _prove(vm: Vm, copy: Callable[[Access, Tags], int]) -> _Result:
         reads.append(read)
     wrong = compare(reads, n_granules // _RAM_PAGES, _RAM)
     if wrong is None:
-        return _Result("ok", expected, "all do")
+        return _Result("ok", expected, f"{n_granules} granules in {_RAM_PAGES} pages do")
     return _Result("no", expected, wrong, defect=diagnose(reads, n_granules // _RAM_PAGES))
 
 
 def _neighbours(open_vm: OpenVm) -> list[_Step]:
     """A write to one page must leave all others as they are."""
     with _ready(open_vm) as vm:
-        before = next(patterns(_blank(vm, _RAM_PAGES).size))
-        steps = [_Step("write", before.size * uapi.GRANULE_BYTES, _copy(vm, "write", _RAM, before))]
         page, at = vm.page_size_bytes, _RAM_PAGES // 2
-        granules = page // uapi.GRANULE_BYTES
-        expected = before.copy()
-        expected[at * granules : (at + 1) * granules] ^= 15
-        part = expected[at * granules : (at + 1) * granules]
-        steps.append(_Step("then a page", page, _copy(vm, "write", _RAM + at * page, part)))
+        expected = _by_page(vm, np.arange(_RAM_PAGES))
+        size = expected.size * uapi.GRANULE_BYTES
+        steps = [_Step("write", size, _copy(vm, "write", _RAM, expected))]
+        part = slice(at * page // uapi.GRANULE_BYTES, (at + 1) * page // uapi.GRANULE_BYTES)
+        expected[part] ^= uapi.TAG_MAX
+        steps.append(
+            _Step("then a page", page, _copy(vm, "write", _RAM + at * page, expected[part]))
+        )
         read = _blank(vm, _RAM_PAGES)
-        _copy(vm, "read", _RAM, read)
-        return [*steps, _Step("granules changed elsewhere:", 0, int((read != expected).sum()))]
+        steps.append(_Step("read", size, _copy(vm, "read", _RAM, read)))
+        return [*steps, _Step("granules wrong:", 0, int((read != expected).sum()))]
 
 
 def _top_bits(open_vm: OpenVm) -> list[_Step]:
     with _ready(open_vm) as vm:
-        page = vm.page_size_bytes
-        written = np.resize(np.arange(256, dtype=np.uint8), page // uapi.GRANULE_BYTES)
-        read = _blank(vm, 1)
+        low = uapi.TAG_MAX - np.arange(_RAM_PAGES)
+        written, read = _by_page(vm, np.arange(_RAM_PAGES) << 4 | low), _blank(vm, _RAM_PAGES)
+        size = read.size * uapi.GRANULE_BYTES
         return [
-            _Step("write", page, _copy(vm, "write", _RAM, written)),
-            _Step("read", page, _copy(vm, "read", _RAM, read)),
-            _Step("granules not the low 4 bits:", 0, int((read != written & 15).sum())),
+            _Step("write", size, _copy(vm, "write", _RAM, written)),
+            _Step("read", size, _copy(vm, "read", _RAM, read)),
+            _Step("granules wrong:", 0, int((read != written & uapi.TAG_MAX).sum())),
         ]
+
+
+def _by_page(vm: Vm, bytes_by_page: NDArray[np.intp]) -> Tags:
+    """A page of each byte: no page has two tags, so that only what is between pages shows."""
+    return np.repeat(bytes_by_page, vm.page_size_bytes // uapi.GRANULE_BYTES).astype(np.uint8)
 
 
 def _partial(open_vm: OpenVm) -> list[_Step]:
@@ -325,7 +332,7 @@ def _partial(open_vm: OpenVm) -> list[_Step]:
     with _ready(open_vm) as vm:
         page = vm.page_size_bytes
         end = _RAM + _RAM_PAGES * page
-        written, read, rest = next(patterns(_blank(vm, 2).size)), _blank(vm, 2), _blank(vm, 1)
+        written, read, rest = _by_page(vm, np.array([5, 10])), _blank(vm, 2), _blank(vm, 1)
         return [
             _Step("write", page, _copy(vm, "write", end - page, written)),
             _Step("then", -errno.EFAULT, _copy(vm, "write", end, rest)),
