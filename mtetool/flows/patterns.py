@@ -16,6 +16,7 @@ from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES, TAG_MAX
 
 _N_TAGS = TAG_MAX + 1
+_EMULATED_PAGE_GRANULES = 4096 // GRANULE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +35,13 @@ NOT_KEPT = Defect(
 )
 OVERWRITE_IN_PAGE = Defect(
     "tags-overwrite-in-page",
-    "tags set in a page overwrite each other: this is how QEMU 7.2 (the version of Debian 12)"
-    " emulates a processor with MTE, so that this host would be such an emulated machine",
-    "emulate it with QEMU 8 or later, or use a real processor",
+    "tags set in a page overwrite each other, as in QEMU 7.2 (the version of Debian 12): this host"
+    " would be a machine that it emulates, and its emulated processors lose tags",
+    "emulate the host with QEMU 8 or later, or use a real processor",
 )
-OVERWRITE_BETWEEN_PAGES = Defect(
-    "tags-overwrite-between-pages",
-    "tags set in one page overwrite those of another page",
+OVERWRITE = Defect(
+    "tags-overwrite",
+    "tags set in one place overwrite those of another place",
     "do not trust any tags on this host; no cause of this is known, so please report it",
 )
 CHANGED = Defect(
@@ -87,17 +88,19 @@ def compare(reads: Sequence[Tags], granules_per_page: int, ipa: int) -> str | No
     )
 
 
-def diagnose(reads: Sequence[Tags], granules_per_page: int) -> Defect:
+def diagnose(reads: Sequence[Tags]) -> Defect:
     """What kind of defect it is that makes `reads` differ from the patterns."""
     if all(np.array_equal(read, reads[0]) for read in reads):
         return NOT_KEPT
-    number = np.arange(reads[0].size)
     source = _source(reads)
     if source is None:
         return CHANGED
-    if np.array_equal(source // granules_per_page, number // granules_per_page):
-        return OVERWRITE_IN_PAGE
-    return OVERWRITE_BETWEEN_PAGES
+    # QEMU 7.2 looks up a tag by its page's address, without the place in the page, and by one
+    # address bit for the nibble (allocation_tag_mem and store_tag1 in target/arm/mte_helper.c;
+    # mended in 8.0): what was set last stays. Its pages have 4 KiB whatever the host's have.
+    number = np.arange(source.size)
+    last = (number | _EMULATED_PAGE_GRANULES - 1) & ~1 | number & 1
+    return OVERWRITE_IN_PAGE if np.array_equal(source, last) else OVERWRITE
 
 
 def _source(reads: Sequence[Tags]) -> NDArray[np.intp] | None:

@@ -290,7 +290,7 @@ def _prove(vm: Vm, copy: Callable[[Access, Tags], int]) -> _Result:
     wrong = compare(reads, n_granules // _RAM_PAGES, _RAM)
     if wrong is None:
         return _Result("ok", expected, f"{n_granules} granules in {_RAM_PAGES} pages do")
-    return _Result("no", expected, wrong, defect=diagnose(reads, n_granules // _RAM_PAGES))
+    return _Result("no", expected, wrong, defect=diagnose(reads))
 
 
 def _neighbours(open_vm: OpenVm) -> list[_Step]:
