@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +61,14 @@ def test_it_leaves_nothing_and_takes_little(lab: Machine) -> None:
     # Python's own memory may grow a little; one slot that stays would be 64 KiB a check.
     assert after[1] - before[1] < 1 << 20
     assert after[2] - before[2] < 4 << 20
+
+
+def test_the_examples_of_its_page(lab: Machine) -> None:
+    page = (Path(__file__).parents[2] / "man" / "mtetool-probe.1").read_text()
+    examples = page.partition(".EX\n")[2].partition(".EE\n")[0].replace("\\-", "-")
+    assert examples.count("\nmtetool ") == 2
+    lab.sh(f"set -e; cd /tmp; {examples}")
+    assert json.loads(lab.get("/tmp/proof.json"))["selftest"]["passed"] is True
 
 
 def test_without_dev_kvm_it_says_so(lab: Machine) -> None:
