@@ -41,23 +41,10 @@ class Kernel:
 KERNELS = {"6.12": Kernel("linux-image-cloud-arm64", _RELEASE)}
 DEFAULT_KERNEL = "6.12"
 
-
-@dataclass(frozen=True, slots=True)
-class Emulator:
-    """What the lab host runs on: QEMU of a release, with all that it needs."""
-
-    suite: str
-    archives: tuple[str, ...]
-
-
 # The emulator must not be QEMU 7.2, Debian 12's, which lets tags of a page overwrite each
 # other. It comes from Debian 13 with its whole C library, so that it runs on any Debian.
-# 7.2 is here as a host that mtetool must see through; it is fetched by the one test of that.
-EMULATORS = {
-    "current": Emulator(_RELEASE, (_RELEASE, _BACKPORTS)),
-    "7.2": Emulator("bookworm", ("bookworm",)),
-}
-DEFAULT_EMULATOR = "current"
+# That of Debian 12 is a host that mtetool must see through; only the test of that fetches it.
+QEMU_7_2 = "bookworm"
 _EMULATOR_PACKAGES = ("qemu-system-arm",)
 _ROOT_PACKAGES = (
     "busybox-static",
@@ -96,8 +83,11 @@ class Images:
     programs: Path
 
 
-def images(kernel: str = DEFAULT_KERNEL, emulator: str = DEFAULT_EMULATOR) -> Images:
-    """All parts, built where they are not there yet. Raises LabUnavailableError."""
+def images(kernel: str = DEFAULT_KERNEL, *, emulator: str | None = None) -> Images:
+    """All parts, built where they are not there yet. Raises LabUnavailableError.
+
+    `emulator` is the suite of another emulator than the kernel's own.
+    """
     if kernel not in KERNELS:
         raise LabUnavailableError(f"no kernel {kernel!r}; there are {', '.join(KERNELS)}")
     with _locked():
@@ -106,15 +96,10 @@ def images(kernel: str = DEFAULT_KERNEL, emulator: str = DEFAULT_EMULATOR) -> Im
         root = _cached("root", _ROOT, lambda into: _build_root(into, guest_kernel))
         initramfs = _initramfs(kernel_dir, root)
         programs = _programs()
-        found = Images(
-            _emulator(DEFAULT_EMULATOR),
-            root / "root.img",
-            kernel_dir / "Image",
-            initramfs,
-            programs,
-        )
+        own = _emulator(KERNELS[kernel].suite)
+    found = Images(own, root / "root.img", kernel_dir / "Image", initramfs, programs)
     _warm(found)
-    if emulator == DEFAULT_EMULATOR:
+    if emulator is None:
         return found
     with _locked():
         return replace(found, emulator=_emulator(emulator))
@@ -152,25 +137,25 @@ def _cached(name: str, recipe: object, build: Callable[[Path], None]) -> Path:
     return final
 
 
-def _archive(architecture: str, suites: tuple[str, ...] = (_RELEASE, _BACKPORTS)) -> Archive:
-    known = suites == (_RELEASE, _BACKPORTS)
-    state = cache() / "-".join(("apt", architecture, *(() if known else suites)))
-    archive = Archive(state, architecture, suites)
+def _archive(architecture: str, *others: str) -> Archive:
+    """The packages of the lab's release, or else of other suites."""
+    state = cache() / "-".join(("apt", architecture, *others))
+    archive = Archive(state, architecture, others or (_RELEASE, _BACKPORTS))
     archive.update()
     return archive
 
 
-def _emulator(name: str) -> Path:
-    chosen = EMULATORS[name]
-    recipe = {"suite": chosen.suite, "packages": _EMULATOR_PACKAGES, "recipe": 1}
-    return _cached("emulator", recipe, lambda into: _build_emulator(into, chosen))
+def _emulator(suite: str) -> Path:
+    recipe = {"suite": suite, "packages": _EMULATOR_PACKAGES, "recipe": 1}
+    return _cached("emulator", recipe, lambda into: _build_emulator(into, suite))
 
 
-def _build_emulator(into: Path, chosen: Emulator) -> None:
+def _build_emulator(into: Path, suite: str) -> None:
     own = subprocess.run(
         ["dpkg", "--print-architecture"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    unpack(_archive(own, chosen.archives).download(_EMULATOR_PACKAGES), into)
+    archive = _archive(own) if suite in (_RELEASE, _BACKPORTS) else _archive(own, suite)
+    unpack(archive.download(_EMULATOR_PACKAGES, suite=suite), into)
     for unused in ("usr/share/doc", "usr/share/locale", "usr/share/man"):
         shutil.rmtree(into / unused, ignore_errors=True)
 

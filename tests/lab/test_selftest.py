@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mtetool.flows.selftest import CHECK_IDS
-from tests.lab.images import images
+from tests.lab.images import QEMU_7_2, images
 from tests.lab.machine import Machine
 from tests.lab.packages import LabUnavailableError
 
@@ -86,7 +86,7 @@ def test_without_dev_kvm_it_says_so(lab: Machine) -> None:
 
 def test_qemu_7_2_as_the_host_is_recognised() -> None:
     try:
-        found = images(emulator="7.2")
+        found = images(emulator=QEMU_7_2)
     except LabUnavailableError as error:
         pytest.fail(f"THE LAB CANNOT RUN on QEMU 7.2: {error}")
     with Machine(images=found) as machine:
