@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtetool import uapi
+from mtetool.attach.permission import own_rights
 from mtetool.vmm.scratch import Kvm
-
-# include/uapi/linux/capability.h
-_CAP_SYS_PTRACE = 19
 
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
     """What was found; None where it could not be found out.
 
-    `kvm_errno` is 0 when /dev/kvm could be opened. `seccomp` is the mode of this process: 0
-    none, 1 strict, 2 a filter. `ptrace_scope` is None where the kernel has no Yama.
+    `kvm_errno` is 0 when /dev/kvm could be opened. The last four are those of
+    `mtetool.attach.permission.Rights`.
     """
 
     machine: str
@@ -34,22 +32,24 @@ class HostFacts:
     cap_sys_ptrace: bool | None
     ptrace_scope: int | None
     seccomp: int | None
+    first_user_namespace: bool | None = True
 
 
 def host_facts(proc: Path = Path("/proc"), kvm: Path = Path("/dev/kvm")) -> HostFacts:
     """Look at this host. Raises nothing: what cannot be seen is None."""
     machine = platform.machine()
     kvm_errno, mte = _ask_kvm(kvm, machine)
-    status = _status(proc / "self" / "status")
+    rights = own_rights(proc)
     return HostFacts(
         machine=machine,
         kernel=platform.release(),
         page_size_bytes=resource.getpagesize(),
         kvm_errno=kvm_errno,
         mte=mte,
-        cap_sys_ptrace=_bit(status.get("CapEff"), _CAP_SYS_PTRACE),
-        ptrace_scope=_number(_text(proc / "sys/kernel/yama/ptrace_scope")),
-        seccomp=_number(status.get("Seccomp")),
+        cap_sys_ptrace=rights.cap_sys_ptrace,
+        ptrace_scope=rights.ptrace_scope,
+        seccomp=rights.seccomp,
+        first_user_namespace=rights.first_user_namespace,
     )
 
 
@@ -72,29 +72,3 @@ def _scratch_vm_has_mte(kvm: Kvm) -> bool | None:
     with vm:
         offered = vm.check_extension(uapi.KVM_CAP_ARM_MTE) > 0
         return offered and vm.enable(uapi.KVM_CAP_ARM_MTE) == 0
-
-
-def _status(path: Path) -> dict[str, str]:
-    fields = (line.partition(":") for line in (_text(path) or "").splitlines())
-    return {name: value.strip() for name, _, value in fields}
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-
-
-def _number(text: str | None) -> int | None:
-    try:
-        return int(text) if text is not None else None
-    except ValueError:
-        return None
-
-
-def _bit(hexadecimal: str | None, bit: int) -> bool | None:
-    try:
-        return bool(int(hexadecimal, 16) >> bit & 1) if hexadecimal is not None else None
-    except ValueError:
-        return None

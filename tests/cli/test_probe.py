@@ -42,6 +42,7 @@ def test_on_this_host() -> None:
         "mte",
         "cap-sys-ptrace",
         "ptrace-scope",
+        "user-namespace",
         "seccomp",
     ]
 
