@@ -12,6 +12,7 @@ import pwd
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from mtetool.errors import (
     BusyError,
@@ -24,6 +25,18 @@ from mtetool.errors import (
 _CAP_SYS_PTRACE = 19
 # The number of the first user namespace: PROC_USER_INIT_INO, include/linux/proc_ns.h.
 _FIRST_USER_NAMESPACE = "user:[4026531837]"
+
+_Reason = Literal[
+    "other-user",
+    "ptrace-scope",
+    "capabilities",
+    "not-dumpable",
+    "user-namespace",
+    "seccomp",
+    "unknown",
+]
+REASONS: tuple[str, ...] = get_args(_Reason)
+"""All values of an error's `reason`; stable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +126,9 @@ def zombie(pid: int, status: dict[str, str]) -> NoSuchProcessError | None:
 
 @dataclass(frozen=True, slots=True)
 class _Cause:
-    """Why it was refused: `id` is stable, `text` goes on after a colon."""
+    """Why it was refused; `text` goes on after a colon."""
 
-    id: str
+    id: _Reason
     text: str
     hint: str
 
