@@ -24,28 +24,35 @@ def ioc(direction: int, kind: int, number: int, size: int) -> int:
 KVMIO = 0xAE
 KVM_API_VERSION = 12
 KVM_CAP_ARM_MTE = 205
+# The answer is the largest guest address size in bits, which goes into the low byte of
+# KVM_CREATE_VM's argument (Documentation/virt/kvm/api.rst, 4.2).
+KVM_CAP_ARM_VM_IPA_SIZE = 165
 
 KVM_GET_API_VERSION = ioc(_IOC_NONE, KVMIO, 0x00, 0)
 KVM_CREATE_VM = ioc(_IOC_NONE, KVMIO, 0x01, 0)
 KVM_CHECK_EXTENSION = ioc(_IOC_NONE, KVMIO, 0x03, 0)
+KVM_CREATE_VCPU = ioc(_IOC_NONE, KVMIO, 0x41, 0)
 KVM_RUN = ioc(_IOC_NONE, KVMIO, 0x80, 0)
+
+KVM_MEMORY_REGION_STRUCT = struct.Struct("<IIQQQ")
+"""struct kvm_userspace_memory_region: slot, flags, guest_phys_addr, memory_size,
+userspace_addr; 32 bytes."""
+KVM_SET_USER_MEMORY_REGION = ioc(_IOC_WRITE, KVMIO, 0x46, KVM_MEMORY_REGION_STRUCT.size)
+KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
+KVM_MEM_READONLY = 1 << 1
 
 KVM_ENABLE_CAP_STRUCT = struct.Struct("<II4Q64x")
 """struct kvm_enable_cap: cap, flags, args[4], padding; 104 bytes."""
 # The header says _IOW of the struct: 0x4068aea3.
 KVM_ENABLE_CAP = ioc(_IOC_WRITE, KVMIO, 0xA3, KVM_ENABLE_CAP_STRUCT.size)
 
-KVM_USERSPACE_MEMORY_REGION_STRUCT = struct.Struct("<IIQQQ")
-"""struct kvm_userspace_memory_region: slot, flags, guest_phys_addr, memory_size, userspace_addr."""
-KVM_SET_USER_MEMORY_REGION = ioc(_IOC_WRITE, KVMIO, 0x46, KVM_USERSPACE_MEMORY_REGION_STRUCT.size)
-KVM_MEM_READONLY = 1 << 1
 # The largest memslot, include/linux/kvm_host.h: KVM_MEM_MAX_NR_PAGES.
 MEMSLOT_PAGES_MAX = (1 << 31) - 1
 # arch/arm64/include/asm/kvm_host.h: KVM_USER_MEM_SLOTS; ids are below it.
 MEMSLOTS_MAX = (1 << 15) - 1
 
 # --- KVM on arm64: arch/arm64/include/uapi/asm/kvm.h --------------------------------------
-KVM_ARM_COPY_MTE_TAGS_STRUCT = struct.Struct("<QQQQ16x")
+KVM_ARM_COPY_MTE_TAGS_STRUCT = struct.Struct("<QQQQ2Q")
 """struct kvm_arm_copy_mte_tags: guest_ipa, length, addr, flags, reserved[2]; 48 bytes."""
 KVM_ARM_MTE_COPY_TAGS = ioc(_IOC_READ, KVMIO, 0xB4, KVM_ARM_COPY_MTE_TAGS_STRUCT.size)
 KVM_ARM_TAGS_TO_GUEST = 0
@@ -61,11 +68,15 @@ def enable_cap(cap: int) -> bytes:
     return KVM_ENABLE_CAP_STRUCT.pack(cap, 0, 0, 0, 0, 0)
 
 
-def memory_region(slot: int, flags: int, ipa: int, size: int, hva: int) -> bytes:
-    """The argument of KVM_SET_USER_MEMORY_REGION."""
-    return KVM_USERSPACE_MEMORY_REGION_STRUCT.pack(slot, flags, ipa, size, hva)
+def copy_mte_tags(guest_ipa: int, length: int, addr: int, flags: int, reserved: int = 0) -> bytes:
+    """The argument of KVM_ARM_MTE_COPY_TAGS; `length` in bytes of guest memory.
+
+    `reserved` fills the words that the kernel wants to be 0.
+    """
+    fields = (guest_ipa, length, addr, flags, reserved, reserved)
+    return KVM_ARM_COPY_MTE_TAGS_STRUCT.pack(*fields)
 
 
-def copy_mte_tags(guest_ipa: int, length: int, addr: int, flags: int) -> bytes:
-    """The argument of KVM_ARM_MTE_COPY_TAGS; `length` in bytes of guest memory."""
-    return KVM_ARM_COPY_MTE_TAGS_STRUCT.pack(guest_ipa, length, addr, flags)
+def memory_region(slot: int, flags: int, guest_ipa: int, size: int, addr: int) -> bytes:
+    """The argument of KVM_SET_USER_MEMORY_REGION; `size` in bytes."""
+    return KVM_MEMORY_REGION_STRUCT.pack(slot, flags, guest_ipa, size, addr)

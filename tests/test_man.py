@@ -11,7 +11,12 @@ from pathlib import Path
 import click
 import pytest
 
+from mtetool.attach.permission import REASONS
 from mtetool.cli import group
+from mtetool.flows.patterns import CHANGED, NOT_KEPT, OVERWRITE, OVERWRITE_IN_PAGE
+from mtetool.flows.probe import judge
+from mtetool.flows.selftest import CHECK_IDS
+from mtetool.vmm.host import host_facts
 
 MAN = Path(__file__).parent.parent / "man"
 PAGES = sorted(MAN.glob("*.[1-9]"))
@@ -98,3 +103,13 @@ def test_pages_name_no_page_that_is_not_there() -> None:
         named = {f"{name}.{n}" for name, n in re.findall(r"(mte[a-z-]+) \(([1-9])\)", text)}
         # The format's page comes with the snapshot.
         assert named - {"mtesnap.5"} <= there, page.name
+
+
+def test_stable_ids_stand_in_their_pages() -> None:
+    def words(name: str) -> set[str]:
+        return set(re.findall(r"[a-z]+(?:-[a-z]+)*", (MAN / name).read_text().replace("\\-", "-")))
+
+    defects = {CHANGED.id, NOT_KEPT.id, OVERWRITE.id, OVERWRITE_IN_PAGE.id}
+    rows = {row.id for row in judge(host_facts())}
+    assert {*CHECK_IDS, *defects, *rows} <= words("mtetool-probe.1")
+    assert set(REASONS) <= words("mtetool.1")

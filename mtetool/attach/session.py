@@ -30,14 +30,13 @@ from typing import TYPE_CHECKING, TypeVar
 from mtetool.attach import frame, memory, seccomp, steps
 from mtetool.attach.borrow import BorrowedThread, run_call, state_letter
 from mtetool.attach.gadgets import Gadgets
+from mtetool.attach.permission import refusal
 from mtetool.attach.ptrace import Registers, Tracee
 from mtetool.errors import (
     AttachRefusedError,
     BusyError,
     GuestError,
     GuestLostError,
-    NoSuchProcessError,
-    PermissionRefusedError,
 )
 
 if TYPE_CHECKING:
@@ -554,32 +553,3 @@ def _statuses(pid: int) -> Iterator[dict[str, str]]:
         with suppress(FileNotFoundError, ProcessLookupError):
             lines = (task / "status").read_text(errors="replace").splitlines()
             yield {key: value.strip() for key, _, value in (x.partition(":") for x in lines)}
-
-
-def refusal(pid: int, error: OSError) -> NoSuchProcessError | PermissionRefusedError | BusyError:
-    """The error for a failed attach, with its likely cause."""
-    if error.errno == errno.ESRCH or not Path(f"/proc/{pid}").exists():
-        return NoSuchProcessError(f"process {pid} is gone", pid=pid)
-    tracer = _tracer_of(pid)
-    if tracer:
-        return BusyError(
-            f"process {pid} is being traced by process {tracer} already",
-            hint="let the debugger (or the other mtetool) finish first",
-            pid=pid,
-        )
-    return PermissionRefusedError(
-        f"attaching to process {pid} was refused: {error.strerror or error}",
-        hint="run as root (CAP_SYS_PTRACE), or as the same user with"
-        " /proc/sys/kernel/yama/ptrace_scope at 0",
-        pid=pid,
-        errno=errno.errorcode.get(error.errno or 0, error.errno),
-    )
-
-
-def _tracer_of(pid: int) -> int:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
-    except OSError:
-        return 0
-    fields = (line.split() for line in status.splitlines() if line.startswith("TracerPid:"))
-    return next((int(field[1]) for field in fields), 0)

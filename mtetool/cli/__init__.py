@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("mtetool.cli.verify", "Check a snapshot, and compare it with a guest."),
     "dump": ("mtetool.cli.dump", "Print tags: runs of equal ones, or each."),
     "diff": ("mtetool.cli.diff", "Say where the tags of two sources differ."),
-    "list": ("mtetool.cli.list", "List the VMs of this host, and whether they have tags."),
+    "list": ("mtetool.cli.listing", "List the VMs of this host, and whether they have tags."),
     "enable": ("mtetool.cli.enable", "Turn MTE on for a guest, before its first vCPU."),
     "probe": ("mtetool.cli.probe", "Say whether this host can copy tags, and if not, why."),
     "emu": ("mtetool.cli.emu", "Make, show and change emulated guests."),

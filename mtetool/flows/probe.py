@@ -80,28 +80,41 @@ def _permission(facts: HostFacts) -> list[Row]:
     elif facts.cap_sys_ptrace is None:
         capability = Row("cap-sys-ptrace", "CAP_SYS_PTRACE", "unknown", "could not be read")
     else:
-        hint = (
-            "only VMMs of this same user can be reached"
-            if same_user
-            else "run as root, or give this process CAP_SYS_PTRACE"
-        )
+        value = "not held: only VMMs of this same user can be reached" if same_user else "not held"
+        hint = "run as root, or give this process CAP_SYS_PTRACE"
         capability = Row(
-            "cap-sys-ptrace", "CAP_SYS_PTRACE", "no", "not held", hint, needed=not same_user
+            "cap-sys-ptrace", "CAP_SYS_PTRACE", "no", value, hint, needed=not same_user
         )
-    return [capability, _yama(facts)]
+    return [capability, _yama(facts), _namespace(facts)]
 
 
 def _yama(facts: HostFacts) -> Row:
     row_id, title = "ptrace-scope", "kernel.yama.ptrace_scope"
     if facts.ptrace_scope is None:
         return Row(row_id, title, "ok", "no Yama in this kernel")
-    value = str(facts.ptrace_scope)
+    means = {
+        0: "users may trace their own processes",
+        1: "users may trace only what the tracer started",
+        2: "only with CAP_SYS_PTRACE",
+        3: "nobody may trace",
+    }
+    value = f"{facts.ptrace_scope}: {means.get(facts.ptrace_scope, 'not known')}"
     if facts.ptrace_scope == 3:
         hint = "nobody may trace until the next boot: only emulated guests can be worked on"
         return Row(row_id, title, "no", value, hint, needed=True)
     if facts.ptrace_scope == 0 or facts.cap_sys_ptrace:
         return Row(row_id, title, "ok", value)
     return Row(row_id, title, "no", value, "0 lets a user trace their own processes")
+
+
+def _namespace(facts: HostFacts) -> Row:
+    row_id, title = "user-namespace", "user namespace"
+    if facts.first_user_namespace:
+        return Row(row_id, title, "ok", "the host's own")
+    value = "could not be read"
+    if facts.first_user_namespace is False:
+        value = "another one (a container): only VMMs in it can be reached"
+    return Row(row_id, title, "unknown", value, "run mtetool on the host itself to reach all VMMs")
 
 
 def _seccomp(facts: HostFacts) -> Row:

@@ -11,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 
 from mtetool import uapi
+from mtetool.attach import permission
 from mtetool.errors import (
     NoSuchProcessError,
     NotAVmmError,
@@ -22,6 +23,7 @@ from mtetool.errors import (
 # The names are given in virt/kvm/kvm_main.c.
 _VM_LINK = "anon_inode:kvm-vm"
 _VCPU_LINK = "anon_inode:kvm-vcpu:"
+_PF_KTHREAD = 0x0020_0000  # include/linux/sched.h
 
 # How often, and how far apart, a thread is looked at that is never seen to wait.
 _LOOKS = 6
@@ -206,26 +208,39 @@ def _fd_links(pid: int) -> dict[int, str]:
                 continue  # closed meanwhile
     except (FileNotFoundError, ProcessLookupError):
         raise _no_process(pid) from None
-    except PermissionError:
-        raise PermissionRefusedError(
-            f"the file descriptors of process {pid} cannot be read",
-            hint="run as root (CAP_SYS_PTRACE), or as the user that runs the VMM",
-            pid=pid,
-        ) from None
+    except PermissionError as error:
+        asked = f"looking at the file descriptors of process {pid}"
+        raise permission.refused(pid, asked, error) from error
     return links
 
 
 def _check_is_process(pid: int) -> None:
+    status = permission.status_of(pid)
+    if not status:
+        raise _no_process(pid)
     # /proc also answers to the ids of threads, which it does not list.
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        raise _no_process(pid) from None
-    group = next(line.split()[1] for line in status.splitlines() if line.startswith("Tgid:"))
-    if int(group) != pid:
+    group = int(status["Tgid"])
+    if group != pid:
         raise NotAVmmError(
             f"{pid} is a thread of process {group}, not a process", hint=f"kvm:{group}", pid=pid
         )
+    if (ended := permission.zombie(pid, status)) is not None:
+        raise ended
+    if _is_kernel_thread(pid):
+        raise NotAVmmError(
+            f"process {pid} ({status.get('Name', '?')}) is a thread of the kernel itself: it has no"
+            " KVM virtual machine",
+            hint="give the PID of the VMM; it is listed by: mtetool list",
+            pid=pid,
+        )
+
+
+def _is_kernel_thread(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return bool(int(stat.rpartition(")")[2].split()[6]) & _PF_KTHREAD)
 
 
 def _no_process(pid: int) -> NoSuchProcessError:

@@ -54,10 +54,19 @@ def test_what_ends_all_hope(facts: HostFacts, row: str) -> None:
         replace(GOOD, cap_sys_ptrace=False, ptrace_scope=None),
         replace(GOOD, kvm_errno=errno.EACCES, mte=None),
         replace(GOOD, seccomp=2),
+        replace(GOOD, first_user_namespace=False),
+        replace(GOOD, first_user_namespace=None),
     ],
 )
 def test_what_leaves_hope(facts: HostFacts) -> None:
     assert able(judge(facts))
+
+
+def test_a_container_is_said_to_limit_who_can_be_reached() -> None:
+    rows = judge(replace(GOOD, first_user_namespace=False))
+    row = next(row for row in rows if row.id == "user-namespace")
+    assert (row.state, row.needed) == ("unknown", False)
+    assert "container" in row.value
 
 
 def test_an_errno_is_named() -> None:
@@ -71,7 +80,10 @@ def test_facts_are_read_from_proc(tmp_path: Path) -> None:
     (tmp_path / "self/status").write_text("Name:\tx\nCapEff:\t0000000000080000\nSeccomp:\t2\n")
     (tmp_path / "sys/kernel/yama").mkdir(parents=True)
     (tmp_path / "sys/kernel/yama/ptrace_scope").write_text("2\n")
+    (tmp_path / "self/ns").mkdir()
+    (tmp_path / "self/ns/user").symlink_to("user:[4026532123]")
     facts = host_facts(tmp_path, tmp_path / "no-kvm")
+    assert facts.first_user_namespace is False
     assert facts.cap_sys_ptrace is True
     assert facts.seccomp == 2
     assert facts.ptrace_scope == 2

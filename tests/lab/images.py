@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tests.lab import cpio
@@ -41,10 +41,11 @@ class Kernel:
 KERNELS = {"6.12": Kernel("linux-image-cloud-arm64", _RELEASE)}
 DEFAULT_KERNEL = "6.12"
 
-# The emulator must be QEMU 8 or later: 7.2, Debian 12's, lets tags of a page overwrite each
+# The emulator must not be QEMU 7.2, Debian 12's, which lets tags of a page overwrite each
 # other. It comes from Debian 13 with its whole C library, so that it runs on any Debian.
+# That of Debian 12 is a host that mtetool must see through; only the test of that fetches it.
+QEMU_7_2 = "bookworm"
 _EMULATOR_PACKAGES = ("qemu-system-arm",)
-_EMULATOR = {"suite": _RELEASE, "packages": _EMULATOR_PACKAGES, "recipe": 1}
 _ROOT_PACKAGES = (
     "busybox-static",
     "python3",
@@ -82,20 +83,26 @@ class Images:
     programs: Path
 
 
-def images(kernel: str = DEFAULT_KERNEL) -> Images:
-    """All parts, built where they are not there yet. Raises LabUnavailableError."""
+def images(kernel: str = DEFAULT_KERNEL, *, emulator: str | None = None) -> Images:
+    """All parts, built where they are not there yet. Raises LabUnavailableError.
+
+    `emulator` is the suite of another emulator than the kernel's own.
+    """
     if kernel not in KERNELS:
         raise LabUnavailableError(f"no kernel {kernel!r}; there are {', '.join(KERNELS)}")
     with _locked():
-        emulator = _cached("emulator", _EMULATOR, _build_emulator)
         kernel_dir = _kernel(kernel)
         guest_kernel = _kernel(DEFAULT_KERNEL)
         root = _cached("root", _ROOT, lambda into: _build_root(into, guest_kernel))
         initramfs = _initramfs(kernel_dir, root)
         programs = _programs()
-    found = Images(emulator, root / "root.img", kernel_dir / "Image", initramfs, programs)
+        own = _emulator(KERNELS[kernel].suite)
+    found = Images(own, root / "root.img", kernel_dir / "Image", initramfs, programs)
     _warm(found)
-    return found
+    if emulator is None:
+        return found
+    with _locked():
+        return replace(found, emulator=_emulator(emulator))
 
 
 def cache() -> Path:
@@ -130,18 +137,25 @@ def _cached(name: str, recipe: object, build: Callable[[Path], None]) -> Path:
     return final
 
 
-def _archive(architecture: str) -> Archive:
-    state = cache() / f"apt-{architecture}"
-    archive = Archive(state, architecture, (_RELEASE, _BACKPORTS))
+def _archive(architecture: str, *others: str) -> Archive:
+    """The packages of the lab's release, or else of other suites."""
+    state = cache() / "-".join(("apt", architecture, *others))
+    archive = Archive(state, architecture, others or (_RELEASE, _BACKPORTS))
     archive.update()
     return archive
 
 
-def _build_emulator(into: Path) -> None:
+def _emulator(suite: str) -> Path:
+    recipe = {"suite": suite, "packages": _EMULATOR_PACKAGES, "recipe": 1}
+    return _cached("emulator", recipe, lambda into: _build_emulator(into, suite))
+
+
+def _build_emulator(into: Path, suite: str) -> None:
     own = subprocess.run(
         ["dpkg", "--print-architecture"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    unpack(_archive(own).download(_EMULATOR_PACKAGES), into)
+    archive = _archive(own) if suite in (_RELEASE, _BACKPORTS) else _archive(own, suite)
+    unpack(archive.download(_EMULATOR_PACKAGES, suite=suite), into)
     for unused in ("usr/share/doc", "usr/share/locale", "usr/share/man"):
         shutil.rmtree(into / unused, ignore_errors=True)
 

@@ -289,9 +289,8 @@ def _default_images(kernel: str) -> Images:
 def _emulator(found: Images) -> list[str]:
     # Through the tree's own loader and libraries: the machine's may be older.
     usr = found.emulator / "usr"
-    loader = next((found.emulator / "usr").glob("lib*/ld-linux-*.so.*"), None)
-    loader = loader or next(usr.glob("lib/*/ld-linux-*.so.*"))
     libraries = next(path.parent for path in usr.glob("lib/*-linux-gnu/libc.so.6"))
+    loader = next(libraries.glob("ld-linux-*.so.*"))
     qemu = usr / "bin" / "qemu-system-aarch64"
     words = [loader, "--library-path", libraries, qemu, "-L", usr / "share" / "qemu"]
     return [str(word) for word in words]

@@ -142,6 +142,12 @@ def unpack(debs: Iterable[Path], tree: Path) -> None:
     # Two at a time: decompression is what takes the time.
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda deb: _unpack_one(deb, tree), debs))
+    # Releases before Debian 13 have files outside usr: a directory took the link's place.
+    for name in ("bin", "sbin", "lib", "lib64"):
+        if not (tree / name).is_symlink():
+            shutil.copytree(tree / name, tree / "usr" / name, symlinks=True, dirs_exist_ok=True)
+            shutil.rmtree(tree / name)
+            (tree / name).symlink_to(f"usr/{name}")
 
 
 def _unpack_one(deb: Path, tree: Path) -> None:
