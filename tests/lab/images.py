@@ -32,7 +32,7 @@ _BACKPORTS = "trixie-backports"
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A kernel of the lab: its meta package, and the suite that has it."""
+    """A kernel of the lab: its meta package, and the suite that has it and its emulator."""
 
     package: str
     suite: str
@@ -40,7 +40,8 @@ class Kernel:
 
 KERNELS = {
     "6.12": Kernel("linux-image-cloud-arm64", _RELEASE),
-    # The newest that Debian has for this release: SME, which 6.12 lacks.
+    # The newest that Debian has for this release: SME and guarded control stacks, which 6.12
+    # lacks, on the emulator that has them too (ZT0, FPMR and GCS want QEMU 11).
     "7.3": Kernel("linux-image-cloud-arm64", _BACKPORTS),
 }
 DEFAULT_KERNEL = "6.12"
@@ -48,7 +49,10 @@ DEFAULT_KERNEL = "6.12"
 # The emulator must be QEMU 8 or later: 7.2, Debian 12's, lets tags of a page overwrite each
 # other. It comes from Debian 13 with its whole C library, so that it runs on any Debian.
 _EMULATOR_PACKAGES = ("qemu-system-arm",)
-_EMULATOR = {"suite": _RELEASE, "packages": _EMULATOR_PACKAGES, "recipe": 1}
+_EMULATORS = {
+    suite: {"suite": suite, "packages": _EMULATOR_PACKAGES, "recipe": 1}
+    for suite in (_RELEASE, _BACKPORTS)
+}
 _ROOT_PACKAGES = (
     "busybox-static",
     "python3",
@@ -92,7 +96,8 @@ def images(kernel: str = DEFAULT_KERNEL) -> Images:
     if kernel not in KERNELS:
         raise LabUnavailableError(f"no kernel {kernel!r}; there are {', '.join(KERNELS)}")
     with _locked():
-        emulator = _cached("emulator", _EMULATOR, _build_emulator)
+        suite = KERNELS[kernel].suite
+        emulator = _cached("emulator", _EMULATORS[suite], lambda into: _build_emulator(into, suite))
         kernel_dir = _kernel(kernel)
         guest_kernel = _kernel(DEFAULT_KERNEL)
         root = _cached("root", _ROOT, lambda into: _build_root(into, guest_kernel))
@@ -142,11 +147,11 @@ def _archive(architecture: str) -> Archive:
     return archive
 
 
-def _build_emulator(into: Path) -> None:
+def _build_emulator(into: Path, suite: str) -> None:
     own = subprocess.run(
         ["dpkg", "--print-architecture"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    unpack(_archive(own).download(_EMULATOR_PACKAGES), into)
+    unpack(_archive(own).download(_EMULATOR_PACKAGES, suite=suite), into)
     for unused in ("usr/share/doc", "usr/share/locale", "usr/share/man"):
         shutil.rmtree(into / unused, ignore_errors=True)
 
