@@ -33,8 +33,10 @@ _COUNTS = Path("/tmp/holder.counts")
 _FIELDS = ("rounds", "changed", "early", "late_ms", "signals", "disorder", "unbroken")
 _ATTACHES = 4
 _DEATHS = 10
-_MOST_ATTACHES = 60
-_SIGNALS = 60
+_MOST_ATTACHES = 120
+_SIGNAL_ATTACHES = 15
+# A step at which the thread is in the middle of a call of ours.
+_MIDDLE = 40
 _PATIENCE_SECONDS = 30.0
 _SIGRTMIN = 34
 
@@ -66,14 +68,8 @@ def holder(mode: str) -> Iterator[int | None]:
     assert process.stdout is not None
     ready = process.stdout.readline() == b"ready\n"
     try:
-        if ready:
-            wait_for(
-                lambda: (
-                    process.poll() is not None
-                    or counts()["rounds"] > 0
-                    or mode.endswith(("ever", "read"))
-                )
-            )
+        if ready and not mode.endswith(("-for-ever", "read")):
+            wait_for(lambda: process.poll() is not None or counts()["rounds"] > 0)
         yield process.pid if ready else None
         if ready:
             assert process.poll() is None, f"the holder ended: {process.returncode}"
@@ -148,32 +144,49 @@ def registers(pid: int) -> dict[str, object]:
 
 
 def calls(pid: int) -> dict[str, object]:
-    """Attach until a call that we were in came back on its own; or for ever, where it waits so."""
+    """Attach until calls that we were in came back by themselves; or for ever, where they wait so.
+
+    Then die in the middle of the borrow, in a call that was broken off before and in one that
+    was not.
+    """
     rounds = counts()["rounds"]
     attaches = 0
-    while counts()["rounds"] < rounds + 3 and attaches < _MOST_ATTACHES:
+    while counts()["rounds"] < rounds + 2 and attaches < _MOST_ATTACHES:
         attach(pid)
         attaches += 1
-    return {"attaches": attaches, "came_back": counts()["rounds"] - rounds}
+    came_back = counts()["rounds"] - rounds
+    late = counts()["late_ms"]
+    rounds = counts()["rounds"]
+    die(pid, _MIDDLE)
+    die(pid, _MIDDLE)
+    attach(pid)
+    die(pid, _MIDDLE)
+    if came_back:
+        wait_for(lambda: counts()["rounds"] > rounds)
+    return {"attaches": attaches, "came_back": came_back, "late_without_death_ms": late}
 
 
 def signals(pid: int) -> dict[str, object]:
-    """Signals that are numbered, each sent when the one before has been handled."""
+    """Attach while signals are sent: three together, the next when these have been handled."""
     stop = threading.Event()
+    sent = 0
 
     def send() -> None:
-        for number in range(_SIGNALS):
-            _libc.sigqueue(pid, _SIGRTMIN, ctypes.c_void_p(number))
-            wait_for(lambda number=number: counts()["signals"] > number)
-        stop.set()
+        nonlocal sent
+        while not stop.is_set():
+            for _ in range(3):
+                _libc.sigqueue(pid, _SIGRTMIN, ctypes.c_void_p(sent))
+                sent += 1
+            wait_for(lambda number=sent: counts()["signals"] >= number)  # type: ignore[misc]
+            time.sleep(0.001)
 
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
-    attaches = 0
-    while sender.is_alive():
+    for _ in range(_SIGNAL_ATTACHES):
         attach(pid)
-        attaches += 1
-    return {"attaches": attaches, "all_came": stop.is_set()}
+    stop.set()
+    sender.join()
+    return {"sent": sent}
 
 
 def main() -> None:

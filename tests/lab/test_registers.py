@@ -1,0 +1,93 @@
+"""What a borrowed thread gets back: every register it has, and the call that it was in."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.lab.machine import Machine
+
+Found = dict[str, dict[str, Any] | None]
+
+_SLEEPS = ["nanosleep", "clock_nanosleep", "clock_nanosleep-absolute", "futex"]
+
+
+def _holders(machine: Machine, what: str, *modes: str) -> Found:
+    result = machine.run(
+        ["python3", "-m", "tests.lab.holders", what, *modes],
+        timeout=200,
+        env={"PYTHONPATH": "/opt/mtetool"},
+    )
+    print(result.stderr.decode())
+    assert result.returncode == 0, result.stderr.decode()
+    found: Found = json.loads(result.stdout)
+    return found
+
+
+def _unharmed(found: Found) -> bool:
+    assert all(counts is not None for counts in found.values()), found
+    return all(
+        counts is not None and (counts["changed"], counts["mask_kept"]) == (0, True)
+        for counts in found.values()
+    )
+
+
+def test_registers_come_back_to_the_bit(lab: Machine) -> None:
+    modes = ["general", "fp", "sve", "sve-long", "btype", "pointers", "rseq"]
+    found = _holders(lab, "registers", *modes)
+    assert _unharmed(found)
+    assert all(counts and counts["attached"] == 4 for counts in found.values())
+
+
+def test_matrix_registers_come_back_to_the_bit(lab73: Machine) -> None:
+    """With SME2: ZA, ZT0, TPIDR2 and FPMR outlive the borrowing; the vectors are longer, too."""
+    found = _holders(lab73, "registers", "za", "sve", "sve-long")
+    assert _unharmed(found)
+    assert all(counts and counts["attached"] == 4 for counts in found.values())
+
+
+def test_streaming_mode_is_waited_out_or_refused(lab73: Machine) -> None:
+    found = _holders(lab73, "registers", "ssve", "ssve-at-times")
+    assert _unharmed(found)
+    assert found["ssve-at-times"] is not None
+    assert found["ssve-at-times"]["attached"] > 0
+
+
+def test_guarded_control_stack_is_refused(lab73: Machine) -> None:
+    found = _holders(lab73, "registers", "gcs")
+    assert _unharmed(found)
+    assert found["gcs"] is not None
+    assert found["gcs"]["attached"] == 0
+
+
+def test_sleeps_keep_their_end_while_attaches_go_on(lab: Machine) -> None:
+    """Without what the kernel knows of a sleep, each attach would begin it anew."""
+    found = _holders(lab, "calls", *_SLEEPS)
+    for mode, counts in found.items():
+        assert counts is not None
+        assert (mode, counts["came_back"] >= 2, counts["early"]) == (mode, True, 0)
+        assert counts["attaches"] > 2
+
+
+def test_waits_go_on_behind_attaches(lab: Machine) -> None:
+    found = _holders(lab, "calls", "ppoll", "pselect", "read", "ppoll-for-ever", "futex-for-ever")
+    for mode, counts in found.items():
+        assert counts is not None
+        assert (mode, counts["early"]) == (mode, 0)
+
+
+@pytest.mark.parametrize("mode", ["epoll", "sigtimedwait"])
+def test_waits_that_any_stop_breaks_off_say_so(lab: Machine, mode: str) -> None:
+    """mtetool(1) tells of these; should a kernel learn better, the page is to follow."""
+    counts = _holders(lab, "calls", mode)[mode]
+    assert counts is not None
+    assert counts["early"] > 0
+
+
+def test_signals_come_once_in_order_and_break_off_waits(lab: Machine) -> None:
+    counts = _holders(lab, "signals", "signals")["signals"]
+    assert counts is not None
+    assert counts["signals"] == counts["sent"] > 30
+    assert (counts["disorder"], counts["unbroken"]) == (0, 0)
