@@ -3,7 +3,7 @@
 `python3 -m tests.lab.holders WHAT MODE...` starts a holder for each mode, one after the other,
 and prints, as JSON, what each counted: `registers` attaches to it and is also killed at steps
 all along the way; `calls` attaches until the holder's call came back; `signals` sends it
-numbered signals meanwhile.
+numbered signals meanwhile; `faults` lets it fault in the middle of the borrow.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from mtetool.attach import memory, ptrace
+from mtetool.attach import gadgets, memory, ptrace
 from mtetool.backends import GuestOptions, open_guest
 from mtetool.errors import AttachRefusedError
 from mtetool.guest import Memslot
@@ -34,6 +35,9 @@ _FIELDS = ("rounds", "changed", "early", "late_ms", "signals", "disorder", "unbr
 _ATTACHES = 4
 _DEATHS = 10
 _MOST_ATTACHES = 120
+_FEW_ATTACHES = 10
+# How far a call of two seconds is when it is first attached to.
+_LATE_SECONDS = 1.5
 _SIGNAL_ATTACHES = 15
 # A step at which the thread is in the middle of a call of ours.
 _MIDDLE = 40
@@ -144,26 +148,32 @@ def registers(pid: int) -> dict[str, object]:
 
 
 def calls(pid: int) -> dict[str, object]:
-    """Attach until calls that we were in came back by themselves; or for ever, where they wait so.
+    """Attach late in a call, then to the next one all along; or to one that waits for ever.
 
     Then die in the middle of the borrow, in a call that was broken off before and in one that
     was not.
     """
     rounds = counts()["rounds"]
+    if rounds:
+        wait_for(lambda: counts()["rounds"] > rounds)
+        rounds += 1
+    time.sleep(_LATE_SECONDS)
     attaches = 0
-    while counts()["rounds"] < rounds + 2 and attaches < _MOST_ATTACHES:
+    most = _MOST_ATTACHES if rounds else _FEW_ATTACHES
+    while counts()["rounds"] < rounds + 2 and attaches < most:
         attach(pid)
         attaches += 1
-    came_back = counts()["rounds"] - rounds
-    late = counts()["late_ms"]
-    rounds = counts()["rounds"]
-    die(pid, _MIDDLE)
-    die(pid, _MIDDLE)
-    attach(pid)
-    die(pid, _MIDDLE)
-    if came_back:
-        wait_for(lambda: counts()["rounds"] > rounds)
-    return {"attaches": attaches, "came_back": came_back, "late_without_death_ms": late}
+    result = {"attaches": attaches, "came_back": counts()["rounds"] - rounds}
+    result["late_without_death_ms"] = counts()["late_ms"]
+    last = counts()["rounds"]
+    for death in (True, True, False, True):
+        if death:
+            die(pid, _MIDDLE)
+        else:
+            attach(pid)
+    if rounds:
+        wait_for(lambda: counts()["rounds"] > last)
+    return {**result, "attached_at_ms": int(_LATE_SECONDS * 1000)}
 
 
 def signals(pid: int) -> dict[str, object]:
@@ -189,9 +199,18 @@ def signals(pid: int) -> dict[str, object]:
     return {"sent": sent}
 
 
+def faults(pid: int) -> dict[str, object]:
+    """Attach with an instruction to borrow that is not there: the thread faults on it."""
+    find = gadgets.find
+    gadgets.find = lambda pid: replace(find(pid), svc_ret=0x1000)  # nothing is mapped there
+    done = attach(pid)
+    gadgets.find = find
+    return {"faulted": not done, **registers(pid)}
+
+
 def main() -> None:
     """Each mode in turn."""
-    what = {"registers": registers, "calls": calls, "signals": signals}[sys.argv[1]]
+    what = {f.__name__: f for f in (registers, calls, signals, faults)}[sys.argv[1]]
     found: dict[str, object] = {}
     for mode in sys.argv[2:]:
         started = time.monotonic()

@@ -42,7 +42,7 @@ struct counts {
 
 static struct counts *counts;
 static void *pages[2]; /* what registers are loaded from, and stored to */
-enum { SPIN = 300000, SLEEP_MS = 1500, VECTORS = 65536 };
+enum { SPIN = 300000, SLEEP_MS = 2000, VECTORS = 65536 };
 
 static void need(int good, const char *what)
 {
@@ -247,6 +247,42 @@ static void hold_rseq(void)
 	counts->rounds++;
 }
 
+enum { STACK = 5120, BELOW = 32768, ROOM = 65536, PAGE = 4096 };
+static char *below; /* what lies below a stack that is too small */
+
+static void hold_on_this_stack(void)
+{
+	for (;;) {
+		hold_general();
+		for (size_t i = 0; below && i < BELOW; i++)
+			counts->changed += below[i] != 0x5a;
+	}
+}
+
+/* The main thread goes to another stack: a small one inside the heap, or one with a guard page. */
+static void hold_on_stack(const char *mode)
+{
+	static ucontext_t here, there;
+	need(getcontext(&there) == 0, "getcontext");
+	char *stack;
+	if (!strcmp(mode, "stack-in-heap")) {
+		below = malloc(BELOW + STACK);
+		memset(below, 0x5a, BELOW);
+		stack = below + BELOW;
+	} else {
+		stack = mmap(NULL, PAGE + ROOM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+			     -1, 0);
+		need(stack != MAP_FAILED && mprotect(stack, PAGE, PROT_NONE) == 0, "mprotect");
+		stack += PAGE;
+	}
+	there.uc_stack.ss_sp = stack;
+	there.uc_stack.ss_size = below ? (size_t)STACK : (size_t)ROOM;
+	puts("ready");
+	fflush(stdout);
+	makecontext(&there, hold_on_this_stack, 0);
+	swapcontext(&here, &there);
+}
+
 /* No return from here: the frames above are not on the guarded stack. */
 static void hold_gcs(void)
 {
@@ -400,6 +436,8 @@ int main(int argc, char **argv)
 	int sme2 = getauxval(AT_HWCAP2) >> 37 & 1, fpmr = getauxval(AT_HWCAP2) >> 48 & 1;
 	if (!strcmp(mode, "gcs"))
 		hold_gcs();
+	if (!strncmp(mode, "stack-", 6))
+		hold_on_stack(mode);
 	if ((!strncmp(mode, "sve", 3) && !sve) || (!strcmp(mode, "za") && !sme) ||
 	    (!strncmp(mode, "ssve", 4) && !sme))
 		lacks(mode);
