@@ -8,7 +8,7 @@ The order of the steps is what keeps the process alive if we die between any two
    finishes that call and rt_sigreturn puts it back where it was;
 4. on purpose it goes home without rt_sigreturn (which would reset the kernel's restart block
    and so turn a restarted sleep into EINTR): vector state, signal mask, general registers
-   last, detach.
+   last, into the call that it was in (`mtetool.attach.restart`), detach.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mtetool.attach import frame, gadgets, memory, seccomp, steps
-from mtetool.attach.frame import FRAME_BYTES, ThreadState
+from mtetool.attach import frame, gadgets, memory, restart, seccomp, steps
+from mtetool.attach.frame import ThreadState
 from mtetool.attach.gadgets import Gadgets
 from mtetool.attach.ptrace import (
     EVENT_CLONE,
@@ -30,6 +31,7 @@ from mtetool.attach.ptrace import (
     NT_ARM_POE,
     NT_ARM_SSVE,
     NT_ARM_SVE,
+    NT_ARM_TLS,
     NT_PRFPREG,
     Registers,
     Tracee,
@@ -38,13 +40,18 @@ from mtetool.errors import AttachRefusedError, BusyError, GuestLostError
 
 # Kept free below the stack pointer: arm64 has no red zone, but a leaf may be about to push.
 _STACK_GAP_BYTES = 1024
-# How often a thread inside a restartable sequence is let run on before it is given up.
-_RSEQ_TRIES = 20
+# How often a thread that stands where it cannot be borrowed is let run on before it is given
+# up, and for how long.
+_STAND_TRIES = 12
+_STAND_SECONDS = 0.002
 _SIGSTOP = 19
 # include/linux/errno.h: ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK. At
 # the end of a call they say that the kernel makes it anew when the thread runs on.
 _RESTART_CODES = (-512, -513, -514, -516)
 _CALL_TRIES = 100
+# SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV, SIGSYS: with all signals blocked, what comes of
+# these is from the thread's own instruction.
+_FAULTS = (4, 5, 7, 8, 11, 31)
 
 
 class BorrowedThread:
@@ -82,7 +89,7 @@ class BorrowedThread:
         self._tracee = Tracee.seize(self.tid)
         self._since = time.monotonic()
         try:
-            self._stop_outside_rseq()
+            self._stop_where_it_can_be_borrowed()
             self._check()
             self.filters = seccomp.check(self._tracee, self.pid, self._calls)
             self.gadgets = gadgets.find(self.pid)
@@ -133,34 +140,34 @@ class BorrowedThread:
         self._tracee.trace_clones(False)
         return result, Tracee(child) if child else None
 
-    def _stop_outside_rseq(self) -> None:
-        for _ in range(_RSEQ_TRIES):
+    def _stop_where_it_can_be_borrowed(self) -> None:
+        for attempt in range(_STAND_TRIES):
+            if attempt:
+                self._tracee.cont()
+                time.sleep(_STAND_SECONDS)
             self._tracee.stop()
-            if not _inside_rseq(self.pid, self._tracee):
+            self._original_call = restart.settle(self.pid, self._tracee)
+            obstacle = _obstacle(self.pid, self._tracee)
+            if obstacle is None:
                 return
-            self._tracee.cont()
         raise AttachRefusedError(
-            f"thread {self.tid} of process {self.pid} never leaves a restartable sequence",
-            hint="try again",
+            f"thread {self.tid} of process {self.pid} {obstacle}",
+            hint="try again; it may stand elsewhere then",
         )
 
     def _lay_crash_road(self) -> None:
         state = self._state
-        try:
-            content = frame.build(state)
-        except frame.FrameTooLargeError:
-            raise AttachRefusedError(
-                f"thread {self.tid} of process {self.pid} uses vectors too long to be kept safe",
-                hint="try again; it may not use them then",
-            ) from None
-        self._frame_at = (state.registers.sp - _STACK_GAP_BYTES - FRAME_BYTES) & ~15
-        if not _writable(self.pid, self._frame_at, state.registers.sp):
+        registers = state.registers
+        # rt_sigreturn takes the kernel's note of a call to go on with: the call is made anew.
+        crash = replace(state, registers=registers.with_call(self._original_call))
+        length = len(frame.build(crash))
+        self._frame_at = (registers.sp - _STACK_GAP_BYTES - length) & ~15
+        if not _has_room(self.pid, self._tracee, self._frame_at, registers.sp):
             raise AttachRefusedError(
                 f"thread {self.tid} of process {self.pid} has no room left on its stack",
                 hint="try again; it may stand elsewhere then",
             )
-        memory.write(self.pid, self._frame_at, content)
-        registers = state.registers
+        memory.write(self.pid, self._frame_at, frame.build(crash, self._frame_at))
         self._call_base = Registers(registers.x, self._frame_at, registers.pc, registers.pstate)
         self._blocked = False
 
@@ -187,7 +194,8 @@ class BorrowedThread:
             tracee.set_regset(NT_PRFPREG, state.fpsimd)
         tracee.set_signal_mask(state.signal_mask)
         tracee.set_registers(state.registers)
-        tracee.detach()
+        signal = restart.resume(self.pid, tracee, state.registers) if self._blocked else 0
+        tracee.detach(signal)
 
 
 def run_call(tracee: Tracee) -> tuple[int, int]:
@@ -211,6 +219,12 @@ def _run_once(tracee: Tracee) -> tuple[int, int]:
     child = stops = signal = 0
     while stops < 2:  # the entry and the exit
         stop = tracee.to_syscall_stop(signal)
+        if not stop.event and stop.signal in _FAULTS and not stop.syscall:
+            raise AttachRefusedError(
+                f"thread {tracee.tid} could not run the call that it was given: signal"
+                f" {stop.signal}",
+                hint="its process took away the vDSO, or forbids it to be run",
+            )
         # All others are blocked; the process as a whole must not miss this one.
         signal = stop.signal if not stop.event and stop.signal == _SIGSTOP else 0
         if stop.syscall:
@@ -228,12 +242,6 @@ def _read_state(tracee: Tracee) -> ThreadState:
             f"thread {tracee.tid} has a guarded control stack, which every way back would trip",
             hint="start the VMM with its guarded control stack off",
         )
-    ssve = tracee.regset(NT_ARM_SSVE)
-    if ssve and struct.unpack_from("<H", ssve, 12)[0] & 1:
-        raise AttachRefusedError(
-            f"thread {tracee.tid} is in SME streaming mode, whose state a call would lose",
-            hint="try again; it may have left that mode then",
-        )
     fpsimd = tracee.regset(NT_PRFPREG)
     if fpsimd is None:
         raise AttachRefusedError(f"thread {tracee.tid} shows no floating-point registers")
@@ -244,6 +252,16 @@ def _read_state(tracee: Tracee) -> ThreadState:
         tracee.regset(NT_ARM_POE),
         tracee.signal_mask(),
     )
+
+
+def _obstacle(pid: int, tracee: Tracee) -> str | None:
+    """Why the thread cannot be borrowed where it stands; None where it can."""
+    ssve = tracee.regset(NT_ARM_SSVE)
+    if ssve and frame.vectors_live(ssve):
+        return "is in SME streaming mode, whose state a call would lose"
+    if _inside_rseq(pid, tracee):
+        return "is in a restartable sequence"
+    return None
 
 
 def _inside_rseq(pid: int, tracee: Tracee) -> bool:
@@ -258,10 +276,22 @@ def _inside_rseq(pid: int, tracee: Tracee) -> bool:
     return bool(start <= tracee.registers().pc < start + length)
 
 
-def _writable(pid: int, low: int, high: int) -> bool:
-    return any(
-        m.start <= low and high <= m.end and m.flags.startswith("rw") for m in memory.mappings(pid)
-    )
+def _has_room(pid: int, tracee: Tracee, low: int, high: int) -> bool:
+    """Whether the thread's stack has the bytes [low, high), and they are nobody else's.
+
+    A stack that is part of something larger (the heap, an arena) has other data right below it.
+    So it must be one whose end is known: the main thread's, the one that holds the thread's
+    TLS (as C libraries make them), or one with a guard page below it (as coroutines have).
+    """
+    maps = memory.mappings(pid)
+    for below, m in zip([None, *maps], maps, strict=False):
+        if m.start <= low and high <= m.end and m.flags.startswith("rw"):
+            tls = tracee.regset(NT_ARM_TLS)
+            pointer = struct.unpack_from("<Q", tls)[0] if tls else 0
+            guarded = below is not None and below.end == m.start and below.flags[:3] == "---"
+            on_heap = m.name == "[heap]"
+            return m.name == "[stack]" or guarded or (high <= pointer < m.end and not on_heap)
+    return False
 
 
 def state_letter(task: Path) -> str:

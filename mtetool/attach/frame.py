@@ -17,17 +17,16 @@ _MCONTEXT_AT = 304  # fault_address, then regs[31], sp, pc, pstate
 _RECORDS_AT = 592
 _RECORDS_BYTES = 4096
 FRAME_BYTES = _RECORDS_AT + _RECORDS_BYTES
+"""The length of a frame whose vectors are not longer than 896 bits: most have this one."""
 
 _FPSIMD_MAGIC, _FPSIMD_BYTES = 0x46508001, 0x210
 _SVE_MAGIC = 0x53564501
 _POE_MAGIC = 0x504F4530
+_EXTRA_MAGIC, _EXTRA_BYTES = 0x45585401, 32
+_TERMINATOR = bytes(16)
 
 _SVE_HEADER = struct.Struct("<IIHHHH")  # struct user_sve_header
 SVE_PT_REGS_SVE = 1
-
-
-class FrameTooLargeError(Exception):
-    """The thread's vector registers do not fit a plain signal frame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,29 +46,36 @@ class ThreadState:
     @property
     def sve_live(self) -> bool:
         """Whether the thread has values in the SVE registers beyond the FP ones."""
-        return self.sve is not None and bool(_SVE_HEADER.unpack_from(self.sve)[4] & SVE_PT_REGS_SVE)
+        return self.sve is not None and vectors_live(self.sve)
 
 
-def build(state: ThreadState) -> bytes:
-    """The signal frame that gives `state` back: FRAME_BYTES, for a 16-byte aligned address.
+def vectors_live(regset: bytes) -> bool:
+    """Whether an NT_ARM_SVE or NT_ARM_SSVE register set holds vectors, not just FP registers."""
+    return bool(_SVE_HEADER.unpack_from(regset)[4] & SVE_PT_REGS_SVE)
 
+
+def build(state: ThreadState, at: int = 0) -> bytes:
+    """The signal frame that gives `state` back, for the 16-byte aligned address `at`.
+
+    FRAME_BYTES of it, or more where the SVE vectors are long: their record then lies behind
+    the plain frame's records, at an address that the frame holds.
     uc_stack stays zero, which rt_sigreturn takes for "leave the alternate stack alone".
-    Raises FrameTooLargeError where the SVE vectors are longer than the frame.
     """
-    frame = bytearray(FRAME_BYTES)
+    frame = bytearray(_RECORDS_AT)
     struct.pack_into("<Q", frame, _SIGMASK_AT, state.signal_mask)
     struct.pack_into("<Q", frame, _MCONTEXT_AT, 0)
     frame[_MCONTEXT_AT + 8 : _MCONTEXT_AT + 8 + 272] = state.registers.pack()
-    records = _fpsimd_record(state.fpsimd)
-    if state.sve is not None and state.sve_live:
-        records += _sve_record(state.sve)
+    frame += _fpsimd_record(state.fpsimd)
     if state.poe is not None:
         # 6.12 restores garbage into POR_EL0 when this record is missing.
-        records += struct.pack("<II", _POE_MAGIC, 16) + state.poe[:8]
-    if len(records) + 16 > _RECORDS_BYTES:
-        raise FrameTooLargeError
-    frame[_RECORDS_AT : _RECORDS_AT + len(records)] = records
-    return bytes(frame)
+        frame += struct.pack("<II", _POE_MAGIC, 16) + state.poe[:8]
+    if state.sve is not None and state.sve_live:
+        record = _sve_record(state.sve)
+        if len(frame) + len(record) + len(_TERMINATOR) > FRAME_BYTES:
+            frame += _extra_record(at + len(frame), len(record) + len(_TERMINATOR))
+        frame += record
+    frame += _TERMINATOR
+    return bytes(frame.ljust(FRAME_BYTES, b"\0"))
 
 
 def build_calling(
@@ -105,3 +111,10 @@ def _sve_record(sve: bytes) -> bytes:
     size = (16 + len(payload) + 15) // 16 * 16
     head = struct.pack("<IIHHHH", _SVE_MAGIC, size, vector_bytes, 0, 0, 0)
     return (head + payload).ljust(size, b"\0")
+
+
+def _extra_record(at: int, length: int) -> bytes:
+    # parse_user_sigframe wants a terminator, and right behind it what the record points to.
+    data_at = at + _EXTRA_BYTES + len(_TERMINATOR)
+    head = struct.pack("<IIQI12x", _EXTRA_MAGIC, _EXTRA_BYTES, data_at, length)
+    return head + _TERMINATOR

@@ -58,6 +58,7 @@ _NAMES = {
 # include/uapi/linux/elf.h
 NT_PRSTATUS = 1
 NT_PRFPREG = 2
+NT_ARM_TLS = 0x401
 NT_ARM_SVE = 0x405
 NT_ARM_SSVE = 0x40B
 NT_ARM_POE = 0x40F
@@ -108,6 +109,10 @@ class Registers:
     def pack(self) -> bytes:
         """The NT_PRSTATUS register set, 272 bytes."""
         return _REGS.pack(*self.x, self.sp, self.pc, self.pstate)
+
+    def with_call(self, number: int) -> Registers:
+        """These registers with another system call's number."""
+        return replace(self, x=(*self.x[:8], number, *self.x[9:]))
 
     def calling(self, number: int, args: tuple[int, ...], *, gadget: int, home: int) -> Registers:
         """These registers, about to run `svc; ret` at `gadget` and to return to `home`."""
@@ -240,9 +245,9 @@ class Tracee:
         _ptrace(_SYSCALL, self.tid, 0, signal)
         return self.wait()
 
-    def detach(self) -> None:
-        """Let the thread go."""
-        _ptrace(_DETACH, self.tid)
+    def detach(self, signal: int = 0) -> None:
+        """Let the thread go, with that signal delivered to it."""
+        _ptrace(_DETACH, self.tid, 0, signal)
 
     def event_message(self) -> int:
         """What came with the last event: for a clone, the new thread's id."""

@@ -61,9 +61,29 @@ def test_sve_record_only_when_live() -> None:
     assert record[16 : 16 + 4 * 546] == _sve(64, live=True)[16:]
 
 
-def test_vectors_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(frame.FrameTooLargeError):
-        frame.build(_state(_sve(256, live=True)))
+@pytest.mark.parametrize("vector_bytes", [128, 256])
+def test_long_vectors_lie_behind_the_plain_records(vector_bytes: int) -> None:
+    at = 0x7FFF_0000
+    data = frame.build(_state(_sve(vector_bytes, live=True)), at)
+    records = _records(data)
+    assert set(records) == {0x46508001, 0x45585401}
+    extra = records[0x45585401]
+    data_at, length = struct.unpack_from("<QI", extra, 8)
+    assert len(extra) == 32
+    assert (data_at % 16, length % 16) == (0, 0)
+    # Right behind the terminator of the plain records, as the kernel wants it.
+    assert data_at - at == 592 + 0x210 + 32 + 16
+    rest = data[data_at - at : data_at - at + length]
+    assert struct.unpack_from("<IIH", rest) == (0x53564501, length - 16, vector_bytes)
+    assert rest[16 : 16 + vector_bytes // 16 * 546] == _sve(vector_bytes, live=True)[16:]
+    assert rest[-16:] == bytes(16)
+
+
+@pytest.mark.parametrize("vector_bytes", [16, 32, 64])
+def test_short_vectors_fit_a_plain_frame(vector_bytes: int) -> None:
+    data = frame.build(_state(_sve(vector_bytes, live=True)))
+    assert len(data) == 4688
+    assert set(_records(data)) == {0x46508001, 0x53564501}
 
 
 def test_protection_keys_record() -> None:

@@ -1,4 +1,4 @@
-"""The lab for tests: one machine for all of them, booted when the first one needs it.
+"""The lab for tests: one machine a kernel for all of them, booted when the first one needs it.
 
 Where the lab cannot run, its tests fail and say why: a skip would hide that nothing was
 tried on a real kernel.
@@ -12,21 +12,23 @@ from contextlib import ExitStack
 import pytest
 
 from tests.lab.guests import kill_vmms
+from tests.lab.images import DEFAULT_KERNEL
 from tests.lab.machine import Machine, MachineLostError
 from tests.lab.packages import LabUnavailableError
 
 
 class Lab:
-    """The machine of this test session; another one is booted when a test lost it."""
+    """A machine of this test session; another one is booted when a test lost it."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernel: str = DEFAULT_KERNEL) -> None:
+        self._kernel = kernel
         self._stack = ExitStack()
         self._machine: Machine | None = None
 
     def machine(self) -> Machine:
         """The machine, booted."""
         if self._machine is None:
-            self._machine = self._stack.enter_context(Machine())
+            self._machine = self._stack.enter_context(Machine(kernel=self._kernel))
         return self._machine
 
     def drop(self) -> None:
@@ -42,11 +44,28 @@ def lab_session() -> Iterator[Lab]:
     session.drop()
 
 
+@pytest.fixture(scope="session")
+def lab73_session() -> Iterator[Lab]:
+    session = Lab("7.3")
+    yield session
+    session.drop()
+
+
 @pytest.fixture
 def lab(lab_session: Lab) -> Iterator[Machine]:
     """A booted lab machine; VMMs and files that a test leaves are removed behind it."""
+    yield from _machine(lab_session)
+
+
+@pytest.fixture
+def lab73(lab73_session: Lab) -> Iterator[Machine]:
+    """As `lab`, with the newest kernel: it knows registers that the default one does not."""
+    yield from _machine(lab73_session)
+
+
+def _machine(session: Lab) -> Iterator[Machine]:
     try:
-        machine = lab_session.machine()
+        machine = session.machine()
     except LabUnavailableError as error:
         pytest.fail(f"THE LAB CANNOT RUN, nothing was tried on a real kernel: {error}")
     yield machine
@@ -54,11 +73,12 @@ def lab(lab_session: Lab) -> Iterator[Machine]:
         kill_vmms(machine)
         machine.sh("rm -rf /tmp/*")
     except MachineLostError:
-        lab_session.drop()
+        session.drop()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep all tests of the one machine in one worker."""
+    """Keep all tests of one machine in one worker."""
     for item in items:
-        if "lab" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("lab"))
+        for name in ("lab", "lab73"):
+            if name in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(name))

@@ -32,13 +32,18 @@ _BACKPORTS = "trixie-backports"
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A kernel of the lab: its meta package, and the suite that has it."""
+    """A kernel of the lab: its meta package, and the suite that has it and its emulator."""
 
     package: str
     suite: str
 
 
-KERNELS = {"6.12": Kernel("linux-image-cloud-arm64", _RELEASE)}
+KERNELS = {
+    "6.12": Kernel("linux-image-cloud-arm64", _RELEASE),
+    # The newest that Debian has for this release: SME and guarded control stacks, which 6.12
+    # lacks, on the emulator that has them too (ZT0, FPMR and GCS want QEMU 11).
+    "7.3": Kernel("linux-image-cloud-arm64", _BACKPORTS),
+}
 DEFAULT_KERNEL = "6.12"
 
 # The emulator must not be QEMU 7.2, Debian 12's, which lets tags of a page overwrite each
@@ -70,6 +75,7 @@ _DIRECTORIES = ("proc", "sys", "dev", "tmp", "root", "run/lab", "with", "lab", "
 _CFLAGS = ("-O2", "-Wall", "-Wextra", "-Werror", "-static", "-march=armv8.5-a+memtag")
 # What a module may need on the way to its root: all of the kernel's virtio disk.
 _MODULES = ("virtio_blk",)
+_KERNEL_PARTS = ("linux-binary-", "linux-modules-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +173,17 @@ def _kernel(name: str) -> Path:
 
 def _build_kernel(into: Path, kernel: Kernel) -> None:
     archive = _archive("arm64")
-    package = next(p for p in archive.depends(kernel.package) if p.startswith("linux-image-"))
+    depends = archive.depends(kernel.package, suite=kernel.suite)
+    package = next(name for name in depends if name.startswith("linux-image-"))
+    # Up to 6.x one package holds all; later the image and the modules have one each.
+    parts = [name for name in archive.depends(package) if name.startswith(_KERNEL_PARTS)]
     with tempfile.TemporaryDirectory(dir=into) as scratch:
         tree = Path(scratch)
-        unpack([archive.fetch_only(package)], tree)
-        shutil.copy(next((tree / "boot").glob("vmlinuz-*")), into / "Image")
+        for name in parts or [package]:
+            unpack([archive.fetch_only(name)], tree)
         modules = tree / "usr" / "lib" / "modules"
+        vmlinuz = [*(tree / "boot").glob("vmlinuz-*"), *modules.glob("*/vmlinuz")]
+        shutil.copy(vmlinuz[0], into / "Image")
         for name in _MODULES:
             found = next(modules.rglob(f"{name}.ko*"))
             data = found.read_bytes()

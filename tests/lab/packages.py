@@ -94,10 +94,13 @@ class Archive:
         """Fetch the package lists."""
         self._apt("update")
 
-    def depends(self, package: str) -> list[str]:
+    def depends(self, package: str, *, suite: str | None = None) -> list[str]:
         """The names a package depends on, for finding what a meta package stands for."""
-        words = ["apt-cache", *self._options, "depends", "--important", package]
-        listing = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        target = ["-t", suite] if suite else []
+        words = ["apt-cache", *self._options, *target, "depends", "--important", package]
+        listing = subprocess.run(
+            words, capture_output=True, text=True, check=True, env=self._environment
+        ).stdout
         lines = (line.strip().partition(": ") for line in listing.splitlines())
         return [name for relation, _, name in lines if relation == "Depends"]
 

@@ -1,0 +1,226 @@
+"""Run in the lab: attach to a VMM whose main thread watches its own registers and calls.
+
+`python3 -m tests.lab.holders WHAT MODE...` starts a holder for each mode, one after the other,
+and prints, as JSON, what each counted: `registers` attaches to it and is also killed at steps
+all along the way; `calls` attaches until the holder's call came back; `signals` sends it
+numbered signals meanwhile; `faults` lets it fault in the middle of the borrow.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from mtetool.attach import gadgets, memory, ptrace
+from mtetool.backends import GuestOptions, open_guest
+from mtetool.errors import AttachRefusedError
+from mtetool.guest import Memslot
+
+_MEMORY = Memslot(0, 0x40000000, 1 << 20)
+_COUNTS = Path("/tmp/holder.counts")
+_FIELDS = ("rounds", "changed", "early", "late_ms", "signals", "disorder", "unbroken")
+_ATTACHES = 4
+_DEATHS = 10
+_MOST_ATTACHES = 120
+_FEW_ATTACHES = 4
+# How far a call of 1.2 seconds is when it is first attached to.
+_LATE_SECONDS = 0.8
+_SIGNAL_ATTACHES = 15
+# A step at which the thread is in the middle of a call of ours.
+_MIDDLE = 40
+_PATIENCE_SECONDS = 30.0
+_SIGRTMIN = 34
+
+_libc = ctypes.CDLL(None)
+
+
+def attach(pid: int) -> bool:
+    """Attach, read, detach; whether the holder could be attached to."""
+    tags = np.zeros(4096, dtype=np.uint8)
+    try:
+        with open_guest(f"kvm:{pid}", GuestOptions(memslots=(_MEMORY,))) as guest:
+            guest.read_tags(_MEMORY.ipa, tags)
+    except AttachRefusedError as error:
+        print(error.message, file=sys.stderr)
+        return False
+    return True
+
+
+def counts() -> dict[str, int]:
+    """What the holder counted so far."""
+    data = _COUNTS.read_bytes()[: 8 * len(_FIELDS)]
+    return dict(zip(_FIELDS, struct.unpack(f"<{len(_FIELDS)}Q", data), strict=True))
+
+
+@contextmanager
+def holder(mode: str) -> Iterator[int | None]:
+    """A holder at work, its PID; None where this machine lacks what the mode is about."""
+    process = subprocess.Popen(["/lab/holder", mode, _COUNTS], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    ready = process.stdout.readline() == b"ready\n"
+    try:
+        if ready and not mode.endswith(("-for-ever", "read")):
+            wait_for(lambda: process.poll() is not None or counts()["rounds"] > 0)
+        yield process.pid if ready else None
+        if ready:
+            assert process.poll() is None, f"the holder ended: {process.returncode}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until it holds."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "this never comes"
+        time.sleep(0.001)
+
+
+def count_steps(function: Callable[[], object], die_at: int = 0) -> int:
+    """How many requests and copies it makes; before number `die_at` this process is killed."""
+    count = 0
+
+    def counted(inner: Callable[..., object]) -> Callable[..., object]:
+        def run(*arguments: object) -> object:
+            nonlocal count
+            count += 1
+            if count == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return inner(*arguments)
+
+        return run
+
+    originals = ptrace._ptrace, memory._transfer
+    ptrace._ptrace = counted(originals[0])  # type: ignore[assignment]
+    memory._transfer = counted(originals[1])  # type: ignore[assignment]
+    function()
+    ptrace._ptrace, memory._transfer = originals
+    return count
+
+
+def die(pid: int, step: int) -> None:
+    """Attach in another process that is killed at that step; wait until the holder is alone."""
+    child = os.fork()
+    if child == 0:
+        count_steps(lambda: attach(pid), step)
+        os._exit(0)
+    os.waitpid(child, 0)
+    task = Path(f"/proc/{pid}/task")
+    wait_for(lambda: len(list(task.iterdir())) == 1 and "TracerPid:\t0" in status(pid))
+
+
+def status(pid: int) -> str:
+    """The main thread's status."""
+    return Path(f"/proc/{pid}/task/{pid}/status").read_text()
+
+
+def blocked(pid: int) -> str:
+    """The signals that the main thread blocks."""
+    return next(line for line in status(pid).splitlines() if line.startswith("SigBlk"))
+
+
+def registers(pid: int) -> dict[str, object]:
+    """Attach and die; the holder's loop goes on through all of it."""
+    mask, done = blocked(pid), 0
+    for _ in range(_ATTACHES):
+        done += attach(pid)
+    steps = count_steps(lambda: attach(pid))
+    for number in range(_DEATHS if done else 2):
+        die(pid, 1 + number * steps // _DEATHS)
+    attach(pid)
+    rounds = counts()["rounds"]
+    wait_for(lambda: counts()["rounds"] > rounds + 2)
+    return {"attached": done, "steps": steps, "mask_kept": blocked(pid) == mask}
+
+
+def calls(pid: int) -> dict[str, object]:
+    """Attach late in a call, and on until it came back; or to one that waits for ever.
+
+    Then die in the middle of the borrow, in a call that was broken off before and in one that
+    was not.
+    """
+    rounds = counts()["rounds"]
+    if rounds:
+        wait_for(lambda: counts()["rounds"] > rounds)
+        rounds += 1
+        time.sleep(_LATE_SECONDS)
+    attaches = 0
+    most = _MOST_ATTACHES if rounds else _FEW_ATTACHES
+    while counts()["rounds"] < rounds + 1 and attaches < most:
+        attach(pid)
+        attaches += 1
+    result = {"attaches": attaches, "came_back": counts()["rounds"] - rounds}
+    result["late_without_death_ms"] = counts()["late_ms"]
+    last = counts()["rounds"]
+    for death in (True, True, False, True):
+        if death:
+            die(pid, _MIDDLE)
+        else:
+            attach(pid)
+    if rounds:
+        wait_for(lambda: counts()["rounds"] > last)
+    return {**result, "attached_at_ms": int(_LATE_SECONDS * 1000)}
+
+
+def signals(pid: int) -> dict[str, object]:
+    """Attach while signals are sent: three together, the next when these have been handled."""
+    stop = threading.Event()
+    sent = 0
+
+    def send() -> None:
+        nonlocal sent
+        while not stop.is_set():
+            for _ in range(3):
+                _libc.sigqueue(pid, _SIGRTMIN, ctypes.c_void_p(sent))
+                sent += 1
+            wait_for(lambda number=sent: counts()["signals"] >= number)  # type: ignore[misc]
+            time.sleep(0.001)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    for _ in range(_SIGNAL_ATTACHES):
+        attach(pid)
+    stop.set()
+    sender.join()
+    return {"sent": sent}
+
+
+def faults(pid: int) -> dict[str, object]:
+    """Attach with an instruction to borrow that is not there: the thread faults on it."""
+    find = gadgets.find
+    gadgets.find = lambda pid: replace(find(pid), svc_ret=0x1000)  # nothing is mapped there
+    done = attach(pid)
+    gadgets.find = find
+    return {"faulted": not done, **registers(pid)}
+
+
+def main() -> None:
+    """Each mode in turn."""
+    what = {f.__name__: f for f in (registers, calls, signals, faults)}[sys.argv[1]]
+    found: dict[str, object] = {}
+    for mode in sys.argv[2:]:
+        started = time.monotonic()
+        with holder(mode) as pid:
+            result = what(pid) if pid is not None else None
+            seconds = round(time.monotonic() - started, 1)
+            found[mode] = result and {**result, **counts(), "seconds": seconds}
+            print(mode, found[mode], file=sys.stderr, flush=True)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
