@@ -156,8 +156,20 @@ def _activity(call: list[str]) -> Activity:
 
 
 def runs_guest(pid: int) -> bool:
-    """Whether some thread is in KVM_RUN now; a halted vCPU is, one of a paused guest is not."""
-    return Activity.VCPU in activities(pid).values()
+    """Whether some vCPU runs, as far as that can be seen.
+
+    A thread in KVM_RUN tells, halted or not: none is there while the VMM has paused its guest.
+    Besides the main thread, what never rests is taken for a vCPU too.
+    """
+    restless: set[int] | None = None
+    for _ in range(_LOOKS):
+        seen = activities(pid)
+        if Activity.VCPU in seen.values():
+            return True
+        runs = {tid for tid, was in seen.items() if was is Activity.RUNNING and tid != pid}
+        restless = runs if restless is None else restless & runs
+        time.sleep(_LOOK_SECONDS)
+    return bool(restless)
 
 
 def threads_to_borrow(pid: int) -> list[int]:
