@@ -33,8 +33,8 @@ def _unharmed(found: Found) -> bool:
 
 
 def test_registers_come_back_to_the_bit(lab: Machine) -> None:
-    """`plain` has the general and FP registers, signed pointers and branch types in turn."""
-    found = _holders(lab, "registers", "plain", "sve", "sve-long", "rseq")
+    """`plain` has the general registers, signed pointers and branch types in turn."""
+    found = _holders(lab, "registers", "plain", "fp", "sve", "sve-long", "rseq")
     assert _unharmed(found)
     assert all(counts and counts["attached"] == 4 for counts in found.values())
 

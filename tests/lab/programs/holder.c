@@ -42,7 +42,7 @@ struct counts {
 
 static struct counts *counts;
 static void *pages[2]; /* what registers are loaded from, and stored to */
-enum { SPIN = 300000, SLEEP_MS = 1200, VECTORS = 65536 };
+enum { SPIN = 300000, SLEEP_MS = 2000, VECTORS = 65536 };
 
 static void need(int good, const char *what)
 {
@@ -454,7 +454,6 @@ int main(int argc, char **argv)
 	for (;;) {
 		if (!strcmp(mode, "plain")) {
 			hold_general();
-			hold_fp();
 			hold_pointers();
 			hold_btype();
 		} else if (!strcmp(mode, "fp"))
