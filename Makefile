@@ -37,7 +37,7 @@ check: venv ## style, types and scripts
 
 test: deps venv ## everything: checks, tests, the lab on a real kernel
 	$(MAKE) --no-print-directory check lab
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: venv ## the tests that need no lab
 	$(BIN)/python -m pytest -n 2 --ignore tests/lab

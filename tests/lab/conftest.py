@@ -74,11 +74,3 @@ def _machine(session: Lab) -> Iterator[Machine]:
         machine.sh("rm -rf /tmp/*")
     except MachineLostError:
         session.drop()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep all tests of one machine in one worker."""
-    for item in items:
-        for name in ("lab", "lab73"):
-            if name in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(name))
