@@ -16,6 +16,7 @@ from __future__ import annotations
 import struct
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -45,12 +46,15 @@ _SIGSTOP = 19
 class BorrowedThread:
     """A thread of the process, ours for a while; a context manager.
 
-    `seconds` is the time for which it was stopped or made calls for us.
+    `seconds` is the time for which it was stopped or made calls for us. With `held` it is
+    seized and stopped already, at a system call or a signal; where it cannot be borrowed it
+    then stays so.
     """
 
-    def __init__(self, pid: int, tid: int) -> None:
+    def __init__(self, pid: int, tid: int, held: Tracee | None = None) -> None:
         self.pid = pid
         self.tid = tid
+        self._held = held
         self.seconds = 0.0
         self.gadgets: Gadgets
         self._tracee: Tracee
@@ -59,7 +63,7 @@ class BorrowedThread:
         self._since = 0.0
 
     def __enter__(self) -> Self:
-        self._tracee = Tracee.seize(self.tid)
+        self._tracee = self._held or Tracee.seize(self.tid)
         self._since = time.monotonic()
         try:
             self._stop_outside_rseq()
@@ -70,8 +74,9 @@ class BorrowedThread:
             raise
         except BaseException:
             # Nothing of the thread's state was changed yet: letting go is enough.
-            with suppress(OSError):
-                self._tracee.detach()
+            if self._held is None:
+                with suppress(OSError):
+                    self._tracee.detach()
             raise
         return self
 
@@ -100,6 +105,16 @@ class BorrowedThread:
         result, _ = run_call(self._tracee)
         return result
 
+    def leave_argument(self, data: bytes) -> int:
+        """Put up to 1024 bytes into the thread's unused stack for a call; their address."""
+        address = self._frame_at + FRAME_BYTES
+        memory.write(self.pid, address, data[:_STACK_GAP_BYTES])
+        return address
+
+    def answer(self, result: int) -> None:
+        """Let the call that the thread came from have that result (-errno) once it is home."""
+        self._state = replace(self._state, registers=self._state.registers.returning(result))
+
     def allows(self, calls: tuple[seccomp.Call, ...]) -> None:
         """See that the thread's seccomp filters allow the calls; AttachRefusedError if not."""
         seccomp.check(self._tracee, self.pid, calls)
@@ -116,6 +131,9 @@ class BorrowedThread:
         return result, Tracee(child) if child else None
 
     def _stop_outside_rseq(self) -> None:
+        if self._held is not None:
+            self._tracee.to_event_stop()  # behind a call, so outside of such a sequence
+            return
         for _ in range(_RSEQ_TRIES):
             self._tracee.stop()
             if not _inside_rseq(self.pid, self._tracee):

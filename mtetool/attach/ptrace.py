@@ -22,17 +22,27 @@ _SETOPTIONS = 0x4200
 _GETEVENTMSG = 0x4201
 _GETREGSET = 0x4204
 _SETREGSET = 0x4205
+_GETSIGINFO = 0x4202
 _SEIZE = 0x4206
 _INTERRUPT = 0x4207
+_LISTEN = 0x4208
 _GETSIGMASK = 0x420A
 _SETSIGMASK = 0x420B
 _SECCOMP_GET_FILTER = 0x420C
+_GET_SYSCALL_INFO = 0x420E
 _GET_RSEQ_CONFIGURATION = 0x420F
 _O_TRACESYSGOOD = 1
 _O_TRACECLONE = 8
+FOLLOW = 0x02 | 0x04 | _O_TRACECLONE | 0x10
+"""Options: forks, vforks, clones and execs are told; what is made is traced from birth."""
 EVENT_CLONE = 3
+EVENT_EXEC = 4
 EVENT_STOP = 128
-_WALL = 0x40000000
+SYSCALL_STOP = 0x85
+"""The signal of a system-call stop: SIGTRAP, and the bit that TRACESYSGOOD asks for."""
+WALL = 0x40000000
+"""An option of wait: threads too."""
+SYSCALL_ENTRY, SYSCALL_EXIT = 1, 2
 
 # include/uapi/linux/elf.h
 NT_PRSTATUS = 1
@@ -58,6 +68,13 @@ class _Iovec(ctypes.Structure):
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.restype = ctypes.c_long
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+
+
+# Reused: it is asked for at every system call where nothing quicker can be had.
+_SYSCALL_INFO_BYTES = 88
+_SYSCALL_INFO = struct.Struct("<qQQ")
+_syscall_info = ctypes.create_string_buffer(_SYSCALL_INFO_BYTES)
+_syscall_info_at = ctypes.addressof(_syscall_info)
 
 
 def _ptrace(request: int, tid: int, addr: int = 0, data: int = 0) -> int:
@@ -95,6 +112,10 @@ class Registers:
         x[30] = home
         return replace(self, x=tuple(x), pc=gadget, pstate=self.pstate & ~PSTATE_BTYPE)
 
+    def returning(self, result: int) -> Registers:
+        """These registers, behind a call, with that result of it (-errno)."""
+        return replace(self, x=(result & 0xFFFF_FFFF_FFFF_FFFF, *self.x[1:]))
+
 
 @dataclass(frozen=True, slots=True)
 class Stop:
@@ -112,13 +133,13 @@ class Tracee:
         self.tid = tid
 
     @classmethod
-    def seize(cls, tid: int) -> Self:
-        """Trace the thread without stopping it.
+    def seize(cls, tid: int, options: int = 0) -> Self:
+        """Trace the thread without stopping it; `options` may be FOLLOW.
 
         No option outlives us: without PTRACE_O_EXITKILL the kernel detaches when we die.
         Raises OSError (EPERM: not allowed or traced already, ESRCH: gone).
         """
-        _ptrace(_SEIZE, tid, 0, _O_TRACESYSGOOD)
+        _ptrace(_SEIZE, tid, 0, _O_TRACESYSGOOD | options)
         return cls(tid)
 
     def trace_clones(self, on: bool) -> None:
@@ -131,13 +152,13 @@ class Tracee:
 
     def wait(self) -> Stop:
         """Wait for the thread's next stop. Raises GuestLostError when it ended instead."""
-        tid, status = os.waitpid(self.tid, _WALL)
+        tid, status = os.waitpid(self.tid, WALL)
         return self._stop(tid, status)
 
     def ended(self) -> bool:
         """Whether the thread has ended (or is not ours any more), without waiting."""
         try:
-            tid, status = os.waitpid(self.tid, _WALL | os.WNOHANG)
+            tid, status = os.waitpid(self.tid, WALL | os.WNOHANG)
         except ChildProcessError:
             return True
         return tid != 0 and not os.WIFSTOPPED(status)
@@ -178,8 +199,34 @@ class Tracee:
 
     def to_syscall_stop(self, signal: int = 0) -> Stop:
         """Let the thread run, with that signal, until it enters or leaves a system call."""
-        _ptrace(_SYSCALL, self.tid, 0, signal)
+        self.cont_to_syscall(signal)
         return self.wait()
+
+    def cont_to_syscall(self, signal: int = 0) -> None:
+        """As `to_syscall_stop`, without waiting for the stop."""
+        _ptrace(_SYSCALL, self.tid, 0, signal)
+
+    def listen(self) -> None:
+        """Leave the thread in the group stop that was collected, until SIGCONT ends it."""
+        _ptrace(_LISTEN, self.tid)
+
+    def signal_info(self) -> bytes:
+        """The siginfo_t of the signal that the thread is stopped with, 128 bytes."""
+        buffer = ctypes.create_string_buffer(128)
+        _ptrace(_GETSIGINFO, self.tid, 0, ctypes.addressof(buffer))
+        return buffer.raw
+
+    def syscall_info(self) -> tuple[int, int, int]:
+        """What a system-call stop is about (Linux 5.3).
+
+        SYSCALL_ENTRY, the call's number and its second argument; or SYSCALL_EXIT, the result
+        and 0.
+        """
+        # struct ptrace_syscall_info: op at 0; from 24 on nr and args, or rval.
+        _ptrace(_GET_SYSCALL_INFO, self.tid, _SYSCALL_INFO_BYTES, _syscall_info_at)
+        first, _, second = _SYSCALL_INFO.unpack_from(_syscall_info, 24)
+        kind = _syscall_info.raw[0]
+        return kind, first, second if kind == SYSCALL_ENTRY else 0
 
     def detach(self) -> None:
         """Let the thread go."""

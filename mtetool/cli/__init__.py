@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "dump": ("mtetool.cli.dump", "Print tags: runs of equal ones, or each."),
     "diff": ("mtetool.cli.diff", "Say where the tags of two sources differ."),
     "enable": ("mtetool.cli.enable", "Turn MTE on for a guest, before its first vCPU."),
+    "exec": ("mtetool.cli.exec", "Start a VMM whose VM has MTE, in this process."),
     "probe": ("mtetool.cli.probe", "Say whether this host can copy tags, and if not, why."),
     "emu": ("mtetool.cli.emu", "Make, show and change emulated guests."),
 }
