@@ -27,7 +27,8 @@ class Check:
 class Qemu:
     """A QEMU with the tagger guest in a lab machine, by its name.
 
-    `mte` gives it mte=on; without, it waits in -preconfig for `mtetool enable`.
+    `mte` gives it mte=on; without, it waits in -preconfig for `mtetool enable`, or is started
+    by `wrapper`.
     """
 
     lab: Machine
@@ -35,6 +36,7 @@ class Qemu:
     mte: bool = True
     memory: str = "256M"
     extra: str = ""
+    wrapper: str = ""
     pid: int = field(init=False)
 
     @property
@@ -54,10 +56,10 @@ class Qemu:
             f"-M {machine} -accel kvm -cpu host -m {self.memory} -nodefaults -display none"
             " -kernel /lab/Image -initrd /lab/guest.cpio -append 'console=ttyAMA0 quiet'"
             f" -serial file:{self.console} -qmp unix:{self.qmp_path},server=on,wait=off"
-            f" {'' if self.mte else '-preconfig'} {self.extra}"
+            f" {'' if self.mte or self.wrapper else '-preconfig'} {self.extra}"
         )
         result = self.lab.sh(
-            f"qemu-system-aarch64 {options} >/tmp/{self.name}.out 2>&1 & echo $!;"
+            f"{self.wrapper} qemu-system-aarch64 {options} >/tmp/{self.name}.out 2>&1 & echo $!;"
             f" until [ -S {self.qmp_path} ] || ! kill -0 $!; do sleep 0.02; done; kill -0 $!"
         )
         self.pid = int(result.stdout)
@@ -95,12 +97,12 @@ class Qemu:
 _KILL_VMMS = """
 for process in /proc/[0-9]*; do
     case $(readlink $process/exe) in
-    */qemu-system-aarch64 | */testvmm) kill -KILL ${process#/proc/} ;;
+    */qemu-system-aarch64 | */testvmm | */newvms) kill -KILL ${process#/proc/} ;;
     esac
 done
 for process in /proc/[0-9]*; do
     case $(readlink $process/exe) in
-    */qemu-system-aarch64 | */testvmm) exit 1 ;;
+    */qemu-system-aarch64 | */testvmm | */newvms) exit 1 ;;
     esac
 done
 """
