@@ -75,6 +75,11 @@ class Follower:
                     self._held = found.tracee
                     return found
 
+    def disarm(self) -> None:
+        """Remove all alarms, before a thread is let go: it would be sent the next one's signal."""
+        for tid in list(self._alarms):
+            self._forget_alarm(tid)
+
     def _stopped(self, tracee: Tracee, status: int) -> Returned | None:
         number, event = status & 0xFF, status >> 8
         deliver = 0

@@ -64,9 +64,11 @@ def attach(pid: int, wish: Wish) -> Callable[[], None]:
 def _work(follower: Follower, wish: Wish) -> None:
     try:
         found = _wait_for_vm(follower, wish)
+        follower.disarm()
         if found is not None:
             _enable(found, wish)
     except _TooLongError:
+        follower.disarm()
         wish.tell(
             NotAVmmError(
                 f"no VM{f' {wish.vm}' if wish.vm > 1 else ''} was made within {wish.seconds:g}"

@@ -49,17 +49,21 @@ class Qemu:
         """The file that the guest's serial console goes to."""
         return f"/tmp/{self.name}.log"
 
-    def start(self) -> Qemu:
-        """Start it, and wait for its monitor."""
+    def command(self) -> str:
+        """The command line that starts it."""
         machine = "virt,gic-version=3" + (",mte=on" if self.mte else "")
-        options = (
-            f"-M {machine} -accel kvm -cpu host -m {self.memory} -nodefaults -display none"
+        return (
+            f"{self.wrapper} qemu-system-aarch64"
+            f" -M {machine} -accel kvm -cpu host -m {self.memory} -nodefaults -display none"
             " -kernel /lab/Image -initrd /lab/guest.cpio -append 'console=ttyAMA0 quiet'"
             f" -serial file:{self.console} -qmp unix:{self.qmp_path},server=on,wait=off"
             f" {'' if self.mte or self.wrapper else '-preconfig'} {self.extra}"
         )
+
+    def start(self) -> Qemu:
+        """Start it, and wait for its monitor."""
         result = self.lab.sh(
-            f"{self.wrapper} qemu-system-aarch64 {options} >/tmp/{self.name}.out 2>&1 & echo $!;"
+            f"{self.command()} >/tmp/{self.name}.out 2>&1 & echo $!;"
             f" until [ -S {self.qmp_path} ] || ! kill -0 $!; do sleep 0.02; done; kill -0 $!"
         )
         self.pid = int(result.stdout)
