@@ -124,9 +124,10 @@ def _keep_company(pid: int, there: socket.socket, attach: Callable[[int], Work])
 
 def _drop_inherited(but: socket.socket) -> None:
     """Close what somebody may wait for the end of, or may want to unmount."""
-    kept = but.fileno()
-    os.closerange(_STDERR + 1, kept)
-    os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
+    for fd in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208 - numbers, not paths
+        if fd > _STDERR and fd != but.fileno():
+            with suppress(OSError):  # the listing's own is closed by now
+                os.close(fd)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in range(_STDERR):
         os.dup2(null, fd)

@@ -80,6 +80,9 @@ def _work(follower: Follower, wish: Wish) -> None:
         pass  # the VMM ended; what it has to say about that, it said itself
     except MtetoolError as error:
         wish.tell(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        wish.tell(AttachRefusedError(f"the start cannot be watched further: {reason}"))
 
 
 def _wait_for_vm(follower: Follower, wish: Wish) -> Returned | None:

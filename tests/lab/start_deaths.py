@@ -1,8 +1,9 @@
 """Run in the lab: a VMM is started, and what watches its start is killed before each of its steps.
 
-`python3 -m tests.lab.start_deaths [every-call]` prints, as JSON, how each VMM differed from one
-that was started plainly. A step is one request to the kernel that concerns the VMM; before the
-death the VMM gets the time to come to its next stop.
+`python3 -m tests.lab.start_deaths [every-call] [term]` prints, as JSON, how each VMM differed from
+one that was started plainly. A step is one request to the kernel that concerns the VMM; before
+the death the VMM gets the time to come to its next stop. With "term" it is sent SIGTERM one step
+before, by which it must end.
 """
 
 from __future__ import annotations
@@ -37,14 +38,17 @@ _KEPT = (
 )
 
 
-def die_at(step: int, died: mmap.mmap) -> None:
+def die_at(step: int, died: mmap.mmap, terminate: bool) -> None:
     """Let the process that makes the steps be killed before that one, with a mark in `died`."""
-    count = 0
+    count, vmm = 0, os.getpid()
 
     def counted(function: Callable[..., object]) -> Callable[..., object]:
         def run(*arguments: object) -> object:
             nonlocal count
             count += 1
+            if terminate and count == step - 1:
+                os.kill(vmm, signal.SIGTERM)
+                time.sleep(_ARRIVE_SECONDS)
             if count == step:
                 time.sleep(_ARRIVE_SECONDS)
                 died[0] = 1
@@ -117,12 +121,15 @@ def main() -> None:
         signal.signal(number, signal.SIG_DFL)  # Python ignores them
     # Where it dies before the VMM is started, that is told and the VMM is started all the same.
     wish = Wish(1, 60, False, "every-call" in sys.argv[1:], lambda error: None)
+    terminate = "term" in sys.argv[1:]
     plain = run(None, wish, None)
     died = mmap.mmap(-1, 1)  # shared with the companion
     harmed: dict[int, dict[str, object]] = {}
-    for step in range(1, 100_000):
+    for step in range(2 if terminate else 1, 100_000):
         died[0] = 0
-        found = run(functools.partial(die_at, step, died), wish, plain)
+        found = run(functools.partial(die_at, step, died, terminate), wish, plain)
+        if terminate and died[0]:
+            found = plain if found["end"] == signal.SIGTERM else found
         if found != plain:
             harmed[step] = found
             break

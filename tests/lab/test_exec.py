@@ -48,7 +48,7 @@ exec 8<in
 vmm=$!
 until grep -q ready out; do kill -0 $vmm || break; sleep 0.05; done
 while grep -qsx mtetool /proc/[0-9]*/comm; do sleep 0.05; done
-sed "s/\\b$$\\b/SHELL/; s/\\b$vmm\\b/VMM/g" <<END
+sed "s/\\b$$\\b/SHELL/g; s/\\b$vmm\\b/VMM/g" <<END
 $(sh -c "$state" state $vmm)
 END
 kill $holder
@@ -223,9 +223,9 @@ def test_qemu_in_its_other_ways(lab: Machine, extra: str) -> None:
     assert json.loads(asked.stdout)["changed"] is False
 
 
-@pytest.mark.parametrize("every_call", ["", "every-call"])
-def test_death_before_every_step_is_harmless(lab: Machine, every_call: str) -> None:
-    command = ["python3", "-m", "tests.lab.start_deaths", every_call]
+@pytest.mark.parametrize("how", ["", "every-call", "term"])
+def test_death_before_every_step_is_harmless(lab: Machine, how: str) -> None:
+    command = ["python3", "-m", "tests.lab.start_deaths", how]
     result = lab.run(command, timeout=300, env={"PYTHONPATH": "/opt/mtetool"}, check=True)
     found = json.loads(result.stdout)
     assert found["harmed"] == {}, found["plain"]
