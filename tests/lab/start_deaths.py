@@ -39,7 +39,7 @@ _KEPT = (
 
 
 def die_at(step: int, died: mmap.mmap, terminate: bool) -> None:
-    """Let the process that makes the steps be killed before that one, with a mark in `died`."""
+    """Let the process that makes the steps be killed before that one; `died` is marked then."""
     count, vmm = 0, os.getpid()
 
     def counted(function: Callable[..., object]) -> Callable[..., object]:
@@ -47,6 +47,7 @@ def die_at(step: int, died: mmap.mmap, terminate: bool) -> None:
             nonlocal count
             count += 1
             if terminate and count == step - 1:
+                died[0] = 1
                 os.kill(vmm, signal.SIGTERM)
                 time.sleep(_ARRIVE_SECONDS)
             if count == step:
@@ -96,12 +97,13 @@ def settled(pid: int, stdout: int, expected: dict[str, object] | None) -> dict[s
     """How the VMM is once it has said that it is ready, as soon as it is as expected."""
     deadline = time.monotonic() + _SETTLE_SECONDS
     said = os.read(stdout, 100)
-    while True:
-        now = {"said": said.decode(), **(state(pid) if said else {})}
+    while said:
+        now = {"said": said.decode(), **state(pid)}
         sleeps = "S" in str(now.get("status"))
         if now == expected or (expected is None and sleeps) or time.monotonic() > deadline:
             return now
         time.sleep(0.01)
+    return {"said": ""}
 
 
 def run(
