@@ -130,9 +130,8 @@ def main() -> None:
     for step in range(2 if terminate else 1, 100_000):
         died[0] = 0
         found = run(functools.partial(die_at, step, died, terminate), wish, plain)
-        if terminate and died[0]:
-            found = plain if found["end"] == signal.SIGTERM else found
-        if found != plain:
+        as_told = found["end"] == signal.SIGTERM if terminate and died[0] else found == plain
+        if not as_told:
             harmed[step] = found
             break
         if not died[0]:

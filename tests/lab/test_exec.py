@@ -58,10 +58,12 @@ echo status $?
 
 # A parent, as a shell is one: it sees its child stop, and lets it go on.
 _STOPPED = """
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
 _, status = os.waitpid(child.pid, os.WUNTRACED)
 print("stopped" if os.WIFSTOPPED(status) else status, flush=True)
+time.sleep(0.3)
+open("/tmp/allowed", "w").close()
 child.send_signal(signal.SIGCONT)
 print("status", child.wait(), flush=True)
 """
@@ -141,9 +143,10 @@ def test_a_signal_ends_a_vmm_that_starts(lab: Machine, every_call: str, number: 
 
 
 def test_a_vmm_that_is_stopped_while_it_starts(lab: Machine) -> None:
-    words = ["mtetool", "exec", "--", "sh", "-c", "kill -STOP $$; exec /lab/newvms 1"]
+    script = "kill -STOP $$; ls /tmp/allowed; exec /lab/newvms 1"
+    words = ["mtetool", "exec", "--", "sh", "-c", script]
     result = lab.run(["python3", "-c", _STOPPED, *words], timeout=60)
-    assert result.stdout == b"stopped\nvm 1 mte=1\nready\nstatus 7\n"
+    assert result.stdout == b"stopped\n/tmp/allowed\nvm 1 mte=1\nready\nstatus 7\n"
 
 
 def test_stdio_passes_through(lab: Machine) -> None:
