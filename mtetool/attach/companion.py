@@ -109,6 +109,7 @@ def _orphan(run: Callable[[], object]) -> NoReturn:
 def _keep_company(pid: int, there: socket.socket, attach: Callable[[int], Work]) -> None:
     for number in _ENDING:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # its own alarms must reach it
     _drop_inherited(there)
     there.sendall(_NUMBER.pack(os.getpid()))
     _receive(there)

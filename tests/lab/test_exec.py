@@ -192,6 +192,38 @@ def test_what_cannot_be_started(lab: Machine, words: str, status: int, said: str
     assert said in error
 
 
+def test_a_start_that_is_traced_already(lab: Machine) -> None:
+    tracer = (
+        "import ctypes, os, sys\n"
+        "pid = os.fork()\n"
+        "if not pid:\n"
+        "    ctypes.CDLL(None).ptrace(0, 0, None, None)\n"  # PTRACE_TRACEME
+        "    os.execvp(sys.argv[1], sys.argv[1:])\n"
+        "while os.WIFSTOPPED(status := os.waitpid(pid, 0)[1]):\n"
+        "    ctypes.CDLL(None).ptrace(7, pid, None, None)\n"  # PTRACE_CONT
+        "sys.exit(os.waitstatus_to_exitcode(status))\n"
+    )
+    result = lab.run(["python3", "-c", tracer, "mtetool", "exec", "--", "echo", "started"])
+    assert (result.returncode, result.stdout) == (4, b""), result.stderr
+    assert b"traced by process" in result.stderr
+
+
+def test_blocked_signals_stay_blocked_and_stop_no_timer(lab: Machine) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM, signal.SIGTERM])\n"
+        "os.execvp(sys.argv[1], sys.argv[1:])\n"
+    )
+    show = "grep SigBlk /proc/self/status; read line; true"
+    lab.sh("mkfifo /tmp/in; sleep 1000 >/tmp/in 2>/dev/null & echo $! >/tmp/holder")
+    lab.put("/tmp/blocking.py", script.encode())
+    result = lab.sh(
+        f"python3 /tmp/blocking.py mtetool exec --wait 0.5 -- sh -c '{show}' </tmp/in 2>/tmp/err &"
+        " until grep -q try /tmp/err; do sleep 0.05; done; kill $(cat /tmp/holder); wait $!"
+    )
+    assert result.stdout == b"SigBlk:\t0000000000006000\n"
+
+
 def test_host_without_kvm(lab: Machine) -> None:
     hidden = "mv /dev/kvm /dev/no; {}; status=$?; mv /dev/no /dev/kvm; exit $status"
     result = lab.sh(hidden.format("mtetool exec -- echo started"), check=False)
