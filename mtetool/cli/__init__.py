@@ -80,7 +80,7 @@ class LazyGroup(click.Group):
     cls=LazyGroup,
     no_args_is_help=False,  # a missing command is an error like any other
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Manual pages: mtetool(1), mtetool-save(1), mtetool-restore(1), mtetool-exec(1).",
+    epilog="Manual pages: mtetool(1), and mtetool-save(1), -restore(1), -exec(1).",
 )
 @click.version_option(__version__, message="mtetool %(version)s")
 def group() -> None:
