@@ -61,8 +61,10 @@ class BorrowedThread:
     allow them. `check` is asked once the thread stands still, whether it is the right process.
     `seconds` is the time for which it was stopped or made calls for us.
 
+    With `held` it is seized and stopped already, at a system call or a signal.
+
     Entering raises AttachRefusedError where this thread cannot be borrowed safely; then nothing
-    of it was changed.
+    of it was changed, and one that was held still is.
     """
 
     def __init__(
@@ -71,11 +73,13 @@ class BorrowedThread:
         tid: int,
         calls: tuple[seccomp.Call, ...],
         check: Callable[[], object] = lambda: None,
+        held: Tracee | None = None,
     ) -> None:
         self.pid = pid
         self.tid = tid
         self._calls = calls
         self._check = check
+        self._held = held
         self.seconds = 0.0
         self.gadgets: Gadgets
         self.filters: tuple[seccomp.Program, ...]
@@ -86,7 +90,7 @@ class BorrowedThread:
 
     def __enter__(self) -> Self:
         steps.enter("borrow")
-        self._tracee = Tracee.seize(self.tid)
+        self._tracee = self._held or Tracee.seize(self.tid)
         self._since = time.monotonic()
         try:
             self._stop_where_it_can_be_borrowed()
@@ -99,8 +103,9 @@ class BorrowedThread:
             raise
         except BaseException:
             # Nothing of the thread's state was changed yet: letting go is enough.
-            with suppress(OSError):
-                self._tracee.detach()
+            if self._held is None:
+                with suppress(OSError):
+                    self._tracee.detach()
             raise
         return self
 
@@ -129,6 +134,16 @@ class BorrowedThread:
         result, _ = run_call(self._tracee)
         return result
 
+    def leave_argument(self, data: bytes) -> int:
+        """Put up to 1024 bytes into the thread's unused stack for a call; their address."""
+        address = self._state.registers.sp - _STACK_GAP_BYTES
+        memory.write(self.pid, address, data[:_STACK_GAP_BYTES])
+        return address
+
+    def answer(self, result: int) -> None:
+        """Let the call that the thread came from have that result (-errno) once it is home."""
+        self._state = replace(self._state, registers=self._state.registers.returning(result))
+
     def clone(self, number: int, *args: int) -> tuple[int, Tracee | None]:
         """Make a clone call; its result, and the new thread, traced and stopped before its start.
 
@@ -141,6 +156,11 @@ class BorrowedThread:
         return result, Tracee(child) if child else None
 
     def _stop_where_it_can_be_borrowed(self) -> None:
+        if self._held is not None:
+            self._tracee.to_event_stop()
+            # It has not made the next call yet, nor is it in a sequence that would be restarted.
+            self._original_call = self._tracee.registers().x[8]
+            return
         for attempt in range(_STAND_TRIES):
             if attempt:
                 self._tracee.cont()

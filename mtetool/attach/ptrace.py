@@ -10,7 +10,7 @@ import errno
 import os
 import struct
 import threading
-from collections import deque
+import time
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -25,19 +25,32 @@ _SETOPTIONS = 0x4200
 _GETEVENTMSG = 0x4201
 _GETREGSET = 0x4204
 _SETREGSET = 0x4205
+_GETSIGINFO = 0x4202
 _SEIZE = 0x4206
 _INTERRUPT = 0x4207
+_LISTEN = 0x4208
 _GETSIGMASK = 0x420A
 _SETSIGMASK = 0x420B
 _SECCOMP_GET_FILTER = 0x420C
+_GET_SYSCALL_INFO = 0x420E
 _GET_RSEQ_CONFIGURATION = 0x420F
 _O_TRACESYSGOOD = 1
 _O_TRACECLONE = 8
+FOLLOW = 0x02 | 0x04 | _O_TRACECLONE | 0x10
+"""Options: forks, vforks, clones and execs are told; what is made is traced from birth."""
 EVENT_CLONE = 3
+EVENT_EXEC = 4
 EVENT_STOP = 128
-# include/uapi/linux/wait.h: threads too; and only what this one OS thread traces.
-_WALL = 0x40000000
-_WNOTHREAD = 0x20000000
+SYSCALL_STOP = 0x85
+"""The signal of a system-call stop: SIGTRAP, and the bit that TRACESYSGOOD asks for."""
+# include/uapi/linux/wait.h
+WALL = 0x40000000
+"""An option of wait: threads too."""
+_WNOTHREAD = 0x20000000  # only what this one OS thread traces
+SYSCALL_ENTRY, SYSCALL_EXIT = 1, 2
+_STOPS = (os.CLD_TRAPPED, os.CLD_STOPPED)
+# Between two looks at a thread while another one stands at a stop that is not its turn.
+_POLL_SECONDS = 0.0002
 
 _NAMES = {
     _CONT: "cont",
@@ -47,6 +60,9 @@ _NAMES = {
     _GETEVENTMSG: "geteventmsg",
     _GETREGSET: "getregset",
     _SETREGSET: "setregset",
+    _GETSIGINFO: "getsiginfo",
+    _LISTEN: "listen",
+    _GET_SYSCALL_INFO: "getsyscallinfo",
     _SEIZE: "seize",
     _INTERRUPT: "interrupt",
     _GETSIGMASK: "getsigmask",
@@ -80,6 +96,13 @@ class _Iovec(ctypes.Structure):
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.restype = ctypes.c_long
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+
+
+# Reused: it is asked for at every system call where nothing quicker can be had.
+_SYSCALL_INFO_BYTES = 88
+_SYSCALL_INFO = struct.Struct("<qQQ")
+_syscall_info = ctypes.create_string_buffer(_SYSCALL_INFO_BYTES)
+_syscall_info_at = ctypes.addressof(_syscall_info)
 
 
 def _ptrace(request: int, tid: int, addr: int = 0, data: int = 0) -> int:
@@ -122,44 +145,67 @@ class Registers:
         x[30] = home
         return replace(self, x=tuple(x), pc=gadget, pstate=self.pstate & ~PSTATE_BTYPE)
 
+    def returning(self, result: int) -> Registers:
+        """These registers, behind a call, with that result of it (-errno)."""
+        return replace(self, x=(result & 0xFFFF_FFFF_FFFF_FFFF, *self.x[1:]))
+
 
 class _Waits(threading.local):
-    """What was told of the threads that this OS thread traces, and not asked for yet.
+    """What happens to the threads that this OS thread traces.
 
-    All are waited for together: the end of a process is told thread by thread, its first thread
-    last, and only when all the others that we trace have been collected.
+    A signal's stop is looked at and not collected: the signal would be lost if we died before it
+    was passed on (wait_task_stopped, kernel/exit.c). Ends are collected whosever they are: that of
+    a process is told thread by thread, its first thread last, and only when all the others that
+    we trace have been collected. Other threads' stops are left to whoever waits for them.
     """
 
     def __init__(self) -> None:
-        self._statuses: dict[int, deque[int]] = {}
+        self._ended: set[int] = set()
 
     def forget(self, tid: int) -> None:
-        self._statuses.pop(tid, None)
+        self._ended.discard(tid)
 
     def next(self, tid: int) -> int | None:
-        """The thread's next wait status, waited for; None when it is not traced any more."""
+        """The thread's next stop: its signal, and the event above it; None when it has ended."""
+        others = False
         try:
-            while not (waiting := self._statuses.get(tid)):
-                self._collect(0)
+            while tid not in self._ended:
+                found = _look(tid) if others else _look()
+                if found is None:
+                    self._collect_ends()
+                    time.sleep(_POLL_SECONDS)
+                elif found.si_code not in _STOPS:
+                    self._collect_ends()
+                elif found.si_pid != tid:
+                    others = True
+                else:
+                    status: int = found.si_status
+                    if status >> 8 or status == SYSCALL_STOP:
+                        os.waitpid(tid, WALL)
+                    return status
         except ChildProcessError:
-            return None
-        # An end stays told: there is nothing behind it.
-        return waiting[0] if not os.WIFSTOPPED(waiting[0]) else waiting.popleft()
+            pass
+        return None
 
     def ended(self, tid: int) -> bool:
         try:
-            while self._collect(os.WNOHANG):
-                pass
+            self._collect_ends()
         except ChildProcessError:
             return True  # where SIGCHLD is ignored, ends are not told
-        waiting = self._statuses.get(tid, ())
-        return any(not os.WIFSTOPPED(status) for status in waiting)
+        return tid in self._ended
 
-    def _collect(self, flags: int) -> bool:
-        tid, status = os.waitpid(-1, _WALL | _WNOTHREAD | flags)
-        if tid:
-            self._statuses.setdefault(tid, deque()).append(status)
-        return tid != 0
+    def _collect_ends(self) -> None:
+        options = os.WEXITED | os.WNOHANG | WALL | _WNOTHREAD
+        while (found := os.waitid(os.P_ALL, 0, options)) is not None:
+            self._ended.add(found.si_pid)
+
+
+def _look(tid: int | None = None) -> os.waitid_result | None:
+    """What comes next of all threads, waited for; of one, or None where there is nothing."""
+    options = os.WEXITED | os.WSTOPPED | os.WNOWAIT | WALL | _WNOTHREAD
+    if tid is None:
+        return os.waitid(os.P_ALL, 0, options)
+    return os.waitid(os.P_PID, tid, options | os.WNOHANG)
 
 
 _waits = _Waits()
@@ -181,14 +227,14 @@ class Tracee:
         self.tid = tid
 
     @classmethod
-    def seize(cls, tid: int) -> Self:
-        """Trace the thread without stopping it.
+    def seize(cls, tid: int, options: int = 0) -> Self:
+        """Trace the thread without stopping it; `options` may be FOLLOW.
 
         No option outlives us: without PTRACE_O_EXITKILL the kernel detaches when we die.
         Raises OSError (EPERM: not allowed or traced already, ESRCH: gone).
         """
         _waits.forget(tid)
-        _ptrace(_SEIZE, tid, 0, _O_TRACESYSGOOD)
+        _ptrace(_SEIZE, tid, 0, _O_TRACESYSGOOD | options)
         return cls(tid)
 
     def trace_clones(self, on: bool) -> None:
@@ -202,13 +248,12 @@ class Tracee:
     def wait(self) -> Stop:
         """Wait for the thread's next stop. Raises GuestLostError when it ended instead."""
         status = _waits.next(self.tid)
-        if status is None or not os.WIFSTOPPED(status):
+        if status is None:
             raise GuestLostError(
                 f"thread {self.tid} of the VMM ended while mtetool was attached to it",
                 hint="look at why the VMM ended; mtetool does not end it",
             )
-        signal = os.WSTOPSIG(status)
-        return Stop(signal & 0x7F, status >> 16, bool(signal & 0x80))
+        return Stop(status & 0x7F, status >> 8, status == SYSCALL_STOP)
 
     def ended(self) -> bool:
         """Whether the thread has ended, without waiting; all that ended are reaped."""
@@ -242,8 +287,34 @@ class Tracee:
 
     def to_syscall_stop(self, signal: int = 0) -> Stop:
         """Let the thread run, with that signal, until it enters or leaves a system call."""
-        _ptrace(_SYSCALL, self.tid, 0, signal)
+        self.cont_to_syscall(signal)
         return self.wait()
+
+    def cont_to_syscall(self, signal: int = 0) -> None:
+        """As `to_syscall_stop`, without waiting for the stop."""
+        _ptrace(_SYSCALL, self.tid, 0, signal)
+
+    def listen(self) -> None:
+        """Leave the thread in the group stop that was collected, until SIGCONT ends it."""
+        _ptrace(_LISTEN, self.tid)
+
+    def signal_info(self) -> bytes:
+        """The siginfo_t of the signal that the thread is stopped with, 128 bytes."""
+        buffer = ctypes.create_string_buffer(128)
+        _ptrace(_GETSIGINFO, self.tid, 0, ctypes.addressof(buffer))
+        return buffer.raw
+
+    def syscall_info(self) -> tuple[int, int, int]:
+        """What a system-call stop is about (Linux 5.3).
+
+        SYSCALL_ENTRY, the call's number and its second argument; or SYSCALL_EXIT, the result
+        and 0.
+        """
+        # struct ptrace_syscall_info: op at 0; from 24 on nr and args, or rval.
+        _ptrace(_GET_SYSCALL_INFO, self.tid, _SYSCALL_INFO_BYTES, _syscall_info_at)
+        first, _, second = _SYSCALL_INFO.unpack_from(_syscall_info, 24)
+        kind = _syscall_info.raw[0]
+        return kind, first, second if kind == SYSCALL_ENTRY else 0
 
     def detach(self, signal: int = 0) -> None:
         """Let the thread go, with that signal delivered to it."""

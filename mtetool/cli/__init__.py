@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "diff": ("mtetool.cli.diff", "Say where the tags of two sources differ."),
     "list": ("mtetool.cli.listing", "List the VMs of this host, and whether they have tags."),
     "enable": ("mtetool.cli.enable", "Turn MTE on for a guest, before its first vCPU."),
+    "exec": ("mtetool.cli.exec", "Start a VMM whose VM has MTE, in this process."),
     "probe": ("mtetool.cli.probe", "Say whether this host can copy tags, and if not, why."),
     "emu": ("mtetool.cli.emu", "Make, show and change emulated guests."),
 }
@@ -80,12 +81,11 @@ class LazyGroup(click.Group):
     cls=LazyGroup,
     no_args_is_help=False,  # a missing command is an error like any other
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="The long story is in mtetool(1), mtetool-save(1) and mtetool-restore(1).",
+    epilog="Manual pages: mtetool(1), and mtetool-save(1), -restore(1), -exec(1).",
 )
 @click.version_option(__version__, message="mtetool %(version)s")
 def group() -> None:
     """Save, restore and look at the memory tags (Arm MTE) of live KVM guests.
 
-    A guest is named emu:PATH (emulated, kept in a file) or kvm:PID; anything else is a
-    snapshot file, and - standard input or output.
+    GUEST is kvm:PID or emu:PATH (emulated); all else is a snapshot file, - a stream.
     """

@@ -119,6 +119,14 @@ def check_same(process: VmmProcess, fd: int) -> None:
         )
 
 
+def is_vm(pid: int, fd: int) -> bool:
+    """Whether that file descriptor of the process (or thread) is a VM."""
+    try:
+        return os.readlink(f"/proc/{pid}/fd/{fd}") == _VM_LINK  # noqa: PTH115 - no Path wanted
+    except OSError:
+        return False
+
+
 def start_time(pid: int) -> int:
     """When the process started, in clock ticks since boot: with the PID, its identity."""
     try:

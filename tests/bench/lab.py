@@ -6,6 +6,7 @@ Every time is of an emulated CPU, and says something only beside the others of t
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 from collections.abc import Sequence
 
@@ -30,6 +31,25 @@ for _ in range(runs):
         assert guest.write_tags(0x40000000, out) == done
         rows.append([guest.borrowed_seconds, ready - start, read - ready,
                      time.perf_counter() - read])
+print(json.dumps(rows))
+"""
+
+# From the start of a command to the first vCPU of the VMM that it becomes.
+_START = """
+import json, os, signal, subprocess, sys, time
+rows = []
+for _ in range(int(sys.argv[1])):
+    start = time.perf_counter()
+    vmm = subprocess.Popen(sys.argv[2:], stderr=subprocess.DEVNULL)
+    directory = f"/proc/{vmm.pid}/fd"
+    def link(fd):
+        try: return os.readlink(f"{directory}/{fd}")
+        except OSError: return ""
+    while not any(link(fd).startswith("anon_inode:kvm-vcpu:") for fd in os.listdir(directory)):
+        time.sleep(0.005)
+    rows.append(time.perf_counter() - start)
+    vmm.kill()
+    vmm.wait()
 print(json.dumps(rows))
 """
 
@@ -87,6 +107,21 @@ def main() -> None:
             ("restore with read-back, whole command", f"restore /tmp/s kvm:{guest.pid}"),
         ):
             _time(lab, name, line)
+        guest.qmp("quit")
+        _time_starts(lab)
+
+
+def _time_starts(lab: Machine) -> None:
+    _time(lab, "mtetool's own start", "--version")
+    qemu = shlex.split(Qemu(lab, "other", wrapper="exec", mte=False).command())[1:]
+    for name, wrapper in (
+        ("QEMU to its first vCPU, plainly", []),
+        ("with mtetool exec", ["mtetool", "exec", "--"]),
+        ("with mtetool exec --every-call", ["mtetool", "exec", "--every-call", "--"]),
+    ):
+        command = ["python3", "-c", _START, "5", *wrapper, *qemu]
+        rows = json.loads(lab.run(command, check=True, timeout=300).stdout)
+        _row(name, rows)
 
 
 def _time(lab: Machine, name: str, words: str) -> None:

@@ -35,8 +35,8 @@ class Check:
 class Qemu:
     """A QEMU with the tagger guest in a lab machine, by its name.
 
-    `mte` gives it mte=on; without, it waits in -preconfig for `mtetool enable`. It runs as the
-    user `uid`, which gets /dev/kvm.
+    `mte` gives it mte=on; without, it waits in -preconfig for `mtetool enable`, or is started
+    by `wrapper`. It runs as the user `uid`, which gets /dev/kvm.
     """
 
     lab: Machine
@@ -46,6 +46,7 @@ class Qemu:
     extra: str = ""
     guest_options: str = ""
     uid: int = 0
+    wrapper: str = ""
     pid: int = field(init=False)
 
     @property
@@ -58,19 +59,23 @@ class Qemu:
         """The file that the guest's serial console goes to."""
         return f"/tmp/{self.name}.log"
 
-    def start(self) -> Qemu:
-        """Start it, and wait for its monitor."""
+    def command(self) -> str:
+        """The command line that starts it."""
         machine = "virt,gic-version=3" + (",mte=on" if self.mte else "")
-        options = (
-            f"-M {machine} -accel kvm -cpu host -m {self.memory} -nodefaults -display none"
+        become = " ".join(as_user(self.lab, self.uid))
+        return (
+            f"{become} {self.wrapper} qemu-system-aarch64"
+            f" -M {machine} -accel kvm -cpu host -m {self.memory} -nodefaults -display none"
             " -kernel /lab/Image -initrd /lab/guest.cpio"
             f" -append 'console=ttyAMA0 quiet {self.guest_options}'"
             f" -serial file:{self.console} -qmp unix:{self.qmp_path},server=on,wait=off"
-            f" {'' if self.mte else '-preconfig'} {self.extra}"
+            f" {'' if self.mte or self.wrapper else '-preconfig'} {self.extra}"
         )
-        command = " ".join(as_user(self.lab, self.uid, "qemu-system-aarch64"))
+
+    def start(self) -> Qemu:
+        """Start it, and wait for its monitor."""
         result = self.lab.sh(
-            f"{command} {options} >/tmp/{self.name}.out 2>&1 & echo $!;"
+            f"{self.command()} >/tmp/{self.name}.out 2>&1 & echo $!;"
             f" until [ -S {self.qmp_path} ] || ! kill -0 $!; do sleep 0.02; done; kill -0 $!"
         )
         self.pid = int(result.stdout)
@@ -117,12 +122,12 @@ def as_user(lab: Machine, uid: int, *words: str) -> list[str]:
 _KILL_VMMS = """
 for process in /proc/[0-9]*; do
     case $(readlink $process/exe) in
-    */qemu-system-aarch64 | */testvmm) kill -KILL ${process#/proc/} ;;
+    */qemu-system-aarch64 | */testvmm | */newvms) kill -KILL ${process#/proc/} ;;
     esac
 done
 for process in /proc/[0-9]*; do
     case $(readlink $process/exe) in
-    */qemu-system-aarch64 | */testvmm) exit 1 ;;
+    */qemu-system-aarch64 | */testvmm | */newvms) exit 1 ;;
     esac
 done
 """

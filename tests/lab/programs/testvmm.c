@@ -158,7 +158,10 @@ int main(int argc, char **argv)
 	}
 	int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
 	need(kvm >= 0, "/dev/kvm");
-	int vm = ioctl(kvm, KVM_CREATE_VM, 0);
+	int vm;
+	do /* as QEMU does: a signal may come */
+		vm = ioctl(kvm, KVM_CREATE_VM, 0);
+	while (vm < 0 && errno == EINTR);
 	need(vm >= 0, "KVM_CREATE_VM");
 	struct kvm_enable_cap cap = { .cap = KVM_CAP_ARM_MTE };
 	if (mte)

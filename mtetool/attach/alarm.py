@@ -1,0 +1,83 @@
+"""A signal at every ioctl that returned: a stop behind the call, for a tracer, and for nobody else.
+
+PTRACE_SYSCALL stops a thread twice at each of the hundreds of calls of a program's start. A perf
+event on the tracepoint syscalls:sys_exit_ioctl counts in the kernel instead, and sends the
+thread a signal through its file's O_ASYNC (fcntl(2), F_SETSIG, F_SETOWN_EX), which a tracer sees
+before it is delivered and takes away. The signal is SIGURG, which does nothing by default: a
+tracer that dies with one on its way has done no harm. (SIGTRAP, which attr.sigtrap sends, ends
+the process then; fanotify tells nothing of device files.) Needs the right to use perf and to
+read tracefs, in practice root.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import struct
+from pathlib import Path
+
+SIGNAL = 23  # SIGURG
+FILTER = b"ret > 0"
+
+_NR_PERF_EVENT_OPEN = 241
+# include/uapi/linux/perf_event.h: struct perf_event_attr as it was first (64 bytes): type,
+# size, config, sample_period, sample_type, read_format, flags, wakeup_events, bp_type, bp_addr.
+_ATTR = struct.Struct("<IIQQQQQIIQ")
+_TYPE_TRACEPOINT, _FLAG_DISABLED, _FD_CLOEXEC = 2, 1, 8
+_IOC_ENABLE = 0x2400
+_IOC_SET_FILTER = 0x40082406
+# include/uapi/asm-generic/fcntl.h
+_F_SETSIG, _F_SETOWN_EX, _F_OWNER_TID = 10, 15, 0
+
+_TRACEFS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
+# siginfo_t of such a signal: si_signo, si_errno, si_code; si_band at 16, si_fd at 24.
+_POLL_IN = 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+class IoctlAlarm:
+    """While open, the thread gets SIGNAL whenever an ioctl of its own has returned above 0.
+
+    It stays across exec; threads and processes that it makes have none. Raises OSError where
+    perf or tracefs cannot be used.
+    """
+
+    def __init__(self, tid: int) -> None:
+        attr = _ATTR.pack(
+            *(_TYPE_TRACEPOINT, _ATTR.size, _tracepoint(), 1, 0, 0, _FLAG_DISABLED, 1, 0, 0)
+        )
+        fd = _libc.syscall(_NR_PERF_EVENT_OPEN, attr, tid, -1, -1, _FD_CLOEXEC)
+        if fd < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        self._fd = int(fd)
+        try:
+            fcntl.ioctl(self._fd, _IOC_SET_FILTER, FILTER + b"\0")
+            fcntl.fcntl(self._fd, _F_SETOWN_EX, struct.pack("<ii", _F_OWNER_TID, tid))
+            fcntl.fcntl(self._fd, _F_SETSIG, SIGNAL)
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, os.O_ASYNC)
+            fcntl.ioctl(self._fd, _IOC_ENABLE, 0)
+        except OSError:
+            self.close()
+            raise
+
+    def sent(self, signal_info: bytes) -> bool:
+        """Whether a signal with that siginfo_t is this alarm's."""
+        signal, _, code = struct.unpack_from("<iii", signal_info)
+        (fd,) = struct.unpack_from("<i", signal_info, 24)
+        return (signal, code, fd) == (SIGNAL, _POLL_IN, self._fd)
+
+    def close(self) -> None:
+        """No more signals."""
+        os.close(self._fd)
+
+
+def _tracepoint() -> int:
+    for root in _TRACEFS:
+        path = root / "events/syscalls/sys_exit_ioctl/id"
+        if path.exists():
+            return int(path.read_text())
+    raise FileNotFoundError("tracefs is not mounted")

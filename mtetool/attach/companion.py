@@ -1,0 +1,152 @@
+"""A companion: a process that traces this one from now on, and is nobody's child.
+
+It is there before this process becomes another program, so that it sees that program from its
+first instruction on. It belongs to the process that adopts orphans, in a session of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from mtetool.errors import AttachRefusedError
+
+_PR_SET_PTRACER = 0x59616D61  # include/uapi/linux/prctl.h
+_NUMBER = struct.Struct("<i")
+_STDERR = 2
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Python ignores these from its start on, and forgets how it found them.
+_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+
+Work = Callable[[], object]
+
+
+def accompany(attach: Callable[[int], Work]) -> None:
+    """Start a companion and wait until it has attached to this process.
+
+    There, `attach` is called with our PID, and then what it returned. Of what it inherits the
+    companion keeps standard error alone. Raises AttachRefusedError when it died, and the
+    OSError of `attach`.
+    """
+    pid = os.getpid()
+    here, there = socket.socketpair()
+    with here:
+        with there:
+            between = os.fork()
+            if between == 0:
+                _orphan(lambda: _keep_company(pid, there, attach))
+        with suppress(ChildProcessError):  # where SIGCHLD is ignored
+            os.waitpid(between, 0)
+        tracer = _receive(here)
+        # With Yama, only ancestors may trace unless they were named. Elsewhere it fails.
+        _libc.prctl(_PR_SET_PTRACER, tracer, 0, 0, 0)
+        try:
+            here.sendall(_NUMBER.pack(0))
+            number = _receive(here)
+        finally:
+            _libc.prctl(_PR_SET_PTRACER, 0, 0, 0, 0)
+    if number:
+        raise OSError(number, os.strerror(number))
+
+
+def become(path: str, arguments: list[str], environment: dict[bytes, bytes]) -> NoReturn:
+    """Become that program, with signals as this process was started with.
+
+    SIGPIPE and SIGXFSZ are ignored there where our parent ignores them: nobody can know
+    better. Raises OSError where the program cannot be executed.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    ignored = _ignored_by(os.getppid())
+    try:
+        # A signal that comes now is to end this process, not to be noted by a handler and
+        # forgotten with it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        for number in _ENDING:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        for number in _IGNORED_BY_PYTHON:
+            if not ignored >> (number - 1) & 1:
+                signal.signal(number, signal.SIG_DFL)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    os.execve(path, arguments, environment)  # noqa: S606 - what the user asked for
+
+
+def initial_environment() -> dict[bytes, bytes]:
+    """The environment as this process was started with: Python may have set LC_CTYPE since."""
+    try:
+        raw = Path("/proc/self/environ").read_bytes()
+    except OSError:
+        return dict(os.environb)
+    found: dict[bytes, bytes] = {}
+    for entry in raw.split(b"\0"):
+        name, equals, value = entry.partition(b"=")
+        if name and equals:
+            found.setdefault(name, value)
+    return found
+
+
+def _orphan(run: Callable[[], object]) -> NoReturn:
+    """In a child: run that in a child of its own, and end."""
+    try:
+        os.setsid()
+        if os.fork() == 0:
+            run()
+    finally:
+        os._exit(0)
+
+
+def _keep_company(pid: int, there: socket.socket, attach: Callable[[int], Work]) -> None:
+    for number in _ENDING:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # its own alarms must reach it
+    _drop_inherited(there)
+    there.sendall(_NUMBER.pack(os.getpid()))
+    _receive(there)
+    try:
+        work = attach(pid)
+    except OSError as error:
+        there.sendall(_NUMBER.pack(error.errno or 0))
+        return
+    there.sendall(_NUMBER.pack(0))
+    there.close()
+    work()
+
+
+def _drop_inherited(but: socket.socket) -> None:
+    """Close what somebody may wait for the end of, or may want to unmount."""
+    for fd in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208 - numbers, not paths
+        if fd > _STDERR and fd != but.fileno():
+            with suppress(OSError):  # the listing's own is closed by now
+                os.close(fd)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(_STDERR):
+        os.dup2(null, fd)
+    os.chdir("/")
+
+
+def _receive(end: socket.socket) -> int:
+    data = end.recv(_NUMBER.size)
+    if len(data) != _NUMBER.size:
+        raise AttachRefusedError("the process that was to trace the VMM died", hint="try again")
+    number: int = _NUMBER.unpack(data)[0]
+    return number
+
+
+def _ignored_by(pid: int) -> int:
+    """The signals that a process ignores, bit N-1 for signal N; 0 where it cannot be seen."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1], 16) for line in lines if line.startswith("SigIgn:")), 0)

@@ -1,0 +1,62 @@
+"""`mtetool exec`: a VMM whose VM has MTE, in mtetool's own process."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+
+import click
+
+from mtetool.cli.render import printable
+from mtetool.errors import MtetoolError
+
+
+@click.command("exec", context_settings={"allow_interspersed_args": False})
+@click.option(
+    "--vm",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="Which VM gets MTE, in the order in which they are made (default 1).",
+)
+@click.option(
+    "--wait",
+    "seconds",
+    type=click.FloatRange(min=0, min_open=True, max=1e6),
+    default=60.0,
+    metavar="SECONDS",
+    help="How long to wait for that VM (default 60).",
+)
+@click.option(
+    "--require/--no-require",
+    "required",
+    default=True,
+    help="No VM without MTE (the default), or else one without.",
+)
+@click.option(
+    "--every-call", is_flag=True, help="Watch every system call: slower, and misses nothing."
+)
+@click.argument("words", metavar="-- VMM [ARG]...", nargs=-1, required=True, type=click.UNPROCESSED)
+def command(
+    vm: int, seconds: float, required: bool, every_call: bool, words: tuple[str, ...]
+) -> None:
+    """Become the program VMM, and enable MTE for its VM as it is made.
+
+    For a VMM that cannot do so itself. It keeps mtetool's PID, and its status is the VMM's; 2
+    or 4 when it could not be started.
+    """
+    from mtetool.backends.starting import Wish
+    from mtetool.flows.exec import exec_vmm
+
+    sys.stdout.flush()
+    exec_vmm(list(words), Wish(vm, seconds, required, every_call, _tell))
+
+
+def _tell(error: MtetoolError) -> None:
+    """What went wrong, beside the VMM's own output."""
+    text = f"mtetool: {printable(error.message)}\n"
+    if error.hint:
+        text += f"  try: {printable(error.hint)}\n"
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(text)
+        sys.stderr.flush()

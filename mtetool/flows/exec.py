@@ -1,0 +1,121 @@
+"""Starting a VMM whose VM has MTE: all that can be known before, and then the VMM."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import NoReturn
+
+from mtetool.attach import companion
+from mtetool.backends.starting import Wish, attach
+from mtetool.errors import (
+    GuestError,
+    MteUnsupportedError,
+    NoSuchFileError,
+    PermissionRefusedError,
+    UsageError,
+    WrongHostError,
+    errno_name,
+)
+from mtetool.vmm.host import HostFacts, host_facts
+
+
+def exec_vmm(command: list[str], wish: Wish) -> NoReturn:
+    """Become the program `command`, watched by a companion that does what `wish` says.
+
+    Raises NoSuchFileError and UsageError for a program that cannot be executed; where MTE is
+    required GuestError subclasses for a host that cannot do it (else `wish.tell` is given
+    them, and the program is started all the same).
+    """
+    environment = companion.initial_environment()
+    path = find_program(command[0], environment)
+    try:
+        facts = host_facts()
+        check_host(facts)
+        check_file(path, facts)
+        _start_companion(wish)
+    except GuestError as error:
+        if wish.required:
+            raise
+        wish.tell(error)
+    try:
+        companion.become(path, command, environment)
+    except OSError as error:
+        raise UsageError(
+            f"{command[0]} cannot be executed: {error.strerror}",
+            hint="try it without mtetool",
+            errno=errno_name(error.errno or 0),
+        ) from error
+
+
+def _start_companion(wish: Wish) -> None:
+    try:
+        companion.accompany(lambda pid: attach(pid, wish))
+    except OSError as error:
+        # Not needed, and not loaded, for a start that goes well.
+        from mtetool.attach.permission import refusal
+
+        raise refusal(os.getpid(), error) from error
+
+
+def find_program(name: str, environment: dict[bytes, bytes]) -> str:
+    """The program's path, looked for as a shell does. Raises NoSuchFileError, UsageError."""
+    search = os.fsdecode(environment[b"PATH"]) if b"PATH" in environment else os.defpath
+    if found := shutil.which(name, path=search):
+        return found
+    if "/" in name and Path(name).exists():
+        raise UsageError(f"{name} is not an executable file", hint="chmod +x, or another path")
+    raise NoSuchFileError(
+        f"there is no program {name}" + ("" if "/" in name else " in PATH"),
+        hint="the VMM's command line comes behind --: mtetool exec -- qemu-system-aarch64 ...",
+    )
+
+
+def check_host(facts: HostFacts) -> None:
+    """See that this host can give a VM MTE, as far as it tells.
+
+    Raises WrongHostError, PermissionRefusedError, MteUnsupportedError.
+    """
+    if facts.machine != "aarch64":
+        raise WrongHostError(
+            f"MTE is a feature of arm64 hosts; this one is {facts.machine}",
+            hint="run it on an arm64 host",
+        )
+    if facts.kvm_errno in (errno.EACCES, errno.EPERM):
+        raise PermissionRefusedError(
+            f"/dev/kvm cannot be opened: {errno_name(facts.kvm_errno)}",
+            hint="join the group that owns it (often kvm), or run as root",
+            errno=errno_name(facts.kvm_errno),
+        )
+    if facts.kvm_errno:
+        raise MteUnsupportedError(
+            f"/dev/kvm cannot be opened: {errno_name(facts.kvm_errno)}",
+            hint="look at what this host can do: mtetool probe",
+            errno=errno_name(facts.kvm_errno),
+        )
+    if facts.mte is False:
+        raise MteUnsupportedError("this host's KVM does not offer MTE", hint="why: mtetool probe")
+
+
+def check_file(path: str, facts: HostFacts) -> None:
+    """See that tracing does not take privileges away that the program's file gives.
+
+    The kernel ignores them when the tracer lacks CAP_SYS_PTRACE (fs/exec.c, bprm_creds). Raises
+    PermissionRefusedError.
+    """
+    if facts.cap_sys_ptrace:
+        return
+    try:
+        special = bool(os.stat(path).st_mode & (stat.S_ISUID | stat.S_ISGID))  # noqa: PTH116
+        special = special or bool(os.getxattr(path, "security.capability"))
+    except OSError:
+        special = False
+    if special:
+        raise PermissionRefusedError(
+            f"{path} gets privileges from its file (setuid or capabilities), which the kernel"
+            " withholds while an unprivileged process traces it",
+            hint="run mtetool as root, or start the VMM without the privileged wrapper",
+        )
