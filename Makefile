@@ -46,7 +46,7 @@ migration: deps venv ## the acceptance test: a guest moves between two QEMUs wit
 	$(BIN)/python -m pytest tests/lab -k migration
 
 torture: deps venv ## a thousand deaths of mtetool on a busy VMM (half an hour)
-	MTETOOL_DEATHS=1000 $(BIN)/python -m pytest -s tests/lab/test_torture.py
+	MTETOOL_DEATHS=1000 $(BIN)/python -m pytest -n 2 -rP tests/lab/test_torture.py
 
 bench-lab: deps venv ## what attaching, saving and restoring cost in the lab
 	$(BIN)/python -m tests.bench.lab

@@ -170,12 +170,12 @@ class _Waits(threading.local):
         others = False
         try:
             while tid not in self._ended:
-                found = _look(tid) if others else _look()
+                found = _look(os.P_PID, tid, os.WNOHANG) if others else _look(os.P_ALL, 0)
                 if found is None:
-                    self._collect_ends()
+                    others = False
                     time.sleep(_POLL_SECONDS)
                 elif found.si_code not in _STOPS:
-                    self._collect_ends()
+                    self._collect_end(found.si_pid)
                 elif found.si_pid != tid:
                     others = True
                 else:
@@ -189,23 +189,21 @@ class _Waits(threading.local):
 
     def ended(self, tid: int) -> bool:
         try:
-            self._collect_ends()
+            while (found := _look(os.P_ALL, 0, os.WNOHANG)) and found.si_code not in _STOPS:
+                self._collect_end(found.si_pid)
         except ChildProcessError:
             return True  # where SIGCHLD is ignored, ends are not told
         return tid in self._ended
 
-    def _collect_ends(self) -> None:
-        options = os.WEXITED | os.WNOHANG | WALL | _WNOTHREAD
-        while (found := os.waitid(os.P_ALL, 0, options)) is not None:
-            self._ended.add(found.si_pid)
+    def _collect_end(self, tid: int) -> None:
+        os.waitpid(tid, WALL)
+        self._ended.add(tid)
 
 
-def _look(tid: int | None = None) -> os.waitid_result | None:
-    """What comes next of all threads, waited for; of one, or None where there is nothing."""
-    options = os.WEXITED | os.WSTOPPED | os.WNOWAIT | WALL | _WNOTHREAD
-    if tid is None:
-        return os.waitid(os.P_ALL, 0, options)
-    return os.waitid(os.P_PID, tid, options | os.WNOHANG)
+def _look(kind: int, tid: int, options: int = 0) -> os.waitid_result | None:
+    """What comes next, waited for, and left there to be collected; with WNOHANG maybe None."""
+    options |= os.WEXITED | os.WSTOPPED | os.WNOWAIT | WALL | _WNOTHREAD
+    return os.waitid(kind, tid, options)
 
 
 _waits = _Waits()
