@@ -106,7 +106,8 @@ _syscall_info_at = ctypes.addressof(_syscall_info)
 
 
 def _ptrace(request: int, tid: int, addr: int = 0, data: int = 0) -> int:
-    steps.reach(_NAMES[request])
+    passing = data and request in (_CONT, _SYSCALL, _DETACH)
+    steps.reach(_NAMES[request] + "-signal" if passing else _NAMES[request])
     result = int(_libc.ptrace(request, tid, addr, data))
     if result == -1:
         number = ctypes.get_errno()

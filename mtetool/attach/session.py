@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, TypeVar
 from mtetool.attach import frame, memory, seccomp, steps
 from mtetool.attach.borrow import BorrowedThread, run_call, state_letter
 from mtetool.attach.gadgets import Gadgets
-from mtetool.attach.permission import refusal
+from mtetool.attach.permission import refusal, status_of
 from mtetool.attach.ptrace import Registers, Tracee
 from mtetool.errors import (
     AttachRefusedError,
@@ -550,6 +550,5 @@ def _others_traced(pid: int, but: int) -> bool:
 def _statuses(pid: int) -> Iterator[dict[str, str]]:
     """What /proc says of each thread: TracerPid, NSpid and so on."""
     for task in Path(f"/proc/{pid}/task").iterdir():
-        with suppress(FileNotFoundError, ProcessLookupError):
-            lines = (task / "status").read_text(errors="replace").splitlines()
-            yield {key: value.strip() for key, _, value in (x.partition(":") for x in lines)}
+        if status := status_of(f"{pid}/task/{task.name}"):
+            yield status

@@ -55,7 +55,7 @@ def _row(vm: ListedVm) -> tuple[object, ...]:
         vm.info.vmm,
         vm.info.name,
         vm.info.vcpus,
-        None if memory is None else size(memory),
+        None if memory is None else size(memory).partition(" (")[0],
         _MTE[vm.info.mte],
         vm.state,
         vm.owner,

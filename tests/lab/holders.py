@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mtetool.attach import gadgets, memory, ptrace
+from mtetool.attach import gadgets, steps
 from mtetool.backends import GuestOptions, open_guest
 from mtetool.errors import AttachRefusedError
 from mtetool.guest import Memslot
@@ -90,37 +90,48 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def count_steps(function: Callable[[], object], die_at: int = 0) -> int:
-    """How many requests and copies it makes; before number `die_at` this process is killed."""
+def names_of_steps(pid: int) -> list[str]:
+    """The steps of an attach, by name."""
+    names: list[str] = []
+    steps.on_step(names.append)
+    attach(pid)
+    steps.on_step(None)
+    return names
+
+
+def at_number(number: int) -> steps.Hook:
+    """A hook that kills this process before that step, the first being 1."""
     count = 0
 
-    def counted(inner: Callable[..., object]) -> Callable[..., object]:
-        def run(*arguments: object) -> object:
-            nonlocal count
-            count += 1
-            if count == die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return inner(*arguments)
+    def hook(_: str) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        return run
-
-    originals = ptrace._ptrace, memory._transfer
-    ptrace._ptrace = counted(originals[0])  # type: ignore[assignment]
-    memory._transfer = counted(originals[1])  # type: ignore[assignment]
-    function()
-    ptrace._ptrace, memory._transfer = originals
-    return count
+    return hook
 
 
-def die(pid: int, step: int) -> None:
-    """Attach in another process that is killed at that step; wait until the holder is alone."""
+def before_a_signal_is_passed_on(name: str) -> None:
+    """A hook that kills this process while it has a signal of the holder in its hands."""
+    if name.endswith("-signal"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die(pid: int, hook: steps.Hook) -> bool:
+    """Attach in another process, with that hook; wait until the holder is alone again.
+
+    Whether the hook has killed it.
+    """
     child = os.fork()
     if child == 0:
-        count_steps(lambda: attach(pid), step)
+        steps.on_step(hook)
+        attach(pid)
         os._exit(0)
-    os.waitpid(child, 0)
+    _, end = os.waitpid(child, 0)
     task = Path(f"/proc/{pid}/task")
     wait_for(lambda: len(list(task.iterdir())) == 1 and "TracerPid:\t0" in status(pid))
+    return os.WIFSIGNALED(end)
 
 
 def status(pid: int) -> str:
@@ -138,13 +149,13 @@ def registers(pid: int) -> dict[str, object]:
     mask, done = blocked(pid), 0
     for _ in range(_ATTACHES):
         done += attach(pid)
-    steps = count_steps(lambda: attach(pid))
+    n_steps = len(names_of_steps(pid))
     for number in range(_DEATHS if done else 2):
-        die(pid, 1 + number * steps // _DEATHS)
+        die(pid, at_number(1 + number * n_steps // _DEATHS))
     attach(pid)
     rounds = counts()["rounds"]
     wait_for(lambda: counts()["rounds"] > rounds + 2)
-    return {"attached": done, "steps": steps, "mask_kept": blocked(pid) == mask}
+    return {"attached": done, "steps": n_steps, "mask_kept": blocked(pid) == mask}
 
 
 def calls(pid: int) -> dict[str, object]:
@@ -169,7 +180,7 @@ def calls(pid: int) -> dict[str, object]:
     last = counts()["rounds"]
     for death in (True, True, False, True):
         if death:
-            die(pid, _MIDDLE)
+            die(pid, at_number(_MIDDLE))
         else:
             attach(pid)
     if rounds:
@@ -195,9 +206,10 @@ def signals(pid: int) -> dict[str, object]:
     sender.start()
     for _ in range(_SIGNAL_ATTACHES):
         attach(pid)
+    deaths = sum(die(pid, before_a_signal_is_passed_on) for _ in range(_SIGNAL_ATTACHES))
     stop.set()
     sender.join()
-    return {"sent": sent}
+    return {"sent": sent, "deaths": deaths}
 
 
 def faults(pid: int) -> dict[str, object]:

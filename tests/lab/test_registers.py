@@ -87,6 +87,8 @@ def test_waits_that_any_stop_breaks_off_say_so(lab: Machine) -> None:
 def test_signals_come_once_in_order_and_break_off_waits(lab: Machine) -> None:
     counts = _holders(lab, "signals", "signals")["signals"]
     assert counts is not None
+    # Some deaths were with a signal in hand, looked at and not passed on yet.
+    assert counts["deaths"] > 0
     assert counts["signals"] == counts["sent"] > 30
     assert (counts["disorder"], counts["unbroken"]) == (0, 0)
 

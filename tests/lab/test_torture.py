@@ -50,7 +50,9 @@ def test_torture(lab: Machine, vmm: str) -> None:
         print(json.dumps(done), flush=True)
         assert len(lines) == 1, lines
         # What the commands do is what tests.lab.deaths dies in, step by step.
-        assert set(done["steps"]) <= set(done["steps_of_a_cycle"])
+        # (But for signals on their way, which come or do not.)
+        steps = {step for step in done["steps"] if not step.endswith("-signal")}
+        assert steps <= set(done["steps_of_a_cycle"])
         survived += done["deaths"]
         assert done["most_mappings_left"] <= 1
         assert done["mappings_in_the_end"] == 0
