@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from mtetool.attach import steps
-from mtetool.errors import GuestLostError
+from mtetool.errors import AttachRefusedError, GuestLostError
 
 # include/uapi/linux/ptrace.h
 _CONT = 7
@@ -347,7 +347,10 @@ class Tracee:
         """The general registers."""
         data = self.regset(NT_PRSTATUS)
         if data is None or len(data) != _REGS.size:
-            raise GuestLostError(f"thread {self.tid} has no arm64 registers (a 32-bit process?)")
+            raise AttachRefusedError(
+                f"thread {self.tid} has no arm64 registers: it runs a 32-bit program",
+                hint="mtetool reaches 64-bit VMMs only",
+            )
         return Registers.unpack(data)
 
     def set_registers(self, registers: Registers) -> None:
