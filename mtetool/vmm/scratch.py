@@ -87,6 +87,11 @@ class ScratchVm:
         region = uapi.memory_region(slot, flags, ipa, size_bytes, address)
         return self._ioctl(uapi.KVM_SET_USER_MEMORY_REGION, region)
 
+    def offer_memory(self, slot: int, ipa: int, size_bytes: int, address: int) -> int:
+        """KVM_SET_USER_MEMORY_REGION, read-only, for memory that the VM shall refuse."""
+        region = uapi.memory_region(slot, uapi.KVM_MEM_READONLY, ipa, size_bytes, address)
+        return self._ioctl(uapi.KVM_SET_USER_MEMORY_REGION, region)
+
     def create_vcpu(self) -> int:
         """KVM_CREATE_VCPU; the vCPU is never run."""
         result = self._ioctl(uapi.KVM_CREATE_VCPU, len(self._vcpus))
