@@ -48,9 +48,24 @@ def die_at(number: int) -> None:
     steps.on_step(hook)
 
 
+def leave_a_mapping(pid: int) -> None:
+    """Die where the most is left behind, so that what attaches next has to clear it away."""
+    child = os.fork()
+    if child == 0:
+        steps.on_step(steps.fault("KILL@helper/setoptions"))
+        cycle(pid)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
 def names(pid: int) -> list[str]:
-    """The names of all steps of a cycle, in their order."""
+    """The names of all steps: of a cycle, and of one that clears away what a death has left."""
+    cycle(pid)
     seen: list[str] = []
+    steps.on_step(seen.append)
+    cycle(pid)
+    steps.on_step(None)
+    leave_a_mapping(pid)
     steps.on_step(seen.append)
     cycle(pid)
     steps.on_step(None)
@@ -100,6 +115,7 @@ def main() -> None:
         gadgets._find_exit = lambda pid, maps: None
     steps_of_a_cycle = names(pid)
     before, harmed, left = state(pid), {}, 0
+    leave_a_mapping(pid)
     for step in range(1, 100_000):
         child = os.fork()
         if child == 0:
