@@ -17,8 +17,9 @@ from collections.abc import Sequence
 
 from mtetool import uapi
 from mtetool.attach import memory
+from mtetool.attach.helper import PAGE_BYTES
 from mtetool.attach.memory import Mapping
-from mtetool.attach.session import PAGE_BYTES, Session
+from mtetool.attach.session import Session
 from mtetool.errors import GuestLostError, LayoutUnknownError, errno_name
 from mtetool.guest import Memslot
 from mtetool.vmm.probing import Answer, Prober

@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from mtetool import uapi
-from mtetool.attach.session import PAGE_BYTES, Session, Target
+from mtetool.attach.helper import PAGE_BYTES
+from mtetool.attach.session import Session, Target
 from mtetool.backends.asking import memslots_of
 from mtetool.backends.vcpus import hold_vcpus
 from mtetool.errors import (

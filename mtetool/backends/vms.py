@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from mtetool.attach.session import PAGE_BYTES
+from mtetool.attach.helper import PAGE_BYTES
 from mtetool.backends import GuestOptions
 from mtetool.backends.kvm import KvmGuest
 from mtetool.errors import GuestError
