@@ -180,3 +180,14 @@ def test_pid_that_changes_hands_before_the_attach_is_noticed(lab: Machine) -> No
     result = lab.run(command, env={"PYTHONPATH": "/opt/mtetool"}, check=True)
     assert b"no-such-process" in result.stdout
     assert b"another one has its PID now" in result.stdout
+
+
+def test_runs_at_the_same_time_do_not_get_into_each_others_way(lab: Machine) -> None:
+    pid = start_test_vmm(lab, "0x40000000:0x4000000")
+    save = f"mtetool save kvm:{pid} --memslot 0x40000000:64M --force"
+    starts = " ".join(f"{save} -o /tmp/s{n} >/dev/null 2>/tmp/e{n} & p{n}=$!;" for n in range(4))
+    waits = " ".join(f"wait $p{n}; echo $?;" for n in range(4))
+    told = lab.sh(f"{starts} {waits} cat /tmp/e? >&2")
+    assert told.stdout.split() == [b"0"] * 4, told.stderr
+    assert _ours(lab, pid) == b"0\n"
+    assert lab.sh(f"ls /proc/{pid}/task | wc -l").stdout == b"1\n"
