@@ -71,7 +71,9 @@ def _stalled_save(lab: Machine) -> int:
         "mkfifo /tmp/pipe; sleep 1000 </tmp/pipe & "
         f"mtetool save kvm:{pid} --memslot 0x40000000:64M -o - >/tmp/pipe 2>/tmp/err & "
         "tool=$!; echo $tool >/tmp/pid;"
-        f" until grep -q ^6d74 /proc/{pid}/maps || ! kill -0 $tool; do sleep 0.02; done"
+        # The helper is there, and the thread that made it is home again: attached.
+        f" until [ $(ls /proc/{pid}/task | wc -l) = 2 ]"
+        f" && grep -q 'TracerPid:.0' /proc/{pid}/status || ! kill -0 $tool; do sleep 0.02; done"
     )
     return pid
 
