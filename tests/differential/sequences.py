@@ -1,0 +1,430 @@
+"""Sequences of calls, made by hypothesis as a program would make them, good ones and bad.
+
+Each call is answered by the emulated kernel at once, so that later ones can build on it; at the
+end of a sequence a real kernel is asked the same, and every answer must be equal.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from mtetool import uapi
+from mtetool.emulator import Host
+from mtetool.emulator.machine import Slot
+from tests.differential.emulated import EmulatedSide
+from tests.differential.sides import ARENA, ARENA_PAGES, HUGE_ARENA, HUGE_PAGES
+
+Call = list[Any]
+Ask = Callable[[list[Call]], list[int]]
+"""Makes a list of calls on a real kernel that has nothing yet; the answers."""
+
+TO_GUEST, FROM_GUEST = uapi.KVM_ARM_TAGS_TO_GUEST, uapi.KVM_ARM_TAGS_FROM_GUEST
+DIRTY, READONLY = uapi.KVM_MEM_LOG_DIRTY_PAGES, uapi.KVM_MEM_READONLY
+
+# The arena in pages: guest memory first, then what buffers lie in, with nothing behind it.
+_GUEST_PAGES = 48
+_BUFFER_PAGE = 64
+_BUFFER_PAGES = 8
+_FILE_PAGES = 16
+_INT_MAX = (1 << 31) - 1
+_MTE = uapi.KVM_CAP_ARM_MTE
+
+_seldom = st.integers(0, 15).map(lambda number: number == 0)
+_vms = st.sampled_from([0, 0, 0, 0, 0, 0, 1, 1])
+_slot_ids = st.integers(0, 3)
+_pages = st.integers(0, 7)
+_some_pages = st.sampled_from([1, 1, 2, 3, 4, 6, 8])
+_protections = st.sampled_from(["rw", "rw", "rw", "rw", "r", "none"])
+_odd = st.sampled_from([1, 8, 16, 256, 2048])
+
+
+class Differences(RuleBasedStateMachine):
+    """One sequence; `host` and `ask` are set by whoever runs it."""
+
+    host: ClassVar[Host]
+    ask: ClassVar[Ask]
+    calls_compared: ClassVar[int] = 0
+    sequences: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = EmulatedSide(self.host)
+        self.page = self.host.page_size_bytes
+        self.calls: list[Call] = []
+        self.answers: list[int] = []
+
+    def call(self, name: str, *words: Any) -> int:
+        """Make a call of the emulated kernel, and keep it for the real one."""
+        answer: int = getattr(self.side, name)(*words)
+        self.calls.append([name, *words])
+        self.answers.append(answer)
+        return answer
+
+    def teardown(self) -> None:
+        """Look at all tags, then ask the real kernel."""
+        for vm in sorted(self.side.vms):
+            for slot in self.side.vms[vm].memslots:
+                self._read_back(vm, slot)
+        real = type(self).ask(self.calls)
+        cls = Differences
+        cls.calls_compared += len(self.calls)
+        cls.sequences += 1
+        for number, (emulated, answer) in enumerate(zip(self.answers, real, strict=True)):
+            assert emulated == answer, self._difference(number, emulated, answer)
+
+    def _difference(self, number: int, emulated: int, real: int) -> str:
+        calls = "\n".join(json.dumps(call) for call in self.calls[: number + 1])
+        return f"{calls}\nemulated {emulated}, real {real}"
+
+    # --- where things are -----------------------------------------------------------------
+
+    def _ipa(self, page: int) -> int:
+        return (1 << 30) + page * self.page
+
+    def _buffer(self, page: int = 0) -> int:
+        return ARENA + (_BUFFER_PAGE + page) * self.page
+
+    def _copy(self, vm: int, ipa: int, n_pages: int, flags: int, address: int) -> None:
+        self.call("copy_tags", vm, ipa, n_pages * self.page, address, flags, [0, 0])
+
+    def _read_back(self, vm: int, slot: Slot) -> None:
+        """All tags of a slot, page by page where a copy stops."""
+        at, end = slot.ipa, min(slot.end, slot.ipa + 64 * self.page)
+        while at < end:
+            self.call("map", self._buffer(), self.page * 4, "private", "rw", -1, 0)
+            self.call("fill", self._buffer(), self.page * 4, 0)
+            length = end - at
+            words = (at, length, self._buffer(), FROM_GUEST, [0, 0])
+            done = self.call("copy_tags", vm, *words)
+            self.call("peek", self._buffer(), self.page * 4)
+            at += max(done, self.page)
+
+    # --- the beginning --------------------------------------------------------------------
+
+    @initialize(
+        mte=st.sampled_from([True] * 7 + [False]),
+        two=st.booleans(),
+        kinds=st.lists(
+            st.tuples(st.sampled_from(["private", "shared"]), _protections), min_size=1, max_size=4
+        ),
+    )
+    def begin(self, mte: bool, two: bool, kinds: list[tuple[str, str]]) -> None:
+        """VMs with some memory, and a buffer."""
+        for vm in (0, 1) if two else (0,):
+            self.call("create_vm", vm, 0)
+            if mte:
+                self.call("enable_cap", vm, _MTE, 0, 0)
+        self.call("map", self._buffer(), _BUFFER_PAGES * self.page, "private", "rw", -1, 0)
+        for number, (kind, protection) in enumerate(kinds):
+            address = ARENA + number * 8 * self.page
+            self.call("map", address, 8 * self.page, kind, protection, -1, 0)
+            words = (number, 0, self._ipa(number * 8), 8 * self.page, address)
+            self.call("set_memslot", 0, *words)
+
+    # --- VMs and vCPUs --------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.side.vms) < 4)
+    @rule(vm=st.integers(0, 3), kind=st.sampled_from([0, 0, 31, 32, 36, 40, 48, 52, 53, 256, 1 << 31]))
+    def create_vm(self, vm: int, kind: int) -> None:
+        """A VM with addresses of some size, or an impossible one."""
+        if vm not in self.side.vms:
+            self.call("create_vm", vm, kind)
+            self.call("check_extension", vm, _MTE)
+
+    @rule(
+        vm=_vms,
+        capability=st.sampled_from([_MTE] * 6 + [999_999]),
+        flags=st.sampled_from([0] * 6 + [1, 1 << 31]),
+        argument=st.sampled_from([0, 0, 7]),
+    )
+    def enable(self, vm: int, capability: int, flags: int, argument: int) -> None:
+        """A capability, before or after vCPUs."""
+        self.call("enable_cap", vm, capability, flags, argument)
+
+    @precondition(lambda self: any(not vm._vcpus for vm in self.side.vms.values()))
+    @rule(vm=_vms, number=st.sampled_from([0, 0, 1, 2, 511, 512, 1 << 20]))
+    def create_vcpu(self, vm: int, number: int) -> None:
+        """A vCPU, perhaps one that is there, or beyond what the host can."""
+        self.call("create_vcpu", vm, number)
+
+    @precondition(lambda self: any(vm._vcpus for vm in self.side.vms.values()))
+    @rule(
+        vm=_vms,
+        number=st.sampled_from([0, 0, 0, 1, 511]),
+        core=st.sampled_from([5] * 7 + [4]),
+        features=st.sampled_from([0, 0, 1, 2, 2, 4, 6, 1 << 7, 1 << 20]),
+    )
+    def init_vcpu(self, vm: int, number: int, core: int, features: int) -> None:
+        """A vCPU of some kind: powered off, AArch32, nested, of an unknown feature."""
+        self.call("init_vcpu", vm, number, core, features)
+
+    # --- memory ---------------------------------------------------------------------------
+
+    @rule(
+        at=st.integers(0, _GUEST_PAGES - 1),
+        n=_some_pages,
+        kind=st.sampled_from(["private", "private", "shared"]),
+        protection=_protections,
+    )
+    def map_memory(self, at: int, n: int, kind: str, protection: str) -> None:
+        """Anonymous memory, also over what is there."""
+        self.call("map", ARENA + at * self.page, n * self.page, kind, protection, -1, 0)
+
+    @rule(
+        file=st.integers(0, 1),
+        kind=st.sampled_from(["memory", "memory", "disk"]),
+        size=st.integers(0, _FILE_PAGES),
+    )
+    def create_file(self, file: int, kind: str, size: int) -> None:
+        """A file of holes."""
+        if file not in self.side._files:
+            self.call("create_file", file, kind, size * self.page)
+
+    @precondition(lambda self: self.side._files)
+    @rule(
+        file=st.integers(0, 1),
+        at=st.integers(0, _GUEST_PAGES - 1),
+        n=_some_pages,
+        offset=st.integers(0, _FILE_PAGES - 1),
+        shared=st.booleans(),
+        protection=_protections,
+    )
+    def map_file(
+        self, file: int, at: int, n: int, offset: int, shared: bool, protection: str
+    ) -> None:
+        """A file, shared or private, also beyond its end."""
+        if file in self.side._files:
+            memory = self.side._files[file].tags_allowed
+            kind = ("file" if memory else "disk") + ("" if shared else "-private")
+            words = (n * self.page, kind, protection, file, offset * self.page)
+            self.call("map", ARENA + at * self.page, *words)
+
+    @precondition(lambda self: self.side._files)
+    @rule(file=st.integers(0, 1), size=st.integers(0, _FILE_PAGES), hole=st.booleans(), n=_pages)
+    def change_file(self, file: int, size: int, hole: bool, n: int) -> None:
+        """A hole punched into a file, or another size of it."""
+        if file in self.side._files:
+            if hole and n:
+                self.call("punch", file, size * self.page, n * self.page)
+            elif not hole:
+                self.call("truncate", file, size * self.page)
+
+    @rule(
+        at=st.integers(0, _GUEST_PAGES - 1),
+        n=_some_pages,
+        what=st.sampled_from(["unmap", "discard", "none", "r", "rw"]),
+    )
+    def change_memory(self, at: int, n: int, what: str) -> None:
+        """Memory unmapped, dropped or protected behind the VM's back."""
+        address, size = ARENA + at * self.page, n * self.page
+        if what in ("unmap", "discard"):
+            self.call(what, address, size)
+        else:
+            self.call("protect", address, size, what)
+
+    @rule(at=st.integers(0, _GUEST_PAGES - 1), n=_some_pages, seed=st.integers(0, 255))
+    def touch(self, at: int, n: int, seed: int) -> None:
+        """Memory of the guest written to by the process."""
+        self.call("fill", ARENA + at * self.page, n * self.page, seed)
+
+    @precondition(lambda self: self.host.hugepage_bytes)
+    @rule(first=st.integers(0, HUGE_PAGES - 1), n=st.integers(1, 2), vm=_vms, slot=_slot_ids)
+    def map_huge(self, first: int, n: int, vm: int, slot: int) -> None:
+        """Huge pages, and a memslot of them."""
+        n = min(n, HUGE_PAGES - first)
+        huge = self.host.hugepage_bytes
+        address, size = HUGE_ARENA + first * huge, n * huge
+        if next(self.side.memory.crossing(address, size), None) is None:
+            self.call("map", address, size, "huge", "rw", -1, 0)
+            self.call("set_memslot", vm, slot + 8, 0, (1 << 34) + slot * HUGE_PAGES * huge, size, address)
+
+    # --- memslots -------------------------------------------------------------------------
+
+    @rule(
+        vm=_vms,
+        slot=_slot_ids,
+        flags=st.sampled_from([0, 0, 0, DIRTY, READONLY, READONLY | DIRTY]),
+        ipa=st.integers(0, 40),
+        n=_some_pages,
+        at=st.integers(0, _GUEST_PAGES - 1),
+    )
+    def set_memslot(self, vm: int, slot: int, flags: int, ipa: int, n: int, at: int) -> None:
+        """A memslot, new or changed, with or without memory behind it."""
+        address = ARENA + at * self.page
+        self.call("set_memslot", vm, slot, flags, self._ipa(ipa), n * self.page, address)
+
+    def _slots(self) -> list[tuple[int, Slot]]:
+        vms = sorted(self.side.vms.items())
+        return [(number, slot) for number, vm in vms for slot in vm.memslots]
+
+    @precondition(lambda self: self._slots())
+    @rule(
+        which=st.integers(0, 31),
+        change=st.sampled_from(["remove", "move", "log", "log", "nothing", "grow", "readonly"]),
+        by=st.integers(-9, 9),
+    )
+    def change_memslot(self, which: int, change: str, by: int) -> None:
+        """A memslot that is there: removed, moved, its logging switched, or what is refused."""
+        vm, slot = (slots := self._slots())[which % len(slots)]
+        flags, ipa, size = slot.flags, slot.ipa, slot.size_bytes
+        if change == "remove":
+            size = 0
+        elif change == "move":
+            ipa += by * self.page
+        elif change == "log":
+            flags ^= DIRTY
+        elif change == "grow":
+            size += self.page
+        elif change == "readonly":
+            flags ^= READONLY
+        self.call("set_memslot", vm, slot.id, flags, max(ipa, 0), size, slot.address)
+
+    @precondition(lambda self: any(slot.flags & DIRTY for _, slot in self._slots()))
+    @rule()
+    def stop_logging(self) -> None:
+        """Dirty logging off everywhere, as at the end of a migration."""
+        for vm, slot in self._slots():
+            if slot.flags & DIRTY:
+                words = (slot.flags & ~DIRTY, slot.ipa, slot.size_bytes, slot.address)
+                self.call("set_memslot", vm, slot.id, *words)
+
+    @rule(
+        vm=_vms,
+        slot=st.sampled_from([4, 5, 32_766, 32_767, 65_535, 65_536, (1 << 32) - 1]),
+        flags=st.sampled_from([0, 0, 0, 1 << 2, 1 << 3, 1 << 31]),
+        ipa=st.sampled_from([1 << 31, 1 << 39, 1 << 40, (1 << 48), (1 << 52), (1 << 64) - 4096]),
+        size=st.sampled_from([0, 1, 16, 1 << 21, 1 << 43, 1 << 44, (1 << 64) - 4096]),
+        address=st.sampled_from(
+            [0, ARENA, ARENA + 1, ARENA | 5 << 56, (1 << 48) - 4096, (1 << 52) - (1 << 21), 1 << 63]
+        ),
+        off=st.sampled_from([0, 0, 0, 0, 0, 512]),
+    )
+    def odd_memslot(
+        self, vm: int, slot: int, flags: int, ipa: int, size: int, address: int, off: int
+    ) -> None:
+        """What is at or over some limit."""
+        ipa = min(ipa + off, (1 << 64) - 1)
+        answer = self.call("set_memslot", vm, slot, flags, ipa, size, address)
+        if answer == 0 and size:
+            self.call("set_memslot", vm, slot, flags, ipa, 0, address)
+
+    # --- copies ---------------------------------------------------------------------------
+
+    @rule(
+        vm=_vms,
+        ipa=st.integers(0, 47),
+        n=_some_pages,
+        seed=st.integers(0, 255),
+        at=st.sampled_from([0, 0, 0, 1, 3, 8, 100]),
+    )
+    def write_tags(self, vm: int, ipa: int, n: int, seed: int, at: int) -> None:
+        """Tags into the guest, high bits and all, across whatever lies there."""
+        self.call("fill", self._buffer(), 2 * self.page, seed)
+        self._copy(vm, self._ipa(ipa), n, TO_GUEST, self._buffer() + at)
+
+    @rule(vm=_vms, ipa=st.integers(0, 47), n=_some_pages, at=st.sampled_from([0, 0, 0, 1, 3, 100]))
+    def read_tags(self, vm: int, ipa: int, n: int, at: int) -> None:
+        """Tags out of the guest; nothing but the buffer may change."""
+        self.call("fill", self._buffer(), 2 * self.page, 0)
+        self._copy(vm, self._ipa(ipa), n, FROM_GUEST, self._buffer() + at)
+        self.call("peek", self._buffer(), 2 * self.page)
+
+    @precondition(lambda self: self._slots())
+    @rule(
+        which=st.integers(0, 31),
+        first=st.integers(-2, 7),
+        n=_some_pages,
+        flags=st.sampled_from([TO_GUEST, FROM_GUEST]),
+        seed=st.integers(0, 255),
+    )
+    def copy_at_slot(self, which: int, first: int, n: int, flags: int, seed: int) -> None:
+        """A copy at a memslot, over its ends too."""
+        vm, slot = (slots := self._slots())[which % len(slots)]
+        self.call("fill", self._buffer(), 2 * self.page, seed)
+        self._copy(vm, max(slot.ipa + first * self.page, 0), n, flags, self._buffer())
+        self.call("peek", self._buffer(), 2 * self.page)
+
+    @rule(
+        vm=_vms,
+        ipa=st.integers(0, 31),
+        n=_some_pages,
+        flags=st.sampled_from([TO_GUEST, FROM_GUEST]),
+        back=st.sampled_from([0, 1, 3, 8, 20, 200, 256, 257, 400, 1000, 1024, 1500]),
+        behind=st.sampled_from(["unmapped", "none", "r", "rw"]),
+        tag=st.sampled_from([0, 0, 0, 5 << 56, 0xFF << 56]),
+    )
+    def copy_with_edge(
+        self, vm: int, ipa: int, n: int, flags: int, back: int, behind: str, tag: int
+    ) -> None:
+        """A buffer that ends, or changes what is allowed, in the middle of a copy."""
+        edge = self._buffer(4)
+        self.call("map", self._buffer(2), 4 * self.page, "private", "rw", -1, 0)
+        self.call("fill", self._buffer(2), 4 * self.page, back & 255)
+        if behind == "unmapped":
+            self.call("unmap", edge, 2 * self.page)
+        else:
+            self.call("protect", edge, 2 * self.page, behind)
+        self._copy(vm, self._ipa(ipa), n, flags, (edge - back) | tag)
+        self.call("peek", self._buffer(2), 2 * self.page)
+        if behind in ("r", "rw"):
+            self.call("peek", edge, 2 * self.page)
+
+    @rule(
+        vm=_vms,
+        ipa=st.integers(0, 31),
+        flags=st.sampled_from([TO_GUEST, FROM_GUEST]),
+        address=st.sampled_from([0, 1, 1 << 47, (1 << 52) - 64, (1 << 55) - 64, 1 << 63, (1 << 64) - 64]),
+    )
+    def copy_with_bad_buffer(self, vm: int, ipa: int, flags: int, address: int) -> None:
+        """A buffer where none is."""
+        self._copy(vm, self._ipa(ipa), 1, flags, address)
+
+    @rule(
+        vm=_vms,
+        ipa=st.sampled_from([1 << 30, 1 << 30, 1 << 30, 0, 1 << 52, (1 << 64) - (1 << 16), 1 << 63]),
+        off=st.sampled_from([0, 0, 0, 0, 1, 16, 2048, 4096, 8192]),
+        length=st.sampled_from(
+            [0, 1, 16, 4096, 8192, 16384, 65536]
+            + [_INT_MAX, _INT_MAX + 1, _INT_MAX + 1 - 4096, _INT_MAX + 1 - 16384, (1 << 32) + 16384]
+            + [(1 << 64) - 16384, 1 << 63]
+        ),
+        flags=st.sampled_from([0, 1, 1, 2, 3, 1 << 31, 1 << 32, (1 << 64) - 1]),
+        reserved=st.sampled_from([[0, 0]] * 6 + [[1, 0], [0, 1], [0, 1 << 63]]),
+    )
+    def odd_copy(self, vm: int, ipa: int, off: int, length: int, flags: int, reserved: list[int]) -> None:
+        """Arguments at and over every limit."""
+        ipa = min(ipa + off, (1 << 64) - 1)
+        self.call("fill", self._buffer(), _BUFFER_PAGES * self.page, 9)
+        self.call("copy_tags", vm, ipa, length, self._buffer(), flags, reserved)
+        self.call("peek", self._buffer(), self.page)
+
+    @rule(vm=_vms, address=st.sampled_from([0, 1 << 47, 1 << 63]))
+    def copy_without_struct(self, vm: int, address: int) -> None:
+        """No struct to read, and each check that comes before."""
+        self.call("copy_tags_at", vm, address)
+
+    @precondition(lambda self: self.may_fork)
+    @rule(vm=_vms, ipa=st.integers(0, 7), off=st.sampled_from([0, 1]))
+    def copy_by_child(self, vm: int, ipa: int, off: int) -> None:
+        """Another process with the same VM."""
+        words = (self._ipa(ipa) + off, self.page, self._buffer(), FROM_GUEST)
+        self.call("copy_tags_in_child", vm, *words)
+
+    @property
+    def may_fork(self) -> bool:
+        """Seldom: it is slow."""
+        return len(self.calls) % 7 == 0
+
+    @rule(which=_pages, n=_some_pages, flags=st.sampled_from([TO_GUEST, FROM_GUEST]), to=_pages)
+    def copy_within_guest_memory(self, which: int, n: int, flags: int, to: int) -> None:
+        """A buffer in memory that is a guest's own."""
+        self._copy(0, self._ipa(which), n, flags, ARENA + to * self.page)
+        self.call("peek", ARENA + to * self.page, self.page)
+
+
+assert _BUFFER_PAGE + _BUFFER_PAGES <= ARENA_PAGES
