@@ -135,5 +135,3 @@ def _reachable(memory: AddressSpace, address: int) -> bool:
     return all(
         memory.fault_in(at, write=True) is not None for at in (address, address + _STORE_BYTES - 1)
     )
-
-

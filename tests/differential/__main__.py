@@ -10,7 +10,7 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
@@ -29,12 +29,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.differential")
     parser.add_argument("--kernel", action="append", choices=list(KERNELS))
     parser.add_argument("--calls", type=int, default=4000)
+    parser.add_argument(
+        "--no-shrink", action="store_true", help="end at the first difference as it is"
+    )
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))  # noqa: S311
     arguments = parser.parse_args(argv)
     failed = False
     for kernel in arguments.kernel or KERNELS:
         with executor(kernel) as (host, ask):
-            found = differences(host, ask, arguments.calls, arguments.seed)
+            phases = [Phase.generate] if arguments.no_shrink else [Phase.generate, Phase.shrink]
+            found = differences(host, ask, arguments.calls, arguments.seed, phases)
         failed = failed or found > 0
         calls = Differences.calls_compared
         print(f"{kernel} calls={calls} differences={found} seed={arguments.seed}", flush=True)
@@ -58,7 +62,7 @@ def _asking(talk: Talk) -> Ask:
     return ask
 
 
-def differences(host: Host, ask: Ask, calls: int, seed_number: int) -> int:
+def differences(host: Host, ask: Ask, calls: int, seed_number: int, phases: Sequence[Phase]) -> int:
     """Compare until so many calls were compared; the sequences that differed: 0 or 1.
 
     Hypothesis ends at the first that differs, and prints the shortest of its kind.
@@ -70,7 +74,7 @@ def differences(host: Host, ask: Ask, calls: int, seed_number: int) -> int:
         case = seed(seed_number + chunk)(type("Sequences", (Differences,), {}))
         chunk += 1
         try:
-            run_state_machine_as_test(case, settings=_SETTINGS)
+            run_state_machine_as_test(case, settings=settings(_SETTINGS, phases=phases))
         except AssertionError as error:
             print(error, file=sys.stderr)
             return 1
@@ -83,7 +87,6 @@ _SETTINGS = settings(
     deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate, Phase.shrink],
     verbosity=Verbosity.quiet,
     print_blob=False,
 )
