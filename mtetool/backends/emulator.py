@@ -31,6 +31,7 @@ from mtetool.backends.emulated_file import (
     read_header,
     refused,
 )
+from mtetool.emulator.copying import CopyRequest, check_request
 from mtetool.errors import (
     BusyError,
     MisalignedError,
@@ -42,7 +43,7 @@ from mtetool.errors import (
     UsageError,
 )
 from mtetool.guest import GuestInfo, Memslot
-from mtetool.uapi import COPY_LENGTH_MAX, GRANULE_BYTES, TAG_MAX
+from mtetool.uapi import GRANULE_BYTES, TAG_MAX
 
 if TYPE_CHECKING:
     from mtetool.backends import GuestOptions
@@ -170,14 +171,11 @@ class EmulatedGuest:
         return self._copied(ipa, tags, self._write_span, writing=True)
 
     def _check_copy(self, ipa: int, n_granules: int) -> None:
-        """The checks of kvm_vm_ioctl_mte_copy_tags (arch/arm64/kvm/guest.c), in its order."""
         self._check_open()
         self._check_mte()
-        length_bytes = n_granules * GRANULE_BYTES
-        if ipa % self.page_size_bytes or length_bytes % self.page_size_bytes:
-            raise OSError(errno.EINVAL, "not aligned to the page size")
-        if length_bytes > COPY_LENGTH_MAX:
-            raise OSError(errno.EINVAL, "too long for one copy")
+        request = CopyRequest(ipa, n_granules * GRANULE_BYTES)
+        if check_request(request, mte=True, page_size_bytes=self.page_size_bytes):
+            raise OSError(errno.EINVAL, "not aligned to the page size, or too long for one copy")
 
     def _copied(
         self, ipa: int, tags: Tags, copy: Callable[[int, Tags], None], *, writing: bool

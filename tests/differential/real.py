@@ -22,6 +22,7 @@ from tests.differential.sides import (
 )
 
 _MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
 _MAP_FIXED_NOREPLACE = 0x100000
 _MAP_HUGETLB = 0x40000
 _MAP_HUGE_SHIFT = 26
@@ -63,8 +64,14 @@ class RealSide:
         self._reserve(_MAP_FIXED)
         return 0
 
+    def close(self) -> None:
+        """Give everything back, the arenas too."""
+        self.reset()
+        self.unmap(ARENA, ARENA_PAGES * self.page_size_bytes)
+        os.close(self._kvm)
+
     def _reserve(self, fixed: int) -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE | fixed
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | fixed
         size = ARENA_PAGES * self.page_size_bytes
         answer = self._mmap(ARENA, size, 0, flags, -1, 0)
         assert answer == 0, f"the arena cannot be mapped: {answer}"
