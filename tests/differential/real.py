@@ -43,9 +43,13 @@ def _ulong(value: int) -> ctypes.c_ulong:
 
 
 class RealSide:
-    """This process on its own kernel; a `Side`. Raises OSError where there is no KVM."""
+    """This process on its own kernel; a `Side`. Raises OSError where there is no KVM.
 
-    def __init__(self) -> None:
+    `scrub` gives the tags of the kernel's free huge pages the value 0 before they are mapped.
+    """
+
+    def __init__(self, *, scrub: bool = True) -> None:
+        self._scrubs = scrub
         self.page_size_bytes = mmap.PAGESIZE
         self._kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
         self._vms: dict[int, int] = {}
@@ -183,7 +187,8 @@ class RealSide:
             fd = self._files.get(file, -1)
         if kind == "huge":
             flags |= _MAP_HUGETLB | (self.hugepage_bytes.bit_length() - 1) << _MAP_HUGE_SHIFT
-            self._scrub(address, size_bytes, flags)
+            if self._scrubs:
+                self._scrub(address, size_bytes, flags)
             flags |= mmap.MAP_POPULATE
         return self._mmap(address, size_bytes, _PROTECTIONS[protection], flags, fd, at)
 
