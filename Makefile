@@ -38,6 +38,7 @@ check: venv ## style, types and scripts
 test: deps venv ## everything: checks, tests, the lab on a real kernel
 	$(MAKE) --no-print-directory check lab
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(MAKE) --no-print-directory -j 2 differential fuzz-short
 
 test-fast: venv ## the tests that need no lab
 	$(BIN)/python -m pytest -n 2 --ignore tests/lab
