@@ -6,8 +6,14 @@ import errno
 import zlib
 from typing import Literal
 
-from mtetool.emulator import AddressSpace, EmulatedKvm, EmulatedVm, Host, MemoryFile
-from mtetool.emulator.copying import CopyRequest
+from mtetool.emulator import (
+    AddressSpace,
+    CopyRequest,
+    EmulatedKvm,
+    EmulatedVm,
+    Host,
+    MemoryFile,
+)
 from tests.differential.sides import (
     ARENA,
     ARENA_PAGES,
