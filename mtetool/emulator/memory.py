@@ -168,6 +168,16 @@ class AddressSpace:
                 at = last
         return 0 if at == end else -errno.ENOMEM
 
+    def truncate(self, file: MemoryFile, size_bytes: int) -> int:
+        """ftruncate: private copies of what is cut off are gone, too."""
+        file.truncate(size_bytes)
+        for mapping in self._mappings:
+            if mapping.file is file:
+                for at in list(mapping.own):
+                    if mapping.file_offset + at - mapping.start >= size_bytes:
+                        del mapping.own[at]
+        return 0
+
     def write(self, address: int, data: bytes) -> int:
         """process_vm_writev onto itself: the bytes written before the first bad page."""
         done = self.store(address, data)

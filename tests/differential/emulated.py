@@ -111,8 +111,7 @@ class EmulatedSide:
         """See `Side.truncate`."""
         if file not in self._files:
             return -errno.EBADF
-        self._files[file].truncate(size_bytes)
-        return 0
+        return self.memory.truncate(self._files[file], size_bytes)
 
     def punch(self, file: int, offset: int, size_bytes: int) -> int:
         """See `Side.punch`."""

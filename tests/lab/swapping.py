@@ -2,9 +2,9 @@
 
 `python3 -m tests.lab.swapping PID SIZE [ENOUGH]` takes all mappings of that size of a process in
 a control group of its own, and ends when so many pages of each are out (by default, all that were
-in memory: what was only read may be the page of zeros, which never goes). It prints JSON, a list of one object a mapping: its pages, how
-many of them are on swap and in memory now, and how many pages on swap have a copy in memory.
-The process need not know: MADV_PAGEOUT by process_madvise.
+in memory: what was only read may be the page of zeros, which never goes). It prints JSON, a list
+of one object a mapping: its pages, how many of them are on swap and in memory now, and how many
+pages on swap have a copy in memory. The process need not know: MADV_PAGEOUT by process_madvise.
 """
 
 from __future__ import annotations
