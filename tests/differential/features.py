@@ -69,6 +69,14 @@ def _clear_user_exact(side: Side) -> bool:
     return last == b"\0"
 
 
+def _guest_memfd(side: Side) -> bool:
+    vm = 1
+    side.create_vm(vm, 0)
+    answer = side.create_guest_memfd(vm, 0, side.page_size_bytes)
+    side.close_vm(vm)
+    return answer == 0
+
+
 def _vcpu_el2_features(side: Side) -> bool:
     vm = 1
     side.create_vm(vm, 0)
@@ -81,5 +89,6 @@ def _vcpu_el2_features(side: Side) -> bool:
 _TRIALS = {
     Behaviour.HUGETLB_TAGS: _hugetlb_tags,
     Behaviour.CLEAR_USER_EXACT: _clear_user_exact,
+    Behaviour.GUEST_MEMFD: _guest_memfd,
     Behaviour.VCPU_EL2_FEATURES: _vcpu_el2_features,
 }
