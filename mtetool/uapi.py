@@ -23,6 +23,8 @@ def ioc(direction: int, kind: int, number: int, size: int) -> int:
 # --- KVM: include/uapi/linux/kvm.h --------------------------------------------------------
 KVMIO = 0xAE
 KVM_API_VERSION = 12
+KVM_CAP_MAX_VCPUS = 66
+KVM_CAP_ARM_EL1_32BIT = 93
 KVM_CAP_ARM_MTE = 205
 # The answer is the largest guest address size in bits, which goes into the low byte of
 # KVM_CREATE_VM's argument (Documentation/virt/kvm/api.rst, 4.2).

@@ -25,8 +25,8 @@ class Behaviour(enum.Enum):
 
     GUEST_MEMFD = "guest-memfd"
     """KVM_CREATE_GUEST_MEMFD makes memory that a memslot may have, which excludes MTE, whichever
-    comes first: EINVAL for the other (Linux 6.18 and later); without, the ioctl is unknown:
-    ENOTTY."""
+    comes first: EINVAL for the other (commit 32e200bd6e44, Linux 6.18). Without, there is no such
+    ioctl, and the answer is EINVAL, too."""
 
     VCPU_EL2_FEATURES = "vcpu-el2-features"
     """KVM_ARM_VCPU_INIT knows the features for nested virtualization, and refuses them with

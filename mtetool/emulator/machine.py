@@ -85,9 +85,13 @@ class EmulatedVm:
 
     def check_extension(self, capability: int) -> int:
         """KVM_CHECK_EXTENSION on the VM, for the capabilities that are emulated."""
-        if capability == uapi.KVM_CAP_ARM_MTE:
-            return 1
-        return self.host.ipa_bits if capability == uapi.KVM_CAP_ARM_VM_IPA_SIZE else 0
+        answers = {
+            uapi.KVM_CAP_ARM_MTE: 1,
+            uapi.KVM_CAP_ARM_VM_IPA_SIZE: self.host.ipa_bits,
+            uapi.KVM_CAP_MAX_VCPUS: self.host.max_vcpus,
+            uapi.KVM_CAP_ARM_EL1_32BIT: int(self.host.aarch32),
+        }
+        return answers.get(capability, 0)
 
     def enable_cap(self, capability: int, flags: int = 0, argument: int = 0) -> int:
         """KVM_ENABLE_CAP of KVM_CAP_ARM_MTE, the one that is emulated; others are unknown."""
@@ -157,7 +161,7 @@ class EmulatedVm:
     def create_guest_memfd(self, size_bytes: int) -> int:
         """KVM_CREATE_GUEST_MEMFD; what is behind it is never looked at."""
         if not self.host.has(Behaviour.GUEST_MEMFD):
-            return -errno.ENOTTY
+            return -errno.EINVAL
         return 0 if size_bytes > 0 and not size_bytes % self.host.page_size_bytes else -errno.EINVAL
 
     def set_guest_memfd_slot(self, slot: int, ipa: int, size_bytes: int, address: int) -> int:

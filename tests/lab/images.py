@@ -249,7 +249,7 @@ def _programs() -> Path:
         for source in sources:
             target = into / source.stem
             if source.suffix == ".c":
-                words = ["aarch64-linux-gnu-gcc", *_CFLAGS, "-o", target, source]
+                words = ["aarch64-linux-gnu-gcc", *_CFLAGS, "-o", f"{target}", f"{source}"]
                 subprocess.run(words, check=True)
             elif source.suffix == ".s":
                 subprocess.run([f"{_ARM}-as", "-o", f"{target}.o", source], check=True)

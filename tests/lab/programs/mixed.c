@@ -17,7 +17,7 @@
 #include <sys/uio.h>
 #include <sys/wait.h>
 
-enum { PAGES = 16, SIZE = PAGES * PAGE, GRANULES = SIZE / GRANULE };
+enum { PAGES = 2, SIZE = PAGES * PAGE, GRANULES = SIZE / GRANULE };
 enum { PEEK_TAGS = 33, POKE_TAGS = 34, SET_TAGGED_ADDR_CTRL = 55, GET_TAGGED_ADDR_CTRL = 56 };
 enum { TAGGED_ADDR_ENABLE = 1, TCF_SYNC = 2 };
 /* Numbers of the 32-bit kernel interface, and what /aarch32 can do besides. */
