@@ -10,7 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from mtetool.errors import HostIoError, NoSuchFileError, NotASnapshotError, UsageError
+from mtetool.errors import (
+    HostIoError,
+    NoSuchFileError,
+    NotASnapshotError,
+    UsageError,
+    host_error,
+)
 from mtetool.snapshot.index import IndexedSnapshot
 from mtetool.snapshot.model import Extent, Missing, Summary
 from mtetool.snapshot.reader import Piece, SnapshotReader
@@ -39,9 +45,10 @@ def opened(path: str) -> Iterator[BinaryIO]:
         raise NoSuchFileError(f"{path}: no such file", hint="is the path right?") from error
     except IsADirectoryError as error:
         raise NotASnapshotError(f"{path} is no snapshot: it is a directory") from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise HostIoError(f"{path} cannot be opened: {reason}") from error
+    except OSError as error:
+        raise host_error(error, f"{path} cannot be opened") from error
+    except ValueError as error:
+        raise HostIoError(f"{path} cannot be opened: {error}") from error
     with stream:
         yield stream
 
