@@ -39,7 +39,7 @@ from mtetool.errors import (
 )
 from mtetool.guest import Memslot, SlotKind
 from mtetool.snapshot.maps import Fields, pack_map, unpack_map
-from mtetool.snapshot.newfile import NewFile
+from mtetool.snapshot.newfile import new_file
 from mtetool.uapi import GRANULE_BYTES
 
 PAGE_SIZES = (4096, 16384, 65536)
@@ -277,7 +277,7 @@ def create(path: str, described: Description, *, force: bool, fill: Callable[[in
     content = header(described)
     target = _target(path, force=force)
     try:
-        with NewFile(path, target, force=force) as new:
+        with new_file(path, target, force=force) as new:
             new.open()
             fd = new.file.fileno()
             os.ftruncate(fd, file_size(described))

@@ -29,9 +29,9 @@ class NewFile:
     was killed has left under such a name, the next one that makes the same file removes: a
     lock tells that nobody works on it any more.
 
-    A context manager, at whose end the file is closed, and gone unless it was kept. `open` and
-    `keep` raise OSError; `keep` also FileExistsAlreadyError for a name that was taken
-    meanwhile, and HostError where the file is in its place, but maybe not for good.
+    `new_file` makes it. `open` and `keep` raise OSError; `keep` also FileExistsAlreadyError
+    for a name that was taken meanwhile, and HostError where the file is in its place, but maybe
+    not for good.
     """
 
     def __init__(self, path: str, target: Path, *, force: bool) -> None:
@@ -58,28 +58,17 @@ class NewFile:
         os.fchmod(self.file.fileno(), MODE)
         _lock(self.file.fileno())
 
-    def __enter__(self) -> NewFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close it; unless it was kept, it is gone. May be called again."""
         try:
             if self._file is not None:
                 # Every error of writing was told by fsync.
                 with suppress(OSError):
                     self._file.close()
         finally:
-            self._forget()
-
-    def _forget(self) -> None:
-        # Without a call in between, so that no signal's exception comes before the first.
-        try:
-            os.unlink(self._temporary)  # noqa: PTH108
-        except OSError:
-            pass  # it was never there, or has its name, or the disk fails, which was told
-        except BaseException:
+            # What cannot be removed is left to the next run: what failed before is what counts.
             with suppress(OSError):
                 self._temporary.unlink()
-            raise
 
     def _make(self) -> int:
         if Path("/proc/self/fd").is_dir():
@@ -134,6 +123,21 @@ class NewFile:
         with _opened(Path(), os.O_PATH) as here:
             source = f"/proc/self/fd/{self.file.fileno()}"
             os.link(source, name.absolute(), src_dir_fd=here, follow_symlinks=True)
+
+
+@contextmanager
+def new_file(path: str, target: Path, *, force: bool) -> Iterator[NewFile]:
+    """A `NewFile`, not open yet, and closed in the end. `path` is what messages call it."""
+    new = NewFile(path, target, force=force)
+    try:
+        yield new
+    finally:
+        try:
+            new.close()
+        except BaseException:
+            # A signal's exception, which comes once.
+            new.close()
+            raise
 
 
 def exists(path: str) -> FileExistsAlreadyError:

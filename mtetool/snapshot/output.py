@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from mtetool.errors import HostIoError, NoSuchFileError, UsageError, host_error
-from mtetool.snapshot.newfile import NewFile, exists
+from mtetool.snapshot.newfile import exists, new_file
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -49,7 +49,7 @@ def output_file(path: str, *, force: bool) -> Iterator[BinaryIO]:
     # Behind a symbolic link, its target is written, and the link stays.
     with _named(path):
         real = Path(os.path.realpath(path))
-    with NewFile(path, real, force=force) as new:
+    with new_file(path, real, force=force) as new:
         with _named(path):
             new.open()
         with _written(new.file, path) as out:

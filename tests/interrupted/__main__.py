@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--trial", default="")
-    parser.add_argument("runs", nargs="*")
+    parser.add_argument("runs", nargs="*", metavar="RUN")
     asked = parser.parse_args()
     failed = 0
     with tempfile.TemporaryDirectory() as directory, Campaign(Path(directory) / "c") as campaign:

@@ -135,7 +135,7 @@ class Campaign:
         """Whether the interruption came, and what is wrong behind it ("" for nothing)."""
         after, log = self._run(run, trial.inject)
         came = "INJECTED" in log if not trial.what.startswith("SIG") else trial.what in log
-        wrong = _bad_end(after, trial, whole) or _left_over(after, run, whole)
+        wrong = _bad_end(after, trial, whole) or _left_over(after, run, trial, whole)
         wrong = wrong or run.judge(after, whole) or _left_in_the_end(after, run, whole)
         shutil.rmtree(after.directory)
         return came, wrong and f"{run.name}, {trial.inject}: {wrong}"
@@ -190,13 +190,14 @@ def _listing(after: After) -> set[str]:
     return {path.name for path in after.directory.iterdir()}
 
 
-def _left_over(after: After, run: Run, whole: After) -> str:
+def _left_over(after: After, run: Run, trial: Trial, whole: After) -> str:
     left = _listing(after) - _listing(whole) - {run.makes}
-    if after.status == -signal.SIGKILL:
+    if after.status == -signal.SIGKILL or trial.call.startswith("unlink"):
         left = {name for name in left if not name.endswith(".tmp")}
     return f"left: {left}" if left else ""
 
 
+# What may be left under a temporary name is gone once the same was done again.
 def _left_in_the_end(after: After, run: Run, whole: After) -> str:
     left = _listing(after) - _listing(whole) - {run.makes}
     return f"left for good: {left}" if left else ""

@@ -58,6 +58,7 @@ def make_template(directory: Path) -> None:
     for first in range(BASE, SLOTS[0].end, 8 * _BLOCK_BYTES):
         set_tag(directory / "t", first, _BLOCK_BYTES, 9)
     set_tag(directory / "t", SLOTS[1].ipa, 3 * _BLOCK_BYTES, 9)
+    shutil.copy(directory / "t", directory / "was")
     make_guest(directory / "off", slots=SLOTS, mte=False, vcpus=0)
     assert run("save", f"emu:{directory / 'g'}", "-o", directory / "s").status == 0
     assert run("save", f"emu:{directory / 't'}", "-o", directory / "old").status == 0
@@ -116,13 +117,25 @@ def _restored(after: After, _: After) -> str:
 
 def _created(after: After, _: After) -> str:
     path = after / "made"
+    wrong = _whole_or_not(after, path)
+    again = run("emu", "create", path, *_CREATED, "--force")
+    return wrong or (f"again: {again.err}" if again.status else "")
+
+
+def _whole_or_not(after: After, path: Path) -> str:
     if path.exists():
         return "" if _same_bytes(path, after / "expected") else "a guest that is not whole"
     return "" if after.status else "status 0 and no guest"
 
 
 def _recreated(after: After, _: After) -> str:
-    if _same_bytes(after / "t", after / "g"):
+    wrong = _old_or_new(after)
+    again = run("emu", "create", after / "t", *_CREATED, "--force")
+    return wrong or (f"again: {again.err}" if again.status else "")
+
+
+def _old_or_new(after: After) -> str:
+    if _same_bytes(after / "t", after / "was"):
         return "" if after.status else "status 0 and the old guest"
     return "" if _same_bytes(after / "t", after / "expected") else "a guest that is not whole"
 

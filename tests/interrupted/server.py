@@ -9,6 +9,7 @@ run; the interpreter's start and its thousand calls are not in it.
 from __future__ import annotations
 
 import ctypes
+import difflib  # noqa: F401 - click does, when an option is first parsed
 import errno
 import mmap
 import os
@@ -66,9 +67,6 @@ def _preload() -> None:
 
     for name in COMMANDS:
         group.get_command(None, name)  # type: ignore[arg-type]
-    # Parsing needs more, when it is done for the first time.
-    sys.argv = ["mtetool", "info", os.devnull]
-    program.main()
 
 
 def _become(request: Request, go: mmap.mmap) -> int:

@@ -21,7 +21,7 @@ from mtetool.errors import (
     NoSuchFileError,
     UsageError,
 )
-from mtetool.snapshot.newfile import NewFile
+from mtetool.snapshot.newfile import new_file
 from mtetool.snapshot.output import output_file
 
 
@@ -258,7 +258,7 @@ def test_a_kill_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "file"
     probe = tmp_path / "probe"
     write(probe, b"")
-    with NewFile("x", tmp_path / "x", force=False) as new:
+    with new_file("x", tmp_path / "x", force=False) as new:
         new.open()
         if not new.is_nameless:
             pytest.skip("this file system has no files without names")
