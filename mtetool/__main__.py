@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -137,8 +136,6 @@ def _guarded(run: Callable[[], int], arguments: Sequence[str]) -> int:
 
 def _from_os_error(error: OSError) -> MtetoolError:
     """A stray OSError, one that nobody below has made sense of."""
-    if error.errno == errno.ENOMEM:
-        return _no_memory()
     named = isinstance(error.filename, str | bytes)
     return host_error(error, os.fsdecode(error.filename) if named else "this host failed")
 

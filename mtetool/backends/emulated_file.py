@@ -294,8 +294,10 @@ def _target(path: str, *, force: bool) -> Path:
     try:
         target = Path(path).resolve()
         is_directory, exists = target.is_dir(), target.exists()
+    except OSError as error:
+        raise refused(error, path) from error
     # RuntimeError for a loop of symbolic links, ValueError for a NUL in the name.
-    except (OSError, RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise SourceError(f"{path} is no name for a file: {error}") from error
     if not path or is_directory:
         raise SourceError(f"{path or 'emu:'} is no name for a file")

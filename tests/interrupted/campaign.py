@@ -140,29 +140,35 @@ class Campaign:
         shutil.rmtree(after.directory)
         return came, wrong and f"{run.name}, {trial.inject}: {wrong}"
 
-    def _run(self, run: Run, inject: str) -> tuple[After, str]:
+    def alone(self, run: Run, *, stdout: str = "", limit_bytes: int = -1) -> After:
+        """The run without strace; see `Request` for the streams and limits it may have."""
+        return self._run(run, None, stdout, limit_bytes)[0]
+
+    def _run(
+        self, run: Run, inject: str | None, stdout: str = "", limit_bytes: int = -1
+    ) -> tuple[After, str]:
         self._count += 1
         directory = self._directory / str(self._count)
         shutil.copytree(self._directory / "template", directory)
-        streams = {
-            name: str(self._directory / f"{self._count}.{name}")
-            for name in ("stdout", "stderr", "log")
-        }
+        beside = self._directory / "streams"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        for name in ("out", "err", "log"):
+            (beside / name).touch()
         request = Request(
             arguments=run.arguments,
             directory=str(directory),
             stdin=run.stdin,
-            inject=inject,
+            stdout=stdout or str(beside / "out"),
+            stderr=str(beside / "err"),
+            log="" if inject is None else str(beside / "log"),
+            inject=inject or "",
             named=run.named,
-            stdout=streams["stdout"],
-            stderr=streams["stderr"],
-            log=streams["log"],
+            limit_bytes=limit_bytes,
         )
         self._connection.send(request)
         status = os.waitstatus_to_exitcode(self._connection.recv())
-        out, err, log = (Path(path).read_bytes() for path in streams.values())
-        for path in streams.values():
-            Path(path).unlink()
+        out, err, log = ((beside / name).read_bytes() for name in ("out", "err", "log"))
         return After(directory, status, err.decode(), out), log.decode()
 
 
@@ -183,7 +189,8 @@ def _bad_end(after: After, trial: Trial, whole: After) -> str:
 
 
 def _names(err: str, what: str) -> bool:
-    return "mtetool: error: " in err and (what in err or "memory" in err)
+    # Python itself makes "not seekable" of any errno of lseek.
+    return "mtetool: error: " in err and (what in err or "seek" in err) and "\n  try: " in err
 
 
 def _listing(after: After) -> set[str]:

@@ -171,16 +171,18 @@ def _told(after: After, whole: After) -> str:
     return f"status {after.status} and another answer"
 
 
-_OVER = ("save", "emu:g", "-o", "old", "--force")
+# One thread that compresses: how many there are at one time is chance.
+_SAVE = ("save", "emu:g", "--jobs", "1", "-o")
+_OVER = (*_SAVE, "old", "--force")
 _CREATE_OVER = ("emu", "create", "t", *_CREATED, "--force")
 
 RUNS = (
-    Run("save", ("save", "emu:g", "-o", "new"), _saved, makes="new"),
-    Run("save-named", ("save", "emu:g", "-o", "new"), _saved, named=True, makes="new"),
+    Run("save", (*_SAVE, "new"), _saved, makes="new"),
+    Run("save-named", (*_SAVE, "new"), _saved, named=True, makes="new"),
     Run("save-over", _OVER, _replaced, makes="old"),
     Run("save-over-named", _OVER, _replaced, named=True, makes="old"),
-    Run("save-exists", ("save", "emu:g", "-o", "old"), _kept, status=2),
-    Run("save-stream", ("save", "emu:g", "-o", "-"), _streamed),
+    Run("save-exists", (*_SAVE, "old"), _kept, status=2),
+    Run("save-stream", (*_SAVE, "-"), _streamed),
     Run("restore", ("restore", "s", "emu:t"), _restored),
     Run("restore-pipe", ("restore", "-", "emu:t"), _restored, stdin="|s"),
     Run("enable", ("enable", "emu:off"), _enabled),

@@ -35,8 +35,9 @@ class Request:
     """A run: its arguments, its streams, and what strace shall do to it.
 
     `inject` is a value of strace's `-e inject=`, "" for none; `log` is where strace writes, ""
-    for a run without it. `stdin` may be `|PATH`, that file through a pipe. `named`: files without
-    a name are not to be had. `limit_bytes` is RLIMIT_FSIZE, -1 for none.
+    for a run without it. `stdin` may be `|PATH`, that file through a pipe; `stdout` may be `|`, a
+    pipe that nobody reads, or `-`, closed. `named`: files without a name are not to be had.
+    `limit_bytes` is RLIMIT_FSIZE, -1 for none.
     """
 
     arguments: tuple[str, ...]
@@ -72,10 +73,18 @@ def _preload() -> None:
 def _become(request: Request, go: mmap.mmap) -> int:
     """In the child: the run itself."""
     os.chdir(request.directory)
+    stdout = os.devnull if request.stdout == "-" else request.stdout
     new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     _onto(0, _pipe(request.stdin[1:]) if request.stdin[0] == "|" else os.open(request.stdin, 0))
-    _onto(1, os.open(request.stdout, new, 0o600))
+    _onto(1, _unread_pipe() if request.stdout == "|" else os.open(stdout, new, 0o600))
     _onto(2, os.open(request.stderr, new, 0o600))
+    # As the interpreter makes them when it starts.
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    if request.stdout == "-":
+        sys.stdout = None
+        os.close(1)
     sys.argv = ["mtetool", *request.arguments]
     if request.named:
         _without_nameless_files()
@@ -107,6 +116,12 @@ def _pipe(path: str) -> int:
     return reader
 
 
+def _unread_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
 def _without_nameless_files() -> None:
     real = os.open
 
@@ -120,8 +135,6 @@ def _without_nameless_files() -> None:
 
 def _trace(pid: int, request: Request, go: mmap.mmap) -> int:
     """Attach strace, let the child run; its wait status."""
-    while go[0] != _READY:
-        time.sleep(0.001)
     names = request.inject.partition(":")[0] or "all"
     words = ["strace", "-f", "-s", "0", "-o", request.log, "-e", f"trace={names}"]
     if request.inject:
@@ -162,6 +175,8 @@ def serve(connection: Connection) -> int | None:
         if pid == 0:
             connection.close()
             return _become(request, go)
+        while go[0] != _READY:
+            time.sleep(0.001)
         if request.log:
             status = _trace(pid, request, go)
         else:
