@@ -70,11 +70,19 @@ def display_name(path: str) -> str:
 
 
 def is_seekable(stream: BinaryIO) -> bool:
-    """Whether a stream is a regular file read from its start, which its index may serve."""
+    """Whether a stream is a regular file read from its start, which its index may serve.
+
+    Raises HostError where that cannot be found out: a file is not to be taken for a pipe, of
+    which less is known before it is used.
+    """
     try:
-        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode) and stream.tell() == 0
+        fd = stream.fileno()
     except (OSError, ValueError):
-        return False
+        return False  # it is none of the system's
+    try:
+        return stat.S_ISREG(os.fstat(fd).st_mode) and stream.tell() == 0
+    except OSError as error:
+        raise host_error(error, "the snapshot cannot be looked at") from error
 
 
 def read_summary(path: str) -> Summary:

@@ -97,6 +97,8 @@ class Campaign:
     """Runs with interruptions, in directories of their own below `directory`."""
 
     def __init__(self, directory: Path) -> None:
+        if shutil.which("strace") is None:
+            raise RuntimeError("strace is missing, nothing can be interrupted: make deps")
         self._directory = directory
         self._count = 0
         directory.mkdir(exist_ok=True)

@@ -192,7 +192,7 @@ _TELLING = [
     ["dump", "emu:g"],
     ["dump", "emu:g", "--json"],
     ["dump", "s", "--output", "raw"],
-    ["dump", "s", "--granules"],
+    ["dump", "s", "--granules", "--range", f"{BASE:#x}:256K"],
     ["diff", "s", "emu:g"],
     ["diff", "s", "emu:t"],
     ["diff", "s", "emu:t", "--json"],
