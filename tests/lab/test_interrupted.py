@@ -7,17 +7,17 @@ import json
 from tests.lab.guests import Qemu
 from tests.lab.machine import Machine
 
-_ENDS = 10
+_ENDS = 8
 
 
 def test_a_restore_that_is_broken_off_and_run_again_is_exact(lab: Machine) -> None:
-    guest = Qemu(lab, "guest", memory="128M").start()
+    guest = Qemu(lab, "guest", memory="64M").start()
     guest.wait_for_checks()
     guest.qmp("stop")
     lab.sh(
-        f"mtetool save kvm:{guest.pid} -o /tmp/right"
-        " && mtetool emu create /tmp/e --memory 128M"
-        " && mtetool emu set /tmp/e 0x40000000:128M=9"
+        f"mtetool save kvm:{guest.pid} --range 0x40000000:64M -o /tmp/right"
+        " && mtetool emu create /tmp/e --memory 64M"
+        " && mtetool emu set /tmp/e 0x40000000:64M=9"
         " && mtetool save emu:/tmp/e -o /tmp/wrong"
     )
     words = ["python3", "-m", "tests.lab.restores", str(guest.pid), "/tmp/right", "/tmp/wrong"]
