@@ -1,9 +1,9 @@
 """Run in the lab: a restore that is broken off at its steps, and then run again.
 
-`python3 -m tests.lab.restores PID RIGHT WRONG ENDS` gives the VMM the tags of the snapshot WRONG,
-lets a restore of RIGHT end at one of its steps (see `mtetool.attach.steps`) by a signal, restores
-RIGHT again, and compares. That ENDS times, at steps that are spread over all of the restore. Prints
-what happened, as JSON.
+`python3 -m tests.lab.restores PID RIGHT WRONG RANGE ENDS` gives the VMM the tags of the snapshot
+WRONG, lets a restore of RIGHT end at one of its steps (see `mtetool.attach.steps`) by a signal,
+restores RIGHT again, and compares what is in RANGE. That ENDS times, at steps that are spread over
+all of the restore. Prints what happened, as JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def spread(command: Command, count: int) -> list[tuple[str, int]]:
 
 def main() -> None:
     """Do it."""
-    pid, right, wrong, count = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+    pid, count = int(sys.argv[1]), int(sys.argv[5])
+    right, wrong, within = sys.argv[2:5]
     for module in (*_LOADED, "mtetool.cli.diff", "mtetool.cli.verify"):
         import_module(module)
     guest = f"kvm:{pid}"
@@ -54,7 +55,7 @@ def main() -> None:
         # A diff would print hundreds of thousands of rows.
         row["differed"] = ended(["verify", right, "--against", guest])
         row["again"] = ended(restore.words)
-        row["same"] = ended(["diff", right, guest])
+        row["same"] = ended(["diff", right, guest, "--range", within])
         rows.append(row)
     print(json.dumps({"steps": len(restore.steps), "ends": rows}))
 

@@ -7,7 +7,8 @@ import json
 from tests.lab.guests import Qemu
 from tests.lab.machine import Machine
 
-_ENDS = 8
+_ENDS = 6
+_MEMORY = "0x40000000:64M"
 
 
 def test_a_restore_that_is_broken_off_and_run_again_is_exact(lab: Machine) -> None:
@@ -15,14 +16,14 @@ def test_a_restore_that_is_broken_off_and_run_again_is_exact(lab: Machine) -> No
     guest.wait_for_checks()
     guest.qmp("stop")
     lab.sh(
-        f"mtetool save kvm:{guest.pid} --range 0x40000000:64M -o /tmp/right"
+        f"mtetool save kvm:{guest.pid} --range {_MEMORY} -o /tmp/right"
         " && mtetool emu create /tmp/e --memory 64M"
-        " && mtetool emu set /tmp/e 0x40000000:64M=9"
+        f" && mtetool emu set /tmp/e {_MEMORY}=9"
         " && mtetool save emu:/tmp/e -o /tmp/wrong"
     )
-    words = ["python3", "-m", "tests.lab.restores", str(guest.pid), "/tmp/right", "/tmp/wrong"]
+    words = f"python3 -m tests.lab.restores {guest.pid} /tmp/right /tmp/wrong {_MEMORY} {_ENDS}"
     env = {"PYTHONPATH": "/opt/mtetool"}
-    result = lab.run([*words, str(_ENDS)], timeout=300, env=env, check=True)
+    result = lab.run(words.split(), timeout=300, env=env, check=True)
     found = json.loads(result.stdout)
     print(json.dumps(found))
     assert len(found["ends"]) == _ENDS
