@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import lzma
 import os
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from tests.lab import cpio
 from tests.lab.disk import make_ext4
+from tests.lab.modules import Modules
 from tests.lab.packages import Archive, LabUnavailableError, need_tools, unpack
 
 _HERE = Path(__file__).parent
@@ -40,6 +40,8 @@ class Kernel:
 
 KERNELS = {
     "6.12": Kernel("linux-image-cloud-arm64", _RELEASE),
+    # Pages of 16 KiB; Debian has them as a kernel for any machine, with more of it in modules.
+    "6.12-16k": Kernel("linux-image-arm64-16k", _RELEASE),
     # The newest that Debian has for this release: SME and guarded control stacks, which 6.12
     # lacks, on the emulator that has them too (ZT0, FPMR and GCS want QEMU 11).
     "7.3": Kernel("linux-image-cloud-arm64", _BACKPORTS),
@@ -73,9 +75,12 @@ _ROOT = {
 }
 _DIRECTORIES = ("proc", "sys", "dev", "tmp", "root", "run/lab", "with", "lab", "opt/mtetool")
 _CFLAGS = ("-O2", "-Wall", "-Wextra", "-Werror", "-static", "-march=armv8.5-a+memtag")
-# What a module may need on the way to its root: all of the kernel's virtio disk.
-_MODULES = ("virtio_blk",)
-_KERNEL_PARTS = ("linux-binary-", "linux-modules-")
+_SUFFIXES = (".c", ".h", ".s")
+# The 32-bit program is in assembly language: this has an assembler and a linker, no compiler.
+_ARM = "arm-linux-gnueabihf"
+# What a machine needs before it has its root, where it is not built in.
+_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4")
+_KERNEL_PARTS = ("linux-base-", "linux-binary-", "linux-modules-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +172,7 @@ def _build_emulator(into: Path, suite: str) -> None:
 
 
 def _kernel(name: str) -> Path:
-    recipe = {**asdict(KERNELS[name]), "modules": _MODULES, "recipe": 1}
+    recipe = {**asdict(KERNELS[name]), "modules": _MODULES, "recipe": 2}
     return _cached(f"kernel-{name}", recipe, lambda into: _build_kernel(into, KERNELS[name]))
 
 
@@ -181,14 +186,12 @@ def _build_kernel(into: Path, kernel: Kernel) -> None:
         tree = Path(scratch)
         for name in parts or [package]:
             unpack([archive.fetch_only(name)], tree)
-        modules = tree / "usr" / "lib" / "modules"
-        vmlinuz = [*(tree / "boot").glob("vmlinuz-*"), *modules.glob("*/vmlinuz")]
+        (version,) = (tree / "usr" / "lib" / "modules").iterdir()
+        vmlinuz = [*(tree / "boot").glob("vmlinuz-*"), *version.glob("vmlinuz")]
         shutil.copy(vmlinuz[0], into / "Image")
-        for name in _MODULES:
-            found = next(modules.rglob(f"{name}.ko*"))
-            data = found.read_bytes()
-            content = lzma.decompress(data) if found.suffix == ".xz" else data
-            (into / f"{name}.ko").write_bytes(content)
+        modules = Modules(version)
+        for number, name in enumerate(modules.in_order(*_MODULES)):
+            (into / f"{number:02}-{name}.ko").write_bytes(modules.content(name))
 
 
 def _build_root(into: Path, guest_kernel: Path) -> None:
@@ -228,7 +231,7 @@ def _initramfs(kernel: Path, root: Path) -> Path:
         *(cpio.Entry.directory(name) for name in ("bin", "dev", "proc", "root")),
         cpio.Entry.program("bin/busybox", (root / "busybox").read_bytes()),
         cpio.Entry.program("init", (_HERE / "inside" / "init").read_bytes()),
-        *(cpio.Entry.file(f"{m}.ko", (kernel / f"{m}.ko").read_bytes()) for m in _MODULES),
+        *(cpio.Entry.file(m.name, m.read_bytes()) for m in sorted(kernel.glob("*.ko"))),
     ]
     content = cpio.archive(entries)
     if not target.exists() or target.read_bytes() != content:
@@ -237,18 +240,26 @@ def _initramfs(kernel: Path, root: Path) -> Path:
 
 
 def _programs() -> Path:
-    """The C programs of the lab, and the guest's root with one of them as its init."""
-    sources = sorted((_HERE / "programs").glob("*.c"))
+    """The C programs of the lab, and the guests' roots with one of them as init each."""
+    sources = sorted(path for path in (_HERE / "programs").iterdir() if path.suffix in _SUFFIXES)
     recipe = {"flags": _CFLAGS, **{source.name: source.read_text() for source in sources}}
 
     def build(into: Path) -> None:
-        need_tools("aarch64-linux-gnu-gcc")
+        need_tools("aarch64-linux-gnu-gcc", f"{_ARM}-as", f"{_ARM}-ld")
         for source in sources:
-            words = ["aarch64-linux-gnu-gcc", *_CFLAGS, "-o", f"{into}/{source.stem}", str(source)]
-            subprocess.run(words, check=True)
-        init = cpio.Entry.program("init", (into / "tagger").read_bytes())
-        directories = [cpio.Entry.directory(name) for name in ("dev", "proc")]
-        (into / "guest.cpio").write_bytes(cpio.archive([*directories, init]))
+            target = into / source.stem
+            if source.suffix == ".c":
+                words = ["aarch64-linux-gnu-gcc", *_CFLAGS, "-o", f"{target}", f"{source}"]
+                subprocess.run(words, check=True)
+            elif source.suffix == ".s":
+                subprocess.run([f"{_ARM}-as", "-o", f"{target}.o", source], check=True)
+                subprocess.run([f"{_ARM}-ld", "-o", target, f"{target}.o"], check=True)
+        aarch32 = cpio.Entry.program("aarch32", (into / "aarch32").read_bytes())
+        for guest, init, others in (("guest", "tagger", []), ("mixed", "mixed", [aarch32])):
+            program = cpio.Entry.program("init", (into / init).read_bytes())
+            directories = [cpio.Entry.directory(name) for name in ("dev", "proc")]
+            root = cpio.archive([*directories, program, *others])
+            (into / f"{guest}.cpio").write_bytes(root)
 
     return _cached("programs", recipe, build)
 
