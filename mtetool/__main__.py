@@ -203,10 +203,19 @@ def wants_json(arguments: Sequence[str]) -> bool:
 
 def _flushed(status: int) -> int:
     """`status`, once what was written is out: a result that did not arrive is no result."""
+    try:
+        _flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise host_error(error, "standard output") from error
+    return status
+
+
+def _flush() -> None:
     # None where an embedding program has none.
     if sys.stdout is not None:
         sys.stdout.flush()
-    return status
 
 
 def _drop_unwritten() -> None:
@@ -216,7 +225,7 @@ def _drop_unwritten() -> None:
     went wrong before, and was told.
     """
     try:
-        _flushed(STATUS_OK)
+        _flush()
     except (OSError, ValueError):
         _drop_stdout()
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -274,6 +274,7 @@ def test_where_it_cannot_run_no_vm_is_made(facts: HostFacts, word: str) -> None:
     assert not report.passed
 
 
+@settings(deadline=None)
 @given(st.integers(0, 400))
 def test_a_signal_at_any_call_leaves_no_vm(at: int) -> None:
     vms: list[FakeVm] = []

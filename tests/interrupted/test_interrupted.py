@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -210,12 +212,12 @@ _TELLING = [
 ]
 
 
-@pytest.mark.parametrize(("to", "status"), [("/dev/full", 6), ("-", 6), ("|", 141)])
-def test_an_answer_that_nobody_gets_is_no_success(campaign: Campaign, to: str, status: int) -> None:
+@pytest.mark.parametrize("words", _TELLING, ids=" ".join)
+def test_an_answer_that_nobody_gets_is_no_success(campaign: Campaign, words: list[str]) -> None:
     """A disk that is full, a standard output that is closed, a pipe that nobody reads."""
-    for words in _TELLING:
-        asked = Run("", tuple(words), lambda *_: "")
-        heard = campaign.alone(asked)
+    asked = Run("", tuple(words), lambda *_: "")
+    heard = campaign.alone(asked)
+    for to, status in (("/dev/full", 6), ("-", 6), ("|", 141)):
         after = campaign.alone(asked, stdout=to)
         assert after.status == (status if heard.out else heard.status), (words, after.err)
         if status == 6 and heard.out:
@@ -310,3 +312,66 @@ def test_a_guest_on_a_network_file_system_that_is_full(
     assert (done.status, done.error["error"]) == (6, "disk-full")
     assert str(files / "t") in done.error["message"]
     assert run("diff", files / "s", f"emu:{files / 'g'}").status == 0
+
+
+# --- found by letting every system call fail ----------------------------------------------
+
+
+def test_an_io_error_on_the_way_to_a_new_guest_is_no_bad_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(_: Path) -> Path:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "resolve", resolve)
+    done = run("emu", "create", tmp_path / "g", "--json")
+    assert (done.status, done.error["error"]) == (6, "io")
+    assert "(EIO)" in done.error["message"]
+
+
+def test_no_more_threads_is_no_bug(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def submit(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    done = run("save", f"emu:{files / 'g'}", "-o", files / "new", "--json")
+    assert (done.status, done.error["error"]) == (6, "host")
+    assert "ulimit -u" in done.error["hint"]
+    assert not (files / "new").exists()
+
+
+def test_a_file_that_cannot_be_looked_at_is_not_taken_for_a_pipe(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a pipe, the first records are written before the last are known."""
+    real = os.fstat
+
+    def fstat(fd: int) -> os.stat_result:
+        if Path(f"/proc/self/fd/{fd}").readlink() == files / "s":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd)
+
+    before = (files / "t").read_bytes()
+    monkeypatch.setattr(os, "fstat", fstat)
+    done = run("restore", files / "s", f"emu:{files / 't'}", "--json")
+    assert (done.status, done.error["error"]) == (6, "io")
+    assert (files / "t").read_bytes() == before
+
+
+class _Failing(io.BytesIO):
+    """A file on a disk that fails."""
+
+    def read(self, _: int | None = -1) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("words", [["info"], ["verify"], ["dump"]])
+def test_a_snapshot_on_a_failing_disk_is_not_called_damaged(
+    files: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setattr(Path, "open", lambda *_: _Failing())
+    done = run(*words, files / "s", "--json")
+    assert (done.status, done.error["error"]) == (6, "io")
+    assert "(EIO)" in done.error["message"]
+    assert done.error["errno"] == "EIO"
+    assert "dmesg" in done.error["hint"]
