@@ -51,6 +51,13 @@ def lab73_session() -> Iterator[Lab]:
     session.drop()
 
 
+@pytest.fixture(scope="session")
+def lab16k_session() -> Iterator[Lab]:
+    session = Lab("6.12-16k")
+    yield session
+    session.drop()
+
+
 @pytest.fixture
 def lab(lab_session: Lab) -> Iterator[Machine]:
     """A booted lab machine; VMMs and files that a test leaves are removed behind it."""
@@ -61,6 +68,12 @@ def lab(lab_session: Lab) -> Iterator[Machine]:
 def lab73(lab73_session: Lab) -> Iterator[Machine]:
     """As `lab`, with the newest kernel: it knows registers that the default one does not."""
     yield from _machine(lab73_session)
+
+
+@pytest.fixture
+def lab16k(lab16k_session: Lab) -> Iterator[Machine]:
+    """As `lab`, with pages of 16 KiB."""
+    yield from _machine(lab16k_session)
 
 
 def _machine(session: Lab) -> Iterator[Machine]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from mtetool.cli import group
 from tests.lab.guests import Qemu
 from tests.lab.machine import Machine
 
 PAGE = 4096
+BASE = 0x40000000
 _SAID = re.compile(r"^MIXED (\S+) (-?\d+)$", re.MULTILINE)
 EINVAL = -22
 SEGV_MTESERR = 9
@@ -46,8 +50,8 @@ FINDINGS = {
 HWCAP2_OF_32_BIT = 0x7F
 
 
-def test_32_bit_process_in_a_guest_with_mte(lab: Machine) -> None:
-    guest = Qemu(lab, "g", initrd="/lab/mixed.cpio", guest_options="tagger.ipas=1").start()
+def test_32_bit_process_in_a_guest_with_mte(lab: Machine, tmp_path: Path) -> None:
+    guest = Qemu(lab, "g", initrd="/lab/mixed.cpio", memory="128M").start()
     # From now on the guest's CPU is in AArch32 most of the time.
     guest.wait_for_checks(1)
     said = {name: int(value) for name, value in _SAID.findall(guest.output().decode())}
@@ -57,8 +61,9 @@ def test_32_bit_process_in_a_guest_with_mte(lab: Machine) -> None:
     assert said == FINDINGS
 
     lab.run(["mtetool", "save", f"kvm:{guest.pid}", "--freeze", "-o", "/tmp/s"], check=True)
-    words = ["mtetool", "dump", "/tmp/s", "--range", "0x40000000:256M", "--output", "raw"]
-    tags = lab.run(words, check=True).stdout
+    (tmp_path / "s").write_bytes(lab.get("/tmp/s"))
+    words = ["dump", str(tmp_path / "s"), "--range", f"{BASE:#x}:128M", "--output", "raw"]
+    tags = CliRunner().invoke(group, words).stdout_bytes
     shared = guest.ipas()
     assert len(shared) == 2
     for page, ipa in shared.items():
@@ -85,6 +90,6 @@ def test_32_bit_kernel_does_not_start_where_mte_was_enabled(lab: Machine) -> Non
 
 
 def _tags_of_page(tags: bytes, ipa: int) -> bytes:
-    """Of the tags of all the memory from 0x40000000 on."""
-    start = (ipa - 0x40000000) // 16
+    """Of the tags of all the memory."""
+    start = (ipa - BASE) // 16
     return tags[start : start + PAGE // 16]

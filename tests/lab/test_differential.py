@@ -29,3 +29,7 @@ def test_answers_of_the_emulated_kernel_are_real_ones(lab: Machine) -> None:
 
 def test_answers_of_the_emulated_kernel_are_those_of_the_newest(lab73: Machine) -> None:
     _run(lab73)
+
+
+def test_answers_of_the_emulated_kernel_are_those_with_pages_of_16_kib(lab16k: Machine) -> None:
+    _run(lab16k)
