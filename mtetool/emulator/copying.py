@@ -20,8 +20,8 @@ class CopyRequest:
 
     guest_ipa: int
     length: int
-    addr: int
-    flags: int
+    addr: int = 0
+    flags: int = KVM_ARM_TAGS_FROM_GUEST
     reserved: tuple[int, int] = (0, 0)
 
     @property
@@ -135,5 +135,3 @@ def _reachable(memory: AddressSpace, address: int) -> bool:
     return all(
         memory.fault_in(at, write=True) is not None for at in (address, address + _STORE_BYTES - 1)
     )
-
-

@@ -168,6 +168,16 @@ class AddressSpace:
                 at = last
         return 0 if at == end else -errno.ENOMEM
 
+    def truncate(self, file: MemoryFile, size_bytes: int) -> int:
+        """ftruncate: private copies of what is cut off are gone, too."""
+        file.truncate(size_bytes)
+        for mapping in self._mappings:
+            if mapping.file is file:
+                for at in list(mapping.own):
+                    if mapping.file_offset + at - mapping.start >= size_bytes:
+                        del mapping.own[at]
+        return 0
+
     def write(self, address: int, data: bytes) -> int:
         """process_vm_writev onto itself: the bytes written before the first bad page."""
         done = self.store(address, data)
@@ -192,8 +202,8 @@ class AddressSpace:
         if write and mapping.protection != "rw":
             return None
         unit = mapping.unit_bytes
-        if mapping.file is not None and mapping.unit_bytes == mapping.file.unit_bytes:
-            return self._file_page(mapping, address, write=write)
+        if mapping.file is not None:
+            return self._file_page(mapping, mapping.file, address, write=write)
         start = address - (address - mapping.start) % unit
         if start not in mapping.own:
             # hugetlb has no page of zeros that is shared.
@@ -234,9 +244,10 @@ class AddressSpace:
         marked = huge and not self.host.has(Behaviour.HUGETLB_TAGS)
         return bytearray(unit_bytes // 16) if marked else None
 
-    def _file_page(self, mapping: Mapping, address: int, *, write: bool) -> Found | None:
-        unit, file = mapping.unit_bytes, mapping.file
-        assert file is not None
+    def _file_page(
+        self, mapping: Mapping, file: MemoryFile, address: int, *, write: bool
+    ) -> Found | None:
+        unit = mapping.unit_bytes
         start = address - (address - mapping.start) % unit
         if start in mapping.own:
             return Found(mapping.own[start], address - start)

@@ -6,8 +6,14 @@ import errno
 import zlib
 from typing import Literal
 
-from mtetool.emulator import AddressSpace, EmulatedKvm, EmulatedVm, Host, MemoryFile
-from mtetool.emulator.copying import CopyRequest
+from mtetool.emulator import (
+    AddressSpace,
+    CopyRequest,
+    EmulatedKvm,
+    EmulatedVm,
+    Host,
+    MemoryFile,
+)
 from tests.differential.sides import (
     ARENA,
     ARENA_PAGES,
@@ -111,8 +117,7 @@ class EmulatedSide:
         """See `Side.truncate`."""
         if file not in self._files:
             return -errno.EBADF
-        self._files[file].truncate(size_bytes)
-        return 0
+        return self.memory.truncate(self._files[file], size_bytes)
 
     def punch(self, file: int, offset: int, size_bytes: int) -> int:
         """See `Side.punch`."""

@@ -32,15 +32,22 @@ _BUFFER_PAGE = 64
 _BUFFER_PAGES = 8
 _FILE_PAGES = 16
 _INT_MAX = (1 << 31) - 1
+_LENGTHS = [
+    *(0, 1, 16, 4096, 8192, 16384, 65536),
+    *(_INT_MAX, _INT_MAX + 1, _INT_MAX + 1 - 4096, _INT_MAX + 1 - 16384),
+    *((1 << 32) + 16384, (1 << 64) - 16384, 1 << 63),
+]
 _MTE = uapi.KVM_CAP_ARM_MTE
 
-_seldom = st.integers(0, 15).map(lambda number: number == 0)
 _vms = st.sampled_from([0, 0, 0, 0, 0, 0, 1, 1])
 _slot_ids = st.integers(0, 3)
 _pages = st.integers(0, 7)
 _some_pages = st.sampled_from([1, 1, 2, 3, 4, 6, 8])
+_KINDS = "private private shared file file file-private file-private disk disk-private"
+_kinds = st.sampled_from(_KINDS.split())
 _protections = st.sampled_from(["rw", "rw", "rw", "rw", "r", "none"])
-_odd = st.sampled_from([1, 8, 16, 256, 2048])
+_access = st.sampled_from([0, 0, 0, READONLY])
+_features = st.sampled_from([0, 0, 1, 2, 2, 4, 6, 1 << 7, 1 << 20])
 
 
 class Differences(RuleBasedStateMachine):
@@ -107,29 +114,47 @@ class Differences(RuleBasedStateMachine):
     # --- the beginning --------------------------------------------------------------------
 
     @initialize(
-        mte=st.sampled_from([True] * 7 + [False]),
+        mte=st.sampled_from(["first"] * 6 + ["last", "last", "never"]),
         two=st.booleans(),
-        kinds=st.lists(
-            st.tuples(st.sampled_from(["private", "shared"]), _protections), min_size=1, max_size=4
-        ),
+        kinds=st.lists(st.tuples(_kinds, _protections, _access), min_size=1, max_size=4),
+        tagged=st.booleans(),
     )
-    def begin(self, mte: bool, two: bool, kinds: list[tuple[str, str]]) -> None:
+    def begin(self, mte: str, two: bool, kinds: list[tuple[str, str, int]], tagged: bool) -> None:
         """VMs with some memory, and a buffer."""
-        for vm in (0, 1) if two else (0,):
+        vms = (0, 1) if two else (0,)
+        for vm in vms:
             self.call("create_vm", vm, 0)
-            if mte:
+            if mte == "first":
                 self.call("enable_cap", vm, _MTE, 0, 0)
         self.call("map", self._buffer(), _BUFFER_PAGES * self.page, "private", "rw", -1, 0)
-        for number, (kind, protection) in enumerate(kinds):
+        for number, (kind, protection, flags) in enumerate(kinds):
             address = ARENA + number * 8 * self.page
-            self.call("map", address, 8 * self.page, kind, protection, -1, 0)
-            words = (number, 0, self._ipa(number * 8), 8 * self.page, address)
+            self._map(address, 8, kind, protection)
+            words = (number, flags, self._ipa(number * 8), 8 * self.page, address)
             self.call("set_memslot", 0, *words)
+        for vm in vms:
+            if mte == "last":
+                self.call("enable_cap", vm, _MTE, 0, 0)
+        if tagged:
+            self.call("fill", self._buffer(), _BUFFER_PAGES * self.page, 77)
+            for number in range(len(kinds)):
+                self._copy(0, self._ipa(number * 8), 8, TO_GUEST, self._buffer())
+
+    def _map(self, address: int, n_pages: int, kind: str, protection: str, at: int = 0) -> None:
+        """Memory of a kind; there is one file in memory and one on a disk."""
+        file = {"file": 0, "disk": 1}.get(kind.removesuffix("-private"), -1)
+        if file >= 0 and file not in self.side._files:
+            size = 6 * self.page
+            self.call("create_file", file, "memory" if file == 0 else "disk", size)
+        words = (n_pages * self.page, kind, protection, file, at * self.page)
+        self.call("map", address, *words)
 
     # --- VMs and vCPUs --------------------------------------------------------------------
 
     @precondition(lambda self: len(self.side.vms) < 4)
-    @rule(vm=st.integers(0, 3), kind=st.sampled_from([0, 0, 31, 32, 36, 40, 48, 52, 53, 256, 1 << 31]))
+    @rule(
+        vm=st.integers(0, 3), kind=st.sampled_from([0, 0, 31, 32, 36, 40, 48, 52, 53, 256, 1 << 31])
+    )
     def create_vm(self, vm: int, kind: int) -> None:
         """A VM with addresses of some size, or an impossible one."""
         if vm not in self.side.vms:
@@ -146,73 +171,61 @@ class Differences(RuleBasedStateMachine):
         """A capability, before or after vCPUs."""
         self.call("enable_cap", vm, capability, flags, argument)
 
-    @precondition(lambda self: any(not vm._vcpus for vm in self.side.vms.values()))
-    @rule(vm=_vms, number=st.sampled_from([0, 0, 1, 2, 511, 512, 1 << 20]))
-    def create_vcpu(self, vm: int, number: int) -> None:
-        """A vCPU, perhaps one that is there, or beyond what the host can."""
-        self.call("create_vcpu", vm, number)
-
-    @precondition(lambda self: any(vm._vcpus for vm in self.side.vms.values()))
+    @precondition(lambda self: any(len(vm._vcpus) < 2 for vm in self.side.vms.values()))
     @rule(
         vm=_vms,
-        number=st.sampled_from([0, 0, 0, 1, 511]),
-        core=st.sampled_from([5] * 7 + [4]),
-        features=st.sampled_from([0, 0, 1, 2, 2, 4, 6, 1 << 7, 1 << 20]),
+        numbers=st.lists(st.sampled_from([0, 0, 1, 2, 511, 512, 1 << 20]), min_size=1, max_size=2),
+        cores=st.lists(st.sampled_from([5] * 7 + [4]), min_size=2, max_size=2),
+        features=st.lists(_features, min_size=2, max_size=2),
     )
-    def init_vcpu(self, vm: int, number: int, core: int, features: int) -> None:
-        """A vCPU of some kind: powered off, AArch32, nested, of an unknown feature."""
-        self.call("init_vcpu", vm, number, core, features)
+    def create_vcpus(
+        self, vm: int, numbers: list[int], cores: list[int], features: list[int]
+    ) -> None:
+        """vCPUs, perhaps one that is there, or beyond what the host can, or unlike others.
+
+        They are powered off, AArch32, nested, or of an unknown feature.
+        """
+        for number in numbers:
+            self.call("create_vcpu", vm, number)
+        for number, core, feature in zip(numbers, cores, features, strict=False):
+            self.call("init_vcpu", vm, number, core, feature)
+
+    @precondition(lambda self: any(vm._vcpus for vm in self.side.vms.values()))
+    @rule(vm=_vms, number=st.sampled_from([0, 0, 0, 1, 511]), features=_features)
+    def init_vcpu(self, vm: int, number: int, features: int) -> None:
+        """A vCPU anew."""
+        self.call("init_vcpu", vm, number, uapi.KVM_ARM_TARGET_GENERIC_V8, features)
 
     # --- memory ---------------------------------------------------------------------------
 
     @rule(
         at=st.integers(0, _GUEST_PAGES - 1),
         n=_some_pages,
-        kind=st.sampled_from(["private", "private", "shared"]),
+        kind=_kinds,
         protection=_protections,
-    )
-    def map_memory(self, at: int, n: int, kind: str, protection: str) -> None:
-        """Anonymous memory, also over what is there."""
-        self.call("map", ARENA + at * self.page, n * self.page, kind, protection, -1, 0)
-
-    @rule(
-        file=st.integers(0, 1),
-        kind=st.sampled_from(["memory", "memory", "disk"]),
-        size=st.integers(0, _FILE_PAGES),
-    )
-    def create_file(self, file: int, kind: str, size: int) -> None:
-        """A file of holes."""
-        if file not in self.side._files:
-            self.call("create_file", file, kind, size * self.page)
-
-    @precondition(lambda self: self.side._files)
-    @rule(
-        file=st.integers(0, 1),
-        at=st.integers(0, _GUEST_PAGES - 1),
-        n=_some_pages,
         offset=st.integers(0, _FILE_PAGES - 1),
-        shared=st.booleans(),
-        protection=_protections,
     )
-    def map_file(
-        self, file: int, at: int, n: int, offset: int, shared: bool, protection: str
-    ) -> None:
-        """A file, shared or private, also beyond its end."""
-        if file in self.side._files:
-            memory = self.side._files[file].tags_allowed
-            kind = ("file" if memory else "disk") + ("" if shared else "-private")
-            words = (n * self.page, kind, protection, file, offset * self.page)
-            self.call("map", ARENA + at * self.page, *words)
+    def map_memory(self, at: int, n: int, kind: str, protection: str, offset: int) -> None:
+        """Memory of any kind, also over what is there and beyond the end of its file."""
+        self._map(ARENA + at * self.page, n, kind, protection, offset)
 
     @precondition(lambda self: self.side._files)
-    @rule(file=st.integers(0, 1), size=st.integers(0, _FILE_PAGES), hole=st.booleans(), n=_pages)
-    def change_file(self, file: int, size: int, hole: bool, n: int) -> None:
-        """A hole punched into a file, or another size of it."""
+    @rule(
+        file=st.sampled_from([0, 0, 1]),
+        size=st.integers(0, _FILE_PAGES),
+        hole=st.booleans(),
+        n=_pages,
+        again=st.booleans(),
+    )
+    def change_file(self, file: int, size: int, hole: bool, n: int, again: bool) -> None:
+        """A hole punched into a file, or another size of it, or cut off and grown again."""
         if file in self.side._files:
             if hole and n:
                 self.call("punch", file, size * self.page, n * self.page)
             elif not hole:
                 self.call("truncate", file, size * self.page)
+                if again:
+                    self.call("truncate", file, _FILE_PAGES * self.page)
 
     @rule(
         at=st.integers(0, _GUEST_PAGES - 1),
@@ -227,10 +240,12 @@ class Differences(RuleBasedStateMachine):
         else:
             self.call("protect", address, size, what)
 
-    @rule(at=st.integers(0, _GUEST_PAGES - 1), n=_some_pages, seed=st.integers(0, 255))
-    def touch(self, at: int, n: int, seed: int) -> None:
-        """Memory of the guest written to by the process."""
-        self.call("fill", ARENA + at * self.page, n * self.page, seed)
+    @rule(at=st.integers(0, 31), n=_some_pages, seed=st.integers(0, 255), which=st.integers(0, 31))
+    def touch(self, at: int, n: int, seed: int, which: int) -> None:
+        """Memory of the guest written to by the process: private pages of a file are copied."""
+        slots = self._slots()
+        address = slots[which % len(slots)][1].address if slots else ARENA
+        self.call("fill", address + at % 8 * self.page, n * self.page, seed)
 
     @precondition(lambda self: self.host.hugepage_bytes)
     @rule(first=st.integers(0, HUGE_PAGES - 1), n=st.integers(1, 2), vm=_vms, slot=_slot_ids)
@@ -241,7 +256,9 @@ class Differences(RuleBasedStateMachine):
         address, size = HUGE_ARENA + first * huge, n * huge
         if next(self.side.memory.crossing(address, size), None) is None:
             self.call("map", address, size, "huge", "rw", -1, 0)
-            self.call("set_memslot", vm, slot + 8, 0, (1 << 34) + slot * HUGE_PAGES * huge, size, address)
+            self.call(
+                "set_memslot", vm, slot + 8, 0, (1 << 34) + slot * HUGE_PAGES * huge, size, address
+            )
 
     # --- memslots -------------------------------------------------------------------------
 
@@ -378,7 +395,9 @@ class Differences(RuleBasedStateMachine):
         vm=_vms,
         ipa=st.integers(0, 31),
         flags=st.sampled_from([TO_GUEST, FROM_GUEST]),
-        address=st.sampled_from([0, 1, 1 << 47, (1 << 52) - 64, (1 << 55) - 64, 1 << 63, (1 << 64) - 64]),
+        address=st.sampled_from(
+            [0, 1, 1 << 47, (1 << 52) - 64, (1 << 55) - 64, 1 << 63, (1 << 64) - 64]
+        ),
     )
     def copy_with_bad_buffer(self, vm: int, ipa: int, flags: int, address: int) -> None:
         """A buffer where none is."""
@@ -386,17 +405,17 @@ class Differences(RuleBasedStateMachine):
 
     @rule(
         vm=_vms,
-        ipa=st.sampled_from([1 << 30, 1 << 30, 1 << 30, 0, 1 << 52, (1 << 64) - (1 << 16), 1 << 63]),
-        off=st.sampled_from([0, 0, 0, 0, 1, 16, 2048, 4096, 8192]),
-        length=st.sampled_from(
-            [0, 1, 16, 4096, 8192, 16384, 65536]
-            + [_INT_MAX, _INT_MAX + 1, _INT_MAX + 1 - 4096, _INT_MAX + 1 - 16384, (1 << 32) + 16384]
-            + [(1 << 64) - 16384, 1 << 63]
+        ipa=st.sampled_from(
+            [1 << 30, 1 << 30, 1 << 30, 0, 1 << 52, (1 << 64) - (1 << 16), 1 << 63]
         ),
+        off=st.sampled_from([0, 0, 0, 0, 1, 16, 2048, 4096, 8192]),
+        length=st.sampled_from(_LENGTHS),
         flags=st.sampled_from([0, 1, 1, 2, 3, 1 << 31, 1 << 32, (1 << 64) - 1]),
         reserved=st.sampled_from([[0, 0]] * 6 + [[1, 0], [0, 1], [0, 1 << 63]]),
     )
-    def odd_copy(self, vm: int, ipa: int, off: int, length: int, flags: int, reserved: list[int]) -> None:
+    def odd_copy(
+        self, vm: int, ipa: int, off: int, length: int, flags: int, reserved: list[int]
+    ) -> None:
         """Arguments at and over every limit."""
         ipa = min(ipa + off, (1 << 64) - 1)
         self.call("fill", self._buffer(), _BUFFER_PAGES * self.page, 9)
