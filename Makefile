@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/sh
 
-.PHONY: help deps venv lab demo check test test-fast migration torture interrupted bench-lab differential differential-full fuzz fuzz-short clean
+.PHONY: help deps venv lab demo check test test-fast migration lab-kernels torture interrupted bench-lab differential differential-full fuzz fuzz-short clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -45,6 +45,10 @@ test-fast: venv ## the tests that need no lab
 
 migration: deps venv ## the acceptance test: a guest moves between two QEMUs with its tags
 	$(BIN)/python -m pytest tests/lab -k migration
+
+lab-kernels: deps venv ## all tests of the lab, on each of its other kernels
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/lab --lab-kernel 6.12-16k
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/lab --lab-kernel 7.3
 
 torture: deps venv ## a thousand deaths of mtetool on a busy VMM (half an hour)
 	MTETOOL_DEATHS=1000 $(BIN)/python -m pytest -n 2 -rP tests/lab/test_torture.py

@@ -75,24 +75,35 @@ class Relocation:
                 )
 
 
-def check_fit(extents: Sequence[Extent], layout: Layout, scope: Sequence[Extent]) -> None:
+def check_fit(
+    extents: Sequence[Extent],
+    layout: Layout,
+    scope: Sequence[Extent],
+    missing: Sequence[Extent] = (),
+) -> None:
     """Raise LayoutError unless the guest can take `extents` (addresses in the guest).
 
-    `scope` is all that the snapshot speaks of, missing ranges too: its edges must fall
-    on edges of the guest's pages, because the kernel copies whole pages.
+    `scope` is all that the snapshot speaks of, `missing` what it lacks of that: the edges of
+    both must fall on edges of the guest's pages, because the kernel copies whole pages.
     """
     page = layout.page_size_bytes
+    whole = f"whole pages of {page // 1024} KiB"
     for extent in scope:
-        for edge in (extent.ipa, extent.ipa + extent.size_bytes):
-            if edge % page:
-                raise LayoutError(
-                    f"the snapshot's memory {hex_range(extent)} does not start and end on"
-                    f" pages of the guest, which have {page} bytes",
-                    hint="it was saved on a host with smaller pages; save whole slots (or ranges"
-                    f" of whole {page // 1024} KiB pages), or restore on such a host",
-                    ipa=edge,
-                    page_size_bytes=page,
-                )
+        _check_pages(
+            extent,
+            f"the snapshot's memory {hex_range(extent)}",
+            page,
+            f"save only slots or ranges that are {whole} (save --slot, --range), or restore on"
+            " a host with such pages as the snapshot's",
+        )
+    for extent in missing:
+        _check_pages(
+            extent,
+            f"what the snapshot is missing, {hex_range(extent)},",
+            page,
+            f"save ranges of {whole} without it (save --range), or restore on a host with such"
+            " pages as the snapshot's",
+        )
     outside = without(extents, layout.taggable)
     if outside:
         known = ", ".join(hex_range(extent) for extent in layout.taggable[:8]) or "none"
@@ -104,3 +115,14 @@ def check_fit(extents: Sequence[Extent], layout: Layout, scope: Sequence[Extent]
             ipa=outside[0].ipa,
             size_bytes=outside[0].size_bytes,
         )
+
+
+def _check_pages(extent: Extent, what: str, page: int, hint: str) -> None:
+    for edge in (extent.ipa, extent.end):
+        if edge % page:
+            raise LayoutError(
+                f"{what} does not start and end on pages of the guest, which have {page} bytes",
+                hint=hint,
+                ipa=edge,
+                page_size_bytes=page,
+            )

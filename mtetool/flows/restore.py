@@ -87,14 +87,16 @@ def restore(
     layout = layout_of(guest, slots_of(header))
     relocation = Relocation(options.moves, header.memslots)
     relocation.check_targets(layout.page_size_bytes)
+    gone: list[Extent] = []
     if again:
         checked = check(reader)
         planned = checked.held
+        gone = [Extent(missing.ipa, missing.size_bytes) for missing in reader.missing]
     else:
         ram = [Extent(s.ipa, s.size_bytes) for s in header.memslots if s.kind != "device"]
         planned = common(header.scope, ram) if ram else list(header.scope)
     scope = relocation.moved(merged(header.scope))
-    check_fit(relocation.moved(planned), layout, scope)
+    check_fit(relocation.moved(planned), layout, scope, relocation.moved(merged(gone)))
     if again:
         reader = open_reader()
         checked.expect_same(reader.header)

@@ -6,84 +6,113 @@ tried on a real kernel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
 
 from tests.lab.guests import kill_vmms
-from tests.lab.images import DEFAULT_KERNEL
+from tests.lab.images import DEFAULT_KERNEL, KERNELS
 from tests.lab.machine import Machine, MachineLostError
 from tests.lab.packages import LabUnavailableError
 
+# Machines that one process keeps at a time: each may take 4 GiB.
+_KEPT = 2
 
-class Lab:
-    """A machine of this test session; another one is booted when a test lost it."""
+LabOn = Callable[[str], Machine]
 
-    def __init__(self, kernel: str = DEFAULT_KERNEL) -> None:
-        self._kernel = kernel
-        self._stack = ExitStack()
-        self._machine: Machine | None = None
 
-    def machine(self) -> Machine:
-        """The machine, booted."""
-        if self._machine is None:
-            self._machine = self._stack.enter_context(Machine(kernel=self._kernel))
-        return self._machine
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests for every kernel run on each, unless one is asked for; see the markers."""
+    if "lab" not in metafunc.fixturenames:
+        return
+    own = metafunc.definition.get_closest_marker("kernel")
+    if own is not None:
+        metafunc.parametrize("lab", [own.args[0]], indirect=True)
+    elif metafunc.definition.get_closest_marker("every_kernel") and not _asked(metafunc.config):
+        metafunc.parametrize("lab", list(KERNELS), indirect=True)
 
-    def drop(self) -> None:
-        """End the machine."""
-        self._machine = None
-        self._stack.close()
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One kernel after the other, so that no machine is booted twice; the default one first."""
+    items.sort(key=lambda item: list(KERNELS).index(_kernel(item)))
+
+
+def _kernel(item: pytest.Item) -> str:
+    call = getattr(item, "callspec", None)
+    kernel: str = call.params.get("lab", DEFAULT_KERNEL) if call else DEFAULT_KERNEL
+    return kernel
+
+
+def _asked(config: pytest.Config) -> str | None:
+    asked: str | None = config.getoption("--lab-kernel")
+    return asked
+
+
+class Machines:
+    """The machines of this test session, by kernel; another one is booted when a test lost it."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, tuple[Machine, ExitStack]] = {}
+
+    def machine(self, kernel: str) -> Machine:
+        """A machine with that kernel, booted; the one that was used longest ago may end."""
+        found = self._running.pop(kernel, None)
+        if found is None:
+            while len(self._running) >= _KEPT:
+                self.drop(next(iter(self._running)))
+            stack = ExitStack()
+            found = stack.enter_context(Machine(kernel=kernel)), stack
+        self._running[kernel] = found
+        return found[0]
+
+    def drop(self, kernel: str) -> None:
+        """End a machine."""
+        _, stack = self._running.pop(kernel)
+        stack.close()
+
+    def clean(self, kernel: str) -> None:
+        """Remove VMMs and files that a test left; end the machine where it was lost."""
+        if kernel not in self._running:
+            return
+        machine, _ = self._running[kernel]
+        try:
+            kill_vmms(machine)
+            machine.sh("rm -rf /tmp/*")
+        except MachineLostError:
+            self.drop(kernel)
+
+    def close(self) -> None:
+        """End all."""
+        for kernel in list(self._running):
+            self.drop(kernel)
 
 
 @pytest.fixture(scope="session")
-def lab_session() -> Iterator[Lab]:
-    session = Lab()
-    yield session
-    session.drop()
-
-
-@pytest.fixture(scope="session")
-def lab73_session() -> Iterator[Lab]:
-    session = Lab("7.3")
-    yield session
-    session.drop()
-
-
-@pytest.fixture(scope="session")
-def lab16k_session() -> Iterator[Lab]:
-    session = Lab("6.12-16k")
-    yield session
-    session.drop()
+def lab_machines() -> Iterator[Machines]:
+    machines = Machines()
+    yield machines
+    machines.close()
 
 
 @pytest.fixture
-def lab(lab_session: Lab) -> Iterator[Machine]:
-    """A booted lab machine; VMMs and files that a test leaves are removed behind it."""
-    yield from _machine(lab_session)
+def lab_on(lab_machines: Machines) -> Iterator[LabOn]:
+    """Gives a machine with the kernel that is named; what a test leaves is removed behind it."""
+    used: list[str] = []
+
+    def booted(kernel: str) -> Machine:
+        used.append(kernel)
+        try:
+            return lab_machines.machine(kernel)
+        except LabUnavailableError as error:
+            pytest.fail(f"THE LAB CANNOT RUN, nothing was tried on a real kernel: {error}")
+
+    yield booted
+    for kernel in set(used):
+        lab_machines.clean(kernel)
 
 
 @pytest.fixture
-def lab73(lab73_session: Lab) -> Iterator[Machine]:
-    """As `lab`, with the newest kernel: it knows registers that the default one does not."""
-    yield from _machine(lab73_session)
-
-
-@pytest.fixture
-def lab16k(lab16k_session: Lab) -> Iterator[Machine]:
-    """As `lab`, with pages of 16 KiB."""
-    yield from _machine(lab16k_session)
-
-
-def _machine(session: Lab) -> Iterator[Machine]:
-    try:
-        machine = session.machine()
-    except LabUnavailableError as error:
-        pytest.fail(f"THE LAB CANNOT RUN, nothing was tried on a real kernel: {error}")
-    yield machine
-    try:
-        kill_vmms(machine)
-        machine.sh("rm -rf /tmp/*")
-    except MachineLostError:
-        session.drop()
+def lab(lab_on: LabOn, request: pytest.FixtureRequest) -> Machine:
+    """A lab machine with the kernel asked for: by the test's markers, --lab-kernel or nobody."""
+    return lab_on(getattr(request, "param", None) or _asked(request.config) or DEFAULT_KERNEL)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.lab.machine import Machine
 
 _SUITE = "cd /opt/mtetool && exec python3 -B -m pytest -p no:cacheprovider -q tests/conformance"
 
 
+@pytest.mark.every_kernel
 def test_kvm_backend_conforms_on_the_real_kernel(lab: Machine) -> None:
     result = lab.run(
         ["sh", "-c", f"{_SUITE} --backend kvm"],

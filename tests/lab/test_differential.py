@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.lab.machine import Machine
 
 _SUITE = "cd /opt/mtetool && exec python3 -B -m pytest -p no:cacheprovider -q tests/differential"
 
 
-def _run(lab: Machine) -> None:
+@pytest.mark.every_kernel
+def test_answers_of_the_emulated_kernel_are_real_ones(lab: Machine) -> None:
     result = lab.sh(f"{_SUITE} --side real", timeout=900, check=False)
     output = result.stdout.decode()
     print(output)
@@ -21,15 +24,3 @@ def _run(lab: Machine) -> None:
     assert passed
     assert int(passed[1]) >= 12
     assert "skipped" not in output
-
-
-def test_answers_of_the_emulated_kernel_are_real_ones(lab: Machine) -> None:
-    _run(lab)
-
-
-def test_answers_of_the_emulated_kernel_are_those_of_the_newest(lab73: Machine) -> None:
-    _run(lab73)
-
-
-def test_answers_of_the_emulated_kernel_are_those_with_pages_of_16_kib(lab16k: Machine) -> None:
-    _run(lab16k)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.lab.machine import Machine
 
 _START = """
@@ -14,8 +16,8 @@ cat /tmp/out; echo $!
 """
 
 
-def test_a_restore_leaves_no_tags_of_a_huge_pages_last_user(lab73: Machine) -> None:
-    lab = lab73
+@pytest.mark.kernel("7.3")
+def test_a_restore_leaves_no_tags_of_a_huge_pages_last_user(lab: Machine) -> None:
     words = lab.sh(_START).stdout.split()
     size, huge, stale, ready, pid = *map(int, words[:3]), words[3], int(words[4])
     assert ready == b"ready"

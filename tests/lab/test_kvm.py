@@ -61,6 +61,7 @@ def test_save_of_a_running_guest_warns_and_verifies(lab: Machine, guest: Qemu) -
     assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]
 
 
+@pytest.mark.every_kernel
 def test_restore_puts_back_what_was_changed(lab: Machine, guest: Qemu) -> None:
     guest.qmp("stop")
     lab.run(["mtetool", "save", f"kvm:{guest.pid}", "-o", "/tmp/s"], check=True)
@@ -84,6 +85,7 @@ def test_enable_comes_too_late_for_a_vm_with_vcpus(lab: Machine) -> None:
     assert _state(lab, pid) == before
 
 
+@pytest.mark.every_kernel
 def test_enable_before_the_first_vcpu_and_again(lab: Machine) -> None:
     pid = start_test_vmm(lab, "--no-mte", "0x40000000:0x100000")
     slot = ["--memslot", "0x40000000:1M"]

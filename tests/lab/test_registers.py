@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from tests.lab.machine import Machine
 
 Found = dict[str, dict[str, Any] | None]
 
+# 6.12 has neither the scalable matrix extension nor guarded control stacks.
+_SME_AND_GCS = pytest.mark.kernel("7.3")
 _SLEEPS = ["nanosleep", "clock_nanosleep", "clock_nanosleep-absolute", "futex"]
 
 
@@ -39,22 +43,25 @@ def test_registers_come_back_to_the_bit(lab: Machine) -> None:
     assert all(counts and counts["attached"] == 4 for counts in found.values())
 
 
-def test_matrix_registers_come_back_to_the_bit(lab73: Machine) -> None:
+@_SME_AND_GCS
+def test_matrix_registers_come_back_to_the_bit(lab: Machine) -> None:
     """With SME2: ZA, ZT0, TPIDR2 and FPMR outlive the borrowing; the vectors are longer, too."""
-    found = _holders(lab73, "registers", "za", "sve", "sve-long")
+    found = _holders(lab, "registers", "za", "sve", "sve-long")
     assert _unharmed(found)
     assert all(counts and counts["attached"] == 4 for counts in found.values())
 
 
-def test_streaming_mode_is_waited_out_or_refused(lab73: Machine) -> None:
-    found = _holders(lab73, "registers", "ssve", "ssve-at-times")
+@_SME_AND_GCS
+def test_streaming_mode_is_waited_out_or_refused(lab: Machine) -> None:
+    found = _holders(lab, "registers", "ssve", "ssve-at-times")
     assert _unharmed(found)
     assert found["ssve-at-times"] is not None
     assert found["ssve-at-times"]["attached"] > 0
 
 
-def test_guarded_control_stack_is_refused(lab73: Machine) -> None:
-    found = _holders(lab73, "registers", "gcs")
+@_SME_AND_GCS
+def test_guarded_control_stack_is_refused(lab: Machine) -> None:
+    found = _holders(lab, "registers", "gcs")
     assert _unharmed(found)
     assert found["gcs"] is not None
     assert found["gcs"]["attached"] == 0

@@ -57,9 +57,8 @@ class Swap:
         return int(self.lab.sh("sed -n 's/^pswpin //p' /proc/vmstat").stdout)
 
 
-@pytest.fixture(params=["lab", "lab73"])
-def swap(request: pytest.FixtureRequest) -> Iterator[Swap]:
-    lab: Machine = request.getfixturevalue(request.param)
+@pytest.fixture
+def swap(lab: Machine) -> Iterator[Swap]:
     lab.sh(_ON)
     yield Swap(lab)
     kill_vmms(lab)
