@@ -179,7 +179,7 @@ def test_what_is_missing_inside_a_page_is_refused_untouched(
 ) -> None:
     source, snapshot = with_holes(*holes)
     target = FakeGuest(source.slots, 65536)
-    with pytest.raises(LayoutError, match="missing, .* pages of the guest"):
+    with pytest.raises(LayoutError, match=r"missing, .* pages of the guest"):
         restored(snapshot, target, RestoreOptions(dry_run=dry_run))
     assert target.writes == 0
 
