@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 
-from mtetool.attach.permission import refusal
+from mtetool.attach.permission import refusal, thread_has_ended
 from mtetool.attach.ptrace import Tracee
 from mtetool.errors import GuestLostError
 
@@ -34,10 +34,11 @@ class HeldThreads:
                 tracee = self._held[tid] = Tracee.seize(tid)
                 tracee.interrupt()
                 seized.append(tracee)
-            except ProcessLookupError:
-                self._held.pop(tid, None)
             except OSError as error:
-                raise refusal(self._pid, error) from error
+                self._held.pop(tid, None)
+                # One that is about to end cannot be traced any more: EPERM.
+                if not thread_has_ended(self._pid, tid):
+                    raise refusal(self._pid, error) from error
         # All have been asked to stop before the first is waited for.
         stopped = []
         for tracee in seized:
