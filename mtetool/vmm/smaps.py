@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mtetool.attach import permission
 from mtetool.attach.memory import Mapping, parsed
-from mtetool.errors import GuestError, GuestLostError
+from mtetool.errors import AttachRefusedError, GuestError, GuestLostError
 from mtetool.guest import Memslot
 from mtetool.vmm import proc
 
@@ -20,7 +20,7 @@ class AddressSpace:
 
     An open file of /proc/PID/maps belongs to the address space, not to the process: once that
     is gone (the process ended, or executed a program) the file is empty. Raises
-    NoSuchProcessError, PermissionRefusedError.
+    NoSuchProcessError, PermissionRefusedError, AttachRefusedError.
     """
 
     def __init__(self, pid: int) -> None:
@@ -32,6 +32,13 @@ class AddressSpace:
             raise permission.refused(
                 pid, f"looking at the memory of process {pid}", error
             ) from error
+        if not os.pread(self._maps, 1, 0):
+            raise AttachRefusedError(
+                f"the kernel shows no memory of process {pid}: its main thread has ended, and other"
+                " threads have not",
+                hint="nothing can be done about that from outside",
+                pid=pid,
+            )
         self._text = b""
         self._parsed: list[Mapping] = []
 
