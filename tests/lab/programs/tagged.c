@@ -207,10 +207,16 @@ int main(int argc, char **argv, char **environment)
 	catch(SIGRTMIN);
 	catch(SIGUSR1);
 	catch(SIGUSR2);
+	/* Numbered signals are for the main thread: two threads would take them in any order. */
+	sigset_t numbered;
+	sigemptyset(&numbered);
+	sigaddset(&numbered, SIGRTMIN);
+	pthread_sigmask(SIG_BLOCK, &numbered, NULL);
 	for (int i = 0; i < threads; i++) {
 		pthread_t thread;
 		need(pthread_create(&thread, NULL, look_for_ever, NULL) == 0, "pthread_create");
 	}
+	pthread_sigmask(SIG_UNBLOCK, &numbered, NULL);
 	puts("TAGGED ready");
 	for (unsigned long check = 1;; check++) {
 		for (int i = 0; i < N_MAPS; i++)
