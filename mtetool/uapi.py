@@ -58,6 +58,15 @@ KVM_ARM_MTE_COPY_TAGS = ioc(_IOC_READ, KVMIO, 0xB4, KVM_ARM_COPY_MTE_TAGS_STRUCT
 KVM_ARM_TAGS_TO_GUEST = 0
 KVM_ARM_TAGS_FROM_GUEST = 1
 
+KVM_VCPU_INIT_STRUCT = struct.Struct("<I7I")
+"""struct kvm_vcpu_init: target, features; 32 bytes."""
+KVM_ARM_VCPU_INIT = ioc(_IOC_WRITE, KVMIO, 0xAE, KVM_VCPU_INIT_STRUCT.size)
+KVM_ARM_TARGET_GENERIC_V8 = 5
+KVM_ARM_VCPU_POWER_OFF = 1 << 0
+KVM_ARM_VCPU_EL1_32BIT = 1 << 1
+KVM_ARM_VCPU_PSCI_0_2 = 1 << 2
+KVM_ARM_VCPU_HAS_EL2 = 1 << 7
+
 # The kernel refuses a longer copy since 6.4 (commit 2def950c63e3); before, the return value
 # was truncated to an int.
 COPY_LENGTH_MAX = (1 << 31) - 1
@@ -75,6 +84,11 @@ def copy_mte_tags(guest_ipa: int, length: int, addr: int, flags: int, reserved: 
     """
     fields = (guest_ipa, length, addr, flags, reserved, reserved)
     return KVM_ARM_COPY_MTE_TAGS_STRUCT.pack(*fields)
+
+
+def vcpu_init(target: int, features: int) -> bytes:
+    """The argument of KVM_ARM_VCPU_INIT; `features` is the first of seven words."""
+    return KVM_VCPU_INIT_STRUCT.pack(target, features, 0, 0, 0, 0, 0, 0)
 
 
 def memory_region(slot: int, flags: int, guest_ipa: int, size: int, addr: int) -> bytes:

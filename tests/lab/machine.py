@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -120,8 +121,7 @@ class Machine:
         env: dict[str, str] | None = None,
     ) -> int:
         """Run a command, handing on its output as it comes; its status as `run` gives it."""
-        request = {"argv": list(argv), "timeout": timeout, "cwd": "/root", "env": env or {}}
-        self._send(b"R", json.dumps(request).encode())
+        self._request(argv, timeout, env)
         self._send(b"I", stdin)
         deadline = time.monotonic() + timeout + _GRACE_SECONDS
         sinks = {b"O": stdout, b"E": stderr}
@@ -134,6 +134,34 @@ class Machine:
         if end["timeout"]:
             raise CommandTimeoutError(f"{' '.join(argv)} ran longer than {timeout:.0f} s")
         return int(end["status"])
+
+    @contextmanager
+    def talk(
+        self, argv: Sequence[str], *, timeout: float = 3600.0, answer_seconds: float = 120.0
+    ) -> Iterator[Talk]:
+        """Start a command that answers each line of its input by a line, and end it behind that.
+
+        `timeout` is for all of it, `answer_seconds` for one answer. Raises MachineLostError, and
+        AssertionError with what it said on standard error where it ends too early or badly.
+        """
+        self._request(argv, timeout, None, talk=True)
+        self._send(b"I", b"")
+        talk = Talk(self, answer_seconds)
+        try:
+            yield talk
+        finally:
+            talk.end()
+
+    def _request(
+        self,
+        argv: Sequence[str],
+        timeout: float,
+        env: dict[str, str] | None,
+        *,
+        talk: bool = False,
+    ) -> None:
+        request = {"argv": list(argv), "timeout": timeout, "cwd": "/root", "env": env or {}}
+        self._send(b"R", json.dumps({**request, "talk": talk}).encode())
 
     def put(self, path: str, data: bytes, mode: int = 0o644) -> None:
         """Write a file in the machine."""
@@ -263,6 +291,49 @@ class Machine:
             if path.exists():
                 console += "\n".join(path.read_text(errors="replace").splitlines()[-25:])
         return MachineLostError(f"the lab machine is lost: {why}\n{console}")
+
+
+class Talk:
+    """A command that runs in a machine, and is asked line by line; see `Machine.talk`."""
+
+    def __init__(self, machine: Machine, answer_seconds: float) -> None:
+        self._machine = machine
+        self._answer_seconds = answer_seconds
+        self._out = bytearray()
+        self._err = bytearray()
+        self._end: dict[str, object] | None = None
+
+    def ask(self, line: bytes) -> bytes:
+        """Say a line and wait for the answer."""
+        self._machine._send(b"I", line + b"\n")
+        return self.line()
+
+    def line(self) -> bytes:
+        """The next line that it says."""
+        deadline = time.monotonic() + self._answer_seconds
+        while b"\n" not in self._out and self._end is None:
+            self._hear(deadline)
+        line, newline, rest = self._out.partition(b"\n")
+        assert newline, f"it ended with {self._end}: {self._err.decode(errors='replace')}"
+        self._out = bytearray(rest)
+        return bytes(line)
+
+    def end(self) -> None:
+        """Say that this was all, and wait for its end."""
+        if self._end is None:
+            self._machine._send(b"I", b"")
+        deadline = time.monotonic() + self._answer_seconds
+        while self._end is None:
+            self._hear(deadline)
+        text = self._err.decode(errors="replace")
+        assert self._end["status"] == 0, f"it ended with {self._end}: {text}"
+
+    def _hear(self, deadline: float) -> None:
+        kind, payload = self._machine._receive(deadline)
+        if kind == b"X":
+            self._end = json.loads(payload)
+        else:
+            (self._out if kind == b"O" else self._err).extend(payload)
 
 
 def shell(kernel: str = DEFAULT_KERNEL, memory: str = "4G", with_dir: Path | None = None) -> int:

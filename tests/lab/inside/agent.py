@@ -1,7 +1,8 @@
 """Runs commands in a lab machine for the host, over a virtio-serial port of its own.
 
 Frames both ways: a type byte, a 32-bit big-endian length, the payload. From the host: R, a
-command as JSON, then I, its standard input. To the host: H once, O and E as output comes, X
+command as JSON, then I, its standard input; for a command that asked to be talked with, further
+I as they come, an empty one being the end. To the host: H once, O and E as output comes, X
 with the end as JSON. Nothing else writes to the port, so that no output can look like an end.
 """
 
@@ -69,10 +70,13 @@ def run(port: int, request: dict[str, Any], stdin: bytes) -> End:
         send(port, b"E", f"{request['argv'][0]}: {error.strerror}\n".encode())
         return {"status": 127, "timeout": False}
     with process:
-        return follow(port, process, stdin, time.monotonic() + request["timeout"])
+        deadline = time.monotonic() + request["timeout"]
+        return follow(port, process, stdin, deadline, talk=request["talk"])
 
 
-def follow(port: int, process: subprocess.Popen[bytes], stdin: bytes, deadline: float) -> End:
+def follow(
+    port: int, process: subprocess.Popen[bytes], stdin: bytes, deadline: float, *, talk: bool
+) -> End:
     """Pass input and output on until the command itself has ended."""
     assert process.stdin
     assert process.stdout
@@ -84,8 +88,11 @@ def follow(port: int, process: subprocess.Popen[bytes], stdin: bytes, deadline: 
     for fd, kind in outputs.items():
         os.set_blocking(fd, False)
         selector.register(fd, selectors.EVENT_READ, kind)
-    os.set_blocking(process.stdin.fileno(), False)
-    selector.register(process.stdin, selectors.EVENT_WRITE, b"I")
+    if talk:
+        selector.register(port, selectors.EVENT_READ, b"T")
+    else:
+        os.set_blocking(process.stdin.fileno(), False)
+        selector.register(process.stdin, selectors.EVENT_WRITE, b"I")
     view, timeout = memoryview(stdin), False
     while process.poll() is None:
         left = deadline - time.monotonic()
@@ -96,6 +103,8 @@ def follow(port: int, process: subprocess.Popen[bytes], stdin: bytes, deadline: 
             if key.data in (b"O", b"E"):
                 if not pass_on(port, key.fd, key.data):
                     selector.unregister(key.fd)
+            elif key.data == b"T":
+                hear(port, process.stdin)
             elif key.data == b"I":
                 view = feed(selector, process.stdin, view)
     # What the command left in its pipes; children of it may hold them open for ever.
@@ -104,6 +113,19 @@ def follow(port: int, process: subprocess.Popen[bytes], stdin: bytes, deadline: 
             pass
     os.close(ended)
     return {"status": process.returncode, "timeout": timeout}
+
+
+def hear(port: int, stdin: IO[bytes]) -> None:
+    """Hand on one piece of what the host says; the command reads it all before it answers."""
+    _, data = receive(port)
+    try:
+        if data:
+            stdin.write(data)
+            stdin.flush()
+        else:
+            stdin.close()
+    except BrokenPipeError:
+        pass
 
 
 def feed(selector: selectors.BaseSelector, stdin: IO[bytes], view: memoryview) -> memoryview:
@@ -137,6 +159,8 @@ def main() -> None:
         kind, payload = receive(port)
         if kind == b"Q":
             return
+        if kind != b"R":
+            continue  # said to a command that had ended already
         _, stdin = receive(port)
         send(port, b"X", json.dumps(run(port, json.loads(payload), stdin)).encode())
 

@@ -1,0 +1,55 @@
+"""What differs between hosts and kernels, by name.
+
+Each behaviour is something that can be tried on a running kernel; which kernels have it is
+never asked by their version.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Behaviour(enum.Enum):
+    """A way in which some kernels answer and others do not; the value is its name."""
+
+    HUGETLB_TAGS = "hugetlb-tags"
+    """Memory of hugetlbfs can have tags (commit 25c17c4b55de, Linux 6.13): the memslots of a VM
+    with MTE may have it, and one mark says of all of a huge page that it has tags. Without, such
+    a memslot is refused with EINVAL."""
+
+    CLEAR_USER_EXACT = "clear-user-exact"
+    """Where the buffer ends in the middle of a page's tags, zeros for a page without tags fill
+    it to its last byte (by the FEAT_MOPS instructions, Linux 6.17 and later); without, to the
+    last whole word of eight bytes."""
+
+    VCPU_EL2_FEATURES = "vcpu-el2-features"
+    """KVM_ARM_VCPU_INIT knows the features for nested virtualization, and refuses them with
+    EINVAL where the host has none; without, they are unknown: ENOENT."""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The host that is emulated: numbers of its hardware and build, and its behaviours.
+
+    `ipa_bits` is the largest size of guest addresses, `va_bits` that of a process's own;
+    `hugepage_bytes` the size of the pages of MAP_HUGETLB memory; `aarch32` whether vCPUs may
+    start in AArch32.
+    """
+
+    page_size_bytes: int = 4096
+    ipa_bits: int = 52
+    va_bits: int = 52
+    max_vcpus: int = 512
+    hugepage_bytes: int = 64 << 10
+    aarch32: bool = True
+    behaviours: frozenset[Behaviour] = frozenset()
+
+    def has(self, behaviour: Behaviour) -> bool:
+        """Whether its kernel behaves so."""
+        return behaviour in self.behaviours
+
+    @property
+    def page_granules(self) -> int:
+        """Tags of one page."""
+        return self.page_size_bytes // 16

@@ -1,0 +1,137 @@
+"""KVM_ARM_MTE_COPY_TAGS, as kvm_vm_ioctl_mte_copy_tags answers it (arch/arm64/kvm/guest.c)."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from typing import Protocol
+
+from mtetool.emulator.behaviours import Behaviour
+from mtetool.emulator.memory import AddressSpace, Found, Page
+from mtetool.uapi import COPY_LENGTH_MAX, KVM_ARM_TAGS_FROM_GUEST, TAG_MAX
+
+# clear_user stores eight bytes at a time (arch/arm64/lib/clear_user.S).
+_STORE_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRequest:
+    """struct kvm_arm_copy_mte_tags; each field as it is in the kernel's struct."""
+
+    guest_ipa: int
+    length: int
+    addr: int = 0
+    flags: int = KVM_ARM_TAGS_FROM_GUEST
+    reserved: tuple[int, int] = (0, 0)
+
+    @property
+    def to_guest(self) -> bool:
+        """Whether tags go into the guest."""
+        return not self.flags & KVM_ARM_TAGS_FROM_GUEST
+
+
+class GuestMemory(Protocol):
+    """Guest memory by its addresses."""
+
+    def host_address(self, ipa: int, *, write: bool) -> int | None:
+        """Where the VMM has the memory of a guest's page; None for none, or none to write."""
+        ...
+
+
+def check_request(request: CopyRequest, *, mte: bool, page_size_bytes: int) -> int:
+    """What the kernel looks at before it touches any memory, in its order: 0 or -EINVAL."""
+    if not mte:
+        return -errno.EINVAL
+    if request.reserved != (0, 0):
+        return -errno.EINVAL
+    if request.flags & ~KVM_ARM_TAGS_FROM_GUEST:
+        return -errno.EINVAL
+    if request.length % page_size_bytes or request.guest_ipa % page_size_bytes:
+        return -errno.EINVAL
+    if request.length > COPY_LENGTH_MAX:
+        return -errno.EINVAL
+    return 0
+
+
+def copy_pages(
+    request: CopyRequest, guest: GuestMemory, memory: AddressSpace, *, dirty_logging: bool
+) -> int:
+    """Copy page by page up to the first that cannot be; the kernel's answer.
+
+    That is the bytes of guest memory done, or -errno when none was. The request is one that
+    `check_request` let pass.
+    """
+    if request.to_guest and dirty_logging:
+        return -errno.EBUSY
+    page_bytes, granules = memory.host.page_size_bytes, memory.host.page_granules
+    copy_page = _to_guest if request.to_guest else _from_guest
+    done = 0
+    while done < request.length:
+        at = guest.host_address(request.guest_ipa + done, write=request.to_guest)
+        found = None if at is None else memory.fault_in(at, write=request.to_guest)
+        if found is None:
+            break
+        if copy_page(memory, found, request.addr + done // page_bytes * granules) != granules:
+            break
+        done += page_bytes
+    if done < request.length and not done:
+        return -errno.EFAULT
+    return done
+
+
+def _from_guest(memory: AddressSpace, found: Found, buffer: int) -> int:
+    """The tags of one page into the buffer; how many were copied."""
+    granules = memory.host.page_granules
+    # The page of zeros that memory shares until it is written to has no mark either.
+    if found.page is None or found.page.tags is None:
+        return _clear_user(memory, buffer, granules)
+    first = found.offset // 16
+    return memory.store(buffer, bytes(found.page.tags[first : first + granules]))
+
+
+def _to_guest(memory: AddressSpace, found: Found, buffer: int) -> int:
+    """The tags of the buffer onto one page; how many were copied.
+
+    Where the buffer faults, the page is left with no tags but 0.
+    """
+    page, granules = found.page, memory.host.page_granules
+    assert page is not None
+    tags = memory.load(buffer, granules)
+    marked = _mark(page)
+    first = found.offset // 16
+    whole = len(tags) == granules
+    marked[first : first + granules] = (
+        bytes(tag & TAG_MAX for tag in tags) if whole else bytes(granules)
+    )
+    return len(tags)
+
+
+def _mark(page: Page) -> bytearray:
+    """Make a page one that has tags, all 0 at first; they are returned."""
+    if page.tags is None:
+        page.tags = bytearray(len(page.data) // 16)
+    return page.tags
+
+
+def _clear_user(memory: AddressSpace, address: int, size_bytes: int) -> int:
+    """clear_user of the kernel: zeros up to the first fault; how many were surely written.
+
+    Unlike the copying of tags it looks whether the address is one of a process, for which one
+    with a tag of its own is none (access_ok, arch/arm64/include/asm/uaccess.h).
+    """
+    if address + size_bytes > 1 << memory.host.va_bits:
+        return 0
+    if memory.host.has(Behaviour.CLEAR_USER_EXACT):
+        return memory.store(address, bytes(size_bytes))
+    for done in range(0, size_bytes, _STORE_BYTES):
+        if not _reachable(memory, address + done):
+            return done
+        memory.store(address + done, bytes(_STORE_BYTES))
+    return size_bytes
+
+
+def _reachable(memory: AddressSpace, address: int) -> bool:
+    """Whether one store of eight bytes goes through, over the end of a page too."""
+    return all(
+        memory.fault_in(at, write=True) is not None for at in (address, address + _STORE_BYTES - 1)
+    )

@@ -1,0 +1,282 @@
+"""The memory of an emulated process: mappings, files in memory, pages with their tags.
+
+Only what decides an answer is kept: whether a page is there, what is in it (buffers for tags
+lie in it), its tags, and whether the kernel has marked it as one that has tags.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from mtetool.emulator.behaviours import Behaviour, Host
+
+Protection = Literal["none", "r", "rw"]
+"""What a mapping allows: nothing, reading, reading and writing."""
+
+_ADDRESS_BITS = (1 << 56) - 1
+
+
+@dataclass(slots=True)
+class Page:
+    """A page of memory. `tags` None: the kernel has not marked it as one with tags.
+
+    The pages of a huge page that is marked as a whole are one `Page`.
+    """
+
+    data: bytearray
+    tags: bytearray | None = None
+
+    def copy(self) -> Page:
+        """What copy-on-write makes of it: the tags come along (copy_highpage)."""
+        tags = None if self.tags is None else bytearray(self.tags)
+        return Page(bytearray(self.data), tags)
+
+
+@dataclass
+class MemoryFile:
+    """A file in memory, by its pages; those that are not there are holes.
+
+    `tags_allowed` is false for files of disks; `unit_bytes` is the size of its pages: huge ones
+    for hugetlbfs.
+    """
+
+    size_bytes: int
+    unit_bytes: int
+    tags_allowed: bool = True
+    pages: dict[int, Page] = field(default_factory=dict)
+
+    def truncate(self, size_bytes: int) -> None:
+        """Cut it off or let it grow; what is cut off loses its tags."""
+        self.size_bytes = size_bytes
+        for index in [i for i in self.pages if i * self.unit_bytes >= size_bytes]:
+            del self.pages[index]
+
+    def punch(self, offset: int, size_bytes: int) -> None:
+        """Make a hole of whole pages."""
+        first, last = -(-offset // self.unit_bytes), (offset + size_bytes) // self.unit_bytes
+        for index in range(first, last):
+            self.pages.pop(index, None)
+
+    def page(self, index: int) -> Page | None:
+        """The page of an index, made where there is a hole; None beyond the end."""
+        if index * self.unit_bytes >= self.size_bytes:
+            return None
+        return self.pages.setdefault(index, Page(bytearray(self.unit_bytes)))
+
+
+@dataclass
+class Mapping:
+    """A range of addresses with one kind of memory behind it.
+
+    `file` None: anonymous private memory. `own` has the pages that are this mapping's alone,
+    by their address.
+    """
+
+    start: int
+    end: int
+    protection: Protection
+    file: MemoryFile | None
+    file_offset: int
+    shared: bool
+    unit_bytes: int
+    tags_allowed: bool
+    own: dict[int, Page] = field(default_factory=dict)
+
+    def part(self, start: int, end: int) -> Mapping:
+        """The same for a part of its addresses; the pages move into it."""
+        own = {at: page for at, page in self.own.items() if start <= at < end}
+        offset = self.file_offset + (start - self.start)
+        return replace(self, start=start, end=end, file_offset=offset, own=own)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A page as the kernel reaches it: where in it an address lies; `page` None: of zeros."""
+
+    page: Page | None
+    offset: int
+
+
+class AddressSpace:
+    """The addresses of one process. Answers are 0 or more, or -errno, as system calls give."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self._mappings: list[Mapping] = []
+
+    # --- system calls ---------------------------------------------------------------------
+
+    def map(
+        self,
+        address: int,
+        size_bytes: int,
+        protection: Protection,
+        *,
+        file: MemoryFile | None = None,
+        offset: int = 0,
+        shared: bool = False,
+        huge: bool = False,
+    ) -> int:
+        """mmap with MAP_FIXED; `huge` is MAP_HUGETLB memory, anonymous and private."""
+        unit = self.host.hugepage_bytes if huge else self.host.page_size_bytes
+        if file is not None:
+            unit = file.unit_bytes
+        if address % unit or size_bytes % unit or size_bytes <= 0:
+            return -errno.EINVAL
+        if shared and file is None:
+            file, offset = MemoryFile(size_bytes, unit), 0
+        allowed = file.tags_allowed if file is not None else True
+        if huge:
+            allowed = self.host.has(Behaviour.HUGETLB_TAGS)
+        end = address + size_bytes
+        self.unmap(address, size_bytes)
+        self._mappings.append(
+            Mapping(address, end, protection, file, offset, shared, unit, allowed)
+        )
+        self._mappings.sort(key=lambda mapping: mapping.start)
+        return 0
+
+    def unmap(self, address: int, size_bytes: int) -> int:
+        """munmap; the pages that were the mapping's own are gone with their tags."""
+        self._split(address, size_bytes)
+        self._mappings = [m for m in self._mappings if not self._inside(m, address, size_bytes)]
+        return 0
+
+    def protect(self, address: int, size_bytes: int, protection: Protection) -> int:
+        """mprotect; ENOMEM where not all of it is mapped."""
+        at = address
+        self._split(address, size_bytes)
+        for mapping in self._mappings:
+            if self._inside(mapping, address, size_bytes):
+                if mapping.start != at:
+                    return -errno.ENOMEM
+                mapping.protection = protection
+                at = mapping.end
+        return 0 if at == address + size_bytes else -errno.ENOMEM
+
+    def discard(self, address: int, size_bytes: int) -> int:
+        """madvise with MADV_DONTNEED: private pages are dropped, files keep theirs."""
+        at, end = address, address + size_bytes
+        for mapping in self.crossing(address, size_bytes):
+            first, last = max(mapping.start, address), min(mapping.end, end)
+            for page_address in [a for a in mapping.own if first <= a < last]:
+                del mapping.own[page_address]
+            if mapping.start <= at:
+                at = last
+        return 0 if at == end else -errno.ENOMEM
+
+    def truncate(self, file: MemoryFile, size_bytes: int) -> int:
+        """ftruncate: private copies of what is cut off are gone, too."""
+        file.truncate(size_bytes)
+        for mapping in self._mappings:
+            if mapping.file is file:
+                for at in list(mapping.own):
+                    if mapping.file_offset + at - mapping.start >= size_bytes:
+                        del mapping.own[at]
+        return 0
+
+    def write(self, address: int, data: bytes) -> int:
+        """process_vm_writev onto itself: the bytes written before the first bad page."""
+        done = self.store(address, data)
+        return done or -errno.EFAULT
+
+    def read(self, address: int, size_bytes: int) -> bytes | int:
+        """process_vm_readv from itself: the bytes before the first bad page."""
+        return self.load(address, size_bytes) or -errno.EFAULT
+
+    # --- as the kernel reaches it ---------------------------------------------------------
+
+    def crossing(self, address: int, size_bytes: int) -> Iterator[Mapping]:
+        """The mappings that a range of addresses touches, in order."""
+        end = address + size_bytes
+        return (m for m in self._mappings if m.start < end and m.end > address)
+
+    def fault_in(self, address: int, *, write: bool) -> Found | None:
+        """The page at an address, made if need be; None where an access would fault."""
+        mapping = next(self.crossing(address, 1), None)
+        if mapping is None or mapping.protection == "none":
+            return None
+        if write and mapping.protection != "rw":
+            return None
+        unit = mapping.unit_bytes
+        if mapping.file is not None and mapping.unit_bytes == mapping.file.unit_bytes:
+            return self._file_page(mapping, address, write=write)
+        start = address - (address - mapping.start) % unit
+        if start not in mapping.own:
+            # hugetlb has no page of zeros that is shared.
+            if not write and unit == self.host.page_size_bytes:
+                return Found(None, address - start)
+            mapping.own[start] = Page(bytearray(unit), self._first_tags(unit))
+        return Found(mapping.own[start], address - start)
+
+    def load(self, address: int, size_bytes: int) -> bytes:
+        """What an unprivileged load gets, up to the first byte that faults."""
+        out = bytearray()
+        for at, n_bytes in self._pieces(address, size_bytes):
+            found = self.fault_in(at, write=False)
+            if found is None:
+                break
+            if found.page is None:
+                out += bytes(n_bytes)
+            else:
+                out += found.page.data[found.offset : found.offset + n_bytes]
+        return bytes(out)
+
+    def store(self, address: int, data: bytes) -> int:
+        """Store bytes one after the other; how many before the first that faults."""
+        done = 0
+        for at, n_bytes in self._pieces(address, len(data)):
+            found = self.fault_in(at, write=True)
+            if found is None or found.page is None:
+                break
+            found.page.data[found.offset : found.offset + n_bytes] = data[done : done + n_bytes]
+            done += n_bytes
+        return done
+
+    # --- inside ---------------------------------------------------------------------------
+
+    def _first_tags(self, unit_bytes: int) -> bytearray | None:
+        """Huge pages that a kernel does not mark as a whole keep the marks of their last use."""
+        huge = unit_bytes != self.host.page_size_bytes
+        marked = huge and not self.host.has(Behaviour.HUGETLB_TAGS)
+        return bytearray(unit_bytes // 16) if marked else None
+
+    def _file_page(self, mapping: Mapping, address: int, *, write: bool) -> Found | None:
+        unit, file = mapping.unit_bytes, mapping.file
+        assert file is not None
+        start = address - (address - mapping.start) % unit
+        if start in mapping.own:
+            return Found(mapping.own[start], address - start)
+        page = file.page((mapping.file_offset + start - mapping.start) // unit)
+        if page is None:
+            return None
+        if write and not mapping.shared:
+            page = mapping.own[start] = page.copy()
+        return Found(page, address - start)
+
+    def _pieces(self, address: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+        """A range in pieces that lie in one page each, tags of the address dropped."""
+        page = self.host.page_size_bytes
+        done = 0
+        while done < size_bytes:
+            at = address + done
+            n_bytes = min(size_bytes - done, page - at % page)
+            yield at & _ADDRESS_BITS, n_bytes
+            done += n_bytes
+
+    def _split(self, address: int, size_bytes: int) -> None:
+        """Cut mappings in two where the range begins and ends."""
+        for edge in (address, address + size_bytes):
+            for number, mapping in enumerate(self._mappings):
+                if mapping.start < edge < mapping.end:
+                    left = mapping.part(mapping.start, edge)
+                    right = mapping.part(edge, mapping.end)
+                    self._mappings[number : number + 1] = [left, right]
+                    break
+
+    @staticmethod
+    def _inside(mapping: Mapping, address: int, size_bytes: int) -> bool:
+        return address <= mapping.start and mapping.end <= address + size_bytes
