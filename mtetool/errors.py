@@ -107,6 +107,12 @@ class NoSuchProcessError(GuestError):
     id = "no-such-process"
 
 
+class NotAProcessError(GuestError):
+    """The PID is that of a thread, or of the kernel's own."""
+
+    id = "not-a-process"
+
+
 class NotAVmmError(GuestError):
     """The process has no KVM virtual machine."""
 
@@ -120,7 +126,7 @@ class SeveralVmsError(GuestError):
 
 
 class MteOffError(GuestError):
-    """MTE is not enabled for the VM, so that it has no tags."""
+    """MTE is not enabled for the VM (no memory of the process has PROT_MTE): there are no tags."""
 
     id = "mte-off"
 

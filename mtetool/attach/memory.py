@@ -86,8 +86,13 @@ class Mapping:
 
 def mappings(pid: int) -> list[Mapping]:
     """The process's mappings in order of address. Raises OSError."""
+    return parsed(Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape"))
+
+
+def parsed(maps: str) -> list[Mapping]:
+    """The mappings that a text as that of /proc/PID/maps names."""
     result = []
-    for line in Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines():
+    for line in maps.splitlines():
         fields = line.split(None, 5)
         start, _, end = fields[0].partition("-")
         name = fields[5] if len(fields) > 5 else ""

@@ -119,9 +119,15 @@ def zombie(pid: int, status: dict[str, str]) -> NoSuchProcessError | None:
     return NoSuchProcessError(
         f"process {pid} ({status.get('Name', '?')}) has ended; it stays in the list only until its"
         f" parent, {_named(parent)}, has collected it",
-        hint="its VM went with it: start the VMM again",
+        hint="what it held in memory went with it: start it again",
         pid=pid,
     )
+
+
+def thread_has_ended(pid: int, tid: int) -> bool:
+    """Whether that thread of the process is gone, or about to be."""
+    state = status_of(f"{pid}/task/{tid}").get("State", "X")
+    return state.startswith(("Z", "X"))
 
 
 @dataclass(frozen=True, slots=True)

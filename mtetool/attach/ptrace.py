@@ -34,6 +34,9 @@ _SETSIGMASK = 0x420B
 _SECCOMP_GET_FILTER = 0x420C
 _GET_SYSCALL_INFO = 0x420E
 _GET_RSEQ_CONFIGURATION = 0x420F
+# arch/arm64/include/uapi/asm/ptrace.h
+PEEKMTETAGS = 33
+POKEMTETAGS = 34
 _O_TRACESYSGOOD = 1
 _O_TRACECLONE = 8
 FOLLOW = 0x02 | 0x04 | _O_TRACECLONE | 0x10
@@ -69,6 +72,8 @@ _NAMES = {
     _SETSIGMASK: "setsigmask",
     _SECCOMP_GET_FILTER: "getfilter",
     _GET_RSEQ_CONFIGURATION: "getrseq",
+    PEEKMTETAGS: "peekmtetags",
+    POKEMTETAGS: "pokemtetags",
 }
 
 # include/uapi/linux/elf.h
@@ -318,6 +323,16 @@ class Tracee:
     def detach(self, signal: int = 0) -> None:
         """Let the thread go, with that signal delivered to it."""
         _ptrace(_DETACH, self.tid, 0, signal)
+
+    def copy_tags(self, request: int, address: int, local: int, n_bytes: int) -> int:
+        """PEEKMTETAGS or POKEMTETAGS: `n_bytes` tags, one a byte, to or from memory of ours.
+
+        How many were copied. Raises OSError when none were: EIO whatever is wrong with
+        `address`, ESRCH where the thread is not stopped any more.
+        """
+        iovec = _Iovec(local, n_bytes)
+        _ptrace(request, self.tid, address, ctypes.addressof(iovec))
+        return int(iovec.length)
 
     def event_message(self) -> int:
         """What came with the last event: for a clone, the new thread's id."""

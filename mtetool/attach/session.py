@@ -5,27 +5,22 @@ helper; it goes home before the first ioctl, so that the process's main loop ans
 a long copy. The helper has no state of its own. If mtetool vanishes, it finishes its call,
 unmaps the buffer and exits.
 
-One OS thread of ours (the tracer) owns all tracing: ptrace belongs to the thread that
-attached. Whatever the rest of mtetool does meanwhile, a process that ends is noticed and
-reaped by it within a moment.
+Whatever the rest of mtetool does meanwhile, a process that ends is noticed and reaped by the
+tracing thread (`mtetool.attach.tracer`) within a moment.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from mtetool.attach import memory, seccomp, steps
 from mtetool.attach.borrow import BorrowedThread
+from mtetool.attach.exclusion import alone
+from mtetool.attach.held import HeldThreads
 from mtetool.attach.helper import (
     Helper,
     ioctl_call,
@@ -35,10 +30,10 @@ from mtetool.attach.helper import (
     start_helper,
 )
 from mtetool.attach.permission import refusal
-from mtetool.attach.ptrace import Registers, Tracee
+from mtetool.attach.ptrace import Registers
+from mtetool.attach.tracer import ATTACH_PATIENCE_SECONDS, CALL_PATIENCE_SECONDS, Tracer
 from mtetool.errors import (
     AttachRefusedError,
-    BusyError,
     GuestError,
     GuestLostError,
 )
@@ -49,11 +44,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What takes longer is stuck: mtetool then ends, which is safe; hanging is not. A call of the
-# helper may be held up by memory that is read in from swap.
-_PATIENCE_SECONDS = 60.0
-_ATTACH_PATIENCE_SECONDS = 20.0
-_IDLE_SECONDS = 0.1
 # How many threads are tried where one after the other cannot be borrowed safely.
 _MOST_CANDIDATES = 8
 
@@ -87,16 +77,12 @@ class Session:
         self.borrowed_seconds = 0.0
         self._target = target
         self._helper: Helper | None = None
-        self._held: dict[int, Tracee] = {}
+        self._held = HeldThreads(target.pid)
         self._filters: tuple[seccomp.Program, ...] = ()
         self._lost: GuestLostError | None = None
-        self._stuck = False
-        self._requests: queue.SimpleQueue[tuple[Future[object], Callable[[], object]] | None]
-        self._requests = queue.SimpleQueue()
-        self._tracer = threading.Thread(target=self._trace, name="tracer", daemon=True)
-        self._tracer.start()
+        self._tracer = Tracer(target.pid, idle=self._reap)
         try:
-            self._call(self._attach, _ATTACH_PATIENCE_SECONDS)
+            self._call(self._attach, ATTACH_PATIENCE_SECONDS)
         except BaseException:
             # A signal of ours may come while the tracer is still at it.
             self.close()
@@ -142,34 +128,17 @@ class Session:
 
     def close(self) -> None:
         """Let the helper end and take its memory along; nothing of ours stays. Idempotent."""
-        if self._stuck or not self._tracer.is_alive():
+        if self._tracer.stuck or not self._tracer.alive:
             return
         try:
             self._call(self._let_go)
         finally:
-            self._requests.put(None)
-            self._tracer.join(_PATIENCE_SECONDS)
+            self._tracer.close()
 
     # --- on the caller's side ---------------------------------------------------------
 
-    def _call(self, function: Callable[[], T], patience: float = _PATIENCE_SECONDS) -> T:
-        if self._stuck:
-            raise self._no_answer(patience)
-        future: Future[object] = Future()
-        self._requests.put((future, function))
-        try:
-            return future.result(patience)  # type: ignore[return-value]
-        except TimeoutError:
-            self._stuck = True
-            raise self._no_answer(patience) from None
-
-    def _no_answer(self, patience: float) -> BusyError:
-        return BusyError(
-            f"process {self.pid} did not answer for {patience:.0f} seconds",
-            hint="it is frozen (a cgroup's freezer?) or stuck in the kernel; mtetool lets go of it"
-            " by ending, and it goes on when it can",
-            pid=self.pid,
-        )
+    def _call(self, function: Callable[[], T], patience: float = CALL_PATIENCE_SECONDS) -> T:
+        return self._tracer.call(lambda: self._noting_loss(function), patience)
 
     def _alive(self) -> Helper:
         if self._lost is not None:
@@ -198,26 +167,15 @@ class Session:
 
     # --- on the tracer's side -----------------------------------------------------------
 
-    def _trace(self) -> None:
-        while True:
-            try:
-                request = self._requests.get(timeout=_IDLE_SECONDS)
-            except queue.Empty:
-                self._reap()
-                continue
-            if request is None:
-                return
-            future, function = request
-            try:
-                future.set_result(function())
-            except GuestLostError as error:
-                self._lost = error
-                future.set_exception(error)
-            except ProcessLookupError:
-                self._lost = self._gone()
-                future.set_exception(self._lost)
-            except BaseException as error:  # noqa: BLE001 - it is raised on the caller's side
-                future.set_exception(error)
+    def _noting_loss(self, function: Callable[[], T]) -> T:
+        try:
+            return function()
+        except GuestLostError as error:
+            self._lost = error
+            raise
+        except ProcessLookupError:
+            self._lost = self._gone()
+            raise self._lost from None
 
     def _reap(self) -> None:
         # Also when it is known to be lost: unreaped, a thread keeps the process a zombie.
@@ -226,7 +184,7 @@ class Session:
 
     def _attach(self) -> None:
         try:
-            with _alone(self.pid), ExitStack() as stack:
+            with alone(self.pid), ExitStack() as stack:
                 thread = self._borrow(stack)
                 remove_leftovers(thread, map_bytes(self.buffer_bytes))
                 self._helper = start_helper(thread, map_bytes(self.buffer_bytes))
@@ -270,32 +228,15 @@ class Session:
     def _hold(self, tids: Iterable[int]) -> dict[int, Registers]:
         self._alive()
         steps.enter("freeze")
-        seized: list[Tracee] = []
-        for tid in sorted(set(tids) - set(self._held)):
-            try:
-                tracee = self._held[tid] = Tracee.seize(tid)
-                tracee.interrupt()
-                seized.append(tracee)
-            except ProcessLookupError:
-                self._held.pop(tid, None)
-            except OSError as error:
-                raise refusal(self.pid, error) from error
-        # All have been asked to stop before the first is waited for.
         registers = {}
-        for tracee in seized:
-            try:
-                tracee.until_event_stop()
+        for tracee in self._held.hold(tids):
+            with suppress(ProcessLookupError):
                 registers[tracee.tid] = tracee.registers()
-            except (GuestLostError, ProcessLookupError):
-                del self._held[tracee.tid]
         return registers
 
     def _release(self, tids: Iterable[int] | None) -> None:
         steps.enter("thaw")
-        for tid in list(self._held) if tids is None else tids:
-            if (tracee := self._held.pop(tid, None)) is not None:
-                with suppress(ProcessLookupError):
-                    tracee.detach()
+        self._held.release(tids)
 
     def _let_go(self) -> None:
         self._release(None)
@@ -306,39 +247,7 @@ class Session:
         with suppress(OSError, GuestError):
             try:
                 if not helper.aim_at_its_end():
-                    with _alone(self.pid), ExitStack() as stack:
+                    with alone(self.pid), ExitStack() as stack:
                         helper.unmap_through(self._borrow(stack, but=helper.tracee.tid))
             finally:
                 helper.leave()
-
-
-@contextmanager
-def _alone(pid: int) -> Iterator[None]:
-    """No other mtetool maps or unmaps memory in the process meanwhile. Raises BusyError.
-
-    The lock is on the process's own file in /proc, so that the death of its holder frees it.
-    Where another mount of /proc hides two runs from each other, the marks in the memory itself
-    (`remove_leftovers`) have to do.
-    """
-    file = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        deadline = time.monotonic() + _ATTACH_PATIENCE_SECONDS / 2
-        while not _locked(file):
-            if time.monotonic() > deadline:
-                raise BusyError(
-                    f"another mtetool is attaching to process {pid} and does not get on",
-                    hint="see what it waits for; ending it is safe",
-                    pid=pid,
-                )
-            time.sleep(0.01)
-        yield
-    finally:
-        os.close(file)
-
-
-def _locked(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -32,6 +32,7 @@ Opener = Callable[[str, GuestOptions], Guest]
 _OPENERS = {
     "emu": ("mtetool.backends.emulator", "open_emulated"),
     "kvm": ("mtetool.backends.kvm", "open_kvm"),
+    "proc": ("mtetool.backends.process", "open_process"),
 }
 
 
@@ -41,7 +42,7 @@ def is_guest(source: str) -> bool:
 
 
 def open_guest(source: str, options: GuestOptions | None = None) -> Guest:
-    """Open the guest that `source` names, `emu:PATH` or `kvm:PID[:FD]`.
+    """Open the guest that `source` names, `emu:PATH`, `kvm:PID[:FD]` or `proc:PID`.
 
     Raises SourceError for a name of no known kind, and what the backend raises.
     """

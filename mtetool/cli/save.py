@@ -101,7 +101,8 @@ def command(
     if result.consistent is False and not quiet:
         warn(
             f"{guest} ran during the save: the snapshot mixes tags of different moments;"
-            " pause the guest first (virsh suspend, or stop in QEMU's monitor), or use --freeze"
+            " pause the guest first (virsh suspend, stop in QEMU's monitor; a process: kill -STOP),"
+            " or use --freeze"
         )
     # The snapshot has standard output for itself.
     with redirect_stdout(sys.stderr if target == "-" else sys.stdout):
@@ -161,6 +162,8 @@ def _document(
 
 
 def _tell(guest: str, target: str, file_bytes: int, elapsed: float, result: SaveResult) -> None:
+    from mtetool.flows.layout import UNREACHABLE
+
     name = "standard output" if target == "-" else target
     say(f"saved the tags of {size(result.saved_bytes)} of {guest} to {name}")
     say(f"snapshot: {size(file_bytes)}, in {elapsed:.1f} s")
@@ -168,7 +171,7 @@ def _tell(guest: str, target: str, file_bytes: int, elapsed: float, result: Save
     if result.frozen_seconds is not None:
         say(f"the guest stood still for {result.frozen_seconds:.3f} s")
     for slot in result.skipped:
-        say(f"left out: slot {slot.id} at {slot.ipa:#x}, {size(slot.size_bytes)} of device memory")
+        say(f"left out: slot {slot.id} at {slot.ipa:#x}, {size(slot.size_bytes)}: {UNREACHABLE}")
     for line in missing_lines("missing", result.missing):
         say(line)
     if result.lost is not None:

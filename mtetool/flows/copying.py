@@ -18,7 +18,7 @@ import numpy as np
 
 from mtetool.backends.base import Guest
 from mtetool.errors import BusyError, GuestError, errno_name
-from mtetool.flows.layout import Layout
+from mtetool.flows.layout import UNREACHABLE, Layout
 from mtetool.snapshot.model import Extent, Missing
 from mtetool.uapi import GRANULE_BYTES
 
@@ -54,6 +54,17 @@ class Copied:
     def size_bytes(self) -> int:
         """Bytes of guest memory."""
         return int(self.tags.size) * GRANULE_BYTES
+
+
+def check_has_tags(guest: Guest, layout: Layout, name: str) -> None:
+    """Raise GuestError for a guest without any memory that has tags (MteOffError: MTE is off)."""
+    if layout.taggable:
+        return
+    guest.read_tags(0, np.empty(0, dtype=np.uint8))  # a copy of nothing tells why
+    raise GuestError(
+        f"{name} has no memory that carries tags",
+        hint="see its memslots with: mtetool emu show, or tell them with --memslot IPA:SIZE",
+    )
 
 
 class TagReader:
@@ -241,7 +252,7 @@ def _reason(number: int, ipa: int, layout: Layout, writing: bool) -> str:
     if layout.slots and slot is None:
         return "no memslot there"
     if slot is not None and slot.kind == "device":
-        return "device memory, which has no tags"
+        return f"tags that cannot be reached: {UNREACHABLE}"
     if writing and slot is not None and (slot.readonly or slot.kind == "rom"):
         return "read-only"
     if number == errno.EFAULT:

@@ -11,6 +11,9 @@ from mtetool.errors import LayoutUnknownError, MisalignedError, RangeError
 from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Header
 
+UNREACHABLE = "a device's memory, or protected from its own program"
+"""What a slot of the kind "device" is."""
+
 
 @dataclass(frozen=True)
 class Layout:

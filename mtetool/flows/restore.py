@@ -12,7 +12,7 @@ from mtetool.backends.base import Guest
 from mtetool.errors import STATUS_OK, STATUS_PARTIAL, BusyError, LayoutError, MtetoolError
 from mtetool.flows.checking import check
 from mtetool.flows.comparing import Comparer
-from mtetool.flows.copying import Copied, TagReader, write_extent
+from mtetool.flows.copying import Copied, TagReader, check_has_tags, write_extent
 from mtetool.flows.layout import Layout, common, hex_range, layout_of, merged, slots_of, total_bytes
 from mtetool.flows.pieces import Progress, chunks, no_progress
 from mtetool.flows.relocation import Relocation, check_fit
@@ -85,6 +85,7 @@ def restore(
     reader = open_reader()
     header = reader.header
     layout = layout_of(guest, slots_of(header))
+    check_has_tags(guest, layout, "the guest")
     relocation = Relocation(options.moves, header.memslots)
     relocation.check_targets(layout.page_size_bytes)
     gone: list[Extent] = []

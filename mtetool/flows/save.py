@@ -15,9 +15,10 @@ from mtetool.errors import (
     PartialError,
     UsageError,
 )
-from mtetool.flows.copying import TagReader
+from mtetool.flows.copying import TagReader, check_has_tags
 from mtetool.flows.freezing import held_still
 from mtetool.flows.layout import (
+    UNREACHABLE,
     Layout,
     check_aligned,
     check_inside,
@@ -88,6 +89,7 @@ def save(
     """
     info = guest.info()
     layout = Layout(info.memslots, guest.page_size_bytes)
+    check_has_tags(guest, layout, info.source)
     scope = decide_scope(layout, options, info.source)
     reader = TagReader(guest, layout)
     # What takes its time (the monitor, memory for the tags) comes before the guest stands still.
@@ -117,11 +119,6 @@ def decide_scope(layout: Layout, options: SaveOptions, source: str) -> list[Exte
     if options.slots:
         chosen = [_slot_extent(layout, slot_id) for slot_id in set(options.slots)]
         return sorted(chosen, key=lambda extent: extent.ipa)
-    if not layout.taggable:
-        raise GuestError(
-            f"{source} has no memory that carries tags",
-            hint="see its memslots with: mtetool emu show, or tell them with --memslot IPA:SIZE",
-        )
     return layout.taggable
 
 
@@ -129,7 +126,7 @@ def _slot_extent(layout: Layout, slot_id: int) -> Extent:
     for slot in layout.slots:
         if slot.id == slot_id:
             if slot.kind == "device":
-                raise UsageError(f"slot {slot_id} is device memory, which has no tags")
+                raise UsageError(f"slot {slot_id} has no tags to be reached: {UNREACHABLE}")
             return Extent(slot.ipa, slot.size_bytes)
     known = ", ".join(str(slot.id) for slot in layout.slots) or "none"
     raise UsageError(f"the guest has no slot {slot_id}", hint=f"its slots: {known}")

@@ -11,7 +11,7 @@ from typing import BinaryIO, Protocol, cast
 from mtetool.backends import GuestOptions, is_guest, open_guest
 from mtetool.backends.base import Guest
 from mtetool.errors import SnapshotError, host_error
-from mtetool.flows.copying import Copied, TagReader
+from mtetool.flows.copying import Copied, TagReader, check_has_tags
 from mtetool.flows.layout import check_aligned, check_inside, common, layout_of, merged
 from mtetool.flows.pieces import chunks
 from mtetool.snapshot.index import Entry, IndexedSnapshot
@@ -62,7 +62,7 @@ def asked(source: TagSource, ranges: Sequence[Extent]) -> list[Extent]:
 
 @contextmanager
 def open_source(source: str, options: GuestOptions | None = None) -> Iterator[TagSource]:
-    """Open a guest (`emu:PATH`, `kvm:PID`), a snapshot file, or standard input for "-".
+    """Open a guest (`emu:PATH`, `kvm:PID`, `proc:PID`), a snapshot file, or standard input for "-".
 
     Raises what opening those raises; LayoutUnknownError for a guest without a layout.
     """
@@ -86,6 +86,7 @@ class GuestSource:
         self.name = name
         self.page_size_bytes = guest.page_size_bytes
         self._layout = layout_of(guest)
+        check_has_tags(guest, self._layout, name)
         self._reader = TagReader(guest, self._layout)
 
     def extents(self) -> list[Extent]:

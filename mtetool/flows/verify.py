@@ -8,7 +8,7 @@ from mtetool.backends.base import Guest
 from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL
 from mtetool.flows.checking import Checked, check
 from mtetool.flows.comparing import Comparer
-from mtetool.flows.copying import TagReader
+from mtetool.flows.copying import TagReader, check_has_tags
 from mtetool.flows.layout import layout_of, slots_of
 from mtetool.flows.pieces import Progress, no_progress
 from mtetool.flows.tally import Tally
@@ -48,6 +48,7 @@ def verify_against(
     Raises SnapshotError, and GuestError where the guest refuses as a whole.
     """
     layout = layout_of(guest, slots_of(reader.header))
+    check_has_tags(guest, layout, name)
     comparer = Comparer(TagReader(guest, layout))
     differing: Tally[Extent] = Tally()
     unreadable: Tally[Missing] = Tally()

@@ -14,6 +14,7 @@ from mtetool import uapi
 from mtetool.attach import permission
 from mtetool.errors import (
     NoSuchProcessError,
+    NotAProcessError,
     NotAVmmError,
     PermissionRefusedError,
     SeveralVmsError,
@@ -43,11 +44,51 @@ class VmmProcess:
 
 def find(pid: int) -> VmmProcess:
     """Look at a process. Raises NoSuchProcessError, NotAVmmError, PermissionRefusedError."""
-    _check_is_process(pid)
+    try:
+        check_is_process(pid, "kvm")
+    except NotAProcessError as error:
+        message = f"{error.message}: it has no KVM virtual machine"
+        raise NotAVmmError(message, hint=error.hint, **error.details) from error
     links = _fd_links(pid)
     vm_fds = sorted(fd for fd, link in links.items() if link == _VM_LINK)
     vcpus = len({link for link in links.values() if link.startswith(_VCPU_LINK)})
-    return VmmProcess(pid, start_time(pid), _program(pid), tuple(vm_fds), vcpus)
+    return VmmProcess(pid, start_time(pid), program(pid), tuple(vm_fds), vcpus)
+
+
+def check_is_process(pid: int, prefix: str) -> None:
+    """See that it is a process of programs of users; hints name others with `prefix`.
+
+    Raises NoSuchProcessError (also of one that has ended), NotAProcessError.
+    """
+    status = permission.status_of(pid)
+    if not status:
+        raise no_process(pid)
+    # /proc also answers to the ids of threads, which it does not list.
+    group = int(status["Tgid"])
+    if group != pid:
+        raise NotAProcessError(
+            f"{pid} is a thread of process {group}, not a process",
+            hint=f"{prefix}:{group}",
+            pid=pid,
+        )
+    if (ended := permission.zombie(pid, status)) is not None:
+        raise ended
+    if _is_kernel_thread(pid):
+        raise NotAProcessError(
+            f"process {pid} ({status.get('Name', '?')}) is a thread of the kernel itself",
+            hint="give the PID of a program; VMMs are listed by: mtetool list",
+            pid=pid,
+        )
+
+
+def has_memory(pid: int, started: int) -> bool:
+    """Whether the process that started then is still there, and not about to be gone."""
+    try:
+        return start_time(pid) == started and bool(Path(f"/proc/{pid}/maps").read_bytes())
+    except PermissionError:
+        return True
+    except (OSError, NoSuchProcessError):
+        return False
 
 
 def find_all() -> tuple[list[VmmProcess], int]:
@@ -132,7 +173,7 @@ def start_time(pid: int) -> int:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
-        raise _no_process(pid) from None
+        raise no_process(pid) from None
     return int(stat.rpartition(")")[2].split()[19])
 
 
@@ -161,6 +202,16 @@ def _activity(call: list[str]) -> Activity:
         return Activity.RUNNING
     in_kvm_run = len(call) > 2 and call[0] == "29" and int(call[2], 16) == uapi.KVM_RUN
     return Activity.VCPU if in_kvm_run else Activity.BLOCKED
+
+
+def is_stopped(pid: int) -> bool | None:
+    """Whether all living threads are stopped by a signal; None: it is gone."""
+    states = set()
+    for task in _tasks(pid):
+        with suppress(OSError, IndexError):
+            states.add((task / "stat").read_text(errors="replace").rpartition(")")[2].split()[0])
+    states -= {"Z", "X"}
+    return states == {"T"} if states else None
 
 
 def runs_guest(pid: int) -> bool:
@@ -227,32 +278,11 @@ def _fd_links(pid: int) -> dict[int, str]:
             except FileNotFoundError:
                 continue  # closed meanwhile
     except (FileNotFoundError, ProcessLookupError):
-        raise _no_process(pid) from None
+        raise no_process(pid) from None
     except PermissionError as error:
         asked = f"looking at the file descriptors of process {pid}"
         raise permission.refused(pid, asked, error) from error
     return links
-
-
-def _check_is_process(pid: int) -> None:
-    status = permission.status_of(pid)
-    if not status:
-        raise _no_process(pid)
-    # /proc also answers to the ids of threads, which it does not list.
-    group = int(status["Tgid"])
-    if group != pid:
-        raise NotAVmmError(
-            f"{pid} is a thread of process {group}, not a process", hint=f"kvm:{group}", pid=pid
-        )
-    if (ended := permission.zombie(pid, status)) is not None:
-        raise ended
-    if _is_kernel_thread(pid):
-        raise NotAVmmError(
-            f"process {pid} ({status.get('Name', '?')}) is a thread of the kernel itself: it has no"
-            " KVM virtual machine",
-            hint="give the PID of the VMM; it is listed by: mtetool list",
-            pid=pid,
-        )
 
 
 def _is_kernel_thread(pid: int) -> bool:
@@ -263,13 +293,15 @@ def _is_kernel_thread(pid: int) -> bool:
     return bool(int(stat.rpartition(")")[2].split()[6]) & _PF_KTHREAD)
 
 
-def _no_process(pid: int) -> NoSuchProcessError:
+def no_process(pid: int) -> NoSuchProcessError:
+    """The error for a process that is not there."""
     return NoSuchProcessError(
         f"there is no process {pid}", hint="look for the VMM with: mtetool list", pid=pid
     )
 
 
-def _program(pid: int) -> str:
+def program(pid: int) -> str:
+    """The name of the program that the process executes; `?` where it cannot be read."""
     # The kernel cuts comm at 15 bytes; the executable's name needs the right to trace.
     try:
         return Path(f"/proc/{pid}/exe").readlink().name.removesuffix(" (deleted)")

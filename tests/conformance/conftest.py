@@ -1,7 +1,11 @@
-"""Which backends the suite is run on: `--backend emu` (the default) or `--backend kvm`.
+"""Which backends the suite is run on: `--backend emu` (the default), `kvm` or `proc`.
 
-`kvm` wants an arm64 host with MTE, and the test VMM's path in MTETOOL_TEST_VMM. Plain pytest is
-enough; the lab has no plugins.
+`kvm` and `proc` want an arm64 host with MTE, and a program's path: the test VMM in
+MTETOOL_TEST_VMM, the program with tagged memory in MTETOOL_TEST_PROGRAM. Plain pytest is enough;
+the lab has no plugins.
+
+What only a VM has is marked `vm`: MTE that is switched on before the first vCPU. These tests are
+deselected, and counted so, on `proc`: nothing of it can be asked of a process.
 """
 
 from __future__ import annotations
@@ -14,12 +18,28 @@ from pathlib import Path
 import pytest
 
 from mtetool.backends.emulated_file import PAGE_SIZES
-from tests.conformance.guests import EmulatedGuests, Factory, RealGuests
+from tests.conformance.guests import EmulatedGuests, Factory, ProcessGuests, RealGuests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     # Known where this directory is named on the command line; elsewhere the default holds.
-    parser.addoption("--backend", action="append", choices=["emu", "kvm"])
+    parser.addoption("--backend", action="append", choices=["emu", "kvm", "proc"])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "vm: what only a VM has, and no process")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if item.get_closest_marker("vm") and _of_process(item)]
+    items[:] = [item for item in items if item not in left_out]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+
+
+def _of_process(item: pytest.Item) -> bool:
+    call = getattr(item, "callspec", None)
+    return call is not None and call.params["make_guest"][0] == "proc"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -29,8 +49,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     params: list[tuple[str, int]] = []
     if "emu" in backends:
         params += [("emu", page) for page in PAGE_SIZES]
-    if "kvm" in backends:
-        params.append(("kvm", os.sysconf("SC_PAGE_SIZE")))
+    params += [(name, os.sysconf("SC_PAGE_SIZE")) for name in ("kvm", "proc") if name in backends]
     ids = [f"{backend}-{page // 1024}K" for backend, page in params]
     metafunc.parametrize("make_guest", params, ids=ids, indirect=True)
 
@@ -42,6 +61,8 @@ def make_guest(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Facto
     with ExitStack() as stack:
         if backend == "emu":
             yield EmulatedGuests(tmp_path, page_size_bytes, stack)
+        elif backend == "proc":
+            yield ProcessGuests(os.environ["MTETOOL_TEST_PROGRAM"], stack)
         else:
             yield RealGuests(os.environ["MTETOOL_TEST_VMM"], stack)
 

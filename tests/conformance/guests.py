@@ -72,19 +72,44 @@ class RealGuests:
     page_size_bytes: int = field(default_factory=lambda: os.sysconf("SC_PAGE_SIZE"))
 
     def __call__(self, slots: Sequence[Slot], mte: bool = True, vcpus: int = 0) -> Guest:
-        command = [self.executable, *([] if mte else ["--no-mte"]), "--vcpus", str(vcpus)]
-        command += [f"{ipa:#x}:{size:#x}{':ro' if ro else ''}" for ipa, size, ro in slots]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.stack.callback(_end, process)
-        assert process.stdout is not None
-        line = process.stdout.readline().strip()
-        assert line == b"ready", f"{command} said {line!r}"
+        words = [*([] if mte else ["--no-mte"]), "--vcpus", str(vcpus)]
+        pid = _start(self.stack, [self.executable, *words, *_spelled(slots)])
         options = GuestOptions(memslots=memslots(slots))
-        return self.stack.enter_context(open_guest(f"kvm:{process.pid}", options))
+        return self.stack.enter_context(open_guest(f"kvm:{pid}", options))
+
+
+@dataclass
+class ProcessGuests:
+    """Processes that have just these slots as memory with tags; vCPUs they have none.
+
+    `executable` is called as `tagged --at [--no-mte] ADDRESS:SIZE[:ro] …`, else as the test VMM.
+    """
+
+    executable: str
+    stack: ExitStack
+    page_size_bytes: int = field(default_factory=lambda: os.sysconf("SC_PAGE_SIZE"))
+
+    def __call__(self, slots: Sequence[Slot], mte: bool = True, vcpus: int = 0) -> Guest:
+        words = ["--at", *([] if mte else ["--no-mte"])]
+        pid = _start(self.stack, [self.executable, *words, *_spelled(slots)])
+        return self.stack.enter_context(open_guest(f"proc:{pid}"))
+
+
+def _spelled(slots: Sequence[Slot]) -> list[str]:
+    return [f"{ipa:#x}:{size:#x}{':ro' if ro else ''}" for ipa, size, ro in slots]
+
+
+def _start(stack: ExitStack, command: list[str]) -> int:
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    stack.callback(_end, process)
+    assert process.stdout is not None
+    line = process.stdout.readline().strip()
+    assert line == b"ready", f"{command} said {line!r}"
+    return process.pid
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a VMM. It must still be there: whoever borrowed from it let it live."""
+    """End a VMM or a process. It must still be there: whoever worked on it let it live."""
     alive = process.poll() is None
     assert process.stdin is not None
     assert process.stdout is not None
@@ -97,5 +122,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         raise
     finally:
         process.stdout.close()
-    assert alive, f"the VMM ended before its test, with status {status}"
-    assert status == 0, f"the VMM ended with status {status}"
+    assert alive, f"it ended before its test, with status {status}"
+    assert status == 0, f"it ended with status {status}"

@@ -166,6 +166,15 @@ def test_the_end_of_the_addresses(make_guest: Factory, page: int) -> None:
     assert not tags_of(guest, 0, 2 * page).any()
 
 
+@pytest.mark.parametrize("bit", [56, 59, 63])
+def test_the_top_byte_is_part_of_the_address(make_guest: Factory, page: int, bit: int) -> None:
+    # A CPU ignores it in a pointer: tags are there.
+    guest = make_guest([(BASE, page, False)])
+    assert errno_of_read(guest, BASE | 1 << bit, page) == errno.EFAULT
+    assert errno_of_write(guest, BASE | 1 << bit, page) == errno.EFAULT
+    assert not tags_of(guest, BASE, page).any()
+
+
 # --- what is done in part -----------------------------------------------------------------
 
 
@@ -243,6 +252,7 @@ def test_mte_off_comes_before_every_other_check(make_guest: Factory, page: int) 
         guest.read_tags(0, buffer(page))
 
 
+@pytest.mark.vm
 def test_enable_before_the_first_vcpu(make_guest: Factory, page: int) -> None:
     guest = make_guest([(BASE, page, False)], mte=False, vcpus=0)
     assert guest.enable_mte() is True
@@ -253,6 +263,7 @@ def test_enable_before_the_first_vcpu(make_guest: Factory, page: int) -> None:
     assert np.array_equal(tags_of(guest, BASE, page), tags)
 
 
+@pytest.mark.vm
 def test_enable_after_the_first_vcpu(make_guest: Factory, page: int) -> None:
     guest = make_guest([(BASE, page, False)], mte=False, vcpus=1)
     with pytest.raises(TooLateError):

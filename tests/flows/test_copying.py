@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mtetool.errors import BusyError, GuestError, GuestLostError
 from mtetool.flows.copying import Copied, TagReader, write_extent
-from mtetool.flows.layout import Layout
+from mtetool.flows.layout import UNREACHABLE, Layout
 from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Missing
 from mtetool.tags import Tags
@@ -72,7 +72,7 @@ def test_device_memory_is_skipped_whole() -> None:
     pages, missing = read_all(guest, [Extent(BASE, 51 * PAGE)])
     assert sorted(pages) == [BASE + 50 * PAGE]
     assert [(m.size_bytes, m.reason) for m in missing] == [
-        (50 * PAGE, "device memory, which has no tags")
+        (50 * PAGE, f"tags that cannot be reached: {UNREACHABLE}")
     ]
 
 

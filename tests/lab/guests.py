@@ -124,12 +124,12 @@ def as_user(lab: Machine, uid: int, *words: str) -> list[str]:
 _KILL_VMMS = """
 for process in /proc/[0-9]*; do
     case $(readlink $process/exe) in
-    */qemu-system-aarch64 | */testvmm | */newvms) kill -KILL ${process#/proc/} ;;
+    */qemu-system-aarch64 | */testvmm | */newvms | */tagged) kill -KILL ${process#/proc/} ;;
     esac
 done
 for process in /proc/[0-9]*; do
     case $(readlink $process/exe) in
-    */qemu-system-aarch64 | */testvmm | */newvms) exit 1 ;;
+    */qemu-system-aarch64 | */testvmm | */newvms | */tagged) exit 1 ;;
     esac
 done
 """

@@ -12,11 +12,15 @@ _SUITE = "cd /opt/mtetool && exec python3 -B -m pytest -p no:cacheprovider -q te
 
 
 @pytest.mark.every_kernel
-def test_kvm_backend_conforms_on_the_real_kernel(lab: Machine) -> None:
+@pytest.mark.parametrize(
+    ("backend", "left_out"),
+    [("kvm", 0), ("proc", 2)],  # MTE that is enabled before the first vCPU, and not after it
+)
+def test_backend_conforms_on_the_real_kernel(lab: Machine, backend: str, left_out: int) -> None:
     result = lab.run(
-        ["sh", "-c", f"{_SUITE} --backend kvm"],
+        ["sh", "-c", f"{_SUITE} --backend {backend}"],
         timeout=900,
-        env={"MTETOOL_TEST_VMM": "/lab/testvmm"},
+        env={"MTETOOL_TEST_VMM": "/lab/testvmm", "MTETOOL_TEST_PROGRAM": "/lab/tagged"},
     )
     output = result.stdout.decode()
     print(output)
@@ -24,4 +28,6 @@ def test_kvm_backend_conforms_on_the_real_kernel(lab: Machine) -> None:
     passed = re.search(r"(\d+) passed", output)
     assert passed
     assert int(passed[1]) >= 20
+    deselected = re.search(r"(\d+) deselected", output)
+    assert (int(deselected[1]) if deselected else 0) == left_out
     assert "skipped" not in output

@@ -1,0 +1,85 @@
+"""The one OS thread of ours that does all tracing of a process.
+
+ptrace belongs to the thread that attached. What is asked of it is waited for with a time-out: a
+process that is frozen by its cgroup, or stuck in the kernel, does not answer.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from mtetool.errors import BusyError
+
+T = TypeVar("T")
+
+# What takes longer is stuck: mtetool then ends, which is safe; hanging is not. A call may be
+# held up by memory that is read in from swap.
+CALL_PATIENCE_SECONDS = 60.0
+ATTACH_PATIENCE_SECONDS = 20.0
+_IDLE_SECONDS = 0.1
+
+
+class Tracer:
+    """Runs functions in the thread that traces process `pid`, one at a time.
+
+    `idle` is run there every tenth of a second in which nothing was asked.
+    """
+
+    def __init__(self, pid: int, *, idle: Callable[[], None]) -> None:
+        self._pid = pid
+        self._idle = idle
+        self.stuck = False
+        """Whether a function did not come back; then nothing more is asked of the thread."""
+        self._requests: queue.SimpleQueue[tuple[Future[object], Callable[[], object]] | None]
+        self._requests = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="tracer", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it was not closed yet."""
+        return self._thread.is_alive()
+
+    def call(self, function: Callable[[], T], patience: float = CALL_PATIENCE_SECONDS) -> T:
+        """What `function` returns or raises. Raises BusyError when it takes longer than that."""
+        if self.stuck:
+            raise self._no_answer(patience)
+        future: Future[object] = Future()
+        self._requests.put((future, function))
+        try:
+            return future.result(patience)  # type: ignore[return-value]
+        except TimeoutError:
+            self.stuck = True
+            raise self._no_answer(patience) from None
+
+    def close(self) -> None:
+        """End the thread; what it still traces is let go by that."""
+        self._requests.put(None)
+        self._thread.join(CALL_PATIENCE_SECONDS)
+
+    def _no_answer(self, patience: float) -> BusyError:
+        return BusyError(
+            f"process {self._pid} did not answer for {patience:.0f} seconds",
+            hint="it is frozen (a cgroup's freezer?) or stuck in the kernel; mtetool lets go of it"
+            " by ending, and it goes on when it can",
+            pid=self._pid,
+        )
+
+    def _run(self) -> None:
+        while True:
+            try:
+                request = self._requests.get(timeout=_IDLE_SECONDS)
+            except queue.Empty:
+                self._idle()
+                continue
+            if request is None:
+                return
+            future, function = request
+            try:
+                future.set_result(function())
+            except BaseException as error:  # noqa: BLE001 - it is raised on the caller's side
+                future.set_exception(error)

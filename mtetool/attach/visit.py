@@ -1,0 +1,180 @@
+"""Requests to the kernel for which a thread of the process has to stand still, and nothing else.
+
+One thread is stopped for as long as such a request takes, and let go; between two of them nothing
+is attached. No register and no memory of the process is used, so that a death of ours at any
+instant leaves nothing behind: the kernel detaches, and the thread runs on (one that a signal had
+stopped stays stopped).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+from mtetool.attach import steps
+from mtetool.attach.exclusion import alone
+from mtetool.attach.held import HeldThreads
+from mtetool.attach.permission import refusal, thread_has_ended
+from mtetool.attach.ptrace import Tracee
+from mtetool.attach.tracer import Tracer
+from mtetool.errors import BusyError, GuestError, GuestLostError, NoSuchProcessError
+
+T = TypeVar("T")
+
+# A thread that is made while others are being stopped is stopped as well; a process that makes
+# them without end is not.
+_ROUNDS = 20
+
+
+class Visitor:
+    """Stops threads of process `pid`: one for the time of a visit, or all of them.
+
+    `living` gives its threads, `ranked` those first that are best stopped. `check` is asked once a
+    thread stands still, and raises where the process is not the one that was meant any more.
+    Usable from any thread of ours, one call at a time. Everything raises GuestError subclasses.
+    """
+
+    def __init__(
+        self,
+        pid: int,
+        *,
+        living: Callable[[], Iterable[int]],
+        ranked: Callable[[], Iterable[int]],
+        check: Callable[[], object],
+    ) -> None:
+        self.pid = pid
+        self.stopped_seconds = 0.0
+        """The longest time for which a thread stood still for a visit."""
+        self._living = living
+        self._ranked = ranked
+        self._check = check
+        self._best: int | None = None
+        self._held = HeldThreads(pid)
+        self._frozen = ExitStack()
+        self._tracer = Tracer(pid, idle=self._reap)
+
+    def visit(self, function: Callable[[Tracee], T]) -> T:
+        """What `function` returns, or raises, given a thread that is stopped meanwhile."""
+        return self._tracer.call(lambda: self._visit(function))
+
+    def freeze(self) -> None:
+        """Stop all threads, also those that are made meanwhile; visits then use one of them."""
+        self._tracer.call(self._freeze)
+
+    def thaw(self) -> None:
+        """Let all threads run on."""
+        self._tracer.call(self._thaw)
+
+    def close(self) -> None:
+        """Let go of everything. Idempotent."""
+        if self._tracer.stuck or not self._tracer.alive:
+            return
+        try:
+            self._tracer.call(self._thaw)
+        finally:
+            self._tracer.close()
+
+    # --- in the tracing thread -----------------------------------------------------------
+
+    def _visit(self, function: Callable[[Tracee], T]) -> T:
+        steps.enter("visit")
+        if self._held.tracees:
+            return self._among_held(function)
+        with ExitStack() as stack:
+            self._be_alone(stack)
+            for tid in self._candidates():
+                if (tracee := self._seize(tid)) is not None:
+                    with suppress(ProcessLookupError), self._stopped(tracee):
+                        result = function(tracee)
+                        self._best = tid
+                        return result
+        raise self._gone()
+
+    def _among_held(self, function: Callable[[Tracee], T]) -> T:
+        self._check()
+        for tracee in self._held.tracees:
+            with suppress(ProcessLookupError):
+                return function(tracee)
+        raise self._gone()
+
+    def _candidates(self) -> Iterator[int]:
+        if self._best is not None:
+            yield self._best
+        yield from self._ranked()
+
+    def _seize(self, tid: int) -> Tracee | None:
+        try:
+            return Tracee.seize(tid)
+        except OSError as error:
+            if thread_has_ended(self.pid, tid):
+                return None
+            raise self._refusal(error) from error
+
+    @contextmanager
+    def _stopped(self, tracee: Tracee) -> Iterator[None]:
+        """The thread stands still, and is let go. Raises ProcessLookupError: it is not ours."""
+        since = time.monotonic()
+        try:
+            try:
+                tracee.stop()
+            except GuestLostError:
+                raise ProcessLookupError from None
+            self._check()
+            # A thread's id, too, may belong to another process by now.
+            Path(f"/proc/{self.pid}/task/{tracee.tid}/stat").read_bytes()
+            yield
+        except FileNotFoundError:
+            raise ProcessLookupError from None
+        finally:
+            with suppress(ProcessLookupError):
+                tracee.detach()
+            self.stopped_seconds = max(self.stopped_seconds, time.monotonic() - since)
+
+    def _freeze(self) -> None:
+        steps.enter("freeze")
+        self._be_alone(self._frozen)
+        try:
+            for _ in range(_ROUNDS):
+                if not self._held.hold(self._living()):
+                    break
+            else:
+                raise BusyError(
+                    f"process {self.pid} makes threads faster than they can be stopped",
+                    hint="try again, or stop it by a signal: kill -STOP",
+                    pid=self.pid,
+                )
+            if not self._held.tracees:
+                raise self._gone()
+            self._check()
+        except BaseException:
+            self._thaw()
+            raise
+
+    def _thaw(self) -> None:
+        steps.enter("thaw")
+        self._held.release()
+        self._frozen.close()
+
+    def _be_alone(self, stack: ExitStack) -> None:
+        try:
+            stack.enter_context(alone(self.pid))
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def _reap(self) -> None:
+        # Unreaped, a thread that we traced keeps its process a zombie. All are collected.
+        Tracee(self.pid).ended()
+
+    def _refusal(self, error: OSError) -> GuestError:
+        refused = refusal(self.pid, error)
+        return self._gone() if isinstance(refused, NoSuchProcessError) else refused
+
+    def _gone(self) -> GuestLostError:
+        return GuestLostError(
+            f"process {self.pid} ended while mtetool was working on it",
+            hint="look at why it ended; mtetool does not end it",
+            pid=self.pid,
+        )

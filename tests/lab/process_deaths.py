@@ -1,0 +1,169 @@
+"""Run in the lab: copies from and to a process, killed before each of their steps.
+
+`python3 -m tests.lab.process_deaths PID ADDRESS` kills mtetool, working on a page of process PID
+that it may change; with `--process` as the only argument it kills processes that are worked on.
+It prints, as JSON, what was found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from mtetool.attach import steps
+from mtetool.backends import open_guest
+from mtetool.errors import GuestError
+
+_SETTLE_SECONDS = 20.0
+_KEYS = ("TracerPid:", "SigBlk:", "SigPnd:", "ShdPnd:")
+
+
+def cycle(pid: int, address: int, value: int) -> None:
+    """What the commands do to a process: attach, read, write, freeze, read, let go."""
+    tags = np.zeros(256, dtype=np.uint8)
+    with open_guest(f"proc:{pid}") as guest:
+        guest.read_tags(address, tags)
+        guest.write_tags(address, np.full_like(tags, value))
+        guest.freeze()
+        guest.read_tags(address, tags)
+        guest.thaw()
+
+
+def names(pid: int, address: int) -> list[str]:
+    """The names of the steps of a cycle."""
+    cycle(pid, address, 1)
+    seen: list[str] = []
+    steps.on_step(seen.append)
+    cycle(pid, address, 2)
+    steps.on_step(None)
+    return seen
+
+
+def before(number: int, victim: int) -> steps.Hook:
+    """A hook that kills `victim` before that step, the first being 1."""
+    count = 0
+
+    def hook(_: str) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            os.kill(victim, signal.SIGKILL)
+
+    return hook
+
+
+def state(pid: int) -> dict[str, object]:
+    """What a death must leave as it was; and no thread may stand still."""
+    tasks = sorted(Path(f"/proc/{pid}/task").iterdir())
+    lines = [line.split() for task in tasks for line in (task / "status").read_text().splitlines()]
+    return {
+        "threads": len(tasks),
+        "status": [line for line in lines if line[0] in _KEYS],
+        "stopped": [line for line in lines if line[0] == "State:" and line[1] in "tTZ"],
+        "memory": [line.split()[:2] for line in Path(f"/proc/{pid}/maps").open()],
+    }
+
+
+def settled(pid: int, wanted: dict[str, object]) -> dict[str, object] | None:
+    """None when the process comes back to that state soon, else how it is."""
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while (now := state(pid)) != wanted:
+        if time.monotonic() > deadline:
+            return now
+        time.sleep(0.01)
+    return None
+
+
+def kill_mtetool(pid: int, address: int) -> dict[str, object]:
+    """Die at every step in turn, until a cycle gets through alive."""
+    of_a_cycle = names(pid, address)
+    wanted, harmed = state(pid), {}
+    for number in range(1, 10_000):
+        child = os.fork()
+        if child == 0:
+            steps.on_step(before(number, os.getpid()))
+            cycle(pid, address, number % 15)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if (now := settled(pid, wanted)) is not None:
+            harmed[number] = now
+            break
+        if os.WIFEXITED(status):
+            break
+    result = {"deaths": number - 1, "steps": of_a_cycle, "last_status": status}
+    return {**result, "harmed": harmed, "wanted": wanted}
+
+
+def start() -> tuple[subprocess.Popen[bytes], int]:
+    """A process with tagged memory, and the address of that."""
+    words = ["/lab/tagged", "--at", "0x40000000:0x10000"]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.readline() == b"ready\n"
+    return process, 0x40000000
+
+
+def working(pid: int, address: int, number: int) -> int:
+    """A cycle in which the process is killed at that step; 0: it got through, 4: in words."""
+    hook, count = before(number, pid), 0
+
+    def counting(name: str) -> None:
+        nonlocal count
+        count += 1
+        hook(name)
+
+    steps.on_step(counting)
+    try:
+        cycle(pid, address, 5)
+    except GuestError:
+        return 4
+    # At the last steps nothing is left that could fail.
+    return 4 if count >= number else 0
+
+
+def kill_processes() -> dict[str, object]:
+    """Kill a process at every step of a cycle in turn."""
+    statuses: Counter[str] = Counter()
+    stuck: list[object] = []
+    for number in range(1, 10_000):
+        process, address = start()
+        child = os.fork()
+        if child == 0:
+            os._exit(working(process.pid, address, number))
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while not (done := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+                stuck.append([number, "mtetool"])
+            time.sleep(0.005)
+        status = os.waitstatus_to_exitcode(done[1])
+        if status == 0:
+            process.kill()
+            process.wait()
+            break
+        statuses[str(status)] += 1
+        try:
+            process.wait(_SETTLE_SECONDS)
+        except subprocess.TimeoutExpired:
+            stuck.append([number, "process"])
+    return {"deaths": number - 1, "statuses": statuses, "stuck": stuck}
+
+
+def main() -> None:
+    """As the arguments say."""
+    if sys.argv[1] == "--process":
+        print(json.dumps(kill_processes()))
+    else:
+        print(json.dumps(kill_mtetool(int(sys.argv[1]), int(sys.argv[2], 0))))
+
+
+if __name__ == "__main__":
+    main()
