@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from mtetool.cli.faults import fault_option, faults_json, say_faults
 from mtetool.cli.options import (
     RANGE,
     SIZE,
@@ -27,6 +28,7 @@ from mtetool.guest import Memslot
 
 if TYPE_CHECKING:
     from mtetool.backends.emulator import EmulatedGuest
+    from mtetool.emulator.faults import Fault
     from mtetool.guest import GuestInfo
 
 # Where the memory of QEMU's machine `virt` begins.
@@ -108,6 +110,7 @@ def command() -> None:
     metavar="N",
     help="How many it has; MTE can be enabled without any only (default 1).",
 )
+@fault_option
 @click.option("--force", is_flag=True, help="Overwrite PATH if it exists.")
 @progress_options
 @report_option
@@ -120,6 +123,7 @@ def create(
     seed: int,
     no_mte: bool,
     vcpus: int,
+    faults: tuple[Fault, ...],
     force: bool,
     quiet: bool,
     progress: str,
@@ -147,6 +151,7 @@ def create(
         vcpus=vcpus,
         force=force,
         fill=fill_it,
+        faults=faults,
     )
     if output == "json":
         _show(path, output, "mtetool.emu-create/1")
@@ -156,8 +161,33 @@ def create(
 @click.argument("path", type=_PATH)
 @report_option
 def show(path: str, output: str) -> None:
-    """Say what an emulated guest is: its memslots, page size, whether MTE is on."""
+    """Say what an emulated guest is: its memslots, page size, whether MTE is on; its faults."""
     _show(path, output, "mtetool.emu-show/1")
+
+
+@command.command("fault", short_help="Show or change the faults to rehearse.")
+@click.argument("path", type=_PATH)
+@fault_option
+@click.option("--clear", is_flag=True, help="No faults any more; a guest that vanished is back.")
+@report_option
+def fault(path: str, faults: tuple[Fault, ...], clear: bool, output: str) -> None:
+    """Show the faults of an emulated guest and how often each fired.
+
+    With --fault these take the place of those before, and all counting begins anew.
+    """
+    if faults and clear:
+        raise UsageError("--fault and --clear exclude each other")
+    with _opened(path) as guest:
+        if faults or clear:
+            guest.set_faults(faults)
+        has = guest.faults()
+    if output == "json":
+        source = f"emu:{path}"
+        print_json({"schema": "mtetool.emu-fault/1", "source": source, **faults_json(has)})
+    elif has.ordered:
+        say_faults(has)
+    else:
+        say("no faults")
 
 
 @command.command("set", short_help="Give a range one tag.")
@@ -256,12 +286,14 @@ def _fill(
 
 def _show(path: str, output: str, schema: str) -> None:
     with _opened(path) as guest:
-        info = guest.info()
+        info, faults = guest.info(), guest.faults()
     if output == "json":
-        document: dict[str, Any] = {"schema": schema, **describe_guest(info)}
+        described = {**describe_guest(info), **faults_json(faults)}
+        document: dict[str, Any] = {"schema": schema, **described}
         print_json(document)
     else:
         _say_guest(info)
+        say_faults(faults)
 
 
 def _say_guest(info: GuestInfo) -> None:
