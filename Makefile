@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/sh
 
-.PHONY: help deps venv lab demo check test test-fast migration torture bench-lab clean
+.PHONY: help deps venv lab demo check test test-fast migration torture bench-lab differential differential-full clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -50,6 +50,12 @@ torture: deps venv ## a thousand deaths of mtetool on a busy VMM (half an hour)
 
 bench-lab: deps venv ## what attaching, saving and restoring cost in the lab
 	$(BIN)/python -m tests.bench.lab
+
+differential: deps venv ## a few thousand calls on real kernels and on the emulated one: same answers
+	$(BIN)/python -m tests.differential --calls 4000 --seed 1
+
+differential-full: deps venv ## the same with 100,000 calls on each kernel, and another seed each time
+	$(BIN)/python -m tests.differential --calls 100000
 
 clean: ## remove what make made here; the cache outside stays
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,8 +24,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
+from mtetool.emulator.behaviours import Behaviour
 from mtetool.errors import (
     BusyError,
+    DamagedError,
     DiskFullError,
     EmulatorFileError,
     FileExistsAlreadyError,
@@ -63,12 +65,18 @@ _COUNT_MAX = _ADDRESS_END - 1
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What the header says; slots in order of address, `readonly` never None."""
+    """What the header says; slots in order of address, `readonly` never None.
+
+    `hugetlb` has the ids of slots with hugetlb memory, `behaviours` what its kernel does
+    differently from others.
+    """
 
     page_size_bytes: int
     mte: bool
     vcpus: int
     memslots: tuple[Memslot, ...]
+    hugetlb: frozenset[int] = frozenset()
+    behaviours: frozenset[Behaviour] = frozenset()
 
 
 def check_description(described: Description) -> None:
@@ -88,6 +96,22 @@ def check_description(described: Description) -> None:
             raise UsageError(f"the memslots at {lower.ipa:#x} and {upper.ipa:#x} overlap")
     if len({slot.id for slot in described.memslots}) != len(described.memslots):
         raise UsageError("two memslots have the same id")
+
+
+def check_hugetlb(described: Description) -> None:
+    """Raises UsageError for hugetlb memory in a VM with MTE on a kernel that refuses it.
+
+    For new guests only: the kernel looks when a memslot is made, not when MTE is enabled.
+    """
+    if Behaviour.HUGETLB_TAGS in described.behaviours or not described.mte:
+        return
+    for slot in described.memslots:
+        if slot.id in described.hugetlb:
+            raise UsageError(
+                f"the memslot at {slot.ipa:#x} is hugetlb memory, which this kernel does not take"
+                " for a VM with MTE (EINVAL)",
+                hint=f"--kernel-behaviour {Behaviour.HUGETLB_TAGS.value} is one that does (6.13)",
+            )
 
 
 def _check_slot(slot: Memslot, page: int) -> None:
@@ -147,6 +171,7 @@ def _packed(described: Description) -> bytes:
             "size": slot.size_bytes,
             "readonly": bool(slot.readonly),
             "kind": slot.kind,
+            "hugetlb": slot.id in described.hugetlb,
         }
         for slot in described.memslots
     ]
@@ -156,6 +181,7 @@ def _packed(described: Description) -> bytes:
             "mte": described.mte,
             "vcpus": described.vcpus,
             "memslots": slots,
+            "behaviours": sorted(behaviour.value for behaviour in described.behaviours),
         }
     )
 
@@ -166,11 +192,22 @@ def _unpacked(packed: bytes) -> Description:
     page = fields.integer("page_size", 1, _COUNT_MAX)
     mte = fields.truth_or_none("mte")
     vcpus = fields.integer("vcpus", 0, _COUNT_MAX)
-    slots = tuple(_unpacked_slot(Fields(row, "a memslot")) for row in fields.array("memslots"))
+    rows = [Fields(row, "a memslot") for row in fields.array("memslots")]
+    hugetlb = [row.truth_or_none("hugetlb") for row in rows]
+    slots = tuple(_unpacked_slot(row) for row in rows)
+    behaviours = frozenset(_unpacked_behaviour(name) for name in fields.array("behaviours"))
     if mte is None:
         raise fields.wrong("'mte' is nil")
     fields.end()
-    return Description(page, mte, vcpus, slots)
+    huge = frozenset(slot.id for slot, is_huge in zip(slots, hugetlb, strict=True) if is_huge)
+    return Description(page, mte, vcpus, slots, huge, behaviours)
+
+
+def _unpacked_behaviour(name: object) -> Behaviour:
+    try:
+        return Behaviour(name)
+    except ValueError:
+        raise DamagedError("a kernel's behaviour that this mtetool does not know") from None
 
 
 def _unpacked_slot(fields: Fields) -> Memslot:

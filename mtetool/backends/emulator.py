@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from types import TracebackType
@@ -22,6 +22,7 @@ import numpy as np
 from mtetool.backends.emulated_file import (
     Description,
     check_description,
+    check_hugetlb,
     create,
     damaged,
     file_size,
@@ -33,6 +34,8 @@ from mtetool.backends.emulated_file import (
     refused,
 )
 from mtetool.backends.fault_block import FaultsInFile
+from mtetool.emulator.behaviours import Behaviour
+from mtetool.emulator.copying import CopyRequest, check_request
 from mtetool.emulator.faults import Fault, Faults
 from mtetool.errors import (
     BusyError,
@@ -45,7 +48,7 @@ from mtetool.errors import (
     UsageError,
 )
 from mtetool.guest import GuestInfo, Memslot
-from mtetool.uapi import COPY_LENGTH_MAX, GRANULE_BYTES, TAG_MAX
+from mtetool.uapi import GRANULE_BYTES, TAG_MAX
 
 if TYPE_CHECKING:
     from mtetool.backends import GuestOptions
@@ -85,13 +88,17 @@ def create_emulated(
     memslots: Sequence[Memslot],
     mte: bool = True,
     vcpus: int = 1,
+    hugetlb: Collection[int] = (),
+    behaviours: Collection[Behaviour] = (),
     force: bool = False,
     fill: Callable[[EmulatedGuest], None] | None = None,
     faults: Sequence[Fault] = (),
 ) -> None:
     """Make an emulated guest in the file `path`, all tags 0 or as `fill` sets them.
 
-    It has `faults` from the first use on.
+    `hugetlb` names memslots, by id, whose memory is hugetlb; a kernel without the behaviour
+    HUGETLB_TAGS refuses those for a VM with MTE. It has
+    `faults` from the first use on.
 
     The file appears when it is whole, with mode 0600. Raises UsageError, MisalignedError and
     RangeError for a layout that no guest has; FileExistsAlreadyError without `force`;
@@ -99,8 +106,11 @@ def create_emulated(
     such directory; PermissionRefusedError, DiskFullError, HostIoError.
     """
     slots = tuple(sorted(memslots, key=lambda slot: slot.ipa))
-    described = Description(page_size_bytes, mte, vcpus, slots)
+    described = Description(
+        page_size_bytes, mte, vcpus, slots, frozenset(hugetlb), frozenset(behaviours)
+    )
     check_description(described)
+    check_hugetlb(described)
 
     def fill_file(fd: int) -> None:
         with EmulatedGuest(os.dup(fd), path, described, writable=True, told=()) as guest:
@@ -142,6 +152,11 @@ class EmulatedGuest:
         """See `Guest.page_size_bytes`."""
         return self._described.page_size_bytes
 
+    @property
+    def behaviours(self) -> frozenset[Behaviour]:
+        """What its kernel does differently from others."""
+        return self._described.behaviours
+
     def info(self) -> GuestInfo:
         """See `Guest.info`; the memslots are those told with `--memslot`, if any were."""
         return GuestInfo(
@@ -178,14 +193,11 @@ class EmulatedGuest:
         return self._copied(ipa, tags, self._write_span, writing=True)
 
     def _check_copy(self, ipa: int, n_granules: int) -> None:
-        """The checks of kvm_vm_ioctl_mte_copy_tags (arch/arm64/kvm/guest.c), in its order."""
         self._check_open()
         self._check_mte()
-        length_bytes = n_granules * GRANULE_BYTES
-        if ipa % self.page_size_bytes or length_bytes % self.page_size_bytes:
-            raise OSError(errno.EINVAL, "not aligned to the page size")
-        if length_bytes > COPY_LENGTH_MAX:
-            raise OSError(errno.EINVAL, "too long for one copy")
+        request = CopyRequest(ipa, n_granules * GRANULE_BYTES)
+        if check_request(request, mte=True, page_size_bytes=self.page_size_bytes):
+            raise OSError(errno.EINVAL, "not aligned to the page size, or too long for one copy")
 
     def _copied(
         self, ipa: int, tags: Tags, copy: Callable[[int, Tags], None], *, writing: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -23,6 +23,7 @@ from mtetool.cli.options import (
 from mtetool.cli.progress import progress as progress_shown
 from mtetool.cli.ranges import size
 from mtetool.cli.render import describe_guest, print_json, say, table
+from mtetool.emulator.behaviours import Behaviour
 from mtetool.errors import UsageError
 from mtetool.guest import Memslot
 
@@ -44,11 +45,25 @@ class _Setting(NamedTuple):
     tag: int
 
 
-def _parse_slot(text: str) -> Memslot:
-    slot = parse_memslot(text)
+class _Slot(NamedTuple):
+    memslot: Memslot
+    hugetlb: bool
+
+
+def _parse_slot(text: str) -> _Slot:
+    hugetlb = text.endswith(":huge")
+    slot = parse_memslot(text.removesuffix(":huge"))
     if slot.readonly:
-        return replace(slot, kind="rom")
-    return replace(slot, readonly=False)
+        return _Slot(replace(slot, kind="rom"), hugetlb)
+    return _Slot(replace(slot, readonly=False), hugetlb)
+
+
+def _parse_behaviour(text: str) -> Behaviour:
+    try:
+        return Behaviour(text)
+    except ValueError:
+        names = ", ".join(behaviour.value for behaviour in Behaviour)
+        raise ValueError(f"{text!r} is no behaviour that is known: {names}") from None
 
 
 def _parse_setting(text: str) -> _Setting:
@@ -86,10 +101,10 @@ def command() -> None:
 @click.option(
     "--slot",
     "slots",
-    type=Parsed("ipa:size[:ro]", _parse_slot),
+    type=Parsed("ipa:size[:ro][:huge]", _parse_slot),
     multiple=True,
-    metavar="IPA:SIZE[:ro]",
-    help="A memslot, read-only with :ro (repeatable).",
+    metavar="IPA:SIZE[:ro][:huge]",
+    help="A memslot, read-only with :ro, hugetlb memory with :huge (repeatable).",
 )
 @click.option(
     "--page-size",
@@ -110,6 +125,14 @@ def command() -> None:
     metavar="N",
     help="How many it has; MTE can be enabled without any only (default 1).",
 )
+@click.option(
+    "--kernel-behaviour",
+    "behaviours",
+    type=Parsed("behaviour", _parse_behaviour),
+    multiple=True,
+    metavar="NAME",
+    help="What its kernel does unlike others, such as hugetlb-tags (repeatable).",
+)
 @fault_option
 @click.option("--force", is_flag=True, help="Overwrite PATH if it exists.")
 @progress_options
@@ -117,12 +140,13 @@ def command() -> None:
 def create(
     path: str,
     memory: int | None,
-    slots: tuple[Memslot, ...],
+    slots: tuple[_Slot, ...],
     page_size: str,
     fill: str,
     seed: int,
     no_mte: bool,
     vcpus: int,
+    behaviours: tuple[Behaviour, ...],
     faults: tuple[Fault, ...],
     force: bool,
     quiet: bool,
@@ -136,8 +160,8 @@ def create(
         raise UsageError("--no-mte and --fill exclude each other: without MTE there are no tags")
     from mtetool.backends.emulator import create_emulated
 
-    wanted = slots or (Memslot(0, _MEMORY_IPA, memory or _MEMORY_BYTES),)
-    numbered = [replace(slot, id=index) for index, slot in enumerate(wanted)]
+    wanted = slots or (_Slot(Memslot(0, _MEMORY_IPA, memory or _MEMORY_BYTES), False),)
+    numbered = [replace(slot.memslot, id=index) for index, slot in enumerate(wanted)]
 
     def fill_it(guest: EmulatedGuest) -> None:
         if fill != "zero":
@@ -149,6 +173,8 @@ def create(
         memslots=numbered,
         mte=not no_mte,
         vcpus=vcpus,
+        hugetlb=[index for index, slot in enumerate(wanted) if slot.hugetlb],
+        behaviours=behaviours,
         force=force,
         fill=fill_it,
         faults=faults,
@@ -287,12 +313,14 @@ def _fill(
 def _show(path: str, output: str, schema: str) -> None:
     with _opened(path) as guest:
         info, faults = guest.info(), guest.faults()
+        behaviours = sorted(behaviour.value for behaviour in guest.behaviours)
     if output == "json":
-        described = {**describe_guest(info), **faults_json(faults)}
-        document: dict[str, Any] = {"schema": schema, **described}
-        print_json(document)
+        described = {**describe_guest(info), "kernel_behaviours": behaviours}
+        print_json({"schema": schema, **described, **faults_json(faults)})
     else:
         _say_guest(info)
+        if behaviours:
+            say(f"kernel: {', '.join(behaviours)}")
         say_faults(faults)
 
 

@@ -20,8 +20,8 @@ class CopyRequest:
 
     guest_ipa: int
     length: int
-    addr: int
-    flags: int
+    addr: int = 0
+    flags: int = KVM_ARM_TAGS_FROM_GUEST
     reserved: tuple[int, int] = (0, 0)
 
     @property

@@ -506,8 +506,8 @@ def _with_description(packed: bytes, size: int) -> bytes:
     return content.ljust(size, b"\0")
 
 
-_SLOT = {"id": 0, "ipa": 0, "size": 4096, "readonly": False, "kind": "ram"}
-_GUEST = {"page_size": 4096, "mte": True, "vcpus": 1, "memslots": [_SLOT]}
+_SLOT = {"id": 0, "ipa": 0, "size": 4096, "readonly": False, "kind": "ram", "hugetlb": False}
+_GUEST = {"page_size": 4096, "mte": True, "vcpus": 1, "memslots": [_SLOT], "behaviours": []}
 
 
 @pytest.mark.parametrize(
@@ -529,6 +529,10 @@ _GUEST = {"page_size": 4096, "mte": True, "vcpus": 1, "memslots": [_SLOT]}
         {"memslots": [{**_SLOT, "readonly": None}]},
         {"memslots": [{**_SLOT, "kind": "toast"}]},
         {"memslots": [{**_SLOT, "more": 1}]},
+        {"memslots": [{**_SLOT, "hugetlb": 1}]},
+        {"behaviours": None},
+        {"behaviours": ["toast"]},
+        {"behaviours": [[]]},
         {"more": 1},
     ],
 )

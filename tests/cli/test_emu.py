@@ -82,11 +82,31 @@ def test_json(path: Path) -> None:
         "page_size_bytes": 4096,
         "memslots": [{"id": 0, "ipa": BASE, "size_bytes": 65536, "readonly": False, "kind": "ram"}],
         "vcpus": 0,
+        "kernel_behaviours": [],
+        "faults": [],
+        "vanished": False,
     }
     assert run("emu", "show", path, "--json").json == {
         **outcome.json,
         "schema": "mtetool.emu-show/1",
     }
+
+
+def test_hugetlb_memory_with_mte_is_a_behaviour_of_the_kernel(path: Path) -> None:
+    create = ("emu", "create", path, "--slot", "1G:4M:ro:huge")
+    refused = run(*create, "--json")
+    assert (refused.status, "EINVAL" in refused.error["message"]) == (2, True)
+    assert not path.exists()
+    assert run(*create, "--kernel-behaviour", "hugetlb-tags").status == 0
+    shown = run("emu", "show", path, "--json").json
+    assert shown["kernel_behaviours"] == ["hugetlb-tags"]
+    assert "hugetlb-tags" in run("emu", "show", path).out
+    # The kernel looks at the memory when a slot is made, not when MTE is enabled.
+    assert run(*create, "--no-mte", "--vcpus", "0", "--force").status == 0
+    assert run("enable", f"emu:{path}").status == 0
+    assert run("emu", "show", path, "--json").json["mte"] is True
+    unknown = run(*create, "--force", "--kernel-behaviour", "toast")
+    assert (unknown.status, "hugetlb-tags" in unknown.err) == (2, True)
 
 
 def test_mte_can_be_enabled_without_vcpus_only(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tests.differential.sides import (
 )
 
 _MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
 _MAP_FIXED_NOREPLACE = 0x100000
 _MAP_HUGETLB = 0x40000
 _MAP_HUGE_SHIFT = 26
@@ -42,9 +43,13 @@ def _ulong(value: int) -> ctypes.c_ulong:
 
 
 class RealSide:
-    """This process on its own kernel; a `Side`. Raises OSError where there is no KVM."""
+    """This process on its own kernel; a `Side`. Raises OSError where there is no KVM.
 
-    def __init__(self) -> None:
+    `scrub` gives the tags of the kernel's free huge pages the value 0 before they are mapped.
+    """
+
+    def __init__(self, *, scrub: bool = True) -> None:
+        self._scrubs = scrub
         self.page_size_bytes = mmap.PAGESIZE
         self._kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
         self._vms: dict[int, int] = {}
@@ -63,8 +68,14 @@ class RealSide:
         self._reserve(_MAP_FIXED)
         return 0
 
+    def close(self) -> None:
+        """Give everything back, the arenas too."""
+        self.reset()
+        self.unmap(ARENA, ARENA_PAGES * self.page_size_bytes)
+        os.close(self._kvm)
+
     def _reserve(self, fixed: int) -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE | fixed
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | fixed
         size = ARENA_PAGES * self.page_size_bytes
         answer = self._mmap(ARENA, size, 0, flags, -1, 0)
         assert answer == 0, f"the arena cannot be mapped: {answer}"
@@ -176,7 +187,8 @@ class RealSide:
             fd = self._files.get(file, -1)
         if kind == "huge":
             flags |= _MAP_HUGETLB | (self.hugepage_bytes.bit_length() - 1) << _MAP_HUGE_SHIFT
-            self._scrub(address, size_bytes, flags)
+            if self._scrubs:
+                self._scrub(address, size_bytes, flags)
             flags |= mmap.MAP_POPULATE
         return self._mmap(address, size_bytes, _PROTECTIONS[protection], flags, fd, at)
 

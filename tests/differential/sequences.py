@@ -43,10 +43,10 @@ _vms = st.sampled_from([0, 0, 0, 0, 0, 0, 1, 1])
 _slot_ids = st.integers(0, 3)
 _pages = st.integers(0, 7)
 _some_pages = st.sampled_from([1, 1, 2, 3, 4, 6, 8])
-_kinds = st.sampled_from(
-    "private private shared file file file-private file-private disk disk-private".split()
-)
+_KINDS = "private private shared file file file-private file-private disk disk-private"
+_kinds = st.sampled_from(_KINDS.split())
 _protections = st.sampled_from(["rw", "rw", "rw", "rw", "r", "none"])
+_access = st.sampled_from([0, 0, 0, READONLY])
 _features = st.sampled_from([0, 0, 1, 2, 2, 4, 6, 1 << 7, 1 << 20])
 
 
@@ -116,10 +116,10 @@ class Differences(RuleBasedStateMachine):
     @initialize(
         mte=st.sampled_from(["first"] * 6 + ["last", "last", "never"]),
         two=st.booleans(),
-        kinds=st.lists(st.tuples(_kinds, _protections), min_size=1, max_size=4),
+        kinds=st.lists(st.tuples(_kinds, _protections, _access), min_size=1, max_size=4),
         tagged=st.booleans(),
     )
-    def begin(self, mte: str, two: bool, kinds: list[tuple[str, str]], tagged: bool) -> None:
+    def begin(self, mte: str, two: bool, kinds: list[tuple[str, str, int]], tagged: bool) -> None:
         """VMs with some memory, and a buffer."""
         vms = (0, 1) if two else (0,)
         for vm in vms:
@@ -127,10 +127,10 @@ class Differences(RuleBasedStateMachine):
             if mte == "first":
                 self.call("enable_cap", vm, _MTE, 0, 0)
         self.call("map", self._buffer(), _BUFFER_PAGES * self.page, "private", "rw", -1, 0)
-        for number, (kind, protection) in enumerate(kinds):
+        for number, (kind, protection, flags) in enumerate(kinds):
             address = ARENA + number * 8 * self.page
             self._map(address, 8, kind, protection)
-            words = (number, 0, self._ipa(number * 8), 8 * self.page, address)
+            words = (number, flags, self._ipa(number * 8), 8 * self.page, address)
             self.call("set_memslot", 0, *words)
         for vm in vms:
             if mte == "last":
@@ -215,14 +215,17 @@ class Differences(RuleBasedStateMachine):
         size=st.integers(0, _FILE_PAGES),
         hole=st.booleans(),
         n=_pages,
+        again=st.booleans(),
     )
-    def change_file(self, file: int, size: int, hole: bool, n: int) -> None:
-        """A hole punched into a file, or another size of it."""
+    def change_file(self, file: int, size: int, hole: bool, n: int, again: bool) -> None:
+        """A hole punched into a file, or another size of it, or cut off and grown again."""
         if file in self.side._files:
             if hole and n:
                 self.call("punch", file, size * self.page, n * self.page)
             elif not hole:
                 self.call("truncate", file, size * self.page)
+                if again:
+                    self.call("truncate", file, _FILE_PAGES * self.page)
 
     @rule(
         at=st.integers(0, _GUEST_PAGES - 1),

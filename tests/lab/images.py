@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import lzma
 import os
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from tests.lab import cpio
 from tests.lab.disk import make_ext4
+from tests.lab.modules import Modules
 from tests.lab.packages import Archive, LabUnavailableError, need_tools, unpack
 
 _HERE = Path(__file__).parent
@@ -40,6 +40,8 @@ class Kernel:
 
 KERNELS = {
     "6.12": Kernel("linux-image-cloud-arm64", _RELEASE),
+    # Pages of 16 KiB; Debian has them as a kernel for any machine, with more of it in modules.
+    "6.12-16k": Kernel("linux-image-arm64-16k", _RELEASE),
     # The newest that Debian has for this release: SME and guarded control stacks, which 6.12
     # lacks, on the emulator that has them too (ZT0, FPMR and GCS want QEMU 11).
     "7.3": Kernel("linux-image-cloud-arm64", _BACKPORTS),
@@ -73,9 +75,9 @@ _ROOT = {
 }
 _DIRECTORIES = ("proc", "sys", "dev", "tmp", "root", "run/lab", "with", "lab", "opt/mtetool")
 _CFLAGS = ("-O2", "-Wall", "-Wextra", "-Werror", "-static", "-march=armv8.5-a+memtag")
-# What a module may need on the way to its root: all of the kernel's virtio disk.
-_MODULES = ("virtio_blk",)
-_KERNEL_PARTS = ("linux-binary-", "linux-modules-")
+# What a machine needs before it has its root, where it is not built in.
+_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4")
+_KERNEL_PARTS = ("linux-base-", "linux-binary-", "linux-modules-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ def _build_emulator(into: Path, suite: str) -> None:
 
 
 def _kernel(name: str) -> Path:
-    recipe = {**asdict(KERNELS[name]), "modules": _MODULES, "recipe": 1}
+    recipe = {**asdict(KERNELS[name]), "modules": _MODULES, "recipe": 2}
     return _cached(f"kernel-{name}", recipe, lambda into: _build_kernel(into, KERNELS[name]))
 
 
@@ -181,14 +183,12 @@ def _build_kernel(into: Path, kernel: Kernel) -> None:
         tree = Path(scratch)
         for name in parts or [package]:
             unpack([archive.fetch_only(name)], tree)
-        modules = tree / "usr" / "lib" / "modules"
-        vmlinuz = [*(tree / "boot").glob("vmlinuz-*"), *modules.glob("*/vmlinuz")]
+        (version,) = (tree / "usr" / "lib" / "modules").iterdir()
+        vmlinuz = [*(tree / "boot").glob("vmlinuz-*"), *version.glob("vmlinuz")]
         shutil.copy(vmlinuz[0], into / "Image")
-        for name in _MODULES:
-            found = next(modules.rglob(f"{name}.ko*"))
-            data = found.read_bytes()
-            content = lzma.decompress(data) if found.suffix == ".xz" else data
-            (into / f"{name}.ko").write_bytes(content)
+        modules = Modules(version)
+        for number, name in enumerate(modules.in_order(*_MODULES)):
+            (into / f"{number:02}-{name}.ko").write_bytes(modules.content(name))
 
 
 def _build_root(into: Path, guest_kernel: Path) -> None:
@@ -228,7 +228,7 @@ def _initramfs(kernel: Path, root: Path) -> Path:
         *(cpio.Entry.directory(name) for name in ("bin", "dev", "proc", "root")),
         cpio.Entry.program("bin/busybox", (root / "busybox").read_bytes()),
         cpio.Entry.program("init", (_HERE / "inside" / "init").read_bytes()),
-        *(cpio.Entry.file(f"{m}.ko", (kernel / f"{m}.ko").read_bytes()) for m in _MODULES),
+        *(cpio.Entry.file(m.name, m.read_bytes()) for m in sorted(kernel.glob("*.ko"))),
     ]
     content = cpio.archive(entries)
     if not target.exists() or target.read_bytes() != content:

@@ -1,0 +1,56 @@
+"""Which kernel is called: `--side emulated` (the default, several hosts) or `--side real`.
+
+`real` wants an arm64 host with KVM and MTE, as the lab is. Plain pytest is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from mtetool.emulator import Behaviour, Host
+from tests.differential.emulated import EmulatedSide
+from tests.differential.features import find_host
+from tests.differential.real import RealSide
+from tests.differential.sides import Side
+
+_HOSTS = {
+    "4K": Host(),
+    "16K": Host(page_size_bytes=16 << 10, hugepage_bytes=2 << 20),
+    "4K-all-behaviours": Host(behaviours=frozenset(Behaviour)),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # Known where this directory is named on the command line; elsewhere the default holds.
+    parser.addoption("--side", choices=["emulated", "real"])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "side" in metafunc.fixturenames:
+        real = metafunc.config.getoption("--side", default=None) == "real"
+        metafunc.parametrize("side", ["real"] if real else list(_HOSTS), indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # What calls no kernel runs wherever the emulator is called.
+    if config.getoption("--side", default=None) == "real":
+        items[:] = [item for item in items if "side" in getattr(item, "fixturenames", ())]
+
+
+@pytest.fixture
+def side(request: pytest.FixtureRequest) -> Iterator[Side]:
+    """A kernel to call, with nothing made yet."""
+    if request.param != "real":
+        yield EmulatedSide(_HOSTS[request.param])
+        return
+    real = RealSide()
+    yield real
+    real.close()
+
+
+@pytest.fixture
+def host(side: Side) -> Host:
+    """What kind of kernel the side is, found by trying."""
+    return find_host(side)

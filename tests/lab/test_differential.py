@@ -1,0 +1,31 @@
+"""What the emulated kernel answers is what real ones do: see `tests/differential`.
+
+The long comparison, call by call, is `make differential`.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tests.lab.machine import Machine
+
+_SUITE = "cd /opt/mtetool && exec python3 -B -m pytest -p no:cacheprovider -q tests/differential"
+
+
+def _run(lab: Machine) -> None:
+    result = lab.sh(f"{_SUITE} --side real", timeout=900, check=False)
+    output = result.stdout.decode()
+    print(output)
+    assert result.returncode == 0, output[-8000:] + result.stderr.decode()
+    passed = re.search(r"(\d+) passed", output)
+    assert passed
+    assert int(passed[1]) >= 12
+    assert "skipped" not in output
+
+
+def test_answers_of_the_emulated_kernel_are_real_ones(lab: Machine) -> None:
+    _run(lab)
+
+
+def test_answers_of_the_emulated_kernel_are_those_of_the_newest(lab73: Machine) -> None:
+    _run(lab73)
