@@ -15,6 +15,7 @@ import errno
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -75,6 +76,11 @@ class FaultyGuest:
         self._kept: Kept = kept or _InMemory(Faults.of(faults))
         self._sleep = sleep
         self._closed = False
+
+    def faults(self) -> Faults:
+        """The faults, and what they have seen so far."""
+        with self._kept.held() as faults:
+            return deepcopy(faults)
 
     @property
     def page_size_bytes(self) -> int:

@@ -92,6 +92,7 @@ def expected(seen: list[Seen], direction: str, page: int, n_pages: int) -> int |
                 firing.append(one)
         stopping = next((o for o in firing if isinstance(o.fault.effect, Fail | Vanish)), None)
         if stopping is not None and isinstance(stopping.fault.effect, Vanish):
+            stopping.fired += 1
             return "lost"
         if stopping is not None and done:
             return done
@@ -139,6 +140,7 @@ def test_copies_go_as_page_by_page(faults: list[Fault], asked: list[tuple[str, i
         n_pages = min(n_pages, N_PAGES - page)
         wanted = expected(seen, direction, page, n_pages)
         assert answer(guest, direction, page, n_pages) == wanted
+        assert [counted.fired for counted in guest.faults().counted] == [one.fired for one in seen]
         if wanted == "lost":
             return
 

@@ -10,11 +10,11 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mtetool.backends.faulty import Delay, Fail, Fault, FaultyGuest, Rate, Vanish
-from mtetool.errors import MtetoolError
+from mtetool.errors import GuestError, MtetoolError
 from mtetool.flows import copying
 from mtetool.flows.diff import Difference, diff
 from mtetool.flows.restore import RestoreOptions, RestoreResult, restore
@@ -61,7 +61,7 @@ places = st.builds(
 @st.composite
 def faults(draw: st.DrawFn) -> Fault:
     effect = draw(effects)
-    chance = draw(st.sampled_from([1.0, 1.0, 0.5, 0.1, 0.02]))
+    chance = draw(st.sampled_from([1.0, 1.0, 1.0, 0.5, 0.1, 0.02]))
     return Fault(
         effect,
         on=draw(st.sampled_from([None, "read", "write"])),
@@ -168,6 +168,13 @@ def test_a_save_is_exact_or_says_what_is_missing(ordered: list[Fault], partial: 
 
 @settings(max_examples=150, deadline=None)
 @given(ordered=some_faults, verify=st.booleans())
+@example(
+    ordered=[
+        Fault(Fail(errno.EFAULT), on="write", at=(BASE + 3 * PAGE, 1)),
+        Fault(Vanish(), on="write", after=10),
+    ],
+    verify=False,
+)
 def test_a_restore_is_exact_or_reports_and_is_exact_when_run_again(
     ordered: list[Fault], verify: bool
 ) -> None:
@@ -188,3 +195,29 @@ def test_a_restore_is_exact_or_reports_and_is_exact_when_run_again(
     again = restored(snapshot, target, verify=verify)
     assert again.status == 0
     assert not differing_pages(source, target)
+
+
+def test_an_early_end_tells_what_was_left_out_before_it() -> None:
+    target = guest_with_tags(2)
+    ordered = [
+        Fault(Fail(errno.ENOMEM), on="write", at=(BASE + 3 * PAGE, 2 * PAGE)),
+        Fault(Fail(errno.EPERM), on="write", at=(BASE + 9 * PAGE, 1)),
+    ]
+    snapshot, _ = saved(guest_with_tags(1))
+    with pytest.raises(
+        GuestError, match=f"8192 bytes .* the first at {BASE + 3 * PAGE:#x}"
+    ) as told:
+        restored(snapshot, faulty(target, ordered))
+    assert told.value.details["not_restored"] == [{"ipa": BASE + 3 * PAGE, "size_bytes": 2 * PAGE}]
+    assert told.value.details["restored_up_to"] == BASE + 9 * PAGE
+
+
+def test_only_what_the_kernel_says_of_it_makes_memory_read_only() -> None:
+    target, snapshot = guest_with_tags(2), saved(guest_with_tags(1))[0]
+    unknown = SLOTS[2]
+    assert unknown.readonly is None
+    for number, differing_count in ((errno.ENOMEM, 0), (errno.EFAULT, 1)):
+        fault = Fault(Fail(number), on="write", at=(unknown.ipa, unknown.size_bytes))
+        result = restored(snapshot, faulty(target, [fault]))
+        assert bool(result.readonly_differing) == differing_count
+        assert [item.errno for item in result.refused.items] == [number][differing_count:]
