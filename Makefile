@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/sh
 
-.PHONY: help deps venv lab demo check test test-fast migration torture bench-lab differential differential-full clean
+.PHONY: help deps venv lab demo check test test-fast migration torture bench-lab differential differential-full fuzz fuzz-short clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -38,6 +38,7 @@ check: venv ## style, types and scripts
 test: deps venv ## everything: checks, tests, the lab on a real kernel
 	$(MAKE) --no-print-directory check lab
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(MAKE) --no-print-directory -j 2 differential fuzz-short
 
 test-fast: venv ## the tests that need no lab
 	$(BIN)/python -m pytest -n 2 --ignore tests/lab
@@ -57,5 +58,11 @@ differential: deps venv ## a few thousand calls on real kernels and on the emula
 differential-full: deps venv ## the same with 100,000 calls on each kernel, and another seed each time
 	$(BIN)/python -m tests.differential --calls 100000
 
+fuzz: venv ## two million hostile snapshots, guided by coverage (about twenty minutes)
+	$(BIN)/python -m tests.fuzz --executions 2000000
+
+fuzz-short: venv ## some ten thousand of them, always the same
+	$(BIN)/python -m tests.fuzz --executions 20000 --seed 1
+
 clean: ## remove what make made here; the cache outside stays
-	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo fuzz-findings *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

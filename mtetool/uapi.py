@@ -23,6 +23,8 @@ def ioc(direction: int, kind: int, number: int, size: int) -> int:
 # --- KVM: include/uapi/linux/kvm.h --------------------------------------------------------
 KVMIO = 0xAE
 KVM_API_VERSION = 12
+KVM_CAP_MAX_VCPUS = 66
+KVM_CAP_ARM_EL1_32BIT = 93
 KVM_CAP_ARM_MTE = 205
 # The answer is the largest guest address size in bits, which goes into the low byte of
 # KVM_CREATE_VM's argument (Documentation/virt/kvm/api.rst, 4.2).
@@ -40,6 +42,18 @@ userspace_addr; 32 bytes."""
 KVM_SET_USER_MEMORY_REGION = ioc(_IOC_WRITE, KVMIO, 0x46, KVM_MEMORY_REGION_STRUCT.size)
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1
+KVM_MEM_GUEST_MEMFD = 1 << 2
+
+KVM_MEMORY_REGION2_STRUCT = struct.Struct("<IIQQQQI116x")
+"""struct kvm_userspace_memory_region2: as the first one, guest_memfd_offset, guest_memfd,
+padding; 160 bytes."""
+KVM_SET_USER_MEMORY_REGION2 = ioc(_IOC_WRITE, KVMIO, 0x49, KVM_MEMORY_REGION2_STRUCT.size)
+KVM_CREATE_GUEST_MEMFD_STRUCT = struct.Struct("<QQ48x")
+"""struct kvm_create_guest_memfd: size, flags, padding; 64 bytes."""
+KVM_CREATE_GUEST_MEMFD = ioc(
+    _IOC_READ | _IOC_WRITE, KVMIO, 0xD4, KVM_CREATE_GUEST_MEMFD_STRUCT.size
+)
+GUEST_MEMFD_FLAG_MMAP = 1 << 0
 
 KVM_ENABLE_CAP_STRUCT = struct.Struct("<II4Q64x")
 """struct kvm_enable_cap: cap, flags, args[4], padding; 104 bytes."""

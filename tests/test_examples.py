@@ -56,6 +56,18 @@ def test_migration_script_explains_itself() -> None:
     assert "SOURCE_PID SOURCE_QMP TARGET_PID TARGET_QMP" in result.stderr
 
 
+def test_emulated_kernel_meets_a_hole() -> None:
+    result = subprocess.run(
+        [sys.executable, _EXAMPLES / "emulated-kernel.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "no memory at 0x40003000:0x1000" in result.stdout
+    assert "00 01 02" in result.stdout
+
+
 def test_every_example_is_run_by_a_test() -> None:
     tests = Path(__file__).parent
     texts = "".join(path.read_text() for path in tests.rglob("test_*.py"))

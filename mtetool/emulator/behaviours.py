@@ -23,6 +23,11 @@ class Behaviour(enum.Enum):
     it to its last byte (by the FEAT_MOPS instructions, Linux 6.17 and later); without, to the
     last whole word of eight bytes."""
 
+    GUEST_MEMFD = "guest-memfd"
+    """KVM_CREATE_GUEST_MEMFD makes memory that a memslot may have, which excludes MTE, whichever
+    comes first: EINVAL for the other (commit 32e200bd6e44, Linux 6.18). Without, there is no such
+    ioctl, and the answer is EINVAL, too."""
+
     VCPU_EL2_FEATURES = "vcpu-el2-features"
     """KVM_ARM_VCPU_INIT knows the features for nested virtualization, and refuses them with
     EINVAL where the host has none; without, they are unknown: ENOENT."""

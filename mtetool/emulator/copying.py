@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mtetool.emulator.behaviours import Behaviour
-from mtetool.emulator.memory import AddressSpace, Found, Page
+from mtetool.emulator.memory import AddressSpace, Found
 from mtetool.uapi import COPY_LENGTH_MAX, KVM_ARM_TAGS_FROM_GUEST, TAG_MAX
 
 # clear_user stores eight bytes at a time (arch/arm64/lib/clear_user.S).
@@ -97,20 +97,13 @@ def _to_guest(memory: AddressSpace, found: Found, buffer: int) -> int:
     page, granules = found.page, memory.host.page_granules
     assert page is not None
     tags = memory.load(buffer, granules)
-    marked = _mark(page)
+    marked = page.mark()
     first = found.offset // 16
     whole = len(tags) == granules
     marked[first : first + granules] = (
         bytes(tag & TAG_MAX for tag in tags) if whole else bytes(granules)
     )
     return len(tags)
-
-
-def _mark(page: Page) -> bytearray:
-    """Make a page one that has tags, all 0 at first; they are returned."""
-    if page.tags is None:
-        page.tags = bytearray(len(page.data) // 16)
-    return page.tags
 
 
 def _clear_user(memory: AddressSpace, address: int, size_bytes: int) -> int:

@@ -25,13 +25,17 @@ _FEATURES = uapi.KVM_ARM_VCPU_EL1_32BIT | uapi.KVM_ARM_VCPU_PSCI_0_2
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A memslot: numbers in bytes, `address` is the process's own."""
+    """A memslot: numbers in bytes, `address` is the process's own.
+
+    `guest_memfd`: its memory is not that of the process.
+    """
 
     id: int
     flags: int
     ipa: int
     size_bytes: int
     address: int
+    guest_memfd: bool = False
 
     @property
     def end(self) -> int:
@@ -81,13 +85,19 @@ class EmulatedVm:
 
     def check_extension(self, capability: int) -> int:
         """KVM_CHECK_EXTENSION on the VM, for the capabilities that are emulated."""
-        if capability == uapi.KVM_CAP_ARM_MTE:
-            return 1
-        return self.host.ipa_bits if capability == uapi.KVM_CAP_ARM_VM_IPA_SIZE else 0
+        answers = {
+            uapi.KVM_CAP_ARM_MTE: 1,
+            uapi.KVM_CAP_ARM_VM_IPA_SIZE: self.host.ipa_bits,
+            uapi.KVM_CAP_MAX_VCPUS: self.host.max_vcpus,
+            uapi.KVM_CAP_ARM_EL1_32BIT: int(self.host.aarch32),
+        }
+        return answers.get(capability, 0)
 
     def enable_cap(self, capability: int, flags: int = 0, argument: int = 0) -> int:
         """KVM_ENABLE_CAP of KVM_CAP_ARM_MTE, the one that is emulated; others are unknown."""
         if flags or capability != uapi.KVM_CAP_ARM_MTE or self._vcpus:
+            return -errno.EINVAL
+        if any(slot.guest_memfd for slot in self._slots.values()):
             return -errno.EINVAL
         self.mte = True
         return 0
@@ -146,6 +156,21 @@ class EmulatedVm:
         error = self._prepare(new)
         if not error:
             self._slots[slot] = new
+        return error
+
+    def create_guest_memfd(self, size_bytes: int) -> int:
+        """KVM_CREATE_GUEST_MEMFD; what is behind it is never looked at."""
+        if not self.host.has(Behaviour.GUEST_MEMFD):
+            return -errno.EINVAL
+        return 0 if size_bytes > 0 and not size_bytes % self.host.page_size_bytes else -errno.EINVAL
+
+    def set_guest_memfd_slot(self, slot: int, ipa: int, size_bytes: int, address: int) -> int:
+        """KVM_SET_USER_MEMORY_REGION2 of a new slot with a guest_memfd behind it."""
+        if slot in self._slots or self.mte:
+            return -errno.EINVAL
+        error = self.set_memslot(slot, 0, ipa, size_bytes, address)
+        if not error:
+            self._slots[slot] = replace(self._slots[slot], guest_memfd=True)
         return error
 
     def _check_region(self, new: Slot) -> int:

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mtetool.emulator.behaviours import Behaviour, Host
+from mtetool.uapi import TAG_MAX
 
-Protection = Literal["none", "r", "rw"]
-"""What a mapping allows: nothing, reading, reading and writing."""
+Protection = Literal["none", "r", "rw", "rw-mte"]
+"""What a mapping allows: nothing, reading, reading and writing, and tags of the process's own."""
 
 _ADDRESS_BITS = (1 << 56) - 1
 
@@ -28,6 +29,12 @@ class Page:
 
     data: bytearray
     tags: bytearray | None = None
+
+    def mark(self) -> bytearray:
+        """Make it one that has tags, all 0 at first; they are returned."""
+        if self.tags is None:
+            self.tags = bytearray(len(self.data) // 16)
+        return self.tags
 
     def copy(self) -> Page:
         """What copy-on-write makes of it: the tags come along (copy_highpage)."""
@@ -131,6 +138,8 @@ class AddressSpace:
         allowed = file.tags_allowed if file is not None else True
         if huge:
             allowed = self.host.has(Behaviour.HUGETLB_TAGS)
+        if protection == "rw-mte" and not allowed:
+            return -errno.EINVAL
         end = address + size_bytes
         self.unmap(address, size_bytes)
         self._mappings.append(
@@ -168,6 +177,48 @@ class AddressSpace:
                 at = last
         return 0 if at == end else -errno.ENOMEM
 
+    def page_out(self, address: int, size_bytes: int) -> int:
+        """madvise with MADV_PAGEOUT on private memory; the pages that are on swap then.
+
+        Nothing is lost by it, tags neither, so that nothing is done (mte_prepare_to_swap).
+        """
+        return sum(
+            address <= at < address + size_bytes
+            for mapping in self.crossing(address, size_bytes)
+            for at in mapping.own
+        )
+
+    def peek_tags(self, address: int, n_tags: int) -> bytes:
+        """Tags as PTRACE_PEEKMTETAGS gives them, up to the first page that has none to give."""
+        out = bytearray()
+        for found, first, n in self._tagged(address, n_tags, write=False):
+            tags = None if found.page is None else found.page.tags
+            out += bytes(n) if tags is None else tags[first : first + n]
+        return bytes(out)
+
+    def poke_tags(self, address: int, tags: bytes) -> int:
+        """Set tags as PTRACE_POKEMTETAGS does; how many."""
+        done = 0
+        for found, first, n in self._tagged(address, len(tags), write=True):
+            assert found.page is not None
+            new = bytes(tag & TAG_MAX for tag in tags[done : done + n])
+            found.page.mark()[first : first + n] = new
+            done += n
+        return done
+
+    def _tagged(
+        self, address: int, n_tags: int, *, write: bool
+    ) -> Iterator[tuple[Found, int, int]]:
+        """Pages of a range that was mapped for tags: each, the first tag in it, and how many."""
+        for at, n_bytes in self._pieces(address - address % 16, n_tags * 16):
+            mapping = next(self.crossing(at, 1), None)
+            if mapping is None or mapping.protection != "rw-mte":
+                return
+            found = self.fault_in(at, write=write)
+            if found is None:
+                return
+            yield found, found.offset // 16, n_bytes // 16
+
     def truncate(self, file: MemoryFile, size_bytes: int) -> int:
         """ftruncate: private copies of what is cut off are gone, too."""
         file.truncate(size_bytes)
@@ -199,11 +250,17 @@ class AddressSpace:
         mapping = next(self.crossing(address, 1), None)
         if mapping is None or mapping.protection == "none":
             return None
-        if write and mapping.protection != "rw":
+        if write and mapping.protection == "r":
             return None
+        found = self._page_of(mapping, address, write=write)
+        if mapping.protection == "rw-mte" and found is not None and found.page is not None:
+            found.page.mark()
+        return found
+
+    def _page_of(self, mapping: Mapping, address: int, *, write: bool) -> Found | None:
         unit = mapping.unit_bytes
-        if mapping.file is not None and mapping.unit_bytes == mapping.file.unit_bytes:
-            return self._file_page(mapping, address, write=write)
+        if mapping.file is not None:
+            return self._file_page(mapping, mapping.file, address, write=write)
         start = address - (address - mapping.start) % unit
         if start not in mapping.own:
             # hugetlb has no page of zeros that is shared.
@@ -244,9 +301,10 @@ class AddressSpace:
         marked = huge and not self.host.has(Behaviour.HUGETLB_TAGS)
         return bytearray(unit_bytes // 16) if marked else None
 
-    def _file_page(self, mapping: Mapping, address: int, *, write: bool) -> Found | None:
-        unit, file = mapping.unit_bytes, mapping.file
-        assert file is not None
+    def _file_page(
+        self, mapping: Mapping, file: MemoryFile, address: int, *, write: bool
+    ) -> Found | None:
+        unit = mapping.unit_bytes
         start = address - (address - mapping.start) % unit
         if start in mapping.own:
             return Found(mapping.own[start], address - start)

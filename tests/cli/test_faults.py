@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtetool.cli.faults import parse_fault
@@ -113,11 +113,13 @@ def any_faults(draw: st.DrawFn) -> Fault:
     )
 
 
+@settings(deadline=None)
 @given(any_faults())
 def test_shown_as_they_are_written(fault: Fault) -> None:
     assert parse_fault(str(fault)) == fault
 
 
+@settings(deadline=None)
 @given(st.text("EFAULTvanishslow=,atonrdwe0123x:K/ms.", max_size=40))
 def test_any_text_is_a_fault_or_a_usage_error(text: str) -> None:
     with suppress(ValueError):

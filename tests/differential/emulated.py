@@ -6,8 +6,14 @@ import errno
 import zlib
 from typing import Literal
 
-from mtetool.emulator import AddressSpace, EmulatedKvm, EmulatedVm, Host, MemoryFile
-from mtetool.emulator.copying import CopyRequest
+from mtetool.emulator import (
+    AddressSpace,
+    CopyRequest,
+    EmulatedKvm,
+    EmulatedVm,
+    Host,
+    MemoryFile,
+)
 from tests.differential.sides import (
     ARENA,
     ARENA_PAGES,
@@ -15,6 +21,7 @@ from tests.differential.sides import (
     HUGE_PAGES,
     Kind,
     Protection,
+    Trace,
     pattern,
 )
 
@@ -63,6 +70,18 @@ class EmulatedSide:
         if vm not in self.vms:
             return -errno.EBADF
         return self.vms[vm].enable_cap(capability, flags, argument)
+
+    def create_guest_memfd(self, vm: int, file: int, size_bytes: int) -> int:
+        """See `Side.create_guest_memfd`."""
+        return self.vms[vm].create_guest_memfd(size_bytes) if vm in self.vms else -errno.EBADF
+
+    def set_guest_memfd_slot(
+        self, vm: int, slot: int, ipa: int, size_bytes: int, address: int, file: int
+    ) -> int:
+        """See `Side.set_guest_memfd_slot`."""
+        if vm not in self.vms:
+            return -errno.EBADF
+        return self.vms[vm].set_guest_memfd_slot(slot, ipa, size_bytes, address)
 
     def create_vcpu(self, vm: int, number: int) -> int:
         """See `Side.create_vcpu`."""
@@ -147,6 +166,20 @@ class EmulatedSide:
     def discard(self, address: int, size_bytes: int) -> int:
         """See `Side.discard`."""
         return self.memory.discard(address, size_bytes)
+
+    def page_out(self, address: int, size_bytes: int) -> int:
+        """See `Side.page_out`."""
+        return self.memory.page_out(address, size_bytes)
+
+    def trace_tags(self, request: Trace, address: int, buffer: int, n_tags: int) -> int:
+        """See `Side.trace_tags`."""
+        if not self.memory.peek_tags(address, 1):
+            return -errno.EIO
+        if request == "peek":
+            done = self.memory.store(buffer, self.memory.peek_tags(address, n_tags))
+        else:
+            done = self.memory.poke_tags(address, self.memory.load(buffer, n_tags))
+        return done or -errno.EFAULT
 
     def fill(self, address: int, size_bytes: int, seed: int) -> int:
         """See `Side.fill`."""

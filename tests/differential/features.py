@@ -8,8 +8,6 @@ from mtetool import uapi
 from mtetool.emulator import Behaviour, Host
 from tests.differential.sides import ARENA, HUGE_ARENA, Side
 
-_KVM_CAP_MAX_VCPUS = 66
-_KVM_CAP_ARM_EL1_32BIT = 93
 _IPA = 1 << 30
 _VM = 0
 
@@ -21,9 +19,9 @@ def find_host(side: Side) -> Host:
         page_size_bytes=side.page_size_bytes,
         ipa_bits=side.check_extension(_VM, uapi.KVM_CAP_ARM_VM_IPA_SIZE),
         va_bits=_va_bits(side),
-        max_vcpus=side.check_extension(_VM, _KVM_CAP_MAX_VCPUS),
+        max_vcpus=side.check_extension(_VM, uapi.KVM_CAP_MAX_VCPUS),
         hugepage_bytes=side.hugepage_bytes,
-        aarch32=bool(side.check_extension(_VM, _KVM_CAP_ARM_EL1_32BIT)),
+        aarch32=bool(side.check_extension(_VM, uapi.KVM_CAP_ARM_EL1_32BIT)),
         behaviours=frozenset(found for found, has in _TRIALS.items() if has(side)),
     )
     side.close_vm(_VM)
@@ -69,6 +67,14 @@ def _clear_user_exact(side: Side) -> bool:
     return last == b"\0"
 
 
+def _guest_memfd(side: Side) -> bool:
+    vm = 1
+    side.create_vm(vm, 0)
+    answer = side.create_guest_memfd(vm, 0, side.page_size_bytes)
+    side.close_vm(vm)
+    return answer == 0
+
+
 def _vcpu_el2_features(side: Side) -> bool:
     vm = 1
     side.create_vm(vm, 0)
@@ -81,5 +87,6 @@ def _vcpu_el2_features(side: Side) -> bool:
 _TRIALS = {
     Behaviour.HUGETLB_TAGS: _hugetlb_tags,
     Behaviour.CLEAR_USER_EXACT: _clear_user_exact,
+    Behaviour.GUEST_MEMFD: _guest_memfd,
     Behaviour.VCPU_EL2_FEATURES: _vcpu_el2_features,
 }

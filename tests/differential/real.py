@@ -6,8 +6,11 @@ import ctypes
 import errno
 import mmap
 import os
+import signal
+import subprocess
 import tempfile
 import zlib
+from array import array
 from typing import Literal
 
 from mtetool import uapi
@@ -18,6 +21,7 @@ from tests.differential.sides import (
     HUGE_PAGES,
     Kind,
     Protection,
+    Trace,
     pattern,
 )
 
@@ -27,14 +31,31 @@ _MAP_FIXED_NOREPLACE = 0x100000
 _MAP_HUGETLB = 0x40000
 _MAP_HUGE_SHIFT = 26
 _MADV_DONTNEED = 4
+_MADV_PAGEOUT = 21
+_PAGE_OUT_TRIES = 100
+_SWAP_ON = """
+fallocate -l 4M /root/differential.swap
+chmod 600 /root/differential.swap
+mkswap /root/differential.swap >/dev/null
+swapon /root/differential.swap
+"""
+_SWAP_OFF = "swapoff /root/differential.swap; rm /root/differential.swap"
 _PUNCH_AND_KEEP_SIZE = 3
-_PROTECTIONS = {"none": 0, "r": mmap.PROT_READ, "rw": mmap.PROT_READ | mmap.PROT_WRITE}
+_PROT_MTE = 0x20
+_PROTECTIONS = {
+    "none": 0,
+    "r": mmap.PROT_READ,
+    "rw": mmap.PROT_READ | mmap.PROT_WRITE,
+    "rw-mte": mmap.PROT_READ | mmap.PROT_WRITE | _PROT_MTE,
+}
+_PTRACE_TRACEME = 0
+_TRACES = {"peek": 33, "poke": 34}  # PTRACE_PEEKMTETAGS, PTRACE_POKEMTETAGS
 # The smallest huge pages that a kernel with such pages has.
 _HUGE_PAGES = {4096: 64 << 10, 16384: 2 << 20}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_ssize_t
-for _name in ("process_vm_readv", "process_vm_writev"):
+for _name in ("process_vm_readv", "process_vm_writev", "ptrace"):
     getattr(_libc, _name).restype = ctypes.c_ssize_t
 
 
@@ -50,6 +71,7 @@ class RealSide:
 
     def __init__(self, *, scrub: bool = True) -> None:
         self._scrubs = scrub
+        self._swaps = False
         self.page_size_bytes = mmap.PAGESIZE
         self._kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
         self._vms: dict[int, int] = {}
@@ -73,6 +95,8 @@ class RealSide:
         self.reset()
         self.unmap(ARENA, ARENA_PAGES * self.page_size_bytes)
         os.close(self._kvm)
+        if self._swaps:
+            subprocess.run(["sh", "-ec", _SWAP_OFF], check=True)
 
     def _reserve(self, fixed: int) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | fixed
@@ -109,6 +133,23 @@ class RealSide:
         """See `Side.enable_cap`."""
         request = uapi.KVM_ENABLE_CAP_STRUCT.pack(capability, flags, argument, 0, 0, 0)
         return _ioctl(self._vms.get(vm, -1), uapi.KVM_ENABLE_CAP, request)
+
+    def create_guest_memfd(self, vm: int, file: int, size_bytes: int) -> int:
+        """See `Side.create_guest_memfd`."""
+        request = uapi.KVM_CREATE_GUEST_MEMFD_STRUCT.pack(size_bytes, uapi.GUEST_MEMFD_FLAG_MMAP)
+        answer = _ioctl(self._vms.get(vm, -1), uapi.KVM_CREATE_GUEST_MEMFD, request)
+        if answer < 0:
+            return answer
+        self._files[file] = answer
+        return 0
+
+    def set_guest_memfd_slot(
+        self, vm: int, slot: int, ipa: int, size_bytes: int, address: int, file: int
+    ) -> int:
+        """See `Side.set_guest_memfd_slot`."""
+        words = (slot, uapi.KVM_MEM_GUEST_MEMFD, ipa, size_bytes, address, 0, self._files[file])
+        region = uapi.KVM_MEMORY_REGION2_STRUCT.pack(*words)
+        return _ioctl(self._vms.get(vm, -1), uapi.KVM_SET_USER_MEMORY_REGION2, region)
 
     def create_vcpu(self, vm: int, number: int) -> int:
         """See `Side.create_vcpu`."""
@@ -229,6 +270,41 @@ class RealSide:
     def discard(self, address: int, size_bytes: int) -> int:
         """See `Side.discard`."""
         return _answer(_libc.madvise(_ulong(address), _ulong(size_bytes), _MADV_DONTNEED))
+
+    def page_out(self, address: int, size_bytes: int) -> int:
+        """See `Side.page_out`."""
+        if not self._swaps:
+            subprocess.run(["sh", "-ec", _SWAP_ON], check=True)
+            self._swaps = True
+        for _ in range(_PAGE_OUT_TRIES):
+            answer = _libc.madvise(_ulong(address), _ulong(size_bytes), _MADV_PAGEOUT)
+            present, swapped = self._whereabouts(address, size_bytes)
+            if answer or not present:
+                break
+        return _answer(answer) or swapped
+
+    def _whereabouts(self, address: int, size_bytes: int) -> tuple[int, int]:
+        """How many pages the page tables have in memory, and on swap."""
+        entries = array("Q")
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:  # noqa: PTH123
+            pagemap.seek(address // self.page_size_bytes * 8)
+            entries.frombytes(pagemap.read(size_bytes // self.page_size_bytes * 8))
+        return sum(e >> 63 for e in entries), sum(e >> 62 & 1 for e in entries)
+
+    def trace_tags(self, request: Trace, address: int, buffer: int, n_tags: int) -> int:
+        """See `Side.trace_tags`."""
+        child = os.fork()
+        if not child:
+            _libc.ptrace(_PTRACE_TRACEME, 0, None, None)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            os._exit(0)
+        os.waitpid(child, 0)
+        vector = (ctypes.c_ulong * 2)(buffer, n_tags)
+        result = _answer(_libc.ptrace(_TRACES[request], child, _ulong(address), vector))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert result == 0 or vector[1] == n_tags, "iov_len was changed"
+        return result or vector[1]
 
     def fill(self, address: int, size_bytes: int, seed: int) -> int:
         """See `Side.fill`."""

@@ -13,7 +13,8 @@ from typing import Literal, Protocol
 Kind = Literal["private", "shared", "file", "file-private", "disk", "disk-private", "huge"]
 """Memory to map: anonymous private or shared, a memfd shared or private, a file of a disk
 shared or private, huge pages (anonymous, private)."""
-Protection = Literal["none", "r", "rw"]
+Protection = Literal["none", "r", "rw", "rw-mte"]
+Trace = Literal["peek", "poke"]
 
 ARENA = 0x10_0000_0000
 ARENA_PAGES = 256
@@ -44,6 +45,16 @@ class Side(Protocol):
 
     def enable_cap(self, vm: int, capability: int, flags: int, argument: int) -> int:
         """KVM_ENABLE_CAP on a VM, with the first of its arguments."""
+        ...
+
+    def create_guest_memfd(self, vm: int, file: int, size_bytes: int) -> int:
+        """KVM_CREATE_GUEST_MEMFD of memory that may be mapped; 0, and it has the number `file`."""
+        ...
+
+    def set_guest_memfd_slot(
+        self, vm: int, slot: int, ipa: int, size_bytes: int, address: int, file: int
+    ) -> int:
+        """KVM_SET_USER_MEMORY_REGION2 of a slot with that guest_memfd behind it."""
         ...
 
     def create_vcpu(self, vm: int, number: int) -> int:
@@ -104,6 +115,17 @@ class Side(Protocol):
 
     def discard(self, address: int, size_bytes: int) -> int:
         """madvise with MADV_DONTNEED."""
+        ...
+
+    def page_out(self, address: int, size_bytes: int) -> int:
+        """Push private memory out to swap; how many of its pages are there then."""
+        ...
+
+    def trace_tags(self, request: Trace, address: int, buffer: int, n_tags: int) -> int:
+        """PTRACE_PEEKMTETAGS or PTRACE_POKEMTETAGS on a child of this process.
+
+        The child has the same mappings, the buffer is this process's; the tags that were copied.
+        """
         ...
 
     def fill(self, address: int, size_bytes: int, seed: int) -> int:

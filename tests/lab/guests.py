@@ -33,7 +33,7 @@ class Check:
 
 @dataclass
 class Qemu:
-    """A QEMU with the tagger guest in a lab machine, by its name.
+    """A QEMU with the tagger or another guest in a lab machine, by its name.
 
     `mte` gives it mte=on; without, it waits in -preconfig for `mtetool enable`, or is started
     by `wrapper`. It runs as the user `uid`, which gets /dev/kvm.
@@ -45,6 +45,8 @@ class Qemu:
     memory: str = "256M"
     extra: str = ""
     guest_options: str = ""
+    initrd: str = "/lab/guest.cpio"
+    cpu: str = "host"
     uid: int = 0
     wrapper: str = ""
     pid: int = field(init=False)
@@ -65,8 +67,8 @@ class Qemu:
         become = " ".join(as_user(self.lab, self.uid))
         return (
             f"{become} {self.wrapper} qemu-system-aarch64"
-            f" -M {machine} -accel kvm -cpu host -m {self.memory} -nodefaults -display none"
-            " -kernel /lab/Image -initrd /lab/guest.cpio"
+            f" -M {machine} -accel kvm -cpu {self.cpu} -m {self.memory} -nodefaults -display none"
+            f" -kernel /lab/Image -initrd {self.initrd}"
             f" -append 'console=ttyAMA0 quiet {self.guest_options}'"
             f" -serial file:{self.console} -qmp unix:{self.qmp_path},server=on,wait=off"
             f" {'' if self.mte or self.wrapper else '-preconfig'} {self.extra}"
@@ -140,12 +142,12 @@ def kill_vmms(lab: Machine) -> None:
         assert time.monotonic() < deadline, "a VMM cannot be killed"
 
 
-def start_test_vmm(lab: Machine, *words: str) -> int:
-    """Start the VMM that does nothing; its PID. `kill_vmms` ends it."""
+def start_test_vmm(lab: Machine, *words: str, wrapper: str = "") -> int:
+    """Start the VMM that does nothing, by `wrapper`; its PID. `kill_vmms` ends it."""
     result = lab.sh(
         "rm -f /tmp/vmm.in; mkfifo /tmp/vmm.in; : >/tmp/vmm.out;"
         " sleep 100000 >/tmp/vmm.in 2>/dev/null &"
-        f" /lab/testvmm {' '.join(words)} </tmp/vmm.in >/tmp/vmm.out 2>&1 & echo $!;"
+        f" {wrapper} /lab/testvmm {' '.join(words)} </tmp/vmm.in >/tmp/vmm.out 2>&1 & echo $!;"
         " until grep -q ready /tmp/vmm.out || ! kill -0 $!; do sleep 0.02; done;"
         " cat /tmp/vmm.out >&2"
     )

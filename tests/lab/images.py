@@ -75,6 +75,9 @@ _ROOT = {
 }
 _DIRECTORIES = ("proc", "sys", "dev", "tmp", "root", "run/lab", "with", "lab", "opt/mtetool")
 _CFLAGS = ("-O2", "-Wall", "-Wextra", "-Werror", "-static", "-march=armv8.5-a+memtag")
+_SUFFIXES = (".c", ".h", ".s")
+# The 32-bit program is in assembly language: this has an assembler and a linker, no compiler.
+_ARM = "arm-linux-gnueabihf"
 # What a machine needs before it has its root, where it is not built in.
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4")
 _KERNEL_PARTS = ("linux-base-", "linux-binary-", "linux-modules-")
@@ -237,18 +240,26 @@ def _initramfs(kernel: Path, root: Path) -> Path:
 
 
 def _programs() -> Path:
-    """The C programs of the lab, and the guest's root with one of them as its init."""
-    sources = sorted((_HERE / "programs").glob("*.c"))
+    """The C programs of the lab, and the guests' roots with one of them as init each."""
+    sources = sorted(path for path in (_HERE / "programs").iterdir() if path.suffix in _SUFFIXES)
     recipe = {"flags": _CFLAGS, **{source.name: source.read_text() for source in sources}}
 
     def build(into: Path) -> None:
-        need_tools("aarch64-linux-gnu-gcc")
+        need_tools("aarch64-linux-gnu-gcc", f"{_ARM}-as", f"{_ARM}-ld")
         for source in sources:
-            words = ["aarch64-linux-gnu-gcc", *_CFLAGS, "-o", f"{into}/{source.stem}", str(source)]
-            subprocess.run(words, check=True)
-        init = cpio.Entry.program("init", (into / "tagger").read_bytes())
-        directories = [cpio.Entry.directory(name) for name in ("dev", "proc")]
-        (into / "guest.cpio").write_bytes(cpio.archive([*directories, init]))
+            target = into / source.stem
+            if source.suffix == ".c":
+                words = ["aarch64-linux-gnu-gcc", *_CFLAGS, "-o", f"{target}", f"{source}"]
+                subprocess.run(words, check=True)
+            elif source.suffix == ".s":
+                subprocess.run([f"{_ARM}-as", "-o", f"{target}.o", source], check=True)
+                subprocess.run([f"{_ARM}-ld", "-o", target, f"{target}.o"], check=True)
+        aarch32 = cpio.Entry.program("aarch32", (into / "aarch32").read_bytes())
+        for guest, init, others in (("guest", "tagger", []), ("mixed", "mixed", [aarch32])):
+            program = cpio.Entry.program("init", (into / init).read_bytes())
+            directories = [cpio.Entry.directory(name) for name in ("dev", "proc")]
+            root = cpio.archive([*directories, program, *others])
+            (into / f"{guest}.cpio").write_bytes(root)
 
     return _cached("programs", recipe, build)
 

@@ -20,6 +20,8 @@ _TOOLS = {
     "mke2fs": "e2fsprogs",
     "xz": "xz-utils",
     "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu and libc6-dev-arm64-cross",
+    "arm-linux-gnueabihf-as": "binutils-arm-linux-gnueabihf",
+    "arm-linux-gnueabihf-ld": "binutils-arm-linux-gnueabihf",
 }
 
 

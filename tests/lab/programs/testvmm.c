@@ -1,13 +1,15 @@
 /*
  * A VMM that does nothing: a VM with the memslots that its arguments name, for tests.
  *
- *   testvmm [--no-mte] [--vcpus N] [--memfd] [--churn] [--run] [--allow CALLS]
- *           IPA:SIZE[:ro] ...
+ *   testvmm [--no-mte] [--vcpus N] [--memfd] [--data] [--churn] [--run] [--allow CALLS]
+ *           IPA:SIZE[:ro|:memfd] ...
  *
  * It prints "ready" and lives until its standard input ends. Numbers as strtoull takes them.
+ * With --memfd all memory is of a memfd; with --data every other page has other data than zeros.
  * With --churn its main thread makes thread after thread meanwhile, and tells how many. With
- * --run the main thread is a vCPU, the only thread, in an endless loop of the guest. With --allow a seccomp filter kills it at any other system call; the list is like 222,29:0x8030aeb4,
- * a number after the colon being the only second argument that is allowed.
+ * --run the main thread is a vCPU, the only thread, in an endless loop of the guest. With
+ * --allow a seccomp filter kills it at any other system call; the list is like
+ * 222,29:0x8030aeb4, a number after the colon being the only second argument that is allowed.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -36,12 +38,21 @@ static void need(int good, const char *what)
 	}
 }
 
-static void add_slot(int vm, unsigned slot, const char *argument, int memfd)
+/* Every other page, for what is all zeros may not be written to swap. */
+static void fill(char *memory, uint64_t size)
+{
+	uint64_t page = sysconf(_SC_PAGESIZE);
+	for (uint64_t at = page; at < size; at += 2 * page)
+		*(uint64_t *)(memory + at) = at;
+}
+
+static void add_slot(int vm, unsigned slot, const char *argument, int memfd, int data)
 {
 	char *rest;
 	uint64_t ipa = strtoull(argument, &rest, 0);
 	uint64_t size = *rest == ':' ? strtoull(rest + 1, &rest, 0) : 0;
 	int readonly = strcmp(rest, ":ro") == 0;
+	memfd |= strcmp(rest, ":memfd") == 0;
 	int fd = memfd ? memfd_create("memory", 0) : -1;
 	if (memfd)
 		need(ftruncate(fd, size) == 0, "ftruncate");
@@ -49,6 +60,8 @@ static void add_slot(int vm, unsigned slot, const char *argument, int memfd)
 	void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, fd, 0);
 	need(memory != MAP_FAILED, "mmap");
 	*(uint32_t *)memory = 0x14000000; /* b . */
+	if (data)
+		fill(memory, size);
 	struct kvm_userspace_memory_region region = {
 		.slot = slot,
 		.flags = readonly ? KVM_MEM_READONLY : 0,
@@ -140,13 +153,15 @@ static void make_threads(void)
 
 int main(int argc, char **argv)
 {
-	int mte = 1, memfd = 0, vcpus = 0, churn = 0, run = 0, at = 1;
+	int mte = 1, memfd = 0, data = 0, vcpus = 0, churn = 0, run = 0, at = 1;
 	char *calls = NULL;
 	for (; at < argc && argv[at][0] == '-'; at++) {
 		if (!strcmp(argv[at], "--no-mte"))
 			mte = 0;
 		else if (!strcmp(argv[at], "--memfd"))
 			memfd = 1;
+		else if (!strcmp(argv[at], "--data"))
+			data = 1;
 		else if (!strcmp(argv[at], "--churn"))
 			churn = 1;
 		else if (!strcmp(argv[at], "--run"))
@@ -167,7 +182,7 @@ int main(int argc, char **argv)
 	if (mte)
 		need(ioctl(vm, KVM_ENABLE_CAP, &cap) == 0, "KVM_CAP_ARM_MTE");
 	for (unsigned slot = 0; at < argc; at++)
-		add_slot(vm, slot++, argv[at], memfd);
+		add_slot(vm, slot++, argv[at], memfd, data);
 	for (int i = 0; i < vcpus; i++)
 		need(ioctl(vm, KVM_CREATE_VCPU, i) >= 0, "KVM_CREATE_VCPU");
 	puts("ready");
