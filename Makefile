@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/sh
 
-.PHONY: help deps venv lab demo check test test-fast migration torture bench-lab differential differential-full fuzz fuzz-short clean
+.PHONY: help deps venv lab demo check test test-fast migration torture interrupted bench-lab differential differential-full fuzz fuzz-short clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -48,6 +48,9 @@ migration: deps venv ## the acceptance test: a guest moves between two QEMUs wit
 
 torture: deps venv ## a thousand deaths of mtetool on a busy VMM (half an hour)
 	MTETOOL_DEATHS=1000 $(BIN)/python -m pytest -n 2 -rP tests/lab/test_torture.py
+
+interrupted: deps venv ## every system call of mtetool fails, or is its last (ten minutes)
+	$(BIN)/python -m tests.interrupted
 
 bench-lab: deps venv ## what attaching, saving and restoring cost in the lab
 	$(BIN)/python -m tests.bench.lab

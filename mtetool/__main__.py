@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -14,15 +13,7 @@ from contextlib import contextmanager, suppress
 from itertools import pairwise
 from types import FrameType
 
-from mtetool.errors import (
-    STATUS_HOST,
-    STATUS_OK,
-    DiskFullError,
-    HostIoError,
-    MtetoolError,
-    NoMemoryError,
-    errno_name,
-)
+from mtetool.errors import STATUS_HOST, STATUS_OK, MtetoolError, NoMemoryError, host_error
 
 STATUS_CLOSED_PIPE = 128 + signal.SIGPIPE
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -60,7 +51,9 @@ def main() -> int:
             _drop_unwritten()
             return status
     except SignalError as caught:
-        return _die_by(caught.number)
+        number = caught.number
+    # With the exception gone, so is what its frames still held open: that tidies up now.
+    return _die_by(number)
 
 
 def _take_closed_descriptors() -> None:
@@ -143,16 +136,8 @@ def _guarded(run: Callable[[], int], arguments: Sequence[str]) -> int:
 
 def _from_os_error(error: OSError) -> MtetoolError:
     """A stray OSError, one that nobody below has made sense of."""
-    if error.errno == errno.ENOMEM:
-        return _no_memory()
-    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-    if error.errno is None:
-        return HostIoError(f"{where}{error}")
-    name = errno_name(error.errno)
-    message = f"{where}{error.strerror or os.strerror(error.errno)} ({name})"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFullError(message, hint="free some space, or write elsewhere", errno=name)
-    return HostIoError(message, errno=name)
+    named = isinstance(error.filename, str | bytes)
+    return host_error(error, os.fsdecode(error.filename) if named else "this host failed")
 
 
 def _no_memory() -> NoMemoryError:

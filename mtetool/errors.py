@@ -245,3 +245,34 @@ class NoMemoryError(HostError):
     """This host has no memory left for what was asked."""
 
     id = "no-memory"
+
+
+_HINTS = {
+    errno_module.ENOSPC: "make room, or write elsewhere",
+    errno_module.EDQUOT: "make room within the quota, or write elsewhere",
+    errno_module.EFBIG: "a limit on the size of files is in force: ulimit -f",
+    errno_module.EROFS: "the file system is mounted read-only: write elsewhere",
+    errno_module.EACCES: "who may is said by: ls -ld, of the file and its directory",
+    errno_module.EPERM: "who may is said by: ls -ld, of the file and its directory",
+    errno_module.EMFILE: "a higher limit on open files: ulimit -n",
+    errno_module.ENFILE: "this host has too many files open",
+    errno_module.ENOLCK: "the server of the file system may have no lock service: a local one has",
+}
+
+
+def host_error(error: OSError, what: str, **details: object) -> HostError:
+    """What an OSError of this host means; `what` names what was worked on.
+
+    The class is DiskFullError where there is no room, NoMemoryError, or HostIoError.
+    """
+    number = error.errno or 0
+    name = errno_name(number) if number else None
+    reason = error.strerror or str(error)
+    message = f"{what}: {reason} ({name})" if name else f"{what}: {reason}"
+    hint = _HINTS.get(number, "the kernel's log may say more: dmesg")
+    kind: type[HostError] = HostIoError
+    if number in (errno_module.ENOSPC, errno_module.EDQUOT, errno_module.EFBIG):
+        kind = DiskFullError
+    elif number == errno_module.ENOMEM:
+        kind, hint = NoMemoryError, "a smaller --range"
+    return kind(message, hint=hint, **{"errno": name, **details})

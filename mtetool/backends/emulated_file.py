@@ -28,10 +28,8 @@ from mtetool.emulator.behaviours import Behaviour
 from mtetool.errors import (
     BusyError,
     DamagedError,
-    DiskFullError,
     EmulatorFileError,
     FileExistsAlreadyError,
-    HostIoError,
     MisalignedError,
     MtetoolError,
     NoSuchFileError,
@@ -40,10 +38,11 @@ from mtetool.errors import (
     SourceError,
     UsageError,
     errno_name,
+    host_error,
 )
 from mtetool.guest import Memslot, SlotKind
 from mtetool.snapshot.maps import Fields, pack_map, unpack_map
-from mtetool.snapshot.output import NewFile
+from mtetool.snapshot.newfile import new_file
 from mtetool.uapi import GRANULE_BYTES
 
 PAGE_SIZES = (4096, 16384, 65536)
@@ -137,6 +136,18 @@ def header(described: Description) -> bytes:
         raise UsageError(f"{len(described.memslots)} memslots are too many for one guest")
     head = _HEAD.pack(_MAGIC, _VERSION, len(packed), file_size(described))
     return head + _CHECKSUM.pack(zlib.crc32(packed, zlib.crc32(head))) + packed
+
+
+def replace_header(fd: int, old: Description, new: Description) -> None:
+    """Write the header of a guest over that of the same guest with MTE on or off.
+
+    Only the bytes that differ, checksum and switch, which are within the file's first sector:
+    whoever dies meanwhile leaves the one header or the other. Raises OSError.
+    """
+    before, after = header(old), header(new)
+    differing = [at for at, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+    first, last = min(differing), max(differing)
+    write_all(fd, after[first : last + 1], first)
 
 
 def offsets(described: Description) -> Iterator[int]:
@@ -307,10 +318,11 @@ def create(path: str, described: Description, *, force: bool, fill: Callable[[in
     content = header(described)
     target = _target(path, force=force)
     try:
-        with NewFile(path, target, force=force) as new:
+        with new_file(path, target, force=force) as new:
+            new.open()
             fd = new.file.fileno()
             os.ftruncate(fd, file_size(described))
-            os.pwrite(fd, content, 0)
+            write_all(fd, content, 0)
             fill(fd)
             new.keep()
     except FileNotFoundError:
@@ -323,8 +335,10 @@ def _target(path: str, *, force: bool) -> Path:
     try:
         target = Path(path).resolve()
         is_directory, exists = target.is_dir(), target.exists()
+    except OSError as error:
+        raise refused(error, path) from error
     # RuntimeError for a loop of symbolic links, ValueError for a NUL in the name.
-    except (OSError, RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise SourceError(f"{path} is no name for a file: {error}") from error
     if not path or is_directory:
         raise SourceError(f"{path or 'emu:'} is no name for a file")
@@ -347,6 +361,14 @@ def _exists(path: str) -> FileExistsAlreadyError:
     return FileExistsAlreadyError(f"{path} exists already", hint="--force overwrites it")
 
 
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of it at an offset. Raises OSError."""
+    left = memoryview(data)
+    while left:
+        n_bytes = os.pwrite(fd, left, offset)
+        left, offset = left[n_bytes:], offset + n_bytes
+
+
 # --- what goes wrong ----------------------------------------------------------------------
 
 
@@ -360,9 +382,7 @@ def refused(error: OSError, path: str) -> MtetoolError:
         return PermissionRefusedError(message, errno=name)
     if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         return SourceError(message, errno=name)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFullError(message, hint="free some space, or keep it elsewhere", errno=name)
-    return HostIoError(message, errno=name)
+    return host_error(error, path)
 
 
 def damaged(path: str, why: str) -> EmulatorFileError:

@@ -26,12 +26,13 @@ from mtetool.backends.emulated_file import (
     create,
     damaged,
     file_size,
-    header,
     lock,
     offsets,
     open_file,
     read_header,
     refused,
+    replace_header,
+    write_all,
 )
 from mtetool.backends.fault_block import FaultsInFile
 from mtetool.emulator.behaviours import Behaviour
@@ -228,12 +229,12 @@ class EmulatedGuest:
                 hint="mtetool emu create --vcpus 0 makes a guest without",
             )
         self._take_for_writing()
-        self._described = replace(self._described, mte=True)
+        enabled = replace(self._described, mte=True)
         try:
-            # As long as it was: true and false are one byte each.
-            os.pwrite(self._fd, header(self._described), 0)
+            replace_header(self._fd, self._described, enabled)
         except OSError as error:
             raise refused(error, self._path) from error
+        self._described = enabled
         return True
 
     # --- as its owner ---------------------------------------------------------------------
@@ -415,12 +416,10 @@ class EmulatedGuest:
             done += part.size
 
     def _write_all(self, offset: int, tags: Tags) -> None:
-        done = 0
-        while done < tags.size:
-            try:
-                done += os.pwrite(self._fd, tags[done:].data, offset + done)
-            except OSError as error:
-                raise refused(error, self._path) from error
+        try:
+            write_all(self._fd, tags.data, offset)
+        except OSError as error:
+            raise refused(error, self._path) from error
 
     # --- its life -------------------------------------------------------------------------
 
@@ -451,10 +450,15 @@ class EmulatedGuest:
         self._exclusive = True
 
     def close(self) -> None:
-        """See `Guest.close`; ends the lock."""
+        """See `Guest.close`; ends the lock. Raises HostError where what was written is lost."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            os.close(fd)
+            try:
+                os.close(fd)
+            except OSError as error:
+                # Network file systems tell of a full disk only here.
+                if self._exclusive and error.errno != errno.EINTR:
+                    raise refused(error, self._path) from error
 
     def __enter__(self) -> Self:
         return self

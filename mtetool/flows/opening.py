@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from mtetool.errors import host_error
 from mtetool.snapshot.opening import display_name, is_seekable, opened
 from mtetool.snapshot.reader import SnapshotReader
 
@@ -22,7 +23,10 @@ class SnapshotInput:
     def reader(self) -> SnapshotReader:
         """A reader from the first byte on. Raises SnapshotError, HostIoError."""
         if self.seekable:
-            self.stream.seek(0)
+            try:
+                self.stream.seek(0)
+            except OSError as error:
+                raise host_error(error, f"{self.name}: seeking failed") from error
         return SnapshotReader(self.stream, self.name)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import heapq
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import BinaryIO, Protocol, cast
 
 from mtetool.backends import GuestOptions, is_guest, open_guest
 from mtetool.backends.base import Guest
-from mtetool.errors import SnapshotError
+from mtetool.errors import SnapshotError, host_error
 from mtetool.flows.copying import Copied, TagReader
 from mtetool.flows.layout import check_aligned, check_inside, common, layout_of, merged
 from mtetool.flows.pieces import chunks
@@ -75,9 +75,8 @@ def open_source(source: str, options: GuestOptions | None = None) -> Iterator[Ta
         if is_seekable(stream):
             yield SnapshotSource(_indexed(stream, name), source)
             return
-        with tempfile.TemporaryFile() as spool:
-            _spool(stream, name, cast(BinaryIO, spool))
-            yield SnapshotSource(_indexed(cast(BinaryIO, spool), name), source)
+        with _spool(stream, name) as spool:
+            yield SnapshotSource(_indexed(spool, name), source)
 
 
 class GuestSource:
@@ -172,18 +171,40 @@ class _Copying:
 
     def read(self, n_bytes: int = -1) -> bytes:
         data = self._stream.read(n_bytes)
-        self._copy.write(data)
+        with _about_spool():
+            self._copy.write(data)
         return data
 
 
-def _spool(stream: BinaryIO, name: str, spool: BinaryIO) -> None:
-    """Copy a snapshot from a pipe to a file without a name, checking it on the way.
+@contextmanager
+def _spool(stream: BinaryIO, name: str) -> Iterator[BinaryIO]:
+    """A snapshot from a pipe in a file without a name, checked on the way there.
 
     What is no snapshot ends at its first bytes, and fills no disk.
     """
-    for _ in SnapshotReader(cast(BinaryIO, _Copying(stream, spool)), name):
-        pass
-    spool.seek(0)
+    with _about_spool():
+        spool = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
+    # Closed by hand: what `with` would flush once more behind an error is not wanted.
+    try:
+        for _ in SnapshotReader(cast(BinaryIO, _Copying(stream, spool)), name):
+            pass
+        with _about_spool():
+            spool.seek(0)
+        yield spool
+    finally:
+        with suppress(OSError):
+            spool.close()
+
+
+@contextmanager
+def _about_spool() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = "a snapshot from a pipe needs room in a directory for temporary files, which failed"
+        told = host_error(error, what)
+        told.hint = "another directory: TMPDIR=DIRECTORY mtetool ...; or save to a file first"
+        raise told from error
 
 
 def _indexed(stream: BinaryIO, name: str) -> IndexedSnapshot:

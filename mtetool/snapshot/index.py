@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple, Self
 
-from mtetool.errors import DamagedError, HostIoError
+from mtetool.errors import DamagedError, host_error
 from mtetool.snapshot.heads import DoneHead, decode_done, decode_missing
 from mtetool.snapshot.ledger import Ledger, LedgerError
 from mtetool.snapshot.model import Extent, Footer, Header, Missing, Summary
@@ -73,7 +73,7 @@ class IndexedSnapshot:
             trailer = stream.read(TRAILER.size)
             stream.seek(first)
         except OSError as error:
-            raise HostIoError(f"{name}: reading failed: {error.strerror or error}") from error
+            raise host_error(error, f"{name}: reading failed") from error
         if len(trailer) < TRAILER.size:
             return None
         end, magic = TRAILER.unpack(trailer)
@@ -85,7 +85,7 @@ class IndexedSnapshot:
         try:
             self._stream.seek(offset)
         except OSError as error:
-            raise HostIoError(f"{self._name}: seeking failed: {error.strerror}") from error
+            raise host_error(error, f"{self._name}: seeking failed") from error
         source = ByteSource(self._stream, self._name, offset)
         return read_record(source, None, self.header.chunk_granules)
 

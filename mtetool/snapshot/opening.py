@@ -10,7 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from mtetool.errors import HostIoError, NoSuchFileError, NotASnapshotError, UsageError
+from mtetool.errors import (
+    HostIoError,
+    NoSuchFileError,
+    NotASnapshotError,
+    UsageError,
+    host_error,
+)
 from mtetool.snapshot.index import IndexedSnapshot
 from mtetool.snapshot.model import Extent, Missing, Summary
 from mtetool.snapshot.reader import Piece, SnapshotReader
@@ -39,9 +45,10 @@ def opened(path: str) -> Iterator[BinaryIO]:
         raise NoSuchFileError(f"{path}: no such file", hint="is the path right?") from error
     except IsADirectoryError as error:
         raise NotASnapshotError(f"{path} is no snapshot: it is a directory") from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise HostIoError(f"{path} cannot be opened: {reason}") from error
+    except OSError as error:
+        raise host_error(error, f"{path} cannot be opened") from error
+    except ValueError as error:
+        raise HostIoError(f"{path} cannot be opened: {error}") from error
     with stream:
         yield stream
 
@@ -63,11 +70,19 @@ def display_name(path: str) -> str:
 
 
 def is_seekable(stream: BinaryIO) -> bool:
-    """Whether a stream is a regular file read from its start, which its index may serve."""
+    """Whether a stream is a regular file read from its start, which its index may serve.
+
+    Raises HostError where that cannot be found out: a file is not to be taken for a pipe, of
+    which less is known before it is used.
+    """
     try:
-        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode) and stream.tell() == 0
+        fd = stream.fileno()
     except (OSError, ValueError):
-        return False
+        return False  # it is none of the system's
+    try:
+        return stat.S_ISREG(os.fstat(fd).st_mode) and stream.tell() == 0
+    except OSError as error:
+        raise host_error(error, "the snapshot cannot be looked at") from error
 
 
 def read_summary(path: str) -> Summary:

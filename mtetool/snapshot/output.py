@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
-import secrets
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from mtetool.errors import (
-    DiskFullError,
-    FileExistsAlreadyError,
-    HostError,
-    HostIoError,
-    NoSuchFileError,
-    UsageError,
-)
+from mtetool.errors import HostIoError, NoSuchFileError, UsageError, host_error
+from mtetool.snapshot.newfile import exists, new_file
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
-
-MODE = 0o600  # Tags are secrets: MTE's protection rests on them.
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -57,11 +45,13 @@ def output_file(path: str, *, force: bool) -> Iterator[BinaryIO]:
             yield out
         return
     if target is not None and not force:
-        raise _exists(path)
+        raise exists(path)
     # Behind a symbolic link, its target is written, and the link stays.
     with _named(path):
-        new = NewFile(path, Path(os.path.realpath(path)), force=force)
-    with new:
+        real = Path(os.path.realpath(path))
+    with new_file(path, real, force=force) as new:
+        with _named(path):
+            new.open()
         with _written(new.file, path) as out:
             yield out
         with _named(path):
@@ -73,10 +63,6 @@ def _existing(path: str) -> os.stat_result | None:
         return os.stat(path)  # noqa: PTH116
     except FileNotFoundError:
         return None
-
-
-def _exists(path: str) -> FileExistsAlreadyError:
-    return FileExistsAlreadyError(f"{path} exists", hint="--force overwrites it", path=path)
 
 
 def _standard_output() -> BinaryIO:
@@ -92,14 +78,6 @@ def _standard_output() -> BinaryIO:
     return stdout.buffer
 
 
-def _translated(error: OSError, path: str) -> HostError:
-    if error.errno in _FULL:
-        return DiskFullError(
-            f"{path}: {error.strerror}", hint="make room, or write elsewhere", path=path
-        )
-    return HostIoError(f"{path}: {error.strerror or error}", path=path)
-
-
 @contextmanager
 def _named(path: str) -> Iterator[None]:
     """Errors of the system about this output, in mtetool's words."""
@@ -112,7 +90,7 @@ def _named(path: str) -> Iterator[None]:
             f"{path} cannot be created: {error.strerror}", hint="does its directory exist?"
         ) from error
     except OSError as error:
-        raise _translated(error, path) from error
+        raise host_error(error, path, path=path) from error
 
 
 class _Raw(io.RawIOBase):
@@ -141,7 +119,7 @@ class _Raw(io.RawIOBase):
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise _translated(error, self._path) from error
+            raise host_error(error, self._path, path=self._path) from error
 
     def pass_on(self) -> None:
         """Flush the target."""
@@ -161,89 +139,3 @@ def _written(target: BinaryIO | io.FileIO, path: str) -> Iterator[BinaryIO]:
     finally:
         raw.discard = True
         out.close()
-
-
-class NewFile:
-    """A file that is still nameless (O_TMPFILE), or has a temporary name beside its own.
-
-    A nameless one vanishes with the process, however that ends; some file systems (NFS)
-    have none. `file` is open for reading and writing; `keep` gives it the name `target`.
-    Raises OSError, and FileExistsAlreadyError for a name that was taken meanwhile.
-    """
-
-    def __init__(self, path: str, target: Path, *, force: bool) -> None:
-        self._path = path
-        self._target = target
-        self._force = force
-        self._temporary: Path | None = None
-        self.file = io.FileIO(self._open(), "w")
-        os.fchmod(self.file.fileno(), MODE)
-
-    def _open(self) -> int:
-        if Path("/proc/self/fd").is_dir():
-            with suppress(OSError):
-                flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
-                return os.open(self._target.parent, flags, MODE)
-        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
-        self._temporary = self._temporary_name()
-        return os.open(self._temporary, flags, MODE)
-
-    def _temporary_name(self) -> Path:
-        # Shortened, so that a name of the greatest length still has a temporary one.
-        return self._target.with_name(f".{self._target.name[:50]}.{secrets.token_hex(6)}.tmp")
-
-    def keep(self) -> None:
-        """Give the file its name, once its bytes are on the disk. Raises OSError."""
-        os.fsync(self.file.fileno())
-        directory = os.open(self._target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            if self._force:
-                self._rename()
-            else:
-                self._appear()
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-    def _rename(self) -> None:
-        if self._temporary is None:
-            name = self._temporary_name()
-            self._link(name)
-            self._temporary = name
-        self._temporary.replace(self._target)
-        self._temporary = None
-
-    def _appear(self) -> None:
-        """Take the name, unless something has it by now: that a link refuses, a rename not."""
-        try:
-            self._link(self._target)
-        except FileExistsError as error:
-            raise _exists(self._path) from error
-        except OSError as error:
-            # FAT and some FUSE file systems have no links: a look before has to do there.
-            if self._temporary is None or error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
-                raise
-            if os.path.lexists(self._target):
-                raise _exists(self._path) from error
-            self._rename()
-
-    def _link(self, name: Path) -> None:
-        if self._temporary is not None:
-            os.link(self._temporary, name)
-            return
-        # Naming a directory makes Python use linkat(2) with AT_SYMLINK_FOLLOW, as open(2)
-        # says for O_TMPFILE; link(2) would link the symbolic link in /proc itself.
-        here = os.open(".", os.O_PATH | os.O_CLOEXEC)
-        try:
-            source = f"/proc/self/fd/{self.file.fileno()}"
-            os.link(source, name.absolute(), src_dir_fd=here, follow_symlinks=True)
-        finally:
-            os.close(here)
-
-    def __enter__(self) -> NewFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-        if self._temporary is not None:
-            self._temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from xxhash import xxh3_64, xxh3_64_intdigest
 
-from mtetool.errors import DamagedError, HostIoError, TruncatedError
+from mtetool.errors import DamagedError, HostIoError, TruncatedError, host_error
 
 MAGIC = b"\x89MTESNP\n"
 END_MAGIC = b"\x89MTEEND\n"
@@ -116,9 +116,8 @@ class ByteSource:
             try:
                 part = self._stream.read(min(left, _READ_BYTES))
             except OSError as error:
-                raise HostIoError(
-                    f"{self.name}: reading failed at byte {self.offset}: {error.strerror or error}"
-                ) from error
+                what = f"{self.name}: reading failed at byte {self.offset}"
+                raise host_error(error, what) from error
             if part is None:
                 raise HostIoError(f"{self.name}: a non-blocking stream has nothing to read now")
             if not part:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
-from mtetool.errors import HostIoError, LayoutError, RangeError
+from mtetool.errors import HostError, HostIoError, LayoutError, RangeError
 from mtetool.snapshot.frames import Compressor, Packed, count_tagged, uniform_packed
 from mtetool.snapshot.heads import (
     DoneHead,
@@ -126,7 +126,7 @@ class SnapshotWriter:
         self._queue_fill()
         while self._n_chunks >= self._window:
             self._write_oldest()
-        self._pending.append(self._pool.submit(self._compress, ipa, packed))
+        self._pending.append(self._submit(ipa, packed))
         self._n_chunks += 1
         self._write_ready()
 
@@ -212,6 +212,16 @@ class SnapshotWriter:
             self._ledger.check(ipa, size_bytes)
         except LedgerError as error:
             raise RangeError(str(error), ipa=ipa, size_bytes=size_bytes) from error
+
+    def _submit(self, ipa: int, packed: Packed) -> Future[_Stored]:
+        try:
+            return self._pool.submit(self._compress, ipa, packed)
+        except RuntimeError as error:
+            # "can't start new thread", without an errno.
+            raise HostError(
+                f"compressing: {error} (EAGAIN)",
+                hint="a higher limit on processes (ulimit -u, pids.max of the cgroup), or --jobs 1",
+            ) from error
 
     def _compress(self, ipa: int, packed: Packed) -> _Stored:
         tagged, pages = count_tagged(packed, self._page_granules)

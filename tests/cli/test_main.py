@@ -81,7 +81,7 @@ def test_details_of_any_type_can_be_json(failing: Callable[..., Outcome]) -> Non
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 6, "disk-full", "(EDQUOT)"),
         (OSError(errno.EIO, "Input/output error"), 6, "io", "(EIO)"),
         (OSError("odd"), 6, "io", "odd"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), 6, "no-memory", "no memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 6, "no-memory", "(ENOMEM)"),
         (MemoryError(), 6, "no-memory", "no memory"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", b"/y"), 6, "io", "/y: "),
         (ValueError("what"), 6, "internal", "ValueError: what"),

@@ -21,7 +21,7 @@ from mtetool.errors import (
     NoSuchFileError,
     UsageError,
 )
-from mtetool.snapshot import output
+from mtetool.snapshot.newfile import new_file
 from mtetool.snapshot.output import output_file
 
 
@@ -258,9 +258,9 @@ def test_a_kill_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "file"
     probe = tmp_path / "probe"
     write(probe, b"")
-    new = output.NewFile("x", tmp_path / "x", force=False)
-    with new:
-        if new._temporary is not None:
+    with new_file("x", tmp_path / "x", force=False) as new:
+        new.open()
+        if not new.is_nameless:
             pytest.skip("this file system has no files without names")
     path.write_bytes(b"old")
     with subprocess.Popen(

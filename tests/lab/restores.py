@@ -1,0 +1,63 @@
+"""Run in the lab: a restore that is broken off at its steps, and then run again.
+
+`python3 -m tests.lab.restores PID RIGHT WRONG ENDS` gives the VMM the tags of the snapshot WRONG,
+lets a restore of RIGHT end at one of its steps (see `mtetool.attach.steps`) by a signal, restores
+RIGHT again, and compares. That ENDS times, at steps that are spread over all of the restore. Prints
+what happened, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from importlib import import_module
+
+from mtetool.attach import steps
+from tests.lab.deaths import settled, state
+from tests.lab.torture import _LOADED, Command, drain, learn, start
+
+_SIGNALS = ("KILL", "KILL", "TERM", "INT")
+
+
+def ended(words: list[str], hook: steps.Hook | None = None) -> int:
+    """Run a command to its end: the status, or the signal, negative."""
+    child, reading = start(Command(words), hook)
+    drain(reading)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def spread(command: Command, count: int) -> list[tuple[str, int]]:
+    """That many of a command's steps, from the first to the last."""
+    last = len(command.steps) - 1
+    return [command.steps[number * last // (count - 1)] for number in range(count)]
+
+
+def main() -> None:
+    """Do it."""
+    pid, right, wrong, count = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+    for module in (*_LOADED, "mtetool.cli.diff", "mtetool.cli.verify"):
+        import_module(module)
+    guest = f"kvm:{pid}"
+    restore = Command(["restore", right, guest])
+    learn(restore)
+    before = state(pid)
+    rows = []
+    for number, (step, nth) in enumerate(spread(restore, count)):
+        name = _SIGNALS[number % len(_SIGNALS)]
+        row: dict[str, object] = {"at": f"{name}@{step}:{nth}"}
+        row["dirtied"] = ended(["restore", "--no-verify", wrong, guest])
+        row["broken_off"] = ended(restore.words, steps.fault(f"{name}@{step}:{nth}"))
+        row["as_asked"] = row["broken_off"] == -signal.Signals[f"SIG{name}"]
+        row["harmed"] = settled(pid, before)
+        # A diff would print hundreds of thousands of rows.
+        row["differed"] = ended(["verify", right, "--against", guest])
+        row["again"] = ended(restore.words)
+        row["same"] = ended(["diff", right, guest])
+        rows.append(row)
+    print(json.dumps({"steps": len(restore.steps), "ends": rows}))
+
+
+if __name__ == "__main__":
+    main()
