@@ -2,9 +2,9 @@
 
     magic 8 | length u32 | CRC-32 of the rest u32 | msgpack: faults, what they have seen, vanished
 
-in little-endian order, then zeros. It is there only in files of guests with faults. Whoever reads
-or changes it holds a lock on its bytes, of the open file: several processes may read one guest's
-tags, and each copy counts.
+in little-endian order, then zeros; nothing but zeros says that there are none. Only files of
+guests with faults have it. Whoever reads or changes it holds a lock on its bytes, of the open
+file: several processes may read one guest's tags, and each copy counts.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import cast
 
-from mtetool.backends.emulated_file import FAULTS_BYTES, damaged, refused
+from mtetool.backends.emulated_file import FAULTS_BYTES, damaged, refused, write_all
 from mtetool.emulator.faults import (
     ERRNO_MAX,
     Counted,
@@ -33,8 +33,10 @@ from mtetool.emulator.faults import (
 from mtetool.errors import MtetoolError, UsageError
 from mtetool.snapshot.maps import Fields, pack_map, unpack_map
 
-FAULTS_MAX = 100
-"""How many faults one guest may have."""
+FAULTS_MAX = 16
+"""How many faults one guest may have: they fit into 4096 bytes, so that they lie in one page of
+the file, and nobody who is killed leaves half of a change (Linux looks for fatal signals between
+the pages of a write: mm/filemap.c, generic_perform_write)."""
 
 _MAGIC = b"MTEFAULT"
 _HEAD = struct.Struct("<8sII")
@@ -85,7 +87,13 @@ class FaultsInFile:
                 os.ftruncate(self._fd, self._at + FAULTS_BYTES)
             except OSError as error:
                 raise refused(error, self._path) from error
-            self._store(packed)
+            try:
+                self._store(packed)
+            except MtetoolError:
+                # A full disk: better none than what nobody could read.
+                with suppress(OSError):
+                    os.ftruncate(self._fd, self._at)
+                raise
 
     def close(self) -> None:
         """Let go of the file."""
@@ -101,6 +109,8 @@ class FaultsInFile:
         if len(block) < FAULTS_BYTES:
             raise damaged(self._path, "its faults are truncated")
         magic, length, checksum = _HEAD.unpack_from(block)
+        if not any(block):
+            return _packed(Faults())
         packed = block[_HEAD.size : _HEAD.size + length]
         if magic != _MAGIC or zlib.crc32(packed) != checksum:
             raise damaged(self._path, "its faults are damaged")
@@ -109,8 +119,7 @@ class FaultsInFile:
     def _store(self, packed: bytes) -> None:
         block = _HEAD.pack(_MAGIC, len(packed), zlib.crc32(packed)) + packed
         try:
-            # One write, which a signal that ends us does not cut.
-            os.pwrite(self._fd, block, self._at)
+            write_all(self._fd, block, self._at)
         except OSError as error:
             raise refused(error, self._path) from error
 

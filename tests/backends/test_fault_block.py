@@ -15,8 +15,9 @@ import pytest
 from mtetool.backends import GuestOptions, emulator, open_guest
 from mtetool.backends.emulated_file import FAULTS_BYTES, open_file
 from mtetool.backends.emulator import EmulatedGuest, create_emulated, open_emulated
+from mtetool.backends.fault_block import _packed
 from mtetool.backends.faulty import Delay, Fail, Fault, FaultyGuest, Rate, Vanish
-from mtetool.emulator.faults import Counted
+from mtetool.emulator.faults import Counted, Faults
 from mtetool.errors import (
     BusyError,
     DiskFullError,
@@ -89,12 +90,15 @@ def test_from_the_beginning_on(tmp_path: Path) -> None:
 
 def test_too_many_leave_those_that_were(path: str) -> None:
     order(path, *ALL)
-    with pytest.raises(UsageError, match="101 faults"):
-        order(path, *[Fault(Vanish())] * 101)
+    with pytest.raises(UsageError, match="17 faults"):
+        order(path, *[Fault(Vanish())] * 17)
     with opened(path) as guest:
         assert guest.faults().ordered == ALL
-    order(path, *[ALL[0]] * 100)
-    assert read(path) == 1
+    longest = Fault(
+        Rate(2**64 - 1), "write", (2**63, 2**63), 2**64 - 1, 2**64 - 1, 1e-300, 2**64 - 1, 2**64 - 1
+    )
+    faults = Faults((longest,) * 16, [Counted(2**64 - 1, 2**64 - 1, 2**64 - 1)] * 16)
+    assert len(_packed(faults)) + 16 <= 4096
 
 
 def test_counts_go_on_in_the_next_process(path: str) -> None:
@@ -187,6 +191,34 @@ def test_closed(path: str) -> None:
     guest.close()
     with pytest.raises(ValueError, match="closed"):
         guest.read_tags(BASE, np.zeros(256, dtype=np.uint8))
+
+
+def test_a_full_disk_leaves_a_guest_without_faults(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+
+    def filling_up(fd: int, data: memoryview, offset: int) -> int:
+        if written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(real(fd, data[:20], offset))
+        return written[-1]
+
+    real = os.pwrite
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", filling_up)
+        with pytest.raises(DiskFullError):
+            order(path, *ALL)
+    assert read(path) == 1
+    with opened(path) as guest:
+        assert guest.faults().ordered == ()
+
+
+def test_who_dies_before_they_are_written_leaves_a_guest_without(path: str) -> None:
+    os.truncate(path, Path(path).stat().st_size + FAULTS_BYTES)
+    assert read(path) == 1
+    order(path, Fault(Fail(errno.EFAULT)))
+    assert read(path) == "EFAULT"
 
 
 def test_disk_full(path: str, monkeypatch: pytest.MonkeyPatch) -> None:

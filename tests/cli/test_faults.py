@@ -169,7 +169,7 @@ def test_bad_usage(tmp_path: Path) -> None:
     run("emu", "create", path, "--memory", "64K")
     assert run("emu", "fault", path, "--clear", "--fault", "EIO").status == 2
     assert run("emu", "fault", tmp_path / "no").status == 2
-    assert run("emu", "fault", path, *["--fault", "EIO"] * 101).status == 2
+    assert run("emu", "fault", path, *["--fault", "EIO"] * 17).status == 2
     assert run("emu", "fault", path).out == "no faults\n"
 
 
