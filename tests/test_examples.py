@@ -24,6 +24,30 @@ def test_demo_shows_a_round_trip(tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "guest.mtesnap").stat().st_size > 100_000
 
 
+def test_rehearsal_recovers_from_each_failure(tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = subprocess.run(
+        [_EXAMPLES / "rehearse.sh", tmp_path / "rehearsal"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PATH": path},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    told = [line for line in result.stdout.splitlines() if line.startswith(("-- ", "same"))]
+    assert [line for line in told if "attempt" in line] == [
+        "-- attempt 1: status 3",
+        "-- attempt 2: status 0",
+        "-- attempt 1: status 4, error guest-lost",
+        "-- attempt 2: status 0",
+        "-- attempt 1: status 3",
+        "-- attempt 2: status 4, error busy",
+        "-- attempt 3: status 4, error busy",
+    ]
+    assert told.count("same") == 3
+    assert "rolled back" in told[-2]
+
+
 def test_migration_script_explains_itself() -> None:
     result = subprocess.run(
         [_EXAMPLES / "migrate-qemu.sh"], capture_output=True, text=True, check=False

@@ -30,7 +30,7 @@ Opener = Callable[[str, GuestOptions], Guest]
 
 # Modules are named, not imported: `--help` and `info` load neither numpy nor ptrace.
 _OPENERS = {
-    "emu": ("mtetool.backends.emulator", "open_emulated"),
+    "emu": ("mtetool.backends.rehearsal", "open_with_faults"),
     "kvm": ("mtetool.backends.kvm", "open_kvm"),
     "proc": ("mtetool.backends.process", "open_process"),
 }

@@ -6,7 +6,8 @@ a multiple of 64 KiB:
     magic 8 | version u32 | description u32 | file size u64 | CRC-32 u32 | msgpack description
 
 in little-endian order; the checksum is that of the header without it. Tags that nobody set
-are holes.
+are holes. Behind all of it may be a block with faults (`fault_block`), which the file size in the
+header does not count.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ from mtetool.uapi import GRANULE_BYTES
 
 PAGE_SIZES = (4096, 16384, 65536)
 """The page sizes that arm64 kernels are built with, in bytes."""
+
+FAULTS_BYTES = 64 << 10
+"""The size of the block behind the tags of a guest that has faults."""
 
 _MAGIC = b"\x89MTEEMU\n"
 _VERSION = 1
@@ -259,7 +263,7 @@ def _described(packed: bytes, path: str, size: int, actual: int) -> Description:
     # Well-formed nonsense: a wrong layout is not the user's usage here, but the file's.
     except MtetoolError as error:
         raise damaged(path, f"its description makes no sense: {error.message}") from error
-    if actual != size or size != file_size(described):
+    if actual not in (size, size + FAULTS_BYTES) or size != file_size(described):
         raise damaged(path, f"its size, {actual} bytes, does not fit its description")
     return described
 

@@ -11,8 +11,8 @@ import errno
 import fcntl
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -25,6 +25,7 @@ from mtetool.backends.emulated_file import (
     check_hugetlb,
     create,
     damaged,
+    file_size,
     lock,
     offsets,
     open_file,
@@ -33,8 +34,10 @@ from mtetool.backends.emulated_file import (
     replace_header,
     write_all,
 )
+from mtetool.backends.fault_block import FaultsInFile
 from mtetool.emulator.behaviours import Behaviour
 from mtetool.emulator.copying import CopyRequest, check_request
+from mtetool.emulator.faults import Fault, Faults
 from mtetool.errors import (
     BusyError,
     MisalignedError,
@@ -62,7 +65,7 @@ Advance = Callable[[int], None]
 
 
 def open_emulated(path: str, options: GuestOptions) -> EmulatedGuest:
-    """Open the emulated guest kept in the file `path`.
+    """Open the emulated guest kept in the file `path`, as its owner: no fault fires.
 
     Raises NoSuchFileError; EmulatorFileError for what is no such file or is damaged;
     BusyError while somebody writes to it; PermissionRefusedError; SourceError for no path.
@@ -90,11 +93,13 @@ def create_emulated(
     behaviours: Collection[Behaviour] = (),
     force: bool = False,
     fill: Callable[[EmulatedGuest], None] | None = None,
+    faults: Sequence[Fault] = (),
 ) -> None:
     """Make an emulated guest in the file `path`, all tags 0 or as `fill` sets them.
 
     `hugetlb` names memslots, by id, whose memory is hugetlb; a kernel without the behaviour
-    HUGETLB_TAGS refuses those for a VM with MTE.
+    HUGETLB_TAGS refuses those for a VM with MTE. It has
+    `faults` from the first use on.
 
     The file appears when it is whole, with mode 0600. Raises UsageError, MisalignedError and
     RangeError for a layout that no guest has; FileExistsAlreadyError without `force`;
@@ -109,9 +114,11 @@ def create_emulated(
     check_hugetlb(described)
 
     def fill_file(fd: int) -> None:
-        if fill is not None:
-            with EmulatedGuest(os.dup(fd), path, described, writable=True, told=()) as guest:
+        with EmulatedGuest(os.dup(fd), path, described, writable=True, told=()) as guest:
+            if fill is not None:
                 fill(guest)
+            if faults:
+                guest.set_faults(faults)
 
     create(path, described, force=force, fill=fill_file)
 
@@ -281,6 +288,42 @@ class EmulatedGuest:
                 ipa += tags.size * GRANULE_BYTES
                 if advance is not None:
                     advance(tags.size * GRANULE_BYTES)
+
+    def faults(self) -> Faults:
+        """The faults it has for others, and what they have seen."""
+        kept = self.kept_faults()
+        if kept is None:
+            return Faults()
+        with closing(kept):
+            return kept.read()
+
+    def set_faults(self, faults: Iterable[Fault]) -> None:
+        """Give it these faults in place of those before, or none; one that vanished is back.
+
+        Raises UsageError for too many of them, BusyError, PermissionRefusedError, DiskFullError.
+        """
+        ordered = tuple(faults)
+        self._take_for_writing()
+        at = file_size(self._described)
+        try:
+            if not ordered:
+                os.ftruncate(self._fd, at)
+                return
+            with closing(FaultsInFile(self._fd, self._path, at, writable=True)) as kept:
+                kept.replace(ordered)
+        except OSError as error:
+            raise refused(error, self._path) from error
+
+    def kept_faults(self) -> FaultsInFile | None:
+        """Where its faults are kept, if it has any; to be closed by the caller."""
+        self._check_open()
+        at = file_size(self._described)
+        try:
+            if os.fstat(self._fd).st_size == at:
+                return None
+            return FaultsInFile(self._fd, self._path, at, writable=self._writable)
+        except OSError as error:
+            raise refused(error, self._path) from error
 
     def _chosen(self, slots: Sequence[int] | None) -> list[Memslot]:
         known = {slot.id: slot for slot in self._described.memslots if slot.kind != "device"}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from mtetool.cli.faults import fault_option, faults_json, say_faults
 from mtetool.cli.options import (
     RANGE,
     SIZE,
@@ -28,6 +29,7 @@ from mtetool.guest import Memslot
 
 if TYPE_CHECKING:
     from mtetool.backends.emulator import EmulatedGuest
+    from mtetool.emulator.faults import Fault
     from mtetool.guest import GuestInfo
 
 # Where the memory of QEMU's machine `virt` begins.
@@ -131,6 +133,7 @@ def command() -> None:
     metavar="NAME",
     help="What its kernel does unlike others, such as hugetlb-tags (repeatable).",
 )
+@fault_option
 @click.option("--force", is_flag=True, help="Overwrite PATH if it exists.")
 @progress_options
 @report_option
@@ -144,6 +147,7 @@ def create(
     no_mte: bool,
     vcpus: int,
     behaviours: tuple[Behaviour, ...],
+    faults: tuple[Fault, ...],
     force: bool,
     quiet: bool,
     progress: str,
@@ -173,6 +177,7 @@ def create(
         behaviours=behaviours,
         force=force,
         fill=fill_it,
+        faults=faults,
     )
     if output == "json":
         _show(path, output, "mtetool.emu-create/1")
@@ -182,8 +187,33 @@ def create(
 @click.argument("path", type=_PATH)
 @report_option
 def show(path: str, output: str) -> None:
-    """Say what an emulated guest is: its memslots, page size, whether MTE is on."""
+    """Say what an emulated guest is: its memslots, page size, whether MTE is on; its faults."""
     _show(path, output, "mtetool.emu-show/1")
+
+
+@command.command("fault", short_help="Show or change the faults to rehearse.")
+@click.argument("path", type=_PATH)
+@fault_option
+@click.option("--clear", is_flag=True, help="No faults any more; a guest that vanished is back.")
+@report_option
+def fault(path: str, faults: tuple[Fault, ...], clear: bool, output: str) -> None:
+    """Show the faults of an emulated guest and how often each fired.
+
+    With --fault these take the place of those before, and all counting begins anew.
+    """
+    if faults and clear:
+        raise UsageError("--fault and --clear exclude each other")
+    with _opened(path) as guest:
+        if faults or clear:
+            guest.set_faults(faults)
+        has = guest.faults()
+    if output == "json":
+        source = f"emu:{path}"
+        print_json({"schema": "mtetool.emu-fault/1", "source": source, **faults_json(has)})
+    elif has.ordered:
+        say_faults(has)
+    else:
+        say("no faults")
 
 
 @command.command("set", short_help="Give a range one tag.")
@@ -282,15 +312,16 @@ def _fill(
 
 def _show(path: str, output: str, schema: str) -> None:
     with _opened(path) as guest:
-        info = guest.info()
+        info, faults = guest.info(), guest.faults()
         behaviours = sorted(behaviour.value for behaviour in guest.behaviours)
     if output == "json":
         described = {**describe_guest(info), "kernel_behaviours": behaviours}
-        print_json({"schema": schema, **described})
+        print_json({"schema": schema, **described, **faults_json(faults)})
     else:
         _say_guest(info)
         if behaviours:
             say(f"kernel: {', '.join(behaviours)}")
+        say_faults(faults)
 
 
 def _say_guest(info: GuestInfo) -> None:

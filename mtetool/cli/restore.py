@@ -97,6 +97,7 @@ def _document(
         "dry_run": result.dry_run,
         "verify": verify and not result.dry_run,
         "restored_bytes": result.restored_bytes,
+        "restored_up_to": result.restored_up_to,
         "verified_bytes": result.verified_bytes,
         "readonly_bytes": result.readonly_bytes,
         **missing_json("missing", result.missing),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -62,6 +63,11 @@ class RestoreResult:
         """The exit status: 0, or 3 where any page did not get the snapshot's tags."""
         short = (self.missing, self.refused, self.readonly_differing, self.verify_differing)
         return STATUS_PARTIAL if any(short) or self.stopped else STATUS_OK
+
+    def not_as_wanted(self) -> list[Extent]:
+        """Where the guest was found not to have the snapshot's tags, as far as it is listed."""
+        found = [Extent(item.ipa, item.size_bytes) for item in self.refused.items]
+        return merged([*found, *self.readonly_differing.items, *self.verify_differing.items])
 
 
 def restore(
@@ -146,6 +152,15 @@ class _Restorer:
 
     def _with_what_was_done(self, error: MtetoolError) -> MtetoolError:
         result = self.result
+        left = result.not_as_wanted()
+        if left:
+            error.message += (
+                f"; {total_bytes(left)} bytes before that did not get the snapshot's tags,"
+                f" the first at {left[0].ipa:#x}"
+            )
+            error.args = (error.message,)
+            rows = [{"ipa": extent.ipa, "size_bytes": extent.size_bytes} for extent in left]
+            error.details.setdefault("not_restored", rows)
         if result.restored_bytes and result.restored_up_to is not None:
             error.message += (
                 f"; {result.restored_bytes} bytes of guest memory had their tags written"
@@ -255,6 +270,8 @@ class _Restorer:
         """A page that cannot be written; where nobody knew, reading tells a read-only one."""
         page_granules = self._layout.page_size_bytes // GRANULE_BYTES
         probe: Tally[Missing] = Tally()
+        # What the kernel says of read-only memory; any other errno has another reason.
+        may_be_readonly = may_be_readonly and step.errno == errno.EFAULT
         if may_be_readonly:
             self._comparer.compare(step.ipa, part[:page_granules], Tally(), probe)
         if may_be_readonly and not probe:

@@ -83,6 +83,8 @@ def test_json(path: Path) -> None:
         "memslots": [{"id": 0, "ipa": BASE, "size_bytes": 65536, "readonly": False, "kind": "ram"}],
         "vcpus": 0,
         "kernel_behaviours": [],
+        "faults": [],
+        "vanished": False,
     }
     assert run("emu", "show", path, "--json").json == {
         **outcome.json,
