@@ -112,6 +112,12 @@ class Qemu:
         return {int(page): int(ipa, 16) for page, ipa in _IPA.findall(self.output())}
 
 
+def page_bytes(lab: Machine) -> int:
+    """The size of the pages of a lab machine."""
+    script = "import mmap; print(mmap.PAGESIZE)"
+    return int(lab.run(["python3", "-c", script], check=True).stdout)
+
+
 def as_user(lab: Machine, uid: int, *words: str) -> list[str]:
     """The command line that becomes that user, who may use /dev/kvm, and then `words`."""
     if not uid:

@@ -164,10 +164,10 @@ def test_what_the_guest_does_not_have(lab: Machine, guest: Qemu) -> None:
     for words, status, said in (
         ("--range 0x40000100:4K", 2, b"not a multiple"),
         ("--range 0x40000000:100", 2, b"not a multiple"),
-        ("--range 0x20000000:4K", 2, b"outside"),
+        ("--range 0x20000000:64K", 2, b"outside"),
         ("--slot 77", 2, b"77"),
         ("--memslot 0x40000100:4K", 2, b"not a multiple"),
-        ("--memslot 1G:2M --memslot 0x40100000:4K", 2, b"overlap"),
+        ("--memslot 1G:2M --memslot 0x40100000:64K", 2, b"overlap"),
         ("--qmp /tmp/nothing", 4, b"--memslot"),
     ):
         result = lab.run(["mtetool", "save", f"kvm:{guest.pid}", "-o", "/tmp/s", *words.split()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tests.lab.guests import Qemu, start_test_vmm
+from tests.lab.guests import Qemu, page_bytes, start_test_vmm
 from tests.lab.machine import Machine
 
 MIB = 1 << 20
@@ -31,7 +31,7 @@ def test_all_vms_of_the_host(lab: Machine) -> None:
     assert set(vms) == {guest.pid, paused.pid, plain}
     qemu = "qemu-system-aarch64"
     # QEMU's memory, and the page of stolen time that it gives each guest.
-    size = 256 * MIB + 4096
+    size = 256 * MIB + page_bytes(lab)
     shown = [qemu, "web", 2, size, True, "running", "root", None]
     assert _keys(vms[guest.pid], *keys) == shown
     shown = [qemu, None, 1, size, True, "paused", "4711", None]

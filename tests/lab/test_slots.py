@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab.guests import Qemu, start_test_vmm
+from tests.lab.guests import Qemu, page_bytes, start_test_vmm
 from tests.lab.machine import Machine
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -59,11 +59,26 @@ def test_layouts_of_qemu(lab: Machine, layout: str) -> None:
     assert found["before"] == found["after"]
 
 
+def _odd(page: int) -> list[str]:
+    """The odd slots on a host with such pages: as many pages, and as many between them."""
+
+    def scaled(number: int) -> int:
+        low = number % (16 * MIB)
+        return number - low + low * page // 4096
+
+    words = (word.split(":") for word in ODD.split())
+    return [
+        ":".join([*(f"{scaled(int(number, 0)):#x}" for number in (ipa, size)), *rest])
+        for ipa, size, *rest in words
+    ]
+
+
 def test_ten_odd_slots(lab: Machine) -> None:
-    pid = start_test_vmm(lab, "--memfd", *ODD.split())
+    odd = _odd(page_bytes(lab))
+    pid = start_test_vmm(lab, "--memfd", *odd)
     found = _asked(lab, pid)
     expected: list[list[int]] = []
-    for word in ODD.split():
+    for word in odd:
         ipa, size = (int(number, 0) for number in word.split(":")[:2])
         start = expected.pop()[0] if expected and expected[-1][1] == ipa else ipa
         expected.append([start, ipa + size])

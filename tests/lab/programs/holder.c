@@ -247,7 +247,7 @@ static void hold_rseq(void)
 	counts->rounds++;
 }
 
-enum { STACK = 5120, BELOW = 32768, ROOM = 65536, PAGE = 4096 };
+enum { STACK = 5120, BELOW = 32768, ROOM = 65536, PAGE = 65536 }; /* the largest page */
 static char *below; /* what lies below a stack that is too small */
 
 static void hold_on_this_stack(void)
