@@ -14,6 +14,7 @@ from mtetool.cli import group
 from tests.lab.guests import Qemu, kill_vmms, start_test_vmm
 from tests.lab.machine import Machine
 
+PAGE = 4096
 BASE = 0x40000000
 MIB = 1 << 20
 
@@ -92,7 +93,7 @@ def test_swapped_memory_is_saved_and_restored(swap: Swap, tmp_path: Path) -> Non
     guest = [f"kvm:{pid}", *(word for slot in slots for word in ("--memslot", slot))]
     lab.run(["mtetool", "restore", "/tmp/snapshot1", *guest], check=True)
 
-    pages = size // int(lab.sh("getconf PAGESIZE").stdout)
+    pages = size // PAGE
     assert swap.page_out(pid, size) == [pages, pages]
     before = swap.read_in()
     lab.run(["mtetool", "save", *guest, "-o", "/tmp/s"], check=True)
@@ -127,8 +128,8 @@ def test_live_guest_whose_memory_is_swapped(swap: Swap, tmp_path: Path) -> None:
     tags = _mtetool("dump", tmp_path / "s", "--range", f"{BASE:#x}:128M", "--output", "raw")
     for page, ipa in ipas.items():
         start = (ipa - BASE) // 16
-        expected = bytes((granule * 5 + page) & 15 for granule in range(256))
-        assert tags[start : start + 256] == expected
+        expected = bytes((granule * 5 + page) & 15 for granule in range(PAGE // 16))
+        assert tags[start : start + PAGE // 16] == expected
     swap.page_out(guest.pid, size, n_pages)
     lab.run(["mtetool", "restore", "/tmp/s", f"kvm:{guest.pid}"], check=True)
     swap.page_out(guest.pid, size, n_pages)
