@@ -7,7 +7,7 @@ import json
 from tests.lab.guests import Qemu
 from tests.lab.machine import Machine
 
-_ENDS = 9
+_ENDS = 5
 _RANGES = 4
 
 
@@ -19,11 +19,11 @@ def test_a_restore_that_is_broken_off_and_run_again_is_exact(lab: Machine) -> No
     last = max(guest.ipas().values()) & ~0xFFFFF
     ranges = [f"{last - (number << 20):#x}:256K" for number in range(_RANGES)]
     options = " ".join(f"--range {one}" for one in ranges)
-    settings = "".join(f" && mtetool emu set /tmp/e {one}=9" for one in ranges)
+    slots = " ".join(f"--slot {one}" for one in ranges)
     lab.sh(
         f"mtetool save kvm:{guest.pid} {options} -o /tmp/right"
-        f" && mtetool emu create /tmp/e --memory 64M {settings}"
-        f" && mtetool save emu:/tmp/e {options} -o /tmp/wrong"
+        f" && mtetool emu create /tmp/e {slots} --fill random"
+        " && mtetool save emu:/tmp/e -o /tmp/wrong"
     )
     words = f"python3 -m tests.lab.restores {guest.pid} /tmp/right /tmp/wrong {_ENDS}"
     env = {"PYTHONPATH": "/opt/mtetool"}
