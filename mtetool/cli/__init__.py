@@ -87,5 +87,5 @@ class LazyGroup(click.Group):
 def group() -> None:
     """Save, restore and look at the memory tags (Arm MTE) of live KVM guests.
 
-    GUEST is kvm:PID, proc:PID (a process itself) or emu:PATH (an emulated one).
+    GUEST is kvm:PID, proc:PID (a process), or emu:PATH, an emulated one.
     """
