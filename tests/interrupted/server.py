@@ -53,7 +53,7 @@ class Request:
 
 def _preload() -> None:
     """Import what the commands import when they run."""
-    from mtetool.backends import asking, emulator, patterns  # noqa: F401
+    from mtetool.backends import asking, patterns, rehearsal  # noqa: F401
     from mtetool.flows import (  # noqa: F401
         diff,
         dump,
