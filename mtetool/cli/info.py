@@ -8,7 +8,7 @@ import click
 
 from mtetool.cli.options import report_option
 from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size
-from mtetool.cli.render import describe_guest, print_json, say, table
+from mtetool.cli.render import describe_guest, one_line, print_json, say, table
 from mtetool.flows.tally import Tally
 from mtetool.guest import GuestInfo, Memslot
 
@@ -95,7 +95,7 @@ def _tell(file: str, summary: Summary, missing: Tally[Missing]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         if value is not None:
-            say(f"{name:<{width}}  {value}")
+            say(f"{name:<{width}}  {one_line(value)}")
     say("memslots:" if header.memslots else "memslots: not known")
     if header.memslots:
         slots = [_slot_row(slot) for slot in header.memslots]

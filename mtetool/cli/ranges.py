@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mtetool.cli.render import one_line
 from mtetool.errors import errno_name
 
 if TYPE_CHECKING:
@@ -101,4 +102,5 @@ def _span(item: Extent | Missing) -> str:
 
 def why(item: Missing) -> str:
     """Why a range is not there: the errno by name, and the reason."""
-    return f"{errno_name(item.errno)}: {item.reason}" if item.errno else item.reason
+    reason = one_line(item.reason)
+    return f"{errno_name(item.errno)}: {reason}" if item.errno else reason

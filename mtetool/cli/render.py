@@ -42,6 +42,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
+def one_line(text: str) -> str:
+    """`printable` text that stays in its line: other people's text must not look like a row."""
+    return printable(text).replace("\n", "\\n")
+
+
 def table(
     header: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()
 ) -> str:
@@ -64,7 +69,7 @@ def table(
 
 
 def _cell(value: object) -> str:
-    return "-" if value is None else printable(str(value)).replace("\n", "\\n")
+    return "-" if value is None else one_line(str(value))
 
 
 def describe_guest(info: GuestInfo) -> dict[str, Any]:

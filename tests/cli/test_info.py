@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.running import BASE, KIB, ROM, make_guest, run
+from tests.snapshot.forge import small_forge
 
 
 @pytest.fixture
@@ -66,3 +67,20 @@ def test_neither_numpy_nor_rich_is_loaded(snapshot: Path, words: list[str]) -> N
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
     )
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "dump"])
+def test_text_of_a_snapshot_makes_no_lines_of_its_own(tmp_path: Path, command: str) -> None:
+    lie = "x\nconsistent  yes\x1b[2K"
+    texts = ("source", "created", "tool", "kernel", "machine", "vmm", "name")
+    forge = small_forge(4, **dict.fromkeys(texts, lie))
+    forge.fill(BASE, 3).miss(BASE + 3 * 4096, 1, reason=lie)
+    path = tmp_path / "s"
+    path.write_bytes(forge.end())
+    done = run(command, path)
+    assert done.status in (0, 3)
+    assert "x\\nconsistent  yes\\x1b[2K" in done.out + done.err
+    assert not any(
+        line.startswith("consistent  yes") for line in (done.out + done.err).splitlines()
+    )
+    assert "\x1b" not in done.out + done.err
