@@ -13,6 +13,7 @@ import pytest
 
 from mtetool.attach.permission import REASONS
 from mtetool.cli import group
+from mtetool.emulator import Behaviour
 from mtetool.flows.patterns import CHANGED, NOT_KEPT, OVERWRITE, OVERWRITE_IN_PAGE
 from mtetool.flows.probe import judge
 from mtetool.flows.selftest import CHECK_IDS
@@ -113,3 +114,5 @@ def test_stable_ids_stand_in_their_pages() -> None:
     rows = {row.id for row in judge(host_facts())}
     assert {*CHECK_IDS, *defects, *rows} <= words("mtetool-probe.1")
     assert set(REASONS) <= words("mtetool.1")
+    page = (MAN / "mtetool-emu.1").read_text().replace("\\-", "-")
+    assert [behaviour.value for behaviour in Behaviour if behaviour.value not in page] == []

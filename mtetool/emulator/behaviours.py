@@ -14,14 +14,14 @@ class Behaviour(enum.Enum):
     """A way in which some kernels answer and others do not; the value is its name."""
 
     HUGETLB_TAGS = "hugetlb-tags"
-    """Memory of hugetlbfs can have tags (commit 25c17c4b55de, Linux 6.13): the memslots of a VM
+    """Memory of hugetlbfs can have tags (Linux 6.13 and later): the memslots of a VM
     with MTE may have it, and one mark says of all of a huge page that it has tags. Without, such
     a memslot is refused with EINVAL."""
 
     CLEAR_USER_EXACT = "clear-user-exact"
     """Where the buffer ends in the middle of a page's tags, zeros for a page without tags fill
-    it to its last byte (by the FEAT_MOPS instructions, Linux 6.17 and later); without, to the
-    last whole word of eight bytes."""
+    it to its last byte (newer kernels clear by the FEAT_MOPS instructions, where the CPU has
+    them; seen on 7.3); without, to the last whole word of eight bytes."""
 
     GUEST_MEMFD = "guest-memfd"
     """KVM_CREATE_GUEST_MEMFD makes memory that a memslot may have, which excludes MTE, whichever
