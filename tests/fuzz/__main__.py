@@ -38,16 +38,18 @@ def main(argv: list[str] | None = None) -> int:
         for path in (*_GOLDEN.glob("*"), *_CORPUS.glob("*.mtesnap")):
             (corpus / path.name).write_bytes(path.read_bytes())
         runs = -(-arguments.executions // arguments.jobs)
+        logs = [Path(scratch) / f"log{number}" for number in range(arguments.jobs)]
         workers = [
-            _start(corpus, runs, arguments.seed + number, arguments.findings)
-            for number in range(arguments.jobs)
+            _start(corpus, runs, arguments.seed + number, arguments.findings, log)
+            for number, log in enumerate(logs)
         ]
-        ends = [(worker.communicate()[0].decode(errors="replace"), worker) for worker in workers]
-    executions = sum(int(count) for text, _ in ends for count in _COUNT.findall(text))
-    accepted = sum(int(count) for text, _ in ends for count in _ACCEPTED.findall(text)[-1:])
-    findings = sum(1 for _, worker in ends if worker.returncode)
-    for text, worker in ends:
-        if worker.returncode or not _COUNT.search(text):
+        statuses = [worker.wait() for worker in workers]
+        texts = [log.read_text(errors="replace") for log in logs]
+    executions = sum(int(count) for text in texts for count in _COUNT.findall(text))
+    accepted = sum(int(count) for text in texts for count in _ACCEPTED.findall(text)[-1:])
+    findings = sum(1 for status in statuses if status)
+    for text, status in zip(texts, statuses, strict=True):
+        if status or not _COUNT.search(text):
             print(text[-6000:], file=sys.stderr)
     print(
         f"fuzz executions={executions} findings={findings} accepted={accepted}"
@@ -56,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     return int(findings > 0 or executions < arguments.executions)
 
 
-def _start(corpus: Path, runs: int, seed: int, findings: Path) -> subprocess.Popen[bytes]:
+def _start(
+    corpus: Path, runs: int, seed: int, findings: Path, log: Path
+) -> subprocess.Popen[bytes]:
     findings.mkdir(exist_ok=True)
     words = [
         *(sys.executable, *_WORKER, str(corpus)),
@@ -69,7 +73,9 @@ def _start(corpus: Path, runs: int, seed: int, findings: Path) -> subprocess.Pop
         ),
         *(f"-rss_limit_mb={_MEMORY_MIB}", "-timeout=30", f"-artifact_prefix={findings}/"),
     ]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # To a file: a pipe that nobody reads would hold up the worker.
+    with log.open("wb") as out:
+        return subprocess.Popen(words, stdout=out, stderr=out)
 
 
 if __name__ == "__main__":
