@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 
 import msgpack  # type: ignore[import-untyped]
+import numpy as np
 import pytest
 
 from mtetool.errors import DamagedError, LayoutError, RangeError
 from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Missing
+from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.snapshot.writer import SnapshotWriter
 from tests.snapshot.forge import (
     BASE,
@@ -88,3 +91,25 @@ def test_counts_that_are_not_those_of_the_tags(key: str, more: int) -> None:
     forge = small_forge().tags(BASE, tags, None, **{key: counted + more})
     with pytest.raises(DamagedError, match="not as many"):
         read_all(forge.end(**{key: counted + more}))
+
+
+@pytest.mark.parametrize("chunk_granules", [1 << 12, 1 << 16, 1 << 20])
+def test_memory_is_that_of_the_declared_chunk_whatever_the_guests_size(chunk_granules: int) -> None:
+    out = io.BytesIO()
+    n_pages = 64 * chunk_granules // PAGE_GRANULES
+    tags = np.zeros(chunk_granules, dtype=np.uint8)
+    tags[::PAGE_GRANULES] = 5
+    with SnapshotWriter(out, header(n_pages, chunk_granules=chunk_granules)) as writer:
+        for number in range(64):
+            writer.add_tags(BASE + number * chunk_granules * 16, tags)
+        writer.finish(consistent=True)
+    read_all(out.getvalue())  # what is imported and cached on the way is not counted
+    tracemalloc.start()
+    try:
+        for piece in SnapshotReader(io.BytesIO(out.getvalue()), "test"):
+            assert isinstance(piece, Piece)
+            piece.tags()
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < (2 << 20) + 5 * chunk_granules
