@@ -127,25 +127,25 @@ def as_user(lab: Machine, uid: int, *words: str) -> list[str]:
     return ["python3", "/tmp/become.py", str(uid), *words]
 
 
-_KILL_VMMS = """
-for process in /proc/[0-9]*; do
-    case $(readlink $process/exe) in
-    */qemu-system-aarch64 | */testvmm | */newvms | */tagged) kill -KILL ${process#/proc/} ;;
-    esac
-done
-for process in /proc/[0-9]*; do
-    case $(readlink $process/exe) in
-    */qemu-system-aarch64 | */testvmm | */newvms | */tagged) exit 1 ;;
-    esac
+# All but init, the agent ($PPID), this shell, and the kernel's own, which have no program.
+_KILL_ALL = """
+for round in kill check; do
+    for process in /proc/[0-9]*; do
+        pid=${process#/proc/}
+        case $pid in 1 | $$ | $PPID) continue ;; esac
+        [ -n "$(readlink $process/exe)" ] || continue
+        [ $round = kill ] || exit 1
+        kill -KILL $pid
+    done
 done
 """
 
 
 def kill_vmms(lab: Machine) -> None:
-    """End all VMMs; one that stays would take the CPU from whatever runs next."""
+    """End all VMMs and whatever else runs: what stays would take the CPU from the next test."""
     deadline = time.monotonic() + _START_SECONDS
-    while lab.sh(_KILL_VMMS, check=False).returncode:
-        assert time.monotonic() < deadline, "a VMM cannot be killed"
+    while lab.sh(_KILL_ALL, check=False).returncode:
+        assert time.monotonic() < deadline, "a process cannot be killed"
 
 
 def start_test_vmm(lab: Machine, *words: str, wrapper: str = "") -> int:
