@@ -37,7 +37,7 @@ check: venv ## style, types and scripts
 
 test: deps venv ## everything: checks, tests, the lab on a real kernel
 	$(MAKE) --no-print-directory check lab
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	MTETOOL_DEATH_STRIDE=4 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not long'
 	$(MAKE) --no-print-directory -j 2 differential fuzz-short
 
 test-fast: venv ## the tests that need no lab
@@ -46,7 +46,8 @@ test-fast: venv ## the tests that need no lab
 migration: deps venv ## the acceptance test: a guest moves between two QEMUs with its tags
 	$(BIN)/python -m pytest tests/lab -k migration
 
-lab-kernels: deps venv ## all tests of the lab, on each of its other kernels
+lab-kernels: deps venv ## all tests of the lab, the long ones too, on each of its kernels
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/lab --lab-kernel 6.12
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/lab --lab-kernel 6.12-16k
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/lab --lab-kernel 7.3
 

@@ -20,6 +20,7 @@ import numpy as np
 from mtetool.attach import gadgets, steps
 from mtetool.backends import GuestOptions, open_guest
 from mtetool.guest import Memslot
+from tests.lab.stride import deaths_before, turns
 
 _MEMORY = Memslot(0, 0x40000000, 1 << 20)
 _SETTLE_SECONDS = 20.0
@@ -116,7 +117,7 @@ def main() -> None:
     steps_of_a_cycle = names(pid)
     before, harmed, left = state(pid), {}, 0
     leave_a_mapping(pid)
-    for step in range(1, 100_000):
+    for step in turns():
         child = os.fork()
         if child == 0:
             die_at(step)
@@ -130,7 +131,7 @@ def main() -> None:
         if os.WIFEXITED(status):
             break
     result = {
-        "deaths": step - 1,
+        "deaths": deaths_before(step),
         "steps": steps_of_a_cycle,
         "last_status": status,
         "harmed": harmed,

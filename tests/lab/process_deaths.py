@@ -21,6 +21,7 @@ import numpy as np
 from mtetool.attach import steps
 from mtetool.backends import open_guest
 from mtetool.errors import GuestError
+from tests.lab.stride import deaths_before, turns
 
 _SETTLE_SECONDS = 20.0
 _KEYS = ("TracerPid:", "SigBlk:", "SigPnd:", "ShdPnd:")
@@ -86,7 +87,7 @@ def kill_mtetool(pid: int, address: int) -> dict[str, object]:
     """Die at every step in turn, until a cycle gets through alive."""
     of_a_cycle = names(pid, address)
     wanted, harmed = state(pid), {}
-    for number in range(1, 10_000):
+    for number in turns():
         child = os.fork()
         if child == 0:
             steps.on_step(before(number, os.getpid()))
@@ -98,7 +99,7 @@ def kill_mtetool(pid: int, address: int) -> dict[str, object]:
             break
         if os.WIFEXITED(status):
             break
-    result = {"deaths": number - 1, "steps": of_a_cycle, "last_status": status}
+    result = {"deaths": deaths_before(number), "steps": of_a_cycle, "last_status": status}
     return {**result, "harmed": harmed, "wanted": wanted}
 
 
@@ -133,7 +134,7 @@ def kill_processes() -> dict[str, object]:
     """Kill a process at every step of a cycle in turn."""
     statuses: Counter[str] = Counter()
     stuck: list[object] = []
-    for number in range(1, 10_000):
+    for number in turns():
         process, address = start()
         child = os.fork()
         if child == 0:
@@ -154,7 +155,7 @@ def kill_processes() -> dict[str, object]:
             process.wait(_SETTLE_SECONDS)
         except subprocess.TimeoutExpired:
             stuck.append([number, "process"])
-    return {"deaths": number - 1, "statuses": statuses, "stuck": stuck}
+    return {"deaths": deaths_before(number), "statuses": statuses, "stuck": stuck}
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from mtetool.attach import alarm, follow, memory, ptrace
 from mtetool.backends.starting import Wish
 from mtetool.flows.exec import exec_vmm
+from tests.lab.stride import deaths_before, turns
 
 _VMM = ["/lab/testvmm", "--no-mte", "--vcpus", "1", "0x40000000:0x100000"]
 _SETTLE_SECONDS = 20.0
@@ -127,7 +128,8 @@ def main() -> None:
     plain = run(None, wish, None)
     died = mmap.mmap(-1, 1)  # shared with the companion
     harmed: dict[int, dict[str, object]] = {}
-    for step in range(2 if terminate else 1, 100_000):
+    first = 2 if terminate else 1
+    for step in turns(first):
         died[0] = 0
         found = run(functools.partial(die_at, step, died, terminate), wish, plain)
         as_told = found["end"] == signal.SIGTERM if terminate and died[0] else found == plain
@@ -136,7 +138,7 @@ def main() -> None:
             break
         if not died[0]:
             break
-    print(json.dumps({"deaths": step - 1, "harmed": harmed, "plain": plain}))
+    print(json.dumps({"deaths": deaths_before(step, first), "harmed": harmed, "plain": plain}))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 
 from tests.lab.guests import Qemu, start_test_vmm
 from tests.lab.machine import Machine
+from tests.lab.stride import ENVIRONMENT
 
 _SANDBOX = "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 _HOLD = """
@@ -37,7 +38,7 @@ def _executable(lab: Machine, pid: int) -> bytes:
 
 def _deaths(lab: Machine, pid: int, *words: str) -> dict[str, object]:
     command = ["python3", "-m", "tests.lab.deaths", str(pid), *words]
-    result = lab.run(command, timeout=400, env={"PYTHONPATH": "/opt/mtetool"}, check=True)
+    result = lab.run(command, timeout=400, env=ENVIRONMENT, check=True)
     found: dict[str, object] = json.loads(result.stdout)
     print({key: found[key] for key in found if key not in ("before", "steps")})
     return found

@@ -85,7 +85,6 @@ def test_enable_comes_too_late_for_a_vm_with_vcpus(lab: Machine) -> None:
     assert _state(lab, pid) == before
 
 
-@pytest.mark.every_kernel
 def test_enable_before_the_first_vcpu_and_again(lab: Machine) -> None:
     pid = start_test_vmm(lab, "--no-mte", "0x40000000:0x100000")
     slot = ["--memslot", "0x40000000:1M"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from tests.lab.guests import Qemu, fill_with_random_tags, start_test_vmm
 from tests.lab.machine import Machine
 
@@ -55,6 +57,7 @@ def test_every_tag_there_and_back(lab_on: LabOn) -> None:
     assert [(check.wrong, check.granules) for check in checks] == [(0, 262_144)] * 3
 
 
+@pytest.mark.long
 def test_a_range_of_random_tags_and_nothing_else(lab_on: LabOn) -> None:
     """The range is over both of two slots that touch."""
     labs = lab_on(SMALL), lab_on(LARGE)
@@ -101,6 +104,7 @@ def test_what_cannot_be_aligned_is_refused(lab_on: LabOn) -> None:
     assert _tags(large, f"kvm:{target}") == before
 
 
+@pytest.mark.long
 def test_stolen_time_of_qemu_does_not_fit(lab_on: LabOn) -> None:
     """The page that it is accounted in is as large as the host's; mtetool-restore(1) says so."""
     small, large = lab_on(SMALL), lab_on(LARGE)

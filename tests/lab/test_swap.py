@@ -81,7 +81,6 @@ def _snapshot(directory: Path, seed: int, slots: list[str]) -> Path:
     return path
 
 
-@pytest.mark.every_kernel
 def test_swapped_memory_is_saved_and_restored(swap: Swap, tmp_path: Path) -> None:
     lab, size = swap.lab, 1 * MIB
     slots = [f"{BASE:#x}:{size}", f"{BASE + 16 * MIB:#x}:{size}"]
@@ -112,6 +111,7 @@ def test_swapped_memory_is_saved_and_restored(swap: Swap, tmp_path: Path) -> Non
     assert verified.stdout == _mtetool("dump", second, "--output", "raw") != tags
 
 
+@pytest.mark.long
 def test_live_guest_whose_memory_is_swapped(swap: Swap, tmp_path: Path) -> None:
     lab, size = swap.lab, 128 * MIB
     options = "tagger.ipas=1 tagger.mib=2"

@@ -16,6 +16,7 @@ from collections import Counter
 from mtetool.attach import steps
 from mtetool.errors import GuestError
 from tests.lab.deaths import cycle
+from tests.lab.stride import deaths_before, turns
 
 _ENDS_SECONDS = 15.0
 
@@ -65,7 +66,7 @@ def main() -> None:
     """Kill a VMM at every step in turn."""
     statuses: Counter[int] = Counter()
     stuck: list[dict[str, object]] = []
-    for number in range(1, 10_000):
+    for number in turns():
         vmm = start_vmm()
         pid = os.fork()
         if pid == 0:
@@ -84,7 +85,7 @@ def main() -> None:
             vmm.wait(_ENDS_SECONDS)
         except subprocess.TimeoutExpired:
             stuck.append({"step": number, "who": "VMM"})
-    print(json.dumps({"deaths": number - 1, "statuses": statuses, "stuck": stuck}))
+    print(json.dumps({"deaths": deaths_before(number), "statuses": statuses, "stuck": stuck}))
 
 
 if __name__ == "__main__":
