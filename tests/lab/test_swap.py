@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from mtetool.cli import group
-from tests.lab.guests import Qemu, kill_vmms, start_test_vmm
+from tests.lab.guests import Qemu, kill_vmms, page_bytes, start_test_vmm
 from tests.lab.machine import Machine
 
 PAGE = 4096
@@ -92,7 +92,7 @@ def test_swapped_memory_is_saved_and_restored(swap: Swap, tmp_path: Path) -> Non
     guest = [f"kvm:{pid}", *(word for slot in slots for word in ("--memslot", slot))]
     lab.run(["mtetool", "restore", "/tmp/snapshot1", *guest], check=True)
 
-    pages = size // PAGE
+    pages = size // page_bytes(lab)
     assert swap.page_out(pid, size) == [pages, pages]
     before = swap.read_in()
     lab.run(["mtetool", "save", *guest, "-o", "/tmp/s"], check=True)
