@@ -75,6 +75,7 @@ def test_32_bit_process_in_a_guest_with_mte(lab: Machine, tmp_path: Path) -> Non
     assert [(check.wrong, check.data_wrong) for check in checks] == [(0, 0), (0, 0)]
 
 
+@pytest.mark.long
 def test_32_bit_kernel_does_not_start_where_mte_was_enabled(lab: Machine) -> None:
     """KVM refuses the vCPU, not the enabling: it cannot know yet what the vCPU will be."""
     cpu = "host,aarch64=off,sve=off"

@@ -61,7 +61,6 @@ def test_save_of_a_running_guest_warns_and_verifies(lab: Machine, guest: Qemu) -
     assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]
 
 
-@pytest.mark.every_kernel
 def test_restore_puts_back_what_was_changed(lab: Machine, guest: Qemu) -> None:
     guest.qmp("stop")
     lab.run(["mtetool", "save", f"kvm:{guest.pid}", "-o", "/tmp/s"], check=True)

@@ -39,7 +39,7 @@ def _migrate(lab: Machine, *, tags: str = "file", mtetool: str = "mtetool") -> l
     return target.wait_for_checks(4)
 
 
-@pytest.mark.parametrize("tags", ["file", "pipe"])
+@pytest.mark.parametrize("tags", ["file", pytest.param("pipe", marks=pytest.mark.long)])
 def test_migration_moves_every_tag(lab: Machine, tags: str) -> None:
     checks = _migrate(lab, tags=tags)
     assert {check.granules for check in checks} == {262_144}
@@ -47,6 +47,7 @@ def test_migration_moves_every_tag(lab: Machine, tags: str) -> None:
     assert [check.data_wrong for check in checks] == [0] * 4
 
 
+@pytest.mark.long
 def test_migration_without_mtetool_loses_tags(lab: Machine) -> None:
     """The control: the test above would see lost tags."""
     lab.put("/tmp/no-tags", _NO_TAGS.encode(), mode=0o755)

@@ -30,6 +30,7 @@ def _tags(lab: Machine, source: str) -> bytes:
     return lab.run(["mtetool", "dump", *source.split(), "--output", "raw"], check=True).stdout
 
 
+@pytest.mark.long
 def test_every_tag_there_and_back(lab_on: LabOn) -> None:
     """A guest's own tags go to a VMM on a host with other pages; the guest checks what returns."""
     labs = lab_on(SMALL), lab_on(LARGE)
@@ -57,7 +58,6 @@ def test_every_tag_there_and_back(lab_on: LabOn) -> None:
     assert [(check.wrong, check.granules) for check in checks] == [(0, 262_144)] * 3
 
 
-@pytest.mark.long
 def test_a_range_of_random_tags_and_nothing_else(lab_on: LabOn) -> None:
     """The range is over both of two slots that touch."""
     labs = lab_on(SMALL), lab_on(LARGE)

@@ -85,6 +85,7 @@ def test_without_dev_kvm_it_says_so(lab: Machine) -> None:
     assert "the selftest cannot run: /dev/kvm cannot be opened: ENOENT" in text
 
 
+@pytest.mark.long
 def test_qemu_7_2_as_the_host_is_recognised() -> None:
     try:
         found = images(emulator=QEMU_7_2)

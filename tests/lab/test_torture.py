@@ -39,7 +39,7 @@ def _batch(guest: Qemu, deaths: int, seed: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("vmm", _VMMS)
+@pytest.mark.parametrize("vmm", [pytest.param("plain", marks=pytest.mark.long), "sandboxed"])
 def test_torture(lab: Machine, vmm: str) -> None:
     busy = _busy(lab, vmm)
     wanted, survived = _DEATHS // len(_VMMS), 0
