@@ -1,0 +1,194 @@
+"""Who runs: for each thing to do, mtetool and what else could do it, as processes and warm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.bench.model import (
+    ACTIONS,
+    CP,
+    LZ4,
+    MTETOOL,
+    NO_VERIFY,
+    ZSTD,
+    ZSTD_MEMORY,
+    Action,
+    Cell,
+    Run,
+    Way,
+)
+from tests.bench.running import BenchError, Worker, mtetool_command, program, run, run_cold
+
+# As many workers as zstd -T2 has.
+JOBS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """The files of one guest, all in `directory`; results of a save are what a restore takes."""
+
+    directory: Path
+    pattern: str
+    memory_bytes: int
+
+    def path(self, name: str) -> str:
+        """Where the file of a name is."""
+        return str(self.directory / name)
+
+    @property
+    def guest(self) -> str:
+        """The guest that is saved."""
+        return "emu:" + self.path("guest")
+
+    @property
+    def fresh(self) -> str:
+        """The guest that is restored: without any tag, before every run."""
+        return "emu:" + self.path("fresh")
+
+    @property
+    def n_bytes(self) -> int:
+        """Its tags, one byte for each of 16."""
+        return self.memory_bytes // 16
+
+    def make(self, seed: int) -> None:
+        """Make the guest, one without tags, and the bare tags."""
+        memory = ("--memory", str(self.memory_bytes))
+        words = [*mtetool_command(), "emu", "create"]
+        fill = ("--fill", self.pattern, "--seed", str(seed))
+        run([*words, self.path("guest"), *memory, *fill])
+        run([*words, self.path("empty"), *memory])
+        dump = [*mtetool_command(), "dump", self.guest, "--output", "raw"]
+        run(dump, out=self.directory / "raw")
+
+    def empty_guest(self) -> None:
+        """Put the guest that is to be restored back to no tags at all."""
+        (self.directory / "fresh").unlink(missing_ok=True)
+        # Holes stay holes.
+        run(["cp", "--sparse=always", self.path("empty"), self.path("fresh")])
+
+    def check(self) -> None:
+        """Compare what was restored last, by every tool. Raises BenchError."""
+        run([*mtetool_command(), "diff", self.guest, self.fresh])
+        for name in ("zst.out", "lz4.out", "cp.out"):
+            run(["cmp", self.path("raw"), self.path(name)])
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One tool doing one thing: its process, its operation of the warm worker, its result."""
+
+    tool: str
+    cold: tuple[str, ...] | None
+    warm: tuple[str, ...] | None
+    output: str | None = None
+    prepare: Callable[[], None] | None = None
+
+
+def contenders(material: Material, action: Action) -> tuple[Contender, ...]:
+    """All that can do `action` on this guest."""
+    return {"save": _save, "restore": _restore, "verify": _verify}[action](material)
+
+
+def _save(material: Material) -> tuple[Contender, ...]:
+    at = material.path
+    ours = ("save", material.guest, "-o", at("snapshot"), "--quiet", "--jobs", str(JOBS))
+    zstd = (program("zstd"), "-1", "-T2", "-q", "-f", at("raw"), "-o", at("zst"))
+    lz4 = (program("lz4"), "-1", "-q", "-f", at("raw"), at("lz4"))
+    return (
+        _ours(MTETOOL, ours, "snapshot"),
+        Contender(ZSTD, zstd, ("zstd save", at("raw"), at("zst")), "zst"),
+        Contender(ZSTD_MEMORY, None, ("zstd save in memory", at("raw"), "")),
+        Contender(LZ4, lz4, ("lz4 save", at("raw"), at("lz4")), "lz4"),
+        Contender(CP, ("cp", at("raw"), at("copy")), ("cp", at("raw"), at("copy")), "copy"),
+    )
+
+
+def _restore(material: Material) -> tuple[Contender, ...]:
+    at = material.path
+    words = ("restore", at("snapshot"), material.fresh, "--quiet")
+    zstd = (program("zstd"), "-d", "-q", "-f", at("zst"), "-o", at("zst.out"))
+    lz4 = (program("lz4"), "-d", "-q", "-f", at("lz4"), at("lz4.out"))
+    cp = ("cp", at("copy"), at("cp.out"))
+    lz4_warm = ("lz4 restore", at("lz4"), at("lz4.out"), str(material.n_bytes))
+    prepare = material.empty_guest
+    return (
+        _ours(MTETOOL, words, None, prepare),
+        _ours(NO_VERIFY, (*words, "--no-verify"), None, prepare),
+        Contender(ZSTD, zstd, ("zstd restore", at("zst"), at("zst.out")), "zst.out"),
+        Contender(LZ4, lz4, lz4_warm, "lz4.out"),
+        Contender(CP, cp, cp, "cp.out"),
+    )
+
+
+def _verify(material: Material) -> tuple[Contender, ...]:
+    at = material.path
+    cmp = ("cmp", at("raw"), at("copy"))
+    lz4 = (program("lz4"), "-t", "-q", at("lz4"))
+    zstd = (program("zstd"), "-t", "-T2", "-q", at("zst"))
+    return (
+        _ours(MTETOOL, ("verify", at("snapshot"), "--quiet"), None),
+        Contender(ZSTD, zstd, ("zstd verify", at("zst"), "")),
+        Contender(LZ4, lz4, ("lz4 verify", at("lz4"), str(material.n_bytes))),
+        Contender(CP, cmp, cmp),
+    )
+
+
+def _ours(
+    tool: str,
+    words: tuple[str, ...],
+    output: str | None,
+    prepare: Callable[[], None] | None = None,
+) -> Contender:
+    return Contender(tool, (*mtetool_command(), *words), ("mtetool", *words), output, prepare)
+
+
+@dataclass(slots=True)
+class Race:
+    """Runs of all contenders in turn. One warm process is mtetool's, one is for the others."""
+
+    scratch: Path
+    ours: Worker
+    others: Worker
+
+    def rounds(self, material: Material, n_rounds: int) -> Iterator[Cell]:
+        """Save, restore, verify: in each of the rounds every contender runs once, cold and warm.
+
+        The one who begins is another one each time. What restores gave is compared with the
+        guest. Raises BenchError.
+        """
+        for action in ACTIONS:
+            everyone = contenders(material, action)
+            entries: list[tuple[Contender, Way]] = [(c, "cold") for c in everyone if c.cold]
+            entries += [(c, "warm") for c in everyone if c.warm]
+            cells = {
+                (c.tool, way): Cell(material.pattern, material.memory_bytes, action, way, c.tool)
+                for c, way in entries
+            }
+            # The first round loads, faults in and fills the page cache; nobody looks at it.
+            for number in range(n_rounds + 1):
+                first = number % len(entries)
+                for contender, way in entries[first:] + entries[:first]:
+                    done = self.once(material, contender, way)
+                    if number:
+                        cells[contender.tool, way].runs.append(done)
+            if action == "restore":
+                material.check()
+            yield from cells.values()
+
+    def once(self, material: Material, contender: Contender, way: Way) -> Run:
+        """One run, into a place where nothing is. Raises BenchError."""
+        if contender.output is not None:
+            (material.directory / contender.output).unlink(missing_ok=True)
+        if contender.prepare is not None:
+            contender.prepare()
+        if way == "cold":
+            if contender.cold is None:
+                raise BenchError(f"{contender.tool} is no process")
+            return run_cold(contender.cold, self.scratch)
+        if contender.warm is None:
+            raise BenchError(f"{contender.tool} has no worker")
+        operation, *words = contender.warm
+        worker = self.ours if operation == "mtetool" else self.others
+        return worker.run(operation, *words)

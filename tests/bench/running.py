@@ -1,0 +1,118 @@
+"""Running things: whole processes, started fresh, and workers that are told to do it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.bench.model import Run
+
+ROOT = Path(__file__).parents[2]
+
+# What pip's script does, for a checkout that is not installed.
+_MAIN = "import sys; from mtetool.__main__ import main; sys.exit(main())"
+
+
+class BenchError(Exception):
+    """Nothing can be measured; the message says why."""
+
+
+def program(name: str) -> str:
+    """The path of a program. Raises BenchError where it is not installed."""
+    path = shutil.which(name)
+    if path is None:
+        raise BenchError(f"{name} is not installed: make deps")
+    return path
+
+
+@cache
+def mtetool_command() -> tuple[str, ...]:
+    """How a user starts the mtetool of this checkout: its script, where that is the same one."""
+    script = Path(sys.executable).with_name("mtetool")
+    if script.exists():
+        code = "import mtetool; print(mtetool.__file__)"
+        found = subprocess.run(
+            [sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd="/"
+        ).stdout.strip()
+        if found and Path(found).is_relative_to(ROOT):
+            return (str(script),)
+    return (sys.executable, "-c", _MAIN)
+
+
+def run_cold(argv: Sequence[str], scratch: Path) -> Run:
+    """A whole process. Raises BenchError where it does not end in status 0.
+
+    Peak memory is by time(1), a small program: what Linux says of a child starts from the
+    memory of the process that it was forked from (mm_struct's hiwater_rss), and this is Python.
+    """
+    peak, errors = scratch / "peak", scratch / "errors"
+    words = [program("time"), "-q", "-f", "%M", "-o", str(peak), *argv]
+    with errors.open("wb") as stderr:
+        start = time.perf_counter()
+        child = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr)
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - start
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        said = errors.read_text(errors="replace")[-2000:]
+        raise BenchError(f"{' '.join(argv)}: status {child.returncode}\n{said}")
+    return Run(seconds, usage.ru_utime + usage.ru_stime, int(peak.read_text()) << 10)
+
+
+def run(argv: Sequence[str], *, out: Path | None = None) -> None:
+    """Run what is not measured. Raises BenchError where it fails."""
+    with (out or Path(os.devnull)).open("wb") as stdout:
+        done = subprocess.run(argv, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise BenchError(f"{' '.join(argv)}: status {done.returncode}\n{done.stderr[-2000:]}")
+
+
+class Worker:
+    """A process that stays, with everything loaded, and runs what it is told to."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.bench.worker"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, operation: str, *words: str) -> Run:
+        """Run one operation of `tests.bench.worker`. Raises BenchError."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([operation, *words]) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"error": "the worker died"}
+        if "error" in answer:
+            raise BenchError(f"{operation} {' '.join(words)}: {answer['error']}")
+        return Run(answer["seconds"], answer["cpu_seconds"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
