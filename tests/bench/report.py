@@ -60,7 +60,7 @@ def _text(results: Results) -> Iterator[str]:
         (row.what, row.demanded, row.measured, {True: "yes", False: "**no**", None: ""}[row.met])
         for row in targets(results)
     ]
-    yield from _table(("", "demanded", "measured", "met"), rows)
+    yield from table(("", "demanded", "measured", "met"), rows)
     yield "\nTags at random cannot be compressed: packed, two in a byte, is as small as they get."
     for memory in results.memories():
         yield f"\n## A guest of {gib(memory)}, {memory // 16 // _MIB} MiB of raw tags\n"
@@ -87,11 +87,11 @@ def _speed(results: Results, memory: int) -> Iterator[str]:
                 rows.append(
                     (pattern, action, way, _time(ours.seconds), f"{speed:.1f} GiB/s", *beside)
                 )
-    yield from _table(
+    yield from table(
         ("guest", "", "", MTETOOL, "of guest", "--no-verify", ZSTD, "in memory", LZ4, "cp, cmp"),
         rows,
     )
-    yield "\n(In brackets: how many times mtetool's time. A file of lz4 is larger by half.)"
+    yield "\n(In brackets: how many times mtetool's time.)"
 
 
 def _beside(cell: Cell | None, ours: Cell) -> str:
@@ -105,7 +105,7 @@ def _burden(results: Results, memory: int) -> Iterator[str]:
         for action in ACTIONS:
             cells = [results.cell(pattern, memory, action, "cold", tool) for tool in tools]
             rows.append((pattern, action, *(_cpu_and_peak(cell) for cell in cells)))
-    yield from _table(("guest", "", MTETOOL, "--no-verify", ZSTD, LZ4, "cp, cmp"), rows)
+    yield from table(("guest", "", MTETOOL, "--no-verify", ZSTD, LZ4, "cp, cmp"), rows)
 
 
 def _cpu_and_peak(cell: Cell | None) -> str:
@@ -136,7 +136,7 @@ def _sizes(results: Results) -> Iterator[str]:
                     else ""
                 )
         rows.append(tuple(row))
-    yield from _table(("guest", "mtetool, of the raw tags", *names), rows)
+    yield from table(("guest", "mtetool, of the raw tags", *names), rows)
     sampled = {size.sampled_bytes for size in results.sizes if size.sampled_bytes}
     yield "\n(Bytes. In brackets: mtetool's file in terms of that one."
     for n_bytes in sampled:
@@ -153,7 +153,7 @@ def _starts(results: Results) -> Iterator[str]:
     for start in results.starts:
         median = statistics.median(start.seconds)
         rows.append((f"`{start.command}`", _time(median), f"{1000 * (median - bare):+.0f} ms"))
-    yield from _table(("command", "median", f"beside `{results.starts[0].command}`"), rows)
+    yield from table(("command", "median", f"beside `{results.starts[0].command}`"), rows)
     yield (
         f"\n({len(results.starts[0].seconds)} runs of each, in turn, by one interpreter, without"
         " options but those shown.)"
@@ -175,7 +175,7 @@ def _scaling(results: Results) -> Iterator[str]:
         )
         for scale in sorted(results.scales, key=lambda s: (s.action, s.memory_bytes, s.jobs))
     ]
-    yield from _table(("", "guest", "`--jobs`", "time", "CPU", "peak memory"), rows)
+    yield from table(("", "guest", "`--jobs`", "time", "CPU", "peak memory"), rows)
 
 
 def _peak(scale: Scale) -> float:
@@ -186,7 +186,8 @@ def _time(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table in Markdown, with columns that are aligned in plain text, too."""
     widths = [
         max([len(head[column]), 3, *(len(row[column]) for row in rows)])
         for column in range(len(head))

@@ -1,0 +1,143 @@
+"""`python -m tests.bench.profile`: where the CPU time of a save goes, stage by stage.
+
+The command runs in this process, warm; see `tests.bench.sampling` for what the figures are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from mtetool.backends.patterns import PATTERNS
+from mtetool.cli import group
+from mtetool.cli.options import parse_number
+from tests.bench.contenders import Material
+from tests.bench.report import table
+from tests.bench.running import BenchError
+from tests.bench.sampling import Line, Sampler, Stack, cpu_seconds
+
+# What a line does, told by what stands in it; the innermost line that says something counts.
+_STAGES: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("checksum", re.compile(r"xxh|checksum|digest", re.IGNORECASE)),
+    ("compress", re.compile(r"compress|zstd", re.IGNORECASE)),
+    ("read from the guest", re.compile(r"preadv?\(|read_tags|_read_span|SEEK_(DATA|HOLE)")),
+    ("write to the guest", re.compile(r"pwrite|write_tags|_write_span|write_all")),
+    ("read the file", re.compile(r"readinto|\.read\(|exactly\(")),
+    ("write the file", re.compile(r"\.write\(|fsync|_put\(")),
+    ("compare", re.compile(r"compare|array_equal|differences|==")),
+    ("encode", re.compile(r"pack|encode|decode|uniform|runs|count_|fill|classif|tags\(")),
+)
+_OTHER = "everything else"
+_NATIVE = "threads that Python did not start"
+_N_LINES = 15
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.profile", description=__doc__)
+    parser.add_argument("--action", choices=("save", "restore", "verify"), default="save")
+    parser.add_argument("--pattern", choices=PATTERNS, default="kernel")
+    parser.add_argument("--size", type=parse_number, default=4 << 30, help="of the guest (4G)")
+    parser.add_argument("--jobs", type=int, default=2, help="of the save (2)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scratch", type=Path, default=Path("/dev/shm"))
+    arguments = parser.parse_args(argv)
+    try:
+        with tempfile.TemporaryDirectory(dir=arguments.scratch) as directory:
+            material = Material(Path(directory), arguments.pattern, arguments.size)
+            material.make(1)
+            _profile(material, arguments)
+    except (BenchError, OSError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _profile(material: Material, arguments: argparse.Namespace) -> None:
+    snapshot = material.path("snapshot")
+    save = ("save", material.guest, "-o", snapshot, "--force", "--jobs", str(arguments.jobs))
+    words = {
+        "save": save,
+        "restore": ("restore", snapshot, material.fresh),
+        "verify": ("verify", snapshot),
+    }[arguments.action]
+    for prepared in (save, words):
+        _run(material, prepared)
+    sampler = Sampler()
+    wall = cpu = 0.0
+    # Without the sampler, too: what sampling costs is seen beside it.
+    plain = min(_timed(lambda: _run(material, words))[0] for _ in range(arguments.rounds))
+    with sampler:
+        for _ in range(arguments.rounds):
+            took, spent = _timed(lambda: _run(material, words))
+            wall, cpu = wall + took, cpu + spent
+    n = arguments.rounds
+    mebibytes = material.n_bytes / (1 << 20)
+    print(f"{arguments.action} of {arguments.pattern}, {mebibytes:.0f} MiB of tags, warm,")
+    print(f"{n} rounds: {1000 * wall / n:.0f} ms each (best without sampling {1000 * plain:.0f}),")
+    print(f"{1000 * (cpu - sampler.sampling_seconds) / n:.0f} ms of CPU time each\n")
+    print("\n".join(_tables(sampler.spent, n)))
+
+
+def _run(material: Material, words: Sequence[str]) -> None:
+    if words[0] == "restore":
+        material.empty_guest()
+    with Path(os.devnull).open("w") as null, redirect_stdout(null):
+        status = group.main([*words, "--quiet"], prog_name="mtetool", standalone_mode=False)
+    if status:
+        raise BenchError(f"{' '.join(words)}: status {status}")
+
+
+def _timed(run: Callable[[], None]) -> tuple[float, float]:
+    before, start = cpu_seconds(), time.perf_counter()
+    run()
+    return time.perf_counter() - start, cpu_seconds() - before
+
+
+def _tables(spent: Counter[Stack], n_rounds: int) -> Iterator[str]:
+    total = sum(spent.values()) or 1.0
+    stages: Counter[str] = Counter()
+    lines: Counter[tuple[str, Line | None]] = Counter()
+    for stack, seconds in spent.items():
+        name = stage(stack)
+        stages[name] += seconds  # type: ignore[assignment]
+        # The line of ours that led there, not the depths of a library.
+        line = next((line for line in stack if line.module.startswith("mtetool")), None)
+        lines[name, line] += seconds  # type: ignore[assignment]
+    yield from table(
+        ("stage", "CPU", "share"),
+        [(name, *_shares(seconds, total, n_rounds)) for name, seconds in stages.most_common()],
+    )
+    yield ""
+    rows = []
+    for (name, line), seconds in lines.most_common(_N_LINES):
+        where = f"{line.module}:{line.number} {line.function}" if line else ""
+        rows.append((name, where, line.text if line else "", *_shares(seconds, total, n_rounds)))
+    yield from table(("stage", "where", "line", "CPU", "share"), rows)
+
+
+def _shares(seconds: float, total: float, n_rounds: int) -> tuple[str, str]:
+    return f"{1000 * seconds / n_rounds:.0f} ms", f"{100 * seconds / total:.0f}%"
+
+
+def stage(stack: Stack) -> str:
+    """What a thread is doing, by its stack."""
+    if not stack:
+        return _NATIVE
+    for line in stack:
+        for name, pattern in _STAGES:
+            if line.module.startswith("mtetool") and pattern.search(line.text):
+                return name
+    return _OTHER
+
+
+if __name__ == "__main__":
+    sys.exit(main())
