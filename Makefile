@@ -16,7 +16,7 @@ deps: ## install the Debian packages that tests and development need
 
 venv: $(STAMP) ## make .venv with mtetool and its development tools
 
-$(STAMP): pyproject.toml mtetool/__init__.py
+$(STAMP): pyproject.toml setup.py mtetool/__init__.py mtetool/_loops.c
 	@tools/deps --only venv
 	@$(BIN)/python -c '' 2>/dev/null || rm -rf $(VENV)
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -74,3 +74,4 @@ fuzz-short: venv ## some ten thousand of them, always the same
 
 clean: ## remove what make made here; the cache outside stays
 	rm -rf $(VENV) build dist demo fuzz-findings *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f mtetool/*.so

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from mtetool.guest import GuestInfo
 
 if TYPE_CHECKING:
-    from mtetool.tags import Tags
+    from mtetool.buffers import TagBuffer
 
 
 class Guest(Protocol):
@@ -50,11 +50,11 @@ class Guest(Protocol):
         """Let the vCPUs run on; for how many seconds they stood still (0.0: they never ran)."""
         ...
 
-    def read_tags(self, ipa: int, out: Tags) -> int:
+    def read_tags(self, ipa: int, out: TagBuffer) -> int:
         """Copy the tags of guest memory from `ipa` on into `out` (one byte a granule).
 
-        `out` is C-contiguous and writable; its length times 16 is the length in bytes of
-        guest memory. Returns the bytes of guest memory completed, a multiple of the page
+        `out` is a writable buffer of bytes; its length times 16 is the length in bytes of guest
+        memory. Returns the bytes of guest memory completed, a multiple of the page
         size, short where something stopped the copy: ask again at that place to learn why.
 
         Raises OSError with the kernel's errno when nothing was copied (EFAULT: no memory
@@ -63,7 +63,7 @@ class Guest(Protocol):
         """
         ...
 
-    def write_tags(self, ipa: int, tags: Tags) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """Copy `tags` (one byte a granule) onto the guest memory from `ipa` on.
 
         As `read_tags`; besides EFAULT for read-only memory and EBUSY while any memslot

@@ -17,8 +17,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import numpy as np
-
+from mtetool import loops
 from mtetool.backends.emulated_file import (
     Description,
     check_description,
@@ -35,6 +34,7 @@ from mtetool.backends.emulated_file import (
     write_all,
 )
 from mtetool.backends.fault_block import FaultsInFile
+from mtetool.buffers import as_bytes
 from mtetool.emulator.behaviours import Behaviour
 from mtetool.emulator.copying import CopyRequest, check_request
 from mtetool.emulator.faults import Fault, Faults
@@ -53,7 +53,7 @@ from mtetool.uapi import GRANULE_BYTES, TAG_MAX
 
 if TYPE_CHECKING:
     from mtetool.backends import GuestOptions
-    from mtetool.tags import Tags
+    from mtetool.buffers import TagBuffer
 
 # What is compared and written at once; and the unit that is left alone where nothing in it
 # changes, so that zeros onto a hole allocate nothing: a file system's block.
@@ -146,7 +146,7 @@ class EmulatedGuest:
         self._told = told
         self._starts = [slot.ipa for slot in described.memslots]
         self._offsets = list(offsets(described))
-        self._scratch: Tags | None = None
+        self._scratch: memoryview | None = None
 
     @property
     def page_size_bytes(self) -> int:
@@ -181,17 +181,19 @@ class EmulatedGuest:
 
     # --- as the kernel --------------------------------------------------------------------
 
-    def read_tags(self, ipa: int, out: Tags) -> int:
+    def read_tags(self, ipa: int, out: TagBuffer) -> int:
         """See `Guest.read_tags`. Raises also EmulatorFileError, HostIoError."""
-        self._check_copy(ipa, out.size)
-        return self._copied(ipa, out, self._read_span, writing=False)
+        view = as_bytes(out)
+        self._check_copy(ipa, len(view))
+        return self._copied(ipa, view, self._read_span, writing=False)
 
-    def write_tags(self, ipa: int, tags: Tags) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`. Raises also BusyError, PermissionRefusedError, DiskFullError."""
-        self._check_copy(ipa, tags.size)
-        if tags.size:
+        view = as_bytes(tags)
+        self._check_copy(ipa, len(view))
+        if view:
             self._take_for_writing()
-        return self._copied(ipa, tags, self._write_span, writing=True)
+        return self._copied(ipa, view, self._write_span, writing=True)
 
     def _check_copy(self, ipa: int, n_granules: int) -> None:
         self._check_open()
@@ -201,11 +203,11 @@ class EmulatedGuest:
             raise OSError(errno.EINVAL, "not aligned to the page size, or too long for one copy")
 
     def _copied(
-        self, ipa: int, tags: Tags, copy: Callable[[int, Tags], None], *, writing: bool
+        self, ipa: int, tags: memoryview, copy: Callable[[int, memoryview], None], *, writing: bool
     ) -> int:
         """Copy slot by slot up to the first page that cannot be; the bytes completed."""
         done = 0
-        while done < tags.size:
+        while done < len(tags):
             at = ipa + done * GRANULE_BYTES
             index = self._slot_index(at)
             slot = self._described.memslots[index] if index is not None else None
@@ -215,7 +217,7 @@ class EmulatedGuest:
                 raise OSError(errno.EFAULT, "no memory there that can be copied")
             part = tags[done : done + (slot.end - at) // GRANULE_BYTES]
             copy(self._offset(at), part)
-            done += part.size
+            done += len(part)
         return done * GRANULE_BYTES
 
     def enable_mte(self) -> bool:
@@ -251,12 +253,12 @@ class EmulatedGuest:
             raise UsageError(f"{tag} is not a tag: tags go from 0 to {TAG_MAX}")
         self._check_owned(ipa, size_bytes)
         n_granules = size_bytes // GRANULE_BYTES
-        constant = np.full(min(n_granules, _CHUNK_BYTES), tag, dtype=np.uint8)
+        constant = memoryview(bytes([tag]) * min(n_granules, _CHUNK_BYTES))
         for first in range(0, n_granules, _CHUNK_BYTES):
             part = constant[: min(_CHUNK_BYTES, n_granules - first)]
             self._poke(ipa + first * GRANULE_BYTES, part)
             if advance is not None:
-                advance(part.size * GRANULE_BYTES)
+                advance(len(part) * GRANULE_BYTES)
 
     def fill(
         self,
@@ -284,7 +286,7 @@ class EmulatedGuest:
         per_page = self.page_size_bytes // GRANULE_BYTES
         for ipa, size_bytes in stretches:
             for tags in pattern_tags(pattern, seed, ipa, size_bytes // GRANULE_BYTES, per_page):
-                self._poke(ipa, tags)
+                self._poke(ipa, as_bytes(tags))
                 ipa += tags.size * GRANULE_BYTES
                 if advance is not None:
                     advance(tags.size * GRANULE_BYTES)
@@ -361,10 +363,10 @@ class EmulatedGuest:
         self._check_mte()
         self._take_for_writing()
 
-    def _poke(self, ipa: int, tags: Tags) -> None:
+    def _poke(self, ipa: int, tags: memoryview) -> None:
         """Write to memory that is known to be there; it may cross from slot to slot."""
         done = 0
-        while done < tags.size:
+        while done < len(tags):
             at = ipa + done * GRANULE_BYTES
             index = self._slot_index(at)
             if index is None:
@@ -372,7 +374,7 @@ class EmulatedGuest:
             end = self._described.memslots[index].end
             part = tags[done : done + (end - at) // GRANULE_BYTES]
             self._write_span(self._offset(at), part)
-            done += part.size
+            done += len(part)
 
     # --- the tags in the file -------------------------------------------------------------
 
@@ -386,38 +388,39 @@ class EmulatedGuest:
         index = bisect_right(self._starts, ipa) - 1
         return self._offsets[index] + (ipa - self._starts[index]) // GRANULE_BYTES
 
-    def _read_span(self, offset: int, out: Tags) -> None:
+    def _read_span(self, offset: int, out: memoryview) -> None:
         done = 0
-        while done < out.size:
+        while done < len(out):
             try:
-                n_bytes = os.preadv(self._fd, [out[done:].data], offset + done)
+                n_bytes = os.preadv(self._fd, [out[done:]], offset + done)
             except OSError as error:
                 raise refused(error, self._path) from error
             if n_bytes == 0:
                 raise damaged(self._path, "it was truncated while it was open")
             done += n_bytes
         # The kernel gives bits 7:4 as 0, whatever became of the file.
-        np.bitwise_and(out, TAG_MAX, out=out)
+        loops.mask(out)
 
-    def _write_span(self, offset: int, tags: Tags) -> None:
+    def _write_span(self, offset: int, tags: memoryview) -> None:
         if self._scratch is None:
-            self._scratch = np.empty(2 * _CHUNK_BYTES, dtype=np.uint8)
+            self._scratch = memoryview(bytearray(2 * _CHUNK_BYTES))
         done = 0
-        while done < tags.size:
+        while done < len(tags):
             # Up to a multiple of the chunk in the file, so that blocks are the file's own.
             room = _CHUNK_BYTES - (offset + done) % _CHUNK_BYTES
             part = tags[done : done + room]
-            wanted = self._scratch[: part.size]
-            np.bitwise_and(part, TAG_MAX, out=wanted)
-            current = self._scratch[_CHUNK_BYTES : _CHUNK_BYTES + part.size]
+            wanted = self._scratch[: len(part)]
+            wanted[:] = part
+            loops.mask(wanted)
+            current = self._scratch[_CHUNK_BYTES : _CHUNK_BYTES + len(part)]
             self._read_span(offset + done, current)
             for first, last in _differing(wanted, current, (offset + done) % _BLOCK_BYTES):
                 self._write_all(offset + done + first, wanted[first:last])
-            done += part.size
+            done += len(part)
 
-    def _write_all(self, offset: int, tags: Tags) -> None:
+    def _write_all(self, offset: int, tags: memoryview) -> None:
         try:
-            write_all(self._fd, tags.data, offset)
+            write_all(self._fd, tags, offset)
         except OSError as error:
             raise refused(error, self._path) from error
 
@@ -472,17 +475,25 @@ class EmulatedGuest:
         self.close()
 
 
-def _differing(a: Tags, b: Tags, phase: int) -> Iterator[tuple[int, int]]:
+def _differing(a: memoryview, b: memoryview, phase: int) -> Iterator[tuple[int, int]]:
     """Runs of blocks in which `a` and `b` differ, as first and last index.
 
-    `phase` is how far into a block the arrays begin.
+    `phase` is how far into a block the buffers begin.
     """
-    if np.array_equal(a, b):
-        return
-    edges = np.arange(-phase, a.size, _BLOCK_BYTES)
-    edges[0] = 0
-    changed = np.logical_or.reduceat(a != b, edges)
-    steps = np.diff(changed.astype(np.int8), prepend=0, append=0)
-    starts, stops = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
-    edges = np.append(edges, a.size)
-    yield from zip(edges[starts].tolist(), edges[stops].tolist(), strict=True)
+
+    def next_block(at: int) -> int:
+        return min(at + _BLOCK_BYTES - (at + phase) % _BLOCK_BYTES, len(a))
+
+    at = 0
+    while at < len(a):
+        at += loops.first_difference(a[at:], b[at:])
+        if at == len(a):
+            return
+        first = max(at - (at + phase) % _BLOCK_BYTES, 0)
+        at = next_block(at)
+        while at < len(a):
+            behind = next_block(at)
+            if loops.first_difference(a[at:behind], b[at:behind]) == behind - at:
+                break
+            at = behind
+        yield first, at

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from mtetool.backends.base import Guest
+from mtetool.buffers import as_bytes
 from mtetool.emulator.faulting import Plan, Stretch
 from mtetool.emulator.faults import Delay, Direction, Fail, Fault, Faults, Rate, Vanish
 from mtetool.errors import GuestLostError, MtetoolError, errno_name
@@ -27,7 +28,7 @@ from mtetool.guest import GuestInfo
 from mtetool.uapi import COPY_LENGTH_MAX, GRANULE_BYTES
 
 if TYPE_CHECKING:
-    from mtetool.tags import Tags
+    from mtetool.buffers import TagBuffer
 
 __all__ = ["Delay", "Fail", "Fault", "Faults", "FaultyGuest", "Kept", "Rate", "Vanish"]
 
@@ -111,18 +112,22 @@ class FaultyGuest:
         self._check_there()
         return self._guest.enable_mte()
 
-    def read_tags(self, ipa: int, out: Tags) -> int:
+    def read_tags(self, ipa: int, out: TagBuffer) -> int:
         """See `Guest.read_tags`; with the faults for reads."""
-        return self._copied("read", self._guest.read_tags, ipa, out)
+        return self._copied("read", self._guest.read_tags, ipa, as_bytes(out))
 
-    def write_tags(self, ipa: int, tags: Tags) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`; with the faults for writes."""
-        return self._copied("write", self._guest.write_tags, ipa, tags)
+        return self._copied("write", self._guest.write_tags, ipa, as_bytes(tags))
 
     def _copied(
-        self, direction: Direction, copy: Callable[[int, Tags], int], ipa: int, tags: Tags
+        self,
+        direction: Direction,
+        copy: Callable[[int, memoryview], int],
+        ipa: int,
+        tags: memoryview,
     ) -> int:
-        page_bytes, length_bytes = self.page_size_bytes, tags.size * GRANULE_BYTES
+        page_bytes, length_bytes = self.page_size_bytes, len(tags) * GRANULE_BYTES
         misaligned = ipa % page_bytes or length_bytes % page_bytes
         if self._closed or misaligned or not 0 < length_bytes <= COPY_LENGTH_MAX:
             self._check_there()
@@ -136,7 +141,7 @@ class FaultyGuest:
             part = tags[: plan.n_pages * page_bytes // GRANULE_BYTES]
             done = copy(ipa, part)
             seconds = plan.settle(done // page_bytes)
-            stopped = plan.stopped_by if done == part.size * GRANULE_BYTES else None
+            stopped = plan.stopped_by if done == len(part) * GRANULE_BYTES else None
         if seconds:
             self._sleep(seconds)
         return self._answer(ipa, done, stopped)

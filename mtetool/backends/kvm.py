@@ -32,10 +32,12 @@ from mtetool.errors import (
     errno_name,
 )
 from mtetool.guest import GuestInfo, Memslot
+from mtetool.tags import as_array
 from mtetool.vmm import proc, qemu
 
 if TYPE_CHECKING:
     from mtetool.backends import GuestOptions
+    from mtetool.buffers import TagBuffer
     from mtetool.tags import Tags
 
 # What one ioctl copies at most: 4 MiB of tags, 64 MiB of guest memory. The kernel's loop
@@ -149,31 +151,33 @@ class KvmGuest:
         self._attached().release()
         return time.monotonic() - since
 
-    def read_tags(self, ipa: int, out: Tags) -> int:
+    def read_tags(self, ipa: int, out: TagBuffer) -> int:
         """See `Guest.read_tags`."""
-        self._check(ipa, out.size * uapi.GRANULE_BYTES)
+        tags = as_array(out)
+        self._check(ipa, tags.size * uapi.GRANULE_BYTES)
         done = 0
-        while done < out.size or not out.size:
-            part = out[done : done + _BUFFER_BYTES]
+        while done < tags.size or not tags.size:
+            part = tags[done : done + _BUFFER_BYTES]
             completed = self._copy(ipa, done, part, uapi.KVM_ARM_TAGS_FROM_GUEST)
             if completed:
                 granules = completed // uapi.GRANULE_BYTES
                 self._attached().read_buffer(part[:granules])
                 done += granules
-            if completed < part.size * uapi.GRANULE_BYTES or not out.size:
+            if completed < part.size * uapi.GRANULE_BYTES or not tags.size:
                 break
         return done * uapi.GRANULE_BYTES
 
-    def write_tags(self, ipa: int, tags: Tags) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`."""
-        self._check(ipa, tags.size * uapi.GRANULE_BYTES)
+        array = as_array(tags)
+        self._check(ipa, array.size * uapi.GRANULE_BYTES)
         done = 0
-        while done < tags.size or not tags.size:
-            part = tags[done : done + _BUFFER_BYTES]
+        while done < array.size or not array.size:
+            part = array[done : done + _BUFFER_BYTES]
             self._attached().write_buffer(part)
             completed = self._copy(ipa, done, part, uapi.KVM_ARM_TAGS_TO_GUEST)
             done += completed // uapi.GRANULE_BYTES
-            if completed < part.size * uapi.GRANULE_BYTES or not tags.size:
+            if completed < part.size * uapi.GRANULE_BYTES or not array.size:
                 break
         return done * uapi.GRANULE_BYTES
 

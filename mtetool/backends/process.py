@@ -30,6 +30,7 @@ from mtetool.attach.helper import PAGE_BYTES
 from mtetool.attach.ptrace import Tracee
 from mtetool.attach.visit import Visitor
 from mtetool.backends.poking import peek, poke
+from mtetool.buffers import as_bytes
 from mtetool.errors import (
     AttachRefusedError,
     BusyError,
@@ -40,12 +41,13 @@ from mtetool.errors import (
     WrongHostError,
 )
 from mtetool.guest import GuestInfo, Memslot
+from mtetool.tags import as_array
 from mtetool.vmm import proc
 from mtetool.vmm.smaps import AddressSpace, as_memslots
 
 if TYPE_CHECKING:
     from mtetool.backends import GuestOptions
-    from mtetool.tags import Tags
+    from mtetool.buffers import TagBuffer
 
 
 def open_process(rest: str, options: GuestOptions) -> ProcessGuest:
@@ -137,21 +139,23 @@ class ProcessGuest:
         self._visits().thaw()
         return time.monotonic() - since
 
-    def read_tags(self, ipa: int, out: Tags) -> int:
+    def read_tags(self, ipa: int, out: TagBuffer) -> int:
         """See `Guest.read_tags`."""
-        size_bytes = out.size * uapi.GRANULE_BYTES
+        view = as_bytes(out)
+        size_bytes = len(view) * uapi.GRANULE_BYTES
         self._check(ipa, size_bytes)
         n_granules = self._space.accessible(ipa, size_bytes) // uapi.GRANULE_BYTES
-        part = out[:n_granules]
+        part = as_array(view[:n_granules])
         return self._copy(ipa, size_bytes, n_granules, lambda tracee: peek(tracee, ipa, part))
 
-    def write_tags(self, ipa: int, tags: Tags) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`; never EBUSY."""
-        size_bytes = tags.size * uapi.GRANULE_BYTES
+        view = as_bytes(tags)
+        size_bytes = len(view) * uapi.GRANULE_BYTES
         self._check(ipa, size_bytes)
         allowed = min(self._space.accessible(ipa, size_bytes), self._to_readonly(ipa, size_bytes))
         n_granules = allowed // uapi.GRANULE_BYTES
-        part = tags[:n_granules]
+        part = as_array(view[:n_granules])
         return self._copy(ipa, size_bytes, n_granules, lambda tracee: poke(tracee, ipa, part))
 
     def enable_mte(self) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 import click
 
 from mtetool.backends import GuestOptions, open_guest
-from mtetool.cli.options import RANGE, Range, progress_options, report_option
+from mtetool.cli.options import RANGE, SIZE, Range, progress_options, report_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size, slot_rows
@@ -48,6 +48,9 @@ _CONSISTENT = {
     help="Where some pages cannot be read: keep the rest (default), or fail.",
 )
 @click.option("--freeze", is_flag=True, help="Stop the guest's vCPUs while tags are read.")
+@click.option(
+    "--spool", type=SIZE, metavar="SIZE", help="Keep so much in memory until all tags are read."
+)
 @click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Threads that compress.")
 @click.option(
     "--level", type=click.IntRange(1, 19), default=1, metavar="N", help="The zstd level (1)."
@@ -63,6 +66,7 @@ def command(
     slots: tuple[int, ...],
     partial: Literal["keep", "fail"] | None,
     freeze: bool,
+    spool: int | None,
     jobs: int | None,
     level: int,
     guest_options: GuestOptions,
@@ -86,6 +90,7 @@ def command(
         slots=slots,
         partial=partial,
         freeze=freeze,
+        spool_bytes=spool,
         level=level,
         jobs=jobs,
     )
@@ -157,6 +162,7 @@ def _document(
         "consistent": result.consistent,
         "lost": result.lost,
         "frozen_seconds": None if frozen is None else round(frozen, 3),
+        "spool_overflowed": result.spool_overflowed,
         "elapsed_seconds": round(elapsed, 3),
     }
 
@@ -170,6 +176,8 @@ def _tell(guest: str, target: str, file_bytes: int, elapsed: float, result: Save
     say(f"consistent: {_CONSISTENT[result.consistent]}")
     if result.frozen_seconds is not None:
         say(f"the guest stood still for {result.frozen_seconds:.3f} s")
+    if result.spool_overflowed:
+        say("more than --spool allows was to be kept: the guest waited for the output too")
     for slot in result.skipped:
         say(f"left out: slot {slot.id} at {slot.ipa:#x}, {size(slot.size_bytes)}: {UNREACHABLE}")
     for line in missing_lines("missing", result.missing):

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from mtetool.errors import DamagedError
 from mtetool.flows.layout import total_bytes, without
-from mtetool.flows.pieces import Progress, chunks, no_progress
+from mtetool.flows.pieces import Progress, chunks, decoded, no_progress
 from mtetool.flows.tally import Tally
 from mtetool.snapshot.model import Extent, Header, Missing
 from mtetool.snapshot.reader import SnapshotReader
-
-if TYPE_CHECKING:
-    from mtetool.tags import Tags
 
 
 @dataclass
@@ -44,7 +40,7 @@ class Checked:
 def check(
     reader: SnapshotReader,
     *,
-    use: Callable[[int, Tags], None] | None = None,
+    use: Callable[[int, memoryview], None] | None = None,
     progress: Progress = no_progress,
 ) -> Checked:
     """Read every record, decompress every piece, and hand the tags to `use`.
@@ -54,18 +50,17 @@ def check(
     result = Checked(reader.header)
     total, done = total_bytes(reader.header.scope), 0
     progress(0, total)
-    for piece in reader:
+    for piece, tags in decoded(reader):
         if not isinstance(piece, Missing):
             result.n_pieces += 1
             result.stored_bytes += piece.stored_bytes
             _append(result.held, Extent(piece.ipa, piece.size_bytes))
-            if use is None:
-                # A fill has nothing to decompress, and may speak for a terabyte.
-                if piece.fill is None:
-                    piece.tags()
-            else:
-                for ipa, tags in chunks(piece):
-                    use(ipa, tags)
+            if use is not None and tags is not None:
+                use(piece.ipa, tags)
+            elif use is not None:
+                # A fill may speak for a terabyte; nobody looks at it where there is no use.
+                for ipa, part in chunks(piece):
+                    use(ipa, part)
         done += piece.size_bytes
         progress(done, total)
     # A later record may have replaced an earlier one: what counts is the end of the log.

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from mtetool import loops
+from mtetool.buffers import as_bytes
 from mtetool.flows.copying import TagReader
 from mtetool.flows.tally import Tally
 from mtetool.snapshot.model import Extent, Missing
-from mtetool.tags import differences
 from mtetool.uapi import GRANULE_BYTES
 
 if TYPE_CHECKING:
-    from mtetool.tags import Tags
+    from mtetool.buffers import TagBuffer
 
 
 class Comparer:
@@ -24,38 +23,32 @@ class Comparer:
         self.compared_bytes = 0
 
     def compare(
-        self, ipa: int, expected: Tags, differing: Tally[Extent], unreadable: Tally[Missing]
+        self, ipa: int, expected: TagBuffer, differing: Tally[Extent], unreadable: Tally[Missing]
     ) -> None:
         """Compare the guest's tags from `ipa` on with `expected` (one byte a granule)."""
-        extent = Extent(ipa, int(expected.size) * GRANULE_BYTES)
+        view = as_bytes(expected)
+        extent = Extent(ipa, len(view) * GRANULE_BYTES)
         for step in self._reader.read_granules([extent]):
             if isinstance(step, Missing):
                 unreadable.add(step)
                 continue
             first = (step.ipa - ipa) // GRANULE_BYTES
-            wanted = expected[first : first + step.tags.size]
+            wanted = view[first : first + len(step.tags)]
             add_differences(differing, step.ipa, step.tags, wanted)
             self.compared_bytes += step.size_bytes
 
 
-def add_differences(tally: Tally[Extent], ipa: int, a: Tags, b: Tags) -> None:
+def add_differences(tally: Tally[Extent], ipa: int, a: TagBuffer, b: TagBuffer) -> None:
     """Add the ranges in which the tags of `a` and `b`, both from `ipa` on, differ."""
-    starts, lengths = _ranges(differences(a, b))
+    if loops.first_difference(a, b) == len(as_bytes(a)):
+        return
+    # Imported here: where nothing differs, which is mostly so, it is not needed.
+    from mtetool.tags import as_array, difference_ranges
+
+    starts, lengths = difference_ranges(as_array(a), as_array(b))
     for listed, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
         if tally.full:
             rest = lengths[listed:]
             tally.count_only(int(rest.size), int(rest.sum()) * GRANULE_BYTES)
             return
         tally.add(Extent(ipa + start * GRANULE_BYTES, length * GRANULE_BYTES))
-
-
-def _ranges(
-    indices: np.ndarray[tuple[int], np.dtype[np.intp]],
-) -> tuple[np.ndarray[tuple[int], np.dtype[np.intp]], np.ndarray[tuple[int], np.dtype[np.intp]]]:
-    """Ascending indices as starts and lengths of their unbroken runs."""
-    if indices.size == 0:
-        return indices, indices
-    breaks = np.flatnonzero(np.diff(indices) > 1) + 1
-    firsts = np.concatenate(([0], breaks))
-    lengths = np.diff(firsts, append=indices.size)
-    return indices[firsts], lengths

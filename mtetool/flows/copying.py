@@ -12,18 +12,12 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from mtetool.backends.base import Guest
 from mtetool.errors import BusyError, GuestError, errno_name
 from mtetool.flows.layout import UNREACHABLE, Layout
 from mtetool.snapshot.model import Extent, Missing
 from mtetool.uapi import GRANULE_BYTES
-
-if TYPE_CHECKING:
-    from mtetool.tags import Tags
 
 CHUNK_GRANULES = 2 << 20
 """2 MiB of tag bytes, 32 MiB of guest memory: the fastest size that was measured."""
@@ -45,22 +39,25 @@ _WHOLE_VM = {
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """Tags that were read. `tags` is a view of a buffer that the next step writes again."""
+    """Tags that were read, one byte a granule, in a buffer that is written again later.
+
+    By the next step, or where the reader has several buffers, when their turn comes again.
+    """
 
     ipa: int
-    tags: Tags
+    tags: memoryview
 
     @property
     def size_bytes(self) -> int:
         """Bytes of guest memory."""
-        return int(self.tags.size) * GRANULE_BYTES
+        return len(self.tags) * GRANULE_BYTES
 
 
 def check_has_tags(guest: Guest, layout: Layout, name: str) -> None:
     """Raise GuestError for a guest without any memory that has tags (MteOffError: MTE is off)."""
     if layout.taggable:
         return
-    guest.read_tags(0, np.empty(0, dtype=np.uint8))  # a copy of nothing tells why
+    guest.read_tags(0, bytearray())  # a copy of nothing tells why
     raise GuestError(
         f"{name} has no memory that carries tags",
         hint="see its memslots with: mtetool emu show, or tell them with --memslot IPA:SIZE",
@@ -68,27 +65,32 @@ def check_has_tags(guest: Guest, layout: Layout, name: str) -> None:
 
 
 class TagReader:
-    """Reads a guest's tags in chunks, into one buffer that is used over and over.
+    """Reads a guest's tags in chunks, into `n_buffers` buffers that are used in turn.
 
     (Fresh buffers a chunk cost more than the copy: they are faulted in each time.)
     """
 
     def __init__(
-        self, guest: Guest, layout: Layout, *, chunk_granules: int = CHUNK_GRANULES
+        self,
+        guest: Guest,
+        layout: Layout,
+        *,
+        chunk_granules: int = CHUNK_GRANULES,
+        n_buffers: int = 1,
     ) -> None:
         self._guest = guest
         self._layout = layout
         page = layout.page_size_bytes
         self._chunk_bytes = -(-chunk_granules * GRANULE_BYTES // page) * page
-        self._buffer = np.zeros(self._chunk_bytes // GRANULE_BYTES, dtype=np.uint8)
         # Faulted in now: a guest may be waiting, paused, from the first copy on.
-        self._buffer.fill(0)
+        n_granules = self._chunk_bytes // GRANULE_BYTES
+        self._buffers = [memoryview(bytearray(b"\xff") * n_granules) for _ in range(n_buffers)]
 
     def read(self, extents: Iterable[Extent]) -> Iterator[Copied | Missing]:
         """The tags of `extents` (page-aligned), in their order, and what could not be read.
 
-        Every page of the extents is in exactly one of the results. Memory is bounded by one
-        chunk. Raises GuestError when the guest is gone or refuses as a whole.
+        Every page of the extents is in exactly one of the results. Raises GuestError when the
+        guest is gone or refuses as a whole.
         """
         for extent in extents:
             for step in _walk(
@@ -97,10 +99,12 @@ class TagReader:
                 if isinstance(step, Missing):
                     yield step
                 else:
-                    yield Copied(step.ipa, self._buffer[: step.size_bytes // GRANULE_BYTES])
+                    tags = self._buffers[0][: step.size_bytes // GRANULE_BYTES]
+                    self._buffers.append(self._buffers.pop(0))
+                    yield Copied(step.ipa, tags)
 
     def _transfer(self, ipa: int, size_bytes: int) -> int:
-        return self._guest.read_tags(ipa, self._buffer[: size_bytes // GRANULE_BYTES])
+        return self._guest.read_tags(ipa, self._buffers[0][: size_bytes // GRANULE_BYTES])
 
     def read_granules(self, extents: Iterable[Extent]) -> Iterator[Copied | Missing]:
         """As `read`, for extents of whole granules: the pages around them are read."""
@@ -120,7 +124,9 @@ class TagReader:
                     yield Copied(start, step.tags[offset : offset + n_granules])
 
 
-def write_extent(guest: Guest, ipa: int, tags: Tags, layout: Layout) -> Iterator[Extent | Missing]:
+def write_extent(
+    guest: Guest, ipa: int, tags: memoryview, layout: Layout
+) -> Iterator[Extent | Missing]:
     """Write `tags` from `ipa` on (both page-aligned): what was written, and what could not be.
 
     Raises BusyError while the VM logs dirty pages, GuestError when the guest is gone.
@@ -131,7 +137,7 @@ def write_extent(guest: Guest, ipa: int, tags: Tags, layout: Layout) -> Iterator
         first = (at - ipa) // GRANULE_BYTES
         return guest.write_tags(at, tags[first : first + size_bytes // GRANULE_BYTES])
 
-    whole = Extent(ipa, int(tags.size) * GRANULE_BYTES)
+    whole = Extent(ipa, len(tags) * GRANULE_BYTES)
     yield from _walk(write, whole, layout, chunk_bytes, writing=True)
 
 

@@ -11,7 +11,7 @@ from mtetool.flows.copying import Copied
 from mtetool.flows.layout import check_aligned, check_inside
 from mtetool.flows.source import TagSource, clip
 from mtetool.snapshot.model import Extent, Missing
-from mtetool.tags import differences, runs
+from mtetool.tags import as_array, differences, runs
 from mtetool.uapi import GRANULE_BYTES
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def _differences(pairs: Iterator[_Pair]) -> Iterator[Difference | Missing]:
         if missing is not None:
             yield Missing(ipa, size_bytes, missing.errno, missing.reason)
             continue
-        tags_a = a.tags if isinstance(a, Copied) else None
-        tags_b = b.tags if isinstance(b, Copied) else None
+        tags_a = as_array(a.tags) if isinstance(a, Copied) else None
+        tags_b = as_array(b.tags) if isinstance(b, Copied) else None
         n_granules = size_bytes // GRANULE_BYTES
         for block in range(0, n_granules, _BLOCK_GRANULES):
             cut = slice(block, min(block + _BLOCK_GRANULES, n_granules))

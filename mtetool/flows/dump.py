@@ -8,7 +8,7 @@ from typing import BinaryIO, NamedTuple
 from mtetool.flows.source import TagSource
 from mtetool.flows.tally import Tally
 from mtetool.snapshot.model import Extent, Missing
-from mtetool.tags import runs
+from mtetool.tags import as_array, runs
 from mtetool.uapi import GRANULE_BYTES
 
 RAW_MISSING = 0xFF
@@ -36,9 +36,9 @@ def tag_runs(source: TagSource, extents: Sequence[Extent]) -> Iterator[Run | Mis
             last = None
             yield step
             continue
-        for block in range(0, step.tags.size, _BLOCK_GRANULES):
+        for block in range(0, len(step.tags), _BLOCK_GRANULES):
             ipa = step.ipa + block * GRANULE_BYTES
-            starts, lengths, tags = runs(step.tags[block : block + _BLOCK_GRANULES])
+            starts, lengths, tags = runs(as_array(step.tags[block : block + _BLOCK_GRANULES]))
             for start, length, tag in zip(
                 starts.tolist(), lengths.tolist(), tags.tolist(), strict=True
             ):
@@ -59,7 +59,7 @@ def granules(source: TagSource, extents: Sequence[Extent]) -> Iterator[Run | Mis
         if isinstance(step, Missing):
             yield step
             continue
-        for block in range(0, step.tags.size, _BLOCK_GRANULES):
+        for block in range(0, len(step.tags), _BLOCK_GRANULES):
             ipa = step.ipa + block * GRANULE_BYTES
             for tag in step.tags[block : block + _BLOCK_GRANULES].tolist():
                 yield Run(ipa, GRANULE_BYTES, tag)
@@ -72,7 +72,7 @@ def write_raw(source: TagSource, extents: Sequence[Extent], out: BinaryIO) -> Ta
     filler = bytes([RAW_MISSING]) * _BLOCK_GRANULES
     for step in source.read(extents):
         if not isinstance(step, Missing):
-            out.write(step.tags.data)
+            out.write(step.tags)
             continue
         missing.add(step)
         left = step.size_bytes // GRANULE_BYTES

@@ -2,55 +2,72 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from mtetool.backends.base import Guest
+
+DEFAULT_SPOOL_BYTES = 1 << 30
+"""What a frozen guest's snapshot may take in memory: 32 GiB of random tags, 300 of a heap's."""
 
 Thaw = Callable[[], float | None]
 
 
 @contextmanager
-def held_still(guest: Guest, out: BinaryIO, *, wanted: bool) -> Iterator[tuple[BinaryIO, Thaw]]:
+def held_still(guest: Guest, *, wanted: bool) -> Iterator[Thaw]:
     """Stop the guest's vCPUs, if `wanted`, until the function given back is called.
 
-    That gives the seconds for which they stood still (None: not wanted). With it comes the stream
-    to write to. It keeps what is written in memory meanwhile: the guest must not wait for a slow
-    disk, or for whoever reads the other end of a pipe. That is compressed data, a few percent of
-    the tags, which are a thirty-second of the guest's memory.
+    That gives the seconds for which they stood still (None: not wanted).
     """
     if not wanted:
-        yield out, lambda: None
+        yield lambda: None
         return
     guest.freeze()
     try:
-        kept = _Kept(out)
-
-        def thaw() -> float:
-            seconds = guest.thaw()
-            kept.let_through()
-            return seconds
-
-        yield cast(BinaryIO, kept), thaw
+        yield guest.thaw
     finally:
         guest.thaw()
 
 
-class _Kept:
-    """A stream that keeps what is written to it until it may go on to another."""
+class Spool:
+    """A stream that keeps what is written to it in memory until it may go on to another.
 
-    def __init__(self, out: BinaryIO) -> None:
+    The guest must not wait for a slow disk, or for whoever reads the other end of a pipe. What
+    is kept is compressed, a few percent of the tags, which are a thirty-second of the guest's
+    memory. Where it would become more than `limit_bytes`, it goes on at once.
+    """
+
+    def __init__(self, out: BinaryIO, limit_bytes: int) -> None:
         self._out = out
-        self._kept: io.BytesIO | None = io.BytesIO()
+        self._limit_bytes = limit_bytes
+        self._parts: list[bytes] = []
+        self._kept_bytes = 0
+        self._keeps = limit_bytes > 0
+        self.overflowed = False
+        """Whether there was more than the limit, so that the guest had to wait for `out`."""
 
     def write(self, data: bytes) -> int:
-        return self._out.write(data) if self._kept is None else self._kept.write(data)
+        """As the stream's own, but that all is taken."""
+        if self._keeps and self._kept_bytes + len(data) > self._limit_bytes:
+            self.overflowed = True
+            self.let_through()
+        if self._keeps:
+            self._parts.append(data)
+            self._kept_bytes += len(data)
+        else:
+            _write_all(self._out, data)
+        return len(data)
 
     def let_through(self) -> None:
-        if self._kept is not None:
-            data, self._kept = self._kept.getvalue(), None
-            view = memoryview(data)
-            while view:
-                view = view[self._out.write(view) :]
+        """Write what was kept, and keep no more."""
+        self._keeps = False
+        parts, self._parts = self._parts, []
+        for part in parts:
+            _write_all(self._out, part)
+
+
+def _write_all(out: BinaryIO, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[out.write(view) :]

@@ -1,33 +1,33 @@
-"""Pieces of a snapshot in bounded portions."""
+"""Pieces of a snapshot in bounded portions, decoded ahead of their use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
-
-import numpy as np
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from mtetool.flows.copying import CHUNK_GRANULES
-from mtetool.snapshot.model import Extent
+from mtetool.snapshot.model import Extent, Missing
 from mtetool.snapshot.reader import Piece
 from mtetool.uapi import GRANULE_BYTES
 
-if TYPE_CHECKING:
-    from mtetool.tags import Tags
-
 Progress = Callable[[int, int], None]
 """Called with the bytes of guest memory that are done and those there are in all."""
+
+# More threads would wait for whoever uses the tags.
+_MOST_JOBS = 4
 
 
 def no_progress(done_bytes: int, total_bytes: int) -> None:
     """Nobody wants to know."""
 
 
-def chunks(piece: Piece, within: Extent | None = None) -> Iterator[tuple[int, Tags]]:
+def chunks(piece: Piece, within: Extent | None = None) -> Iterator[tuple[int, memoryview]]:
     """A piece's tags with their addresses; only those `within` (whole granules, in the piece).
 
     A fill may span a terabyte: it comes in chunks. Raises DamagedError where the tags cannot
-    be decompressed. The arrays are only valid until the next step, and not to be written to.
+    be decompressed. The buffers are only valid until the next step, and not to be written to.
     """
     start, stop = (within.ipa, within.end) if within else (piece.ipa, piece.end)
     if piece.fill is None:
@@ -35,6 +35,85 @@ def chunks(piece: Piece, within: Extent | None = None) -> Iterator[tuple[int, Ta
         yield start, piece.tags()[first:last]
         return
     n_granules = (stop - start) // GRANULE_BYTES
-    constant = np.full(min(n_granules, CHUNK_GRANULES), piece.fill, dtype=np.uint8)
+    constant = memoryview(bytes([piece.fill]) * min(n_granules, CHUNK_GRANULES))
     for done in range(0, n_granules, CHUNK_GRANULES):
         yield start + done * GRANULE_BYTES, constant[: min(CHUNK_GRANULES, n_granules - done)]
+
+
+def decoded(
+    pieces: Iterable[Piece | Missing],
+) -> Iterator[tuple[Piece | Missing, memoryview | None]]:
+    """The pieces in their order, with the tags of those that are no fills.
+
+    Threads decode ahead, as far as there are buffers: one for each CPU and one more, at most
+    five, each as large as the largest piece was. A buffer is valid until the next step. Raises
+    what `pieces` and `Piece.tags` raise, each in its turn.
+    """
+    jobs = min(len(os.sched_getaffinity(0)), _MOST_JOBS)
+    with ThreadPoolExecutor(jobs, thread_name_prefix="decode") as pool:
+        yield from _decoded(iter(pieces), _Buffers(jobs + 1), pool)
+
+
+_Pending = tuple[Piece | Missing, Future[memoryview] | None]
+
+
+def _decoded(
+    pieces: Iterator[Piece | Missing], buffers: _Buffers, pool: ThreadPoolExecutor
+) -> Iterator[tuple[Piece | Missing, memoryview | None]]:
+    pending: deque[_Pending] = deque()
+    failed: Exception | None = None
+    ended = False
+    try:
+        while pending or not ended:
+            while not ended and buffers.free and len(pending) < _MOST_PENDING:
+                try:
+                    piece = next(pieces, None)
+                except Exception as error:  # noqa: BLE001 - raised when what is before it was used
+                    failed, piece = error, None
+                if piece is None:
+                    ended = True
+                elif isinstance(piece, Missing) or piece.fill is not None:
+                    pending.append((piece, None))
+                else:
+                    room = buffers.take(piece.n_granules)
+                    pending.append((piece, pool.submit(piece.tags, room)))
+            if not pending:
+                break
+            piece, future = pending.popleft()
+            if future is None:
+                yield piece, None
+                continue
+            tags = future.result()
+            yield piece, tags
+            buffers.give_back()
+    finally:
+        for _, future in pending:
+            if future is not None:
+                future.cancel()
+    if failed is not None:
+        raise failed
+
+
+# Fills and missing ranges that wait behind a piece; they are small, but must not pile up.
+_MOST_PENDING = 1024
+
+
+class _Buffers:
+    """Buffers that are taken and given back in turn, and grow to what is asked of them."""
+
+    def __init__(self, count: int) -> None:
+        self._rooms = [bytearray() for _ in range(count)]
+        self._next = 0
+        self.free = count
+
+    def take(self, n_bytes: int) -> memoryview:
+        at = self._next % len(self._rooms)
+        if len(self._rooms[at]) < n_bytes:
+            self._rooms[at] = bytearray(n_bytes)
+        self._next += 1
+        self.free -= 1
+        return memoryview(self._rooms[at])[:n_bytes]
+
+    def give_back(self) -> None:
+        """The one that was taken first."""
+        self.free += 1

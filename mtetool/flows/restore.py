@@ -5,9 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from mtetool.backends.base import Guest
 from mtetool.errors import STATUS_OK, STATUS_PARTIAL, BusyError, LayoutError, MtetoolError
@@ -15,16 +12,13 @@ from mtetool.flows.checking import check
 from mtetool.flows.comparing import Comparer
 from mtetool.flows.copying import Copied, TagReader, check_has_tags, write_extent
 from mtetool.flows.layout import Layout, common, hex_range, layout_of, merged, slots_of, total_bytes
-from mtetool.flows.pieces import Progress, chunks, no_progress
+from mtetool.flows.pieces import Progress, chunks, decoded, no_progress
 from mtetool.flows.relocation import Relocation, check_fit
 from mtetool.flows.tally import Tally
 from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Header, Missing
 from mtetool.snapshot.reader import SnapshotReader
 from mtetool.uapi import GRANULE_BYTES
-
-if TYPE_CHECKING:
-    from mtetool.tags import Tags
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +128,12 @@ class _Restorer:
         total, done = total_bytes(reader.header.scope), 0
         progress(0, total)
         try:
-            for piece in reader:
-                if not isinstance(piece, Missing):
-                    for ipa, tags in chunks(piece):
-                        self._take(ipa, tags)
+            for piece, tags in decoded(reader):
+                if tags is not None:
+                    self._take(piece.ipa, tags)
+                elif not isinstance(piece, Missing):
+                    for ipa, part in chunks(piece):
+                        self._take(ipa, part)
                 done += piece.size_bytes
                 progress(done, total)
         except BusyError as error:
@@ -177,9 +173,9 @@ class _Restorer:
                 Missing(target.ipa, target.size_bytes, missing.errno, missing.reason)
             )
 
-    def _take(self, ipa: int, tags: Tags) -> None:
+    def _take(self, ipa: int, tags: memoryview) -> None:
         """Tags at an address of the snapshot: to their slots in the guest."""
-        whole = Extent(ipa, int(tags.size) * GRANULE_BYTES)
+        whole = Extent(ipa, len(tags) * GRANULE_BYTES)
         for offset, target in self._relocation(whole):
             first = offset // GRANULE_BYTES
             part = tags[first : first + target.size_bytes // GRANULE_BYTES]
@@ -202,7 +198,7 @@ class _Restorer:
             yield at, stop, slot
             at = stop
 
-    def _put(self, ipa: int, tags: Tags, slot: Memslot) -> None:
+    def _put(self, ipa: int, tags: memoryview, slot: Memslot) -> None:
         result = self.result
         if slot.readonly or slot.kind == "rom":
             self._compare_readonly(ipa, tags)
@@ -212,19 +208,19 @@ class _Restorer:
             for at, part in self._whole_pages(ipa, tags):
                 self._write(at, part, may_be_readonly=slot.readonly is None)
 
-    def _compare_readonly(self, ipa: int, tags: Tags) -> None:
+    def _compare_readonly(self, ipa: int, tags: memoryview) -> None:
         result = self.result
         self._comparer.compare(ipa, tags, result.readonly_differing, result.refused)
-        result.readonly_bytes += int(tags.size) * GRANULE_BYTES
+        result.readonly_bytes += len(tags) * GRANULE_BYTES
 
-    def _whole_pages(self, ipa: int, tags: Tags) -> Iterator[tuple[int, Tags]]:
+    def _whole_pages(self, ipa: int, tags: memoryview) -> Iterator[tuple[int, memoryview]]:
         """Tags cut at the guest's pages; a page that is held in part is filled up from the guest.
 
         A snapshot of a host with smaller pages may cut a page into several pieces, in any
         order: each piece then changes its own part of the page.
         """
         page = self._layout.page_size_bytes
-        end = ipa + int(tags.size) * GRANULE_BYTES
+        end = ipa + len(tags) * GRANULE_BYTES
         first, last = -(-ipa // page) * page, end // page * page
         if first > last:  # Inside one page.
             first = last = end
@@ -239,20 +235,20 @@ class _Restorer:
             else:
                 yield start, part
 
-    def _filled_up(self, ipa: int, part: Tags) -> Tags | None:
+    def _filled_up(self, ipa: int, part: memoryview) -> memoryview | None:
         page = self._layout.page_size_bytes
         first = ipa // page * page
         for step in self._reader.read([Extent(first, page)]):
             if isinstance(step, Copied):
-                whole = np.array(step.tags)
+                whole = memoryview(bytearray(step.tags))
                 offset = (ipa - first) // GRANULE_BYTES
-                whole[offset : offset + part.size] = part
+                whole[offset : offset + len(part)] = part
                 return whole
-            size_bytes = int(part.size) * GRANULE_BYTES
+            size_bytes = len(part) * GRANULE_BYTES
             self.result.refused.add(Missing(ipa, size_bytes, step.errno, step.reason))
         return None
 
-    def _write(self, ipa: int, tags: Tags, *, may_be_readonly: bool) -> None:
+    def _write(self, ipa: int, tags: memoryview, *, may_be_readonly: bool) -> None:
         result = self.result
         for step in write_extent(self._guest, ipa, tags, self._layout):
             first = (step.ipa - ipa) // GRANULE_BYTES
@@ -266,7 +262,7 @@ class _Restorer:
                 self._comparer.compare(step.ipa, part, result.verify_differing, result.refused)
                 result.verified_bytes += step.size_bytes
 
-    def _refuse(self, step: Missing, part: Tags, *, may_be_readonly: bool) -> None:
+    def _refuse(self, step: Missing, part: memoryview, *, may_be_readonly: bool) -> None:
         """A page that cannot be written; where nobody knew, reading tells a read-only one."""
         page_granules = self._layout.page_size_bytes // GRANULE_BYTES
         probe: Tally[Missing] = Tally()

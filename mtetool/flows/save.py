@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, cast
 
 from mtetool.backends.base import Guest
 from mtetool.errors import (
@@ -16,7 +16,7 @@ from mtetool.errors import (
     UsageError,
 )
 from mtetool.flows.copying import TagReader, check_has_tags
-from mtetool.flows.freezing import held_still
+from mtetool.flows.freezing import DEFAULT_SPOOL_BYTES, Spool, held_still
 from mtetool.flows.layout import (
     UNREACHABLE,
     Layout,
@@ -32,7 +32,6 @@ from mtetool.flows.tally import Tally
 from mtetool.guest import GuestInfo, Memslot
 from mtetool.snapshot.model import Extent, Header, Missing
 from mtetool.snapshot.writer import SnapshotWriter
-from mtetool.tags import uniform
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +40,16 @@ class SaveOptions:
 
     `ranges` or `slots` (ids), else all memory that has tags. `partial` None is "keep" for
     pages that cannot be read, and "fail" for a guest that ends half-way. `freeze` stops the
-    guest's vCPUs for as long as tags are read.
+    guest's vCPUs for as long as tags are read. `spool_bytes` of the snapshot are kept in memory
+    meanwhile, so that the guest does not wait for the output (None: none, or with `freeze`
+    `DEFAULT_SPOOL_BYTES`).
     """
 
     ranges: tuple[Extent, ...] = ()
     slots: tuple[int, ...] = ()
     partial: Literal["keep", "fail"] | None = None
     freeze: bool = False
+    spool_bytes: int | None = None
     level: int = 1
     jobs: int | None = None
 
@@ -57,6 +59,7 @@ class SaveResult:
     """What a save did; `lost` says how the guest ended, if it did half-way.
 
     `frozen_seconds` is for how long the vCPUs were stopped; None where that was not asked for.
+    `spool_overflowed` is whether they waited for the output, as there was more than may be kept.
     """
 
     header: Header
@@ -69,6 +72,7 @@ class SaveResult:
     missing: Tally[Missing] = field(default_factory=Tally)
     lost: str | None = None
     frozen_seconds: float | None = None
+    spool_overflowed: bool = False
 
     @property
     def status(self) -> int:
@@ -91,17 +95,24 @@ def save(
     layout = Layout(info.memslots, guest.page_size_bytes)
     check_has_tags(guest, layout, info.source)
     scope = decide_scope(layout, options, info.source)
-    reader = TagReader(guest, layout)
-    # What takes its time (the monitor, memory for the tags) comes before the guest stands still.
-    with held_still(guest, out, wanted=options.freeze) as (stream, thaw):
-        paused_before = guest.paused()
-        header = Header.for_guest(info, scope, paused=paused_before)
-        result = SaveResult(header, info, tuple(scope), _skipped(layout, options))
-        with SnapshotWriter(stream, header, level=options.level, jobs=options.jobs) as writer:
+    # What takes its time (the monitor, threads, memory for the tags) comes before the guest
+    # stands still.
+    paused_before = True if options.freeze else guest.paused()
+    header = Header.for_guest(info, scope, paused=paused_before)
+    result = SaveResult(header, info, tuple(scope), _skipped(layout, options))
+    spool = Spool(out, _spool_bytes(options))
+    stream = cast(BinaryIO, spool)
+    with SnapshotWriter(stream, header, level=options.level, jobs=options.jobs) as writer:
+        writer.warm_up()
+        reader = TagReader(guest, layout, n_buffers=writer.window + 1)
+        with held_still(guest, wanted=options.freeze) as thaw:
             _copy(reader, writer, result, options, progress)
             result.consistent = _consistent(paused_before, _paused_after(guest, result))
             result.frozen_seconds = thaw()
-            writer.finish(consistent=result.consistent)
+        result.spool_overflowed = spool.overflowed
+        spool.let_through()
+        writer.finish(consistent=result.consistent)
+        result.uniform_bytes = writer.fill_bytes
     return result
 
 
@@ -153,12 +164,7 @@ def _copy(
             if isinstance(step, Missing):
                 _note_missing(step, writer, result, options)
             else:
-                tag = uniform(step.tags)
-                if tag is None:
-                    writer.add_tags(step.ipa, step.tags)
-                else:
-                    writer.add_fill(step.ipa, step.size_bytes, tag)
-                    result.uniform_bytes += step.size_bytes
+                writer.add_tags(step.ipa, step.tags)
                 result.saved_bytes += step.size_bytes
             reached.append(Extent(step.ipa, step.size_bytes))
             reached = merged(reached)
@@ -219,6 +225,12 @@ def _nothing(result: SaveResult) -> GuestError:
 
 def _paused_after(guest: Guest, result: SaveResult) -> bool | None:
     return None if result.lost is not None else guest.paused()
+
+
+def _spool_bytes(options: SaveOptions) -> int:
+    if options.spool_bytes is not None:
+        return options.spool_bytes
+    return DEFAULT_SPOOL_BYTES if options.freeze else 0
 
 
 def _consistent(before: bool | None, after: bool | None) -> bool | None:

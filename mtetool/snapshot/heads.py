@@ -19,28 +19,37 @@ from mtetool.snapshot.model import (
     Missing,
     header_problem,
 )
-from mtetool.snapshot.records import MAX_INDEX_ENTRIES, MAX_RECORDS
+from mtetool.snapshot.records import MAX_INDEX_ENTRIES, MAX_RECORDS, MAX_RUNS_SHARE
 from mtetool.uapi import GRANULE_BYTES, TAG_MAX
 
 _U64 = ADDRESS_LIMIT - 1
 _GRANULES = ADDRESS_LIMIT // GRANULE_BYTES
-_FILL, _PACKED = 0, 1
+_FILL, _PACKED, _RUNS = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
 class TagsHead:
-    """A record of tags; `fill` is its one tag, or None where the payload holds them."""
+    """A record of tags; `fill` is its one tag, or None where the payload holds them.
+
+    It holds them as so many `runs`, or packed, where that is None.
+    """
 
     ipa: int
     granules: int
     fill: int | None
     tagged_granules: int
     tagged_pages: int
+    runs: int | None = None
 
     @property
     def size_bytes(self) -> int:
         """Bytes of guest memory."""
         return self.granules * GRANULE_BYTES
+
+    @property
+    def end(self) -> int:
+        """The first address behind it."""
+        return self.ipa + self.size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +163,12 @@ def _extent(value: object, fields: Fields) -> Extent:
 def encode_tags(head: TagsHead) -> bytes:
     """The head of a record of tags."""
     values: dict[str, object] = {"ipa": head.ipa, "granules": head.granules}
-    if head.fill is None:
-        values.update(enc=_PACKED, tagged=head.tagged_granules, tagged_pages=head.tagged_pages)
-    else:
-        values.update(enc=_FILL, tag=head.fill)
+    if head.fill is not None:
+        return pack_map(values | {"enc": _FILL, "tag": head.fill})
+    values["enc"] = _PACKED if head.runs is None else _RUNS
+    if head.runs is not None:
+        values["runs"] = head.runs
+    values.update(tagged=head.tagged_granules, tagged_pages=head.tagged_pages)
     return pack_map(values)
 
 
@@ -171,7 +182,7 @@ def decode_tags(data: bytes, where: str, page_granules: int, chunk_granules: int
     """A record of tags. Raises DamagedError, UnknownVersionError."""
     fields = unpack_map(data, where)
     encoding = fields.integer("enc", 0, 255)
-    if encoding not in (_FILL, _PACKED):
+    if encoding not in (_FILL, _PACKED, _RUNS):
         raise UnknownVersionError(
             f"{where} has its tags in an encoding that this mtetool does not know: {encoding}",
             hint="a newer mtetool wrote it",
@@ -182,9 +193,11 @@ def decode_tags(data: bytes, where: str, page_granules: int, chunk_granules: int
         head = fill_head(ipa, granules, fields.integer("tag", 0, TAG_MAX), page_granules)
     else:
         granules = fields.integer("granules", 1, chunk_granules)
+        runs = fields.integer("runs", 1, granules // MAX_RUNS_SHARE) if encoding == _RUNS else None
         tagged = fields.integer("tagged", 0, granules)
         low, high = -(-tagged // page_granules), min(tagged, granules // page_granules)
-        head = TagsHead(ipa, granules, None, tagged, fields.integer("tagged_pages", low, high))
+        pages = fields.integer("tagged_pages", low, high)
+        head = TagsHead(ipa, granules, None, tagged, pages, runs)
     fields.end()
     return head
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO
 
+from mtetool.buffers import as_bytes
 from mtetool.errors import (
     DamagedError,
     NotASnapshotError,
@@ -45,7 +46,7 @@ from mtetool.snapshot.records import (
 from mtetool.uapi import GRANULE_BYTES
 
 if TYPE_CHECKING:
-    from mtetool.tags import Tags
+    from mtetool.buffers import TagBuffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class Piece:
     _page_granules: int = field(repr=False, compare=False)
     # What the record's head says of its tags: how many are not 0, and in how many pages.
     _tagged: tuple[int, int] = field(repr=False)
+    _runs: int | None = field(repr=False, compare=False)
 
     @property
     def size_bytes(self) -> int:
@@ -76,31 +78,32 @@ class Piece:
         """The first address behind it."""
         return self.ipa + self.size_bytes
 
-    def tags(self) -> Tags:
-        """The tags, one byte a granule, C-contiguous; decompressed anew by each call.
+    def tags(self, out: TagBuffer | None = None) -> memoryview:
+        """The tags, one byte a granule, written to `out` (as long), or to a buffer of their own.
 
         Raises DamagedError where they cannot be decompressed or are not as many as the
         record says, and ValueError for a fill that is longer than the snapshot's chunks: it
         may speak for a terabyte.
         """
-        # Here, because whoever reads only the description needs neither of the libraries.
-        import numpy as np
-
-        from mtetool.snapshot.frames import FrameError, count_tagged, decompress
-        from mtetool.tags import unpack
-
+        if self.fill is not None and self.n_granules > self._max_granules:
+            raise ValueError(f"a fill of {self.n_granules} granules at once")
+        view = as_bytes(bytearray(self.n_granules) if out is None else out)
         if self.fill is not None:
-            if self.n_granules > self._max_granules:
-                raise ValueError(f"a fill of {self.n_granules} granules at once")
-            return np.full(self.n_granules, self.fill, dtype=np.uint8)
+            view[:] = bytes([self.fill]) * self.n_granules
+            return view
+        # Here, because whoever reads only the description needs no decompression.
+        from mtetool import loops
+        from mtetool.snapshot.frames import FrameError, decode
+
         try:
-            packed = decompress(self._payload, self.n_granules)
+            decode(self._payload, self._runs, view)
         except FrameError as error:
             raise DamagedError(f"{self._where}: {error}", ipa=self.ipa) from error
         # The footer's totals are sums of these, and `info` prints them without a look at tags.
-        if count_tagged(packed, self._page_granules) != self._tagged:
+        _, tagged, pages, _ = loops.scan(view, self._page_granules)
+        if (tagged, pages) != self._tagged:
             raise DamagedError(f"{self._where}: the tags are not as many as it says", ipa=self.ipa)
-        return unpack(packed)
+        return view
 
 
 class SnapshotReader:
@@ -262,6 +265,7 @@ def piece_of(record: Record, head: TagsHead, name: str, header: Header) -> Piece
         _max_granules=header.chunk_granules,
         _page_granules=header.page_size_bytes // GRANULE_BYTES,
         _tagged=(head.tagged_granules, head.tagged_pages),
+        _runs=head.runs,
     )
 
 

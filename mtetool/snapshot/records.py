@@ -37,6 +37,8 @@ MAX_HEAD_BYTES = 64 << 10
 MAX_INDEX_ENTRIES = 1 << 16
 """The most entries of one index record; a longer index takes several."""
 MAX_RECORDS = 1 << 24
+MAX_RUNS_SHARE = 4
+"""A record of runs has at most one for so many granules."""
 
 # A read asks for this much at once, so that a length that lies costs no more than this.
 _READ_BYTES = 1 << 20

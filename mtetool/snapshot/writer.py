@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
 from array import array
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self, TypeVar
 
+from mtetool.buffers import as_bytes
 from mtetool.errors import HostError, HostIoError, LayoutError, RangeError
-from mtetool.snapshot.frames import Compressor, Packed, count_tagged, uniform_packed
+from mtetool.snapshot.frames import Encoder
 from mtetool.snapshot.heads import (
     DoneHead,
     TagsHead,
@@ -52,13 +55,18 @@ from mtetool.snapshot.records import (
     Digest,
     checksum_of,
 )
-from mtetool.tags import pack
 from mtetool.uapi import GRANULE_BYTES, TAG_MAX
 
 if TYPE_CHECKING:
-    from mtetool.tags import Tags
+    from mtetool.buffers import TagBuffer
 
-# Chunks under way for each worker: one that it compresses, one that waits for it.
+T = TypeVar("T")
+
+# More threads than this have nothing to do: the kernel's own copy is slower than two of them,
+# and each takes the memory of some chunks.
+_MOST_JOBS = 4
+
+# Chunks under way for each worker: one that it encodes, one that waits for it.
 _WINDOW_PER_JOB = 2
 
 # Fills that wait behind a chunk under way; they are small, but must not pile up either.
@@ -76,9 +84,9 @@ class SnapshotWriter:
     """Writes a snapshot; used as a context manager, in one thread.
 
     Records come out in the order of the calls, later ones for the same page replace earlier
-    ones. Memory is bounded by a few chunks, plus 32 bytes for the index for each record.
-    The caller's thread packs, `jobs` threads compress (None: one for each CPU that this
-    process may use), `out.write` is only called in the caller's thread.
+    ones. Memory is bounded by a few chunks for each job, plus 32 bytes for the index for each
+    record. `jobs` threads encode (None: one for each CPU that this process may use, at most
+    four), `out.write` is only called in the caller's thread.
 
     Raises LayoutError for a header that cannot be stored. Errors of `out` pass as they are.
     Leaving the context without `finish`, or by an exception, aborts: what was written then
@@ -95,39 +103,58 @@ class SnapshotWriter:
         self._page_granules = header.page_size_bytes // GRANULE_BYTES
         self._ledger = Ledger(header)
         self._log = _Log(out, self.header)
-        self._compressor = Compressor(level)
-        jobs = jobs or len(os.sched_getaffinity(0))
-        self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="compress")
-        self._window = _WINDOW_PER_JOB * jobs
+        self._encoder = Encoder(level, header.chunk_granules)
+        self._jobs = jobs or min(len(os.sched_getaffinity(0)), _MOST_JOBS)
+        self._pool = ThreadPoolExecutor(self._jobs, thread_name_prefix="encode")
+        self.window = _WINDOW_PER_JOB * self._jobs
+        """How many chunks may be under way: see `add_tags`."""
+        self.fill_bytes = 0
+        """Bytes of guest memory in records of one tag so far."""
         # In the order of the records: chunks under way, and fills, which need no work.
         self._pending: deque[Future[_Stored] | _Stored] = deque()
         self._n_chunks = 0
         # The last fill, held back: the next one may continue it.
-        self._fill: tuple[int, int, int] | None = None
+        self._fill: TagsHead | None = None
         self._open = True
 
-    def add_tags(self, ipa: int, tags: Tags) -> None:
+    def warm_up(self) -> None:
+        """Start the threads and give them what they need, so that no chunk has to wait for that.
+
+        Raises HostError where there can be no more threads.
+        """
+        gate = threading.Barrier(self._jobs)
+
+        def ready() -> None:
+            self._encoder.warm_up()
+            gate.wait()  # so that no thread takes the place of another
+
+        try:
+            started = [self._submit(ready) for _ in range(self._jobs)]
+        except BaseException:
+            gate.abort()
+            raise
+        for future in started:
+            future.result()
+
+    def add_tags(self, ipa: int, tags: TagBuffer) -> None:
         """The tags of the memory from `ipa` on (page-aligned), one byte a granule.
 
         `tags` is C-contiguous, of whole pages, at most the header's `chunk_granules` long,
-        bits 7:4 zero; it may be written again as soon as this returns. Raises RangeError.
+        bits 7:4 zero. It must stay as it is until `window` more chunks were added, or the end:
+        who has `window` + 1 buffers uses them in turn. Raises RangeError; ValueError, sooner or
+        later, for bytes that are no tags.
         """
-        n_granules = int(tags.size)
+        view = as_bytes(tags)
+        n_granules = len(view)
         self._check(ipa, n_granules * GRANULE_BYTES)
         if n_granules > self.header.chunk_granules:
             raise RangeError(
                 f"{n_granules} granules in a chunk of at most {self.header.chunk_granules}"
             )
-        packed = pack(tags)
-        tag = uniform_packed(packed)
-        if tag is not None:
-            self.add_fill(ipa, n_granules * GRANULE_BYTES, tag)
-            return
-        self._queue_fill()
-        while self._n_chunks >= self._window:
-            self._write_oldest()
-        self._pending.append(self._submit(ipa, packed))
+        self._pending.append(self._submit(lambda: self._encode(ipa, view)))
         self._n_chunks += 1
+        while self._n_chunks > self.window:
+            self._write_oldest()
         self._write_ready()
 
     def add_fill(self, ipa: int, size_bytes: int, tag: int) -> None:
@@ -138,13 +165,11 @@ class SnapshotWriter:
         self._check(ipa, size_bytes)
         if not 0 <= tag <= TAG_MAX:
             raise RangeError(f"a tag of {tag}, which are 0 to {TAG_MAX}")
-        if self._fill is not None:
-            start, end, last_tag = self._fill
-            if end == ipa and last_tag == tag and self._ledger.holds(start, ipa + size_bytes):
-                self._fill = (start, ipa + size_bytes, tag)
-                return
-        self._queue_fill()
-        self._fill = (ipa, ipa + size_bytes, tag)
+        head = fill_head(ipa, size_bytes // GRANULE_BYTES, tag, self._page_granules)
+        self._pending.append(_Stored(head, b""))
+        self._write_ready()
+        while len(self._pending) > _MAX_QUEUED:
+            self._write_oldest()
 
     def add_missing(self, missing: Missing) -> None:
         """Memory whose tags could not be read. Raises RangeError."""
@@ -213,9 +238,9 @@ class SnapshotWriter:
         except LedgerError as error:
             raise RangeError(str(error), ipa=ipa, size_bytes=size_bytes) from error
 
-    def _submit(self, ipa: int, packed: Packed) -> Future[_Stored]:
+    def _submit(self, work: Callable[[], T]) -> Future[T]:
         try:
-            return self._pool.submit(self._compress, ipa, packed)
+            return self._pool.submit(work)
         except RuntimeError as error:
             # "can't start new thread", without an errno.
             raise HostError(
@@ -223,21 +248,12 @@ class SnapshotWriter:
                 hint="a higher limit on processes (ulimit -u, pids.max of the cgroup), or --jobs 1",
             ) from error
 
-    def _compress(self, ipa: int, packed: Packed) -> _Stored:
-        tagged, pages = count_tagged(packed, self._page_granules)
-        head = TagsHead(ipa, 2 * int(packed.size), None, tagged, pages)
-        return _Stored(head, self._compressor(packed))
-
-    def _queue_fill(self) -> None:
-        """Put the fill that was held back into its place."""
-        if self._fill is None:
-            return
-        (start, end, tag), self._fill = self._fill, None
-        granules = (end - start) // GRANULE_BYTES
-        self._pending.append(_Stored(fill_head(start, granules, tag, self._page_granules), b""))
-        self._write_ready()
-        while len(self._pending) > _MAX_QUEUED:
-            self._write_oldest()
+    def _encode(self, ipa: int, tags: memoryview) -> _Stored:
+        found = self._encoder(tags, self._page_granules)
+        head = TagsHead(
+            ipa, len(tags), found.fill, found.tagged_granules, found.tagged_pages, found.runs
+        )
+        return _Stored(head, found.frame)
 
     def _write_ready(self) -> None:
         while self._pending:
@@ -252,6 +268,27 @@ class SnapshotWriter:
             self._n_chunks -= 1
             oldest = oldest.result()
         head, frame = oldest
+        if head.fill is None:
+            self._write_fill()
+            self._write(head, frame)
+            return
+        self.fill_bytes += head.size_bytes
+        last = self._fill
+        joined = last is not None and last.fill == head.fill and last.end == head.ipa
+        if last is not None and joined and self._ledger.holds(last.ipa, head.end):
+            granules = last.granules + head.granules
+            self._fill = fill_head(last.ipa, granules, head.fill, self._page_granules)
+            return
+        self._write_fill()
+        self._fill = head
+
+    def _write_fill(self) -> None:
+        """Write the fill that was held back."""
+        head, self._fill = self._fill, None
+        if head is not None:
+            self._write(head, b"")
+
+    def _write(self, head: TagsHead, frame: bytes) -> None:
         try:
             self._ledger.tags(head)
         except LedgerError as error:
@@ -259,9 +296,9 @@ class SnapshotWriter:
         self._log.write(TAGS, encode_tags(head), frame, index=(head.ipa, head.granules))
 
     def _settle(self) -> None:
-        self._queue_fill()
         while self._pending:
             self._write_oldest()
+        self._write_fill()
 
     def _close_pool(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

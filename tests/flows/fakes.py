@@ -10,6 +10,7 @@ from typing import Self
 
 import numpy as np
 
+from mtetool.buffers import TagBuffer
 from mtetool.errors import GuestLostError, LayoutUnknownError
 from mtetool.guest import GuestInfo, Memslot
 from mtetool.tags import Tags
@@ -79,7 +80,7 @@ class FakeGuest:
     def page_granules(self) -> int:
         return self.page_size_bytes // GRANULE_BYTES
 
-    def read_tags(self, ipa: int, out: Tags) -> int:
+    def read_tags(self, ipa: int, out: TagBuffer) -> int:
         self.reads += 1
         self.reads_while_running += not self.frozen
         if self.lost_after_reads is not None and self.reads > self.lost_after_reads:
@@ -88,9 +89,9 @@ class FakeGuest:
         def read(page: Tags, part: Tags) -> None:
             part[:] = page
 
-        return self._copy(ipa, out, self.bad, read)
+        return self._copy(ipa, np.asarray(out), self.bad, read)
 
-    def write_tags(self, ipa: int, tags: Tags) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         if self.busy_after_writes is not None and self.writes >= self.busy_after_writes:
             raise OSError(errno.EBUSY, "dirty logging")
         self.writes += 1
@@ -102,7 +103,7 @@ class FakeGuest:
             slot = next((s for s in self.slots if s.ipa <= at < s.end), None)
             return self.bad_write(at) or self.bad(at) or bool(slot and slot.kind == "rom")
 
-        return self._copy(ipa, tags, fails, write)
+        return self._copy(ipa, np.asarray(tags), fails, write)
 
     def _copy(
         self, ipa: int, tags: Tags, fails: Callable[[int], bool], act: Callable[[Tags, Tags], None]

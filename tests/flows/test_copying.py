@@ -172,7 +172,7 @@ def test_writing_goes_around_what_fails() -> None:
     bad = {BASE + 2 * PAGE, BASE + 3 * PAGE}
     guest = FakeGuest(one_slot(8), bad_write=bad.__contains__)
     tags = np.full(8 * 256, 5, dtype=np.uint8)
-    steps = list(write_extent(guest, BASE, tags, Layout(guest.slots, PAGE)))
+    steps = list(write_extent(guest, BASE, tags.data, Layout(guest.slots, PAGE)))
     missing = [step for step in steps if isinstance(step, Missing)]
     assert [(m.ipa, m.size_bytes) for m in missing] == [(BASE + 2 * PAGE, 2 * PAGE)]
     written = guest.memory[BASE].reshape(8, 256)
@@ -184,4 +184,4 @@ def test_dirty_logging_is_told_apart() -> None:
     guest = FakeGuest(one_slot(8), busy_after_writes=0)
     tags = np.zeros(8 * 256, dtype=np.uint8)
     with pytest.raises(BusyError, match="EBUSY"):
-        list(write_extent(guest, BASE, tags, Layout(guest.slots, PAGE)))
+        list(write_extent(guest, BASE, tags.data, Layout(guest.slots, PAGE)))

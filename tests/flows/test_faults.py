@@ -82,7 +82,8 @@ def _small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four pages a copy, so that a small guest takes many."""
     granules = 4 * PAGE // GRANULE_BYTES
     monkeypatch.setattr(copying, "CHUNK_GRANULES", granules)
-    monkeypatch.setattr(copying.TagReader.__init__, "__kwdefaults__", {"chunk_granules": granules})
+    defaults = {**(copying.TagReader.__init__.__kwdefaults__ or {}), "chunk_granules": granules}
+    monkeypatch.setattr(copying.TagReader.__init__, "__kwdefaults__", defaults)
 
 
 def guest_with_tags(seed: int) -> FakeGuest:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtetool.buffers import TagBuffer, as_bytes
 from mtetool.errors import (
     BusyError,
     DamagedError,
@@ -31,7 +32,6 @@ from mtetool.guest import GuestInfo, Memslot
 from mtetool.snapshot.model import Extent, Header
 from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.snapshot.writer import SnapshotWriter
-from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES
 from tests.flows.fakes import PAGE, FakeGuest
 
@@ -288,8 +288,8 @@ def test_what_cannot_be_written_is_reported() -> None:
 class Forgetful(FakeGuest):
     """Says that it wrote, and did not."""
 
-    def write_tags(self, ipa: int, tags: Tags) -> int:
-        return tags.size * GRANULE_BYTES
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
+        return len(as_bytes(tags)) * GRANULE_BYTES
 
 
 def test_reading_back_finds_what_was_not_written() -> None:
@@ -346,9 +346,9 @@ def test_tags_that_cannot_be_decompressed(monkeypatch: pytest.MonkeyPatch, again
     """The checksum is right, and what is behind it is not."""
     snapshot, _ = saved(guest_with_tags())
 
-    def tags(self: Piece) -> Tags:
+    def tags(self: Piece, out: TagBuffer | None = None) -> memoryview:
         if self.ipa < BASE + 64 * PAGE:
-            return real(self)
+            return real(self, out)
         raise DamagedError("no tags")
 
     real = Piece.tags

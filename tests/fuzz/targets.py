@@ -17,6 +17,7 @@ from mtetool.guest import Memslot
 from mtetool.snapshot.index import IndexedSnapshot
 from mtetool.snapshot.model import Missing
 from mtetool.snapshot.reader import Piece, SnapshotReader
+from mtetool.tags import as_array
 from mtetool.uapi import GRANULE_BYTES
 from tests.snapshot import second_reader
 from tests.snapshot.forge import BASE, PAGE, random_tags
@@ -54,7 +55,7 @@ def _front_to_back(data: bytes) -> tuple[Log | None, int]:
         for piece in reader:
             log.append(_entry(piece))
             if isinstance(piece, Piece) and piece.n_granules <= reader.header.chunk_granules:
-                tags = piece.tags()
+                tags = as_array(piece.tags())
                 work_bytes += piece.n_granules
                 if tags.size != piece.n_granules or bool((tags > 15).any()):
                     raise FindingError(f"{tags.size} tags of {piece.n_granules}, or more than 15")

@@ -75,6 +75,7 @@ _ROOT = {
 }
 _DIRECTORIES = ("proc", "sys", "dev", "tmp", "root", "run/lab", "with", "lab", "opt/mtetool")
 _CFLAGS = ("-O2", "-Wall", "-Wextra", "-Werror", "-static", "-march=armv8.5-a+memtag")
+_EXTENSION_CFLAGS = ("-O3", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
 _SUFFIXES = (".c", ".h", ".s")
 # The 32-bit program is in assembly language: this has an assembler and a linker, no compiler.
 _ARM = "arm-linux-gnueabihf"
@@ -92,6 +93,7 @@ class Images:
     kernel: Path
     initramfs: Path
     programs: Path
+    extension: Path
 
 
 def images(kernel: str = DEFAULT_KERNEL, *, emulator: str | None = None) -> Images:
@@ -107,8 +109,10 @@ def images(kernel: str = DEFAULT_KERNEL, *, emulator: str | None = None) -> Imag
         root = _cached("root", _ROOT, lambda into: _build_root(into, guest_kernel))
         initramfs = _initramfs(kernel_dir, root)
         programs = _programs()
+        extension = _extension()
         own = _emulator(KERNELS[kernel].suite)
-    found = Images(own, root / "root.img", kernel_dir / "Image", initramfs, programs)
+    image = kernel_dir / "Image"
+    found = Images(own, root / "root.img", image, initramfs, programs, extension)
     _warm(found)
     if emulator is None:
         return found
@@ -262,6 +266,34 @@ def _programs() -> Path:
             (into / f"{guest}.cpio").write_bytes(root)
 
     return _cached("programs", recipe, build)
+
+
+def _extension() -> Path:
+    """mtetool's C extension, for the lab's Python."""
+    source = _HERE.parents[1] / "mtetool" / "_loops.c"
+    recipe = {"release": _RELEASE, "flags": _EXTENSION_CFLAGS, "source": source.read_text()}
+
+    def build(into: Path) -> None:
+        need_tools("aarch64-linux-gnu-gcc")
+        headers = _headers() / "usr" / "include"
+        (python,) = headers.glob("python3.*")
+        includes = (f"-I{python}", f"-I{headers}")  # pyconfig.h names the architecture's own
+        words = ["aarch64-linux-gnu-gcc", *_EXTENSION_CFLAGS, *includes, "-o"]
+        subprocess.run([*words, into / "_loops.abi3.so", source], check=True)
+
+    return _cached("extension", recipe, build) / "_loops.abi3.so"
+
+
+def _headers() -> Path:
+    """Python's headers for arm64."""
+
+    def build(into: Path) -> None:
+        archive = _archive("arm64")
+        names = archive.depends("libpython3-dev")
+        unpack([archive.fetch_only(next(n for n in names if n.startswith("libpython3.")))], into)
+        shutil.rmtree(into / "usr" / "lib")
+
+    return _cached("headers", {"release": _RELEASE}, build)
 
 
 def _warm(found: Images) -> None:

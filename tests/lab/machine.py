@@ -29,7 +29,7 @@ from tests.lab.images import DEFAULT_KERNEL, Images, images
 _CHECKOUT = Path(__file__).parents[2]
 _BOOT_SECONDS = 120.0
 _GRACE_SECONDS = 60.0
-_IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*_cache", ".hypothesis")
+_IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", ".*_cache", ".hypothesis")
 
 Sink = Callable[[bytes], object]
 
@@ -215,6 +215,7 @@ class Machine:
             if (_CHECKOUT / name).is_dir():
                 shutil.copytree(_CHECKOUT / name, tree / "checkout" / name, ignore=_IGNORED)
         shutil.copy(_CHECKOUT / "pyproject.toml", tree / "checkout")
+        shutil.copy(self._images.extension, tree / "checkout" / "mtetool")
         shutil.copytree(Path(__file__).parent / "inside", tree / "inside", ignore=_IGNORED)
         for program in (tree / "inside").iterdir():
             program.chmod(0o755)

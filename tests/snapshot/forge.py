@@ -161,9 +161,10 @@ class Forge:
         self.records += 1
         return self
 
-    def _indexed(
+    def indexed(
         self, kind: bytes, head: Mapping[str, object], payload: bytes, ipa: int, granules: int
     ) -> Forge:
+        """A record, and its entry in the index."""
         start = len(self.data)
         self.record(kind, head, payload)
         self.index += struct.pack("<QQQ4sI", start, ipa, granules, kind, len(self.data) - start)
@@ -176,7 +177,7 @@ class Forge:
         self.tagged += granules if tag else 0
         self.tagged_pages += n_pages if tag else 0
         head = {"ipa": ipa, "granules": granules, "enc": 0, "tag": tag, **extra}
-        return self._indexed(b"TAGS", head, b"", ipa, granules)
+        return self.indexed(b"TAGS", head, b"", ipa, granules)
 
     def tags(self, ipa: int, tags: Tags, payload: bytes | None = None, /, **extra: object) -> Forge:
         """A packed record of tags."""
@@ -186,13 +187,13 @@ class Forge:
         self.tagged_pages += pages
         head: dict[str, object] = {"ipa": ipa, "granules": tags.size, "enc": 1}
         head.update({"tagged": tagged, "tagged_pages": pages, **extra})
-        return self._indexed(b"TAGS", head, payload or frame(tags), ipa, int(tags.size))
+        return self.indexed(b"TAGS", head, payload or frame(tags), ipa, int(tags.size))
 
     def miss(self, ipa: int, n_pages: int, /, **extra: object) -> Forge:
         """A record of missing tags, that no later record replaces."""
         self.missing += n_pages * PAGE
         head = {"ipa": ipa, "size": n_pages * PAGE, "errno": 14, "reason": "x", **extra}
-        return self._indexed(b"MISS", head, b"", ipa, n_pages * PAGE_GRANULES)
+        return self.indexed(b"MISS", head, b"", ipa, n_pages * PAGE_GRANULES)
 
     def end(self, index: bytes | None = None, /, **changes: object) -> bytes:
         """The index, the end record and the trailer."""

@@ -250,9 +250,10 @@ class _Reader:
         assert isinstance(value, dict)
         encoding = value["enc"]
         need(0 <= encoding <= 255)
-        need(encoding in (0, 1), "unknown version")
+        need(encoding in (0, 1, 2), "unknown version")
         keys = "ipa granules enc "
-        fields = _Map(value, keys + ("tagged tagged_pages" if encoding else "tag"))
+        extra = ("tag", "tagged tagged_pages", "runs tagged tagged_pages")
+        fields = _Map(value, keys + extra[encoding])
         ipa = fields.integer("ipa", 0, U64)
         granules = fields.integer("granules", 1, self.chunk if encoding else LIMIT // 16)
         self.inside(ipa, granules * 16)
@@ -260,8 +261,12 @@ class _Reader:
             need(not payload)
             tag = fields.integer("tag", 0, 15)
             packed = bytes([tag * 17]) * (granules // 2)
+        elif encoding == 1:
+            packed = self.content(payload, granules // 2, granules // 2)
         else:
-            packed = self.content(payload, granules // 2)
+            runs = fields.integer("runs", 1, granules // 4)
+            low = runs + (runs + 1) // 2
+            packed = self.runs(self.content(payload, low, granules // 2), runs, granules)
         per_page = self.page // 32
         tagged = tagged_pages = 0
         for at in range(0, len(packed), per_page):
@@ -270,7 +275,7 @@ class _Reader:
             tagged += n_tagged
             tagged_pages += n_tagged != 0
             self.found.pages[ipa + at * 32] = page
-        if encoding == 1:
+        if encoding:
             fields.integer("tagged", tagged, tagged)
             fields.integer("tagged_pages", tagged_pages, tagged_pages)
         self.totals = [
@@ -278,14 +283,40 @@ class _Reader:
         ]
         return ipa, granules
 
-    def content(self, frame: bytes, n_bytes: int) -> bytes:
+    def content(self, frame: bytes, least: int, most: int) -> bytes:
         try:
-            need(zstandard.get_frame_parameters(frame).content_size == n_bytes)
+            size = zstandard.get_frame_parameters(frame).content_size
+            need(least <= size <= most)
             data = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise RefusedError("damaged") from error
-        need(len(data) == n_bytes)
+        need(len(data) == size)
         return data
+
+    def runs(self, content: bytes, n_runs: int, granules: int) -> bytes:
+        """The packed tags of what is stored as runs."""
+        n_packed = (n_runs + 1) // 2
+        values = [
+            tag for byte in content[n_runs : n_runs + n_packed] for tag in (byte & 15, byte >> 4)
+        ]
+        need(not any(values[n_runs:]))
+        at = n_runs + n_packed
+        tags = bytearray()
+        for length, tag in zip(content, values[:n_runs], strict=False):
+            if length == 0:
+                shift = 0
+                while True:
+                    need(at < len(content) and shift < 42)
+                    length |= (content[at] & 127) << shift
+                    at += 1
+                    shift += 7
+                    if content[at - 1] < 128:
+                        break
+                length += 256
+            need(length <= granules - len(tags))
+            tags += bytes([tag]) * length
+        need(len(tags) == granules and at == len(content))
+        return bytes(low | high << 4 for low, high in zip(tags[::2], tags[1::2], strict=True))
 
     def done(self, start: int, head: bytes) -> None:
         keys = "records granules tagged tagged_pages missing consistent index index_records digest"

@@ -21,6 +21,7 @@ from mtetool.errors import (
 )
 from mtetool.snapshot.model import Footer, Missing
 from mtetool.snapshot.reader import Piece
+from mtetool.tags import as_array
 from tests.snapshot.forge import (
     BASE,
     PAGE,
@@ -56,7 +57,11 @@ def pages_of(pieces: list[Piece | Missing], page_bytes: int) -> dict[int, bytes 
         for i, at in enumerate(range(piece.ipa, piece.end, page_bytes)):
             pages[at] = None
             if isinstance(piece, Piece):
-                tags = piece.tags() if piece.fill is None else np.full(piece.n_granules, piece.fill)
+                tags = (
+                    as_array(piece.tags())
+                    if piece.fill is None
+                    else np.full(piece.n_granules, piece.fill)
+                )
                 part = tags[i * size : (i + 1) * size].astype(np.uint8)
                 pages[at] = (part[0::2] | part[1::2] << 4).tobytes()
     return pages

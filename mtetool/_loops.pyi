@@ -1,0 +1,24 @@
+from mtetool.loops_numpy import (
+    first_difference as first_difference,
+)
+from mtetool.loops_numpy import (
+    from_runs as from_runs,
+)
+from mtetool.loops_numpy import (
+    mask as mask,
+)
+from mtetool.loops_numpy import (
+    pack as pack,
+)
+from mtetool.loops_numpy import (
+    scan as scan,
+)
+from mtetool.loops_numpy import (
+    to_runs as to_runs,
+)
+from mtetool.loops_numpy import (
+    unpack as unpack,
+)
+from mtetool.loops_numpy import (
+    xor as xor,
+)

@@ -1,0 +1,55 @@
+"""The loops over each granule: in C where it was compiled, else in numpy.
+
+Both do the same, byte for byte; `mtetool.loops_numpy` says what. The one in C needs no numpy,
+which takes longer to import than a save of a small guest takes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mtetool.loops_numpy import (
+        first_difference,
+        from_runs,
+        mask,
+        pack,
+        scan,
+        to_runs,
+        unpack,
+        xor,
+    )
+else:
+    try:
+        from mtetool._loops import (
+            first_difference,
+            from_runs,
+            mask,
+            pack,
+            scan,
+            to_runs,
+            unpack,
+            xor,
+        )
+    except ImportError:
+        from mtetool.loops_numpy import (
+            first_difference,
+            from_runs,
+            mask,
+            pack,
+            scan,
+            to_runs,
+            unpack,
+            xor,
+        )
+
+__all__ = [
+    "first_difference",
+    "from_runs",
+    "mask",
+    "pack",
+    "scan",
+    "to_runs",
+    "unpack",
+    "xor",
+]

@@ -1,0 +1,17 @@
+"""The one part of the build that pyproject.toml has no stable words for: the C extension."""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "mtetool._loops",
+            ["mtetool/_loops.c"],
+            py_limited_api=True,
+            extra_compile_args=["-O3"],
+            # Without a compiler mtetool installs all the same, and runs on numpy.
+            optional=True,
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
