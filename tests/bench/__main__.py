@@ -19,9 +19,10 @@ from pathlib import Path
 
 from mtetool.backends.patterns import PATTERNS
 from mtetool.cli.options import parse_number
-from tests.bench import machine, others, report
+from tests.bench import machine, report
 from tests.bench.contenders import Material, Race
 from tests.bench.model import Results
+from tests.bench.others import scaling, sizes, starts
 from tests.bench.running import BenchError, Worker
 
 _GIB = 1 << 30
@@ -97,8 +98,8 @@ def _measure(arguments: argparse.Namespace, words: Sequence[str]) -> Results:
         described["command"] = shlex.join(["python", "-m", "tests.bench", *words])
         described["load average at the start"] = f"{load:.2f}"
         results = Results(described, contended)
-        with Worker() as ours, Worker() as theirs:
-            race = Race(scratch, ours, theirs)
+        with Worker() as ours, Worker(without_c=True) as numpy, Worker() as others:
+            race = Race(scratch, ours, numpy, others)
             for memory_bytes in arguments.sizes:
                 for pattern in arguments.patterns:
                     material = Material(scratch / pattern, pattern, memory_bytes)
@@ -122,11 +123,11 @@ def _one_guest(
         results.cells += race.rounds(material, n_rounds)
         if material.memory_bytes == smallest:
             results.sizes_memory_bytes = smallest
-            results.sizes += others.sizes(material)
+            results.sizes += sizes(material)
         if material.pattern == _scaling_pattern(arguments.patterns):
-            results.scales += others.scaling(material, _JOBS, n_rounds)
+            results.scales += scaling(material, _JOBS, n_rounds)
             if material.memory_bytes == smallest:
-                results.starts = others.starts(material, 3 if arguments.quick else 31)
+                results.starts = starts(material, 3 if arguments.quick else 31)
     finally:
         shutil.rmtree(material.directory)
 

@@ -12,6 +12,7 @@ from tests.bench.model import (
     LZ4,
     MTETOOL,
     NO_VERIFY,
+    NUMPY,
     ZSTD,
     ZSTD_MEMORY,
     Action,
@@ -19,7 +20,16 @@ from tests.bench.model import (
     Run,
     Way,
 )
-from tests.bench.running import BenchError, Worker, mtetool_command, program, run, run_cold
+from tests.bench.running import (
+    BenchError,
+    Worker,
+    has_extension,
+    mtetool_command,
+    numpy_command,
+    program,
+    run,
+    run_cold,
+)
 
 # As many workers as zstd -T2 has.
 JOBS = 2
@@ -97,7 +107,7 @@ def _save(material: Material) -> tuple[Contender, ...]:
     zstd = (program("zstd"), "-1", "-T2", "-q", "-f", at("raw"), "-o", at("zst"))
     lz4 = (program("lz4"), "-1", "-q", "-f", at("raw"), at("lz4"))
     return (
-        _ours(MTETOOL, ours, "snapshot"),
+        *_ours(ours, "snapshot"),
         Contender(ZSTD, zstd, ("zstd save", at("raw"), at("zst")), "zst"),
         Contender(ZSTD_MEMORY, None, ("zstd save in memory", at("raw"), "")),
         Contender(LZ4, lz4, ("lz4 save", at("raw"), at("lz4")), "lz4"),
@@ -112,10 +122,11 @@ def _restore(material: Material) -> tuple[Contender, ...]:
     lz4 = (program("lz4"), "-d", "-q", "-f", at("lz4"), at("lz4.out"))
     cp = ("cp", at("copy"), at("cp.out"))
     lz4_warm = ("lz4 restore", at("lz4"), at("lz4.out"), str(material.n_bytes))
+    fast = (*words, "--no-verify")
     prepare = material.empty_guest
     return (
-        _ours(MTETOOL, words, None, prepare),
-        _ours(NO_VERIFY, (*words, "--no-verify"), None, prepare),
+        *_ours(words, None, prepare),
+        Contender(NO_VERIFY, (*mtetool_command(), *fast), ("mtetool", *fast), None, prepare),
         Contender(ZSTD, zstd, ("zstd restore", at("zst"), at("zst.out")), "zst.out"),
         Contender(LZ4, lz4, lz4_warm, "lz4.out"),
         Contender(CP, cp, cp, "cp.out"),
@@ -128,7 +139,7 @@ def _verify(material: Material) -> tuple[Contender, ...]:
     lz4 = (program("lz4"), "-t", "-q", at("lz4"))
     zstd = (program("zstd"), "-t", "-T2", "-q", at("zst"))
     return (
-        _ours(MTETOOL, ("verify", at("snapshot"), "--quiet"), None),
+        *_ours(("verify", at("snapshot"), "--quiet"), None),
         Contender(ZSTD, zstd, ("zstd verify", at("zst"), "")),
         Contender(LZ4, lz4, ("lz4 verify", at("lz4"), str(material.n_bytes))),
         Contender(CP, cmp, cmp),
@@ -136,20 +147,21 @@ def _verify(material: Material) -> tuple[Contender, ...]:
 
 
 def _ours(
-    tool: str,
-    words: tuple[str, ...],
-    output: str | None,
-    prepare: Callable[[], None] | None = None,
-) -> Contender:
-    return Contender(tool, (*mtetool_command(), *words), ("mtetool", *words), output, prepare)
+    words: tuple[str, ...], output: str | None, prepare: Callable[[], None] | None = None
+) -> Iterator[Contender]:
+    warm = ("mtetool", *words)
+    yield Contender(MTETOOL, (*mtetool_command(), *words), warm, output, prepare)
+    if has_extension():
+        yield Contender(NUMPY, (*numpy_command(), *words), warm, output, prepare)
 
 
 @dataclass(slots=True)
 class Race:
-    """Runs of all contenders in turn. One warm process is mtetool's, one is for the others."""
+    """Runs of all contenders in turn; `ours` is the warm process of mtetool, and so on."""
 
     scratch: Path
     ours: Worker
+    numpy: Worker
     others: Worker
 
     def rounds(self, material: Material, n_rounds: int) -> Iterator[Cell]:
@@ -191,4 +203,6 @@ class Race:
             raise BenchError(f"{contender.tool} has no worker")
         operation, *words = contender.warm
         worker = self.ours if operation == "mtetool" else self.others
+        if contender.tool == NUMPY:
+            worker = self.numpy
         return worker.run(operation, *words)

@@ -12,7 +12,7 @@ import numpy
 import zstandard
 
 from mtetool import __version__
-from tests.bench.running import mtetool_command
+from tests.bench.running import has_extension, mtetool_command
 
 
 def describe(scratch: Path) -> dict[str, str]:
@@ -23,7 +23,8 @@ def describe(scratch: Path) -> dict[str, str]:
     return {
         "processor": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores, {memory >> 30} GiB",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "mtetool": f"{__version__} ({commit}), started as {_start()}",
+        "mtetool": f"{__version__} ({commit}), loops in {'C' if has_extension() else 'numpy'},"
+        f" started as {_start()}",
         "Python": f"{platform.python_version()}, numpy {numpy.__version__},"
         f" zstandard {zstandard.__version__} (libzstd {version})",
         "beside it": ", ".join((_version("zstd"), _version("lz4"), _version("xz"))),

@@ -19,11 +19,14 @@ WAYS: tuple[Way, ...] = ("cold", "warm")
 
 MTETOOL = "mtetool"
 NO_VERIFY = "mtetool --no-verify"
+NUMPY = "mtetool in numpy"
+"""As it runs where its inner loops were not compiled."""
+
 ZSTD = "zstd -1 -T2"
 ZSTD_MEMORY = "zstd -1 -T2, in memory"
 LZ4 = "lz4 -1"
 CP = "cp"
-TOOLS = (MTETOOL, NO_VERIFY, ZSTD, ZSTD_MEMORY, LZ4, CP)
+TOOLS = (MTETOOL, NO_VERIFY, NUMPY, ZSTD, ZSTD_MEMORY, LZ4, CP)
 
 
 @dataclass(frozen=True, slots=True)

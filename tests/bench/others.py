@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 import click
-import numpy as np
 
+from mtetool import loops
 from mtetool.cli import group
-from mtetool.tags import pack
 from tests.bench.contenders import Material
 from tests.bench.model import MTETOOL, Action, Scale, Size, Start
 from tests.bench.running import ROOT, BenchError, mtetool_command, program, run, run_cold
@@ -27,6 +26,7 @@ COMPRESSORS: dict[str, tuple[str, ...]] = {
 # These take minutes for 64 MiB without any pattern in it, of which a part says as much.
 _SLOW = ("zstd -19", "xz -6")
 _SAMPLE_BYTES = 4 << 20
+_STEP = 1 << 20
 
 
 def sizes(material: Material) -> Iterator[Size]:
@@ -37,12 +37,20 @@ def sizes(material: Material) -> Iterator[Size]:
     yield Size(material.pattern, "guest", MTETOOL, snapshot.stat().st_size)
     raw = Path(material.path("raw"))
     packed = material.directory / "packed"
-    pack(np.fromfile(raw, dtype=np.uint8)).tofile(packed)
+    _pack(raw, packed)
     yield Size(material.pattern, "packed", "", packed.stat().st_size)
     forms: tuple[tuple[Literal["raw", "packed"], Path], ...] = (("raw", raw), ("packed", packed))
     for of, path in forms:
         for tool in COMPRESSORS:
             yield _compressed(material, of, path, tool)
+
+
+def _pack(raw: Path, packed: Path) -> None:
+    room = memoryview(bytearray(_STEP // 2))
+    with raw.open("rb") as tags, packed.open("wb") as out:
+        while part := tags.read(_STEP):
+            loops.pack(memoryview(part), room[: len(part) // 2])
+            out.write(room[: len(part) // 2])
 
 
 def _compressed(material: Material, of: Literal["raw", "packed"], path: Path, tool: str) -> Size:

@@ -108,10 +108,10 @@ def _tables(spent: Counter[Stack], n_rounds: int) -> Iterator[str]:
     lines: Counter[tuple[str, Line | None]] = Counter()
     for stack, seconds in spent.items():
         name = stage(stack)
-        stages[name] += seconds  # type: ignore[assignment]
+        stages[name] += seconds
         # The line of ours that led there, not the depths of a library.
         line = next((line for line in stack if line.module.startswith("mtetool")), None)
-        lines[name, line] += seconds  # type: ignore[assignment]
+        lines[name, line] += seconds
     yield from table(
         ("stage", "CPU", "share"),
         [(name, *_shares(seconds, total, n_rounds)) for name, seconds in stages.most_common()],

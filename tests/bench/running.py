@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +21,9 @@ ROOT = Path(__file__).parents[2]
 
 # What pip's script does, for a checkout that is not installed.
 _MAIN = "import sys; from mtetool.__main__ import main; sys.exit(main())"
+
+WITHOUT_C = "import sys; sys.modules['mtetool._loops'] = None\n"
+"""A line before others, so that mtetool's loops are those in numpy."""
 
 
 class BenchError(Exception):
@@ -46,6 +50,16 @@ def mtetool_command() -> tuple[str, ...]:
         if found and Path(found).is_relative_to(ROOT):
             return (str(script),)
     return (sys.executable, "-c", _MAIN)
+
+
+def numpy_command() -> tuple[str, ...]:
+    """The same without the C extension."""
+    return (sys.executable, "-c", WITHOUT_C + _MAIN)
+
+
+def has_extension() -> bool:
+    """Whether mtetool's loops were compiled."""
+    return importlib.util.find_spec("mtetool._loops") is not None
 
 
 def run_cold(argv: Sequence[str], scratch: Path) -> Run:
@@ -79,9 +93,10 @@ def run(argv: Sequence[str], *, out: Path | None = None) -> None:
 class Worker:
     """A process that stays, with everything loaded, and runs what it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, without_c: bool = False) -> None:
+        code = (WITHOUT_C if without_c else "") + "from tests.bench.worker import main; main()"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.bench.worker"],
+            [sys.executable, "-c", code],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

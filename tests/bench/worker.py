@@ -1,4 +1,4 @@
-"""`python -m tests.bench.worker`: does what it is told, again and again, with all loaded.
+"""What a worker process runs: what it is told, again and again, with all loaded.
 
 A line of JSON in, an operation and its words; a line of JSON out, what it took.
 """
@@ -204,7 +204,3 @@ def main() -> None:
             answer = {"error": f"{type(error).__name__}: {error}"}
         with suppress(BrokenPipeError):
             print(json.dumps(answer), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()
