@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -188,6 +187,8 @@ def _as_json(error: MtetoolError) -> str:
         "hint": error.hint,
         "status": error.status,
     }
+    import json
+
     return json.dumps({**fixed, **error.details, **fixed}, default=str)
 
 

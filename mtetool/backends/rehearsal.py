@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from mtetool.backends.base import Guest
 from mtetool.backends.emulator import open_emulated
-from mtetool.backends.faulty import FaultyGuest
 from mtetool.errors import NoSuchProcessError
 
 if TYPE_CHECKING:
@@ -27,6 +26,9 @@ def open_with_faults(path: str, options: GuestOptions) -> Guest:
         raise
     if kept is None:
         return guest
+    # Imported here: it needs numpy, and hardly any guest has faults.
+    from mtetool.backends.faulty import FaultyGuest
+
     faulty = FaultyGuest(guest, kept=kept)
     try:
         if kept.read().vanished:

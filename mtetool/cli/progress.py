@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +50,8 @@ def _lines(label: str) -> Iterator[Callable[[int, int | None], None]]:
     started = time.monotonic()
     state: tuple[int, int | None] = (0, None)
     due = started + _INTERVAL_SECONDS
+
+    import json
 
     def write(now: float) -> None:
         document = {

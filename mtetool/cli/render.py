@@ -6,7 +6,6 @@ is wrapped, truncated or read as markup.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
 def print_json(document: object) -> None:
     """One JSON document: a line in a pipe, indented on a terminal. Addresses are integers."""
     indent = 2 if sys.stdout.isatty() else None
+    import json
+
     sys.stdout.write(json.dumps(document, indent=indent) + "\n")
 
 

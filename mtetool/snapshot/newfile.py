@@ -7,7 +7,6 @@ import fcntl
 import io
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,7 +39,7 @@ class NewFile:
         self._force = force
         # Known before it is used: a signal may come between any two calls, and then what bears
         # this name goes. Shortened, so that a name of the greatest length has one as well.
-        self._temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.tmp")
+        self._temporary = target.with_name(f".{target.name[:50]}.{os.urandom(6).hex()}.tmp")
         self.is_nameless = False
         self._file: io.FileIO | None = None
 
