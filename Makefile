@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/sh
 
-.PHONY: help deps venv lab demo check test test-fast migration lab-kernels torture interrupted bench-lab differential differential-full fuzz fuzz-short clean
+.PHONY: help deps venv lab demo check test test-fast migration lab-kernels torture interrupted bench bench-lab differential differential-full fuzz fuzz-short clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -56,6 +56,9 @@ torture: deps venv ## a thousand deaths of mtetool on a busy VMM (half an hour)
 
 interrupted: deps venv ## every system call of mtetool fails, or is its last (ten minutes)
 	$(BIN)/python -m tests.interrupted
+
+bench: deps venv ## how fast and how small, beside zstd, lz4 and cp, with charts (twenty minutes)
+	$(BIN)/python -m tests.bench
 
 bench-lab: deps venv ## what attaching, saving and restoring cost in the lab
 	$(BIN)/python -m tests.bench.lab

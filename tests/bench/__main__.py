@@ -125,7 +125,8 @@ def _one_guest(
             results.sizes_memory_bytes = smallest
             results.sizes += sizes(material)
         if material.pattern == _scaling_pattern(arguments.patterns):
-            results.scales += scaling(material, _JOBS, n_rounds)
+            jobs = _JOBS[:2] if arguments.quick else _JOBS
+            results.scales += scaling(material, jobs, n_rounds)
             if material.memory_bytes == smallest:
                 results.starts = starts(material, 3 if arguments.quick else 31)
     finally:

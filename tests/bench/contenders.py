@@ -78,22 +78,20 @@ class Material:
         # Holes stay holes.
         run(["cp", "--sparse=always", self.path("empty"), self.path("fresh")])
 
-    def check(self) -> None:
-        """Compare what was restored last, by every tool. Raises BenchError."""
-        run([*mtetool_command(), "diff", self.guest, self.fresh])
-        for name in ("zst.out", "lz4.out", "cp.out"):
-            run(["cmp", self.path("raw"), self.path(name)])
-
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One tool doing one thing: its process, its operation of the warm worker, its result."""
+    """One tool doing one thing: its process, its operation of the warm worker, its result.
+
+    `check` is a command that ends in status 0 when the result is right.
+    """
 
     tool: str
     cold: tuple[str, ...] | None
     warm: tuple[str, ...] | None
     output: str | None = None
     prepare: Callable[[], None] | None = None
+    check: tuple[str, ...] | None = None
 
 
 def contenders(material: Material, action: Action) -> tuple[Contender, ...]:
@@ -121,15 +119,17 @@ def _restore(material: Material) -> tuple[Contender, ...]:
     zstd = (program("zstd"), "-d", "-q", "-f", at("zst"), "-o", at("zst.out"))
     lz4 = (program("lz4"), "-d", "-q", "-f", at("lz4"), at("lz4.out"))
     cp = ("cp", at("copy"), at("cp.out"))
+    zstd_warm = ("zstd restore", at("zst"), at("zst.out"))
     lz4_warm = ("lz4 restore", at("lz4"), at("lz4.out"), str(material.n_bytes))
     fast = (*words, "--no-verify")
+    same = (*mtetool_command(), "diff", material.guest, material.fresh)
     prepare = material.empty_guest
     return (
-        *_ours(words, None, prepare),
-        Contender(NO_VERIFY, (*mtetool_command(), *fast), ("mtetool", *fast), None, prepare),
-        Contender(ZSTD, zstd, ("zstd restore", at("zst"), at("zst.out")), "zst.out"),
-        Contender(LZ4, lz4, lz4_warm, "lz4.out"),
-        Contender(CP, cp, cp, "cp.out"),
+        *_ours(words, None, prepare, same),
+        Contender(NO_VERIFY, (*mtetool_command(), *fast), ("mtetool", *fast), None, prepare, same),
+        Contender(ZSTD, zstd, zstd_warm, "zst.out", None, _cmp(material, "zst.out")),
+        Contender(LZ4, lz4, lz4_warm, "lz4.out", None, _cmp(material, "lz4.out")),
+        Contender(CP, cp, cp, "cp.out", None, _cmp(material, "cp.out")),
     )
 
 
@@ -146,13 +146,20 @@ def _verify(material: Material) -> tuple[Contender, ...]:
     )
 
 
+def _cmp(material: Material, name: str) -> tuple[str, ...]:
+    return ("cmp", material.path("raw"), material.path(name))
+
+
 def _ours(
-    words: tuple[str, ...], output: str | None, prepare: Callable[[], None] | None = None
+    words: tuple[str, ...],
+    output: str | None,
+    prepare: Callable[[], None] | None = None,
+    check: tuple[str, ...] | None = None,
 ) -> Iterator[Contender]:
     warm = ("mtetool", *words)
-    yield Contender(MTETOOL, (*mtetool_command(), *words), warm, output, prepare)
+    yield Contender(MTETOOL, (*mtetool_command(), *words), warm, output, prepare, check)
     if has_extension():
-        yield Contender(NUMPY, (*numpy_command(), *words), warm, output, prepare)
+        yield Contender(NUMPY, (*numpy_command(), *words), warm, output, prepare, check)
 
 
 @dataclass(slots=True)
@@ -167,8 +174,8 @@ class Race:
     def rounds(self, material: Material, n_rounds: int) -> Iterator[Cell]:
         """Save, restore, verify: in each of the rounds every contender runs once, cold and warm.
 
-        The one who begins is another one each time. What restores gave is compared with the
-        guest. Raises BenchError.
+        The one who begins is another one each time. What restores give is compared with the
+        guest, once. Raises BenchError.
         """
         for action in ACTIONS:
             everyone = contenders(material, action)
@@ -185,8 +192,8 @@ class Race:
                     done = self.once(material, contender, way)
                     if number:
                         cells[contender.tool, way].runs.append(done)
-            if action == "restore":
-                material.check()
+                    elif contender.check is not None:
+                        run(contender.check)
             yield from cells.values()
 
     def once(self, material: Material, contender: Contender, way: Way) -> Run:

@@ -35,6 +35,8 @@ _STAGES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("compare", re.compile(r"compare|array_equal|differences|==")),
     ("encode", re.compile(r"pack|encode|decode|uniform|runs|count_|fill|classif|tags\(")),
 )
+_HANDED_OVER = re.compile(r"\.result\(\)|\.wait\(|\.acquire\(|\.get\(|\.submit\(|shutdown\(")
+_WAITING = "handing over to other threads"
 _OTHER = "everything else"
 _NATIVE = "threads that Python did not start"
 _N_LINES = 15
@@ -132,9 +134,12 @@ def stage(stack: Stack) -> str:
     """What a thread is doing, by its stack."""
     if not stack:
         return _NATIVE
-    for line in stack:
+    ours = [line for line in stack if line.module.startswith("mtetool")]
+    if ours and _HANDED_OVER.search(ours[0].text):
+        return _WAITING
+    for line in ours:
         for name, pattern in _STAGES:
-            if line.module.startswith("mtetool") and pattern.search(line.text):
+            if pattern.search(f"{line.function} {line.text}"):
                 return name
     return _OTHER
 
