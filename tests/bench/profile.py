@@ -8,13 +8,15 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
+from typing import TypeVar
 
 from mtetool.backends.patterns import PATTERNS
 from mtetool.cli import group
@@ -22,7 +24,7 @@ from mtetool.cli.options import parse_number
 from tests.bench.contenders import Material
 from tests.bench.report import table
 from tests.bench.running import BenchError
-from tests.bench.sampling import Line, Sampler, Stack, cpu_seconds
+from tests.bench.sampling import Line, Sampler, Stack, cpu_seconds, waits
 
 # What a line does, told by what stands in it; the innermost line that says something counts.
 _STAGES: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -35,11 +37,12 @@ _STAGES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("compare", re.compile(r"compare|array_equal|differences|==")),
     ("encode", re.compile(r"pack|encode|decode|uniform|runs|count_|fill|classif|tags\(")),
 )
-_HANDED_OVER = re.compile(r"\.result\(\)|\.wait\(|\.acquire\(|\.get\(|\.submit\(|shutdown\(")
 _WAITING = "handing over to other threads"
 _OTHER = "everything else"
 _NATIVE = "threads that Python did not start"
 _N_LINES = 15
+
+_Key = TypeVar("_Key")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,43 +74,50 @@ def _profile(material: Material, arguments: argparse.Namespace) -> None:
         "restore": ("restore", snapshot, material.fresh),
         "verify": ("verify", snapshot),
     }[arguments.action]
-    for prepared in (save, words):
-        _run(material, prepared)
+    for warming in (save, words):
+        _timed(material, warming)
     sampler = Sampler()
     wall = cpu = 0.0
-    # Without the sampler, too: what sampling costs is seen beside it.
-    plain = min(_timed(lambda: _run(material, words))[0] for _ in range(arguments.rounds))
-    with sampler:
-        for _ in range(arguments.rounds):
-            took, spent = _timed(lambda: _run(material, words))
-            wall, cpu = wall + took, cpu + spent
+    plain = []
+    for _ in range(arguments.rounds):
+        # Without the sampler, too: what sampling costs is seen beside it.
+        plain.append(_timed(material, words)[0])
+        took, spent = _timed(material, words, sampler)
+        wall, cpu = wall + took, cpu + spent
     n = arguments.rounds
     mebibytes = material.n_bytes / (1 << 20)
     print(f"{arguments.action} of {arguments.pattern}, {mebibytes:.0f} MiB of tags, warm,")
-    print(f"{n} rounds: {1000 * wall / n:.0f} ms each (best without sampling {1000 * plain:.0f}),")
+    print(
+        f"{n} rounds: {1000 * wall / n:.0f} ms each (without sampling"
+        f" {1000 * statistics.median(plain):.0f}),"
+    )
     print(f"{1000 * (cpu - sampler.sampling_seconds) / n:.0f} ms of CPU time each\n")
     print("\n".join(_tables(sampler.spent, n)))
 
 
-def _run(material: Material, words: Sequence[str]) -> None:
+def _timed(
+    material: Material, words: Sequence[str], sampler: AbstractContextManager[object] | None = None
+) -> tuple[float, float]:
+    """Seconds by the clock and of CPU time. Raises BenchError where the command fails."""
     if words[0] == "restore":
         material.empty_guest()
-    with Path(os.devnull).open("w") as null, redirect_stdout(null):
+    with (
+        Path(os.devnull).open("w") as null,
+        redirect_stdout(null),
+        sampler or nullcontext(),
+    ):
+        before, start = cpu_seconds(), time.perf_counter()
         status = group.main([*words, "--quiet"], prog_name="mtetool", standalone_mode=False)
+        took, spent = time.perf_counter() - start, cpu_seconds() - before
     if status:
         raise BenchError(f"{' '.join(words)}: status {status}")
+    return took, spent
 
 
-def _timed(run: Callable[[], None]) -> tuple[float, float]:
-    before, start = cpu_seconds(), time.perf_counter()
-    run()
-    return time.perf_counter() - start, cpu_seconds() - before
-
-
-def _tables(spent: Counter[Stack], n_rounds: int) -> Iterator[str]:
+def _tables(spent: Mapping[Stack, float], n_rounds: int) -> Iterator[str]:
     total = sum(spent.values()) or 1.0
-    stages: Counter[str] = Counter()
-    lines: Counter[tuple[str, Line | None]] = Counter()
+    stages: dict[str, float] = defaultdict(float)
+    lines: dict[tuple[str, Line | None], float] = defaultdict(float)
     for stack, seconds in spent.items():
         name = stage(stack)
         stages[name] += seconds
@@ -116,14 +126,18 @@ def _tables(spent: Counter[Stack], n_rounds: int) -> Iterator[str]:
         lines[name, line] += seconds
     yield from table(
         ("stage", "CPU", "share"),
-        [(name, *_shares(seconds, total, n_rounds)) for name, seconds in stages.most_common()],
+        [(name, *_shares(seconds, total, n_rounds)) for name, seconds in _most(stages)],
     )
     yield ""
     rows = []
-    for (name, line), seconds in lines.most_common(_N_LINES):
+    for (name, line), seconds in _most(lines)[:_N_LINES]:
         where = f"{line.module}:{line.number} {line.function}" if line else ""
         rows.append((name, where, line.text if line else "", *_shares(seconds, total, n_rounds)))
     yield from table(("stage", "where", "line", "CPU", "share"), rows)
+
+
+def _most(spent: Mapping[_Key, float]) -> list[tuple[_Key, float]]:
+    return sorted(spent.items(), key=lambda item: -item[1])
 
 
 def _shares(seconds: float, total: float, n_rounds: int) -> tuple[str, str]:
@@ -134,9 +148,9 @@ def stage(stack: Stack) -> str:
     """What a thread is doing, by its stack."""
     if not stack:
         return _NATIVE
-    ours = [line for line in stack if line.module.startswith("mtetool")]
-    if ours and _HANDED_OVER.search(ours[0].text):
+    if waits(stack):
         return _WAITING
+    ours = [line for line in stack if line.module.startswith("mtetool")]
     for line in ours:
         for name, pattern in _STAGES:
             if pattern.search(f"{line.function} {line.text}"):

@@ -1,8 +1,9 @@
 """Where CPU time goes in this process, by the Python line that each thread is at.
 
 Each sample takes the time that every thread spent on a CPU since the last one and adds it to
-the line where the thread is now. What a C function does without the interpreter's lock is seen
-at the line that calls it; what it does holding the lock, at the first line behind it.
+the line where the thread is now, or was then, if it now waits for another thread. What a C
+function does without the interpreter's lock is seen at the line that calls it; what it does
+holding the lock, at the first line behind it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -34,16 +35,29 @@ Stack = tuple[Line, ...]
 """The innermost line first; of threads that Python did not start, nothing."""
 
 
+_WAITING_IN = ("concurrent.futures.thread", "concurrent.futures._base", "threading", "queue")
+
+
+def waits(stack: Stack) -> bool:
+    """Whether a thread waits for another one, or has nothing to do."""
+    return bool(stack) and stack[0].module in _WAITING_IN
+
+
 @dataclass
 class Sampler:
-    """Samples while it is entered; `spent` then has seconds of CPU time for each stack."""
+    """Samples while it is entered; `spent` then has seconds of CPU time for each stack.
 
-    spent: Counter[Stack] = field(default_factory=Counter)
+    May be entered again, which adds to them.
+    """
+
+    spent: dict[Stack, float] = field(default_factory=lambda: defaultdict(float))
     sampling_seconds: float = 0.0
     _done: threading.Event = field(default_factory=threading.Event)
     _before: dict[int, float] = field(default_factory=dict)
+    _stacks: dict[int, Stack] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
+        self._done.clear()
         self._before = _clocks()
         self._thread = threading.Thread(target=self._run, name="sampler")
         self._thread.start()
@@ -62,7 +76,7 @@ class Sampler:
         while not self._done.wait(_INTERVAL_SECONDS):
             self._sample()
         self._sample()
-        self.sampling_seconds = time.thread_time()
+        self.sampling_seconds += time.thread_time()
 
     def _sample(self) -> None:
         me = threading.get_native_id()
@@ -74,7 +88,12 @@ class Sampler:
             if tid != me and spent > 0:
                 ident = idents.get(tid)
                 frame = frames.get(ident) if ident is not None else None
-                self.spent[_stack(frame)] += spent  # type: ignore[assignment]
+                stack, before = _stack(frame), self._stacks.get(tid, ())
+                if waits(stack) and before and not waits(before):
+                    self.spent[before] += spent
+                else:
+                    self.spent[stack] += spent
+                self._stacks[tid] = stack
         self._before = now
 
 
