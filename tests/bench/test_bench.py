@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -25,7 +27,9 @@ from tests.bench.model import (
     Way,
 )
 from tests.bench.profile import main as profile
+from tests.bench.profile import stage
 from tests.bench.running import BenchError, Worker
+from tests.bench.sampling import Line, Sampler
 from tests.bench.targets import targets
 
 _GIB = 1 << 30
@@ -68,13 +72,44 @@ def test_a_busy_machine_gives_no_result(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_profile_finds_the_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_profile_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for action in ("save", "restore", "verify"):
-        words = ["--action", action, "--size", "256M", "--rounds", "2", "--scratch", str(tmp_path)]
+        words = ["--action", action, "--size", "64M", "--rounds", "2", "--scratch", str(tmp_path)]
         assert profile(words) == 0
-        text = capsys.readouterr().out
-        assert "| compress" in text, text
-        assert "mtetool.snapshot.frames" in text, text
+        assert f"{action} of kernel, 4 MiB of tags" in capsys.readouterr().out
+
+
+def _line(module: str, text: str) -> Line:
+    return Line(module, "function", 1, text)
+
+
+def test_a_profile_knows_the_stages() -> None:
+    """By the innermost line that says something; who waits is not at work."""
+    save = _line("mtetool.flows.save", "writer.add_tags(step.ipa, step.tags)")
+    frame = _line("mtetool.snapshot.frames", "return context.compress(room)")
+    library = _line("somewhere.else", "pread()")
+    assert stage((library, frame, save)) == "compress"
+    assert stage((_line("threading", "lock.acquire()"), frame, save)).startswith("handing over")
+    assert stage((library,)) == "everything else"
+
+
+def test_the_sampler_sees_who_works() -> None:
+    def spin() -> None:
+        end = time.thread_time() + 0.3
+        while time.thread_time() < end:
+            sum(range(100))
+
+    with Sampler() as sampler:
+        worker = threading.Thread(target=spin)
+        worker.start()
+        worker.join()
+    spinning = [
+        seconds
+        for stack, seconds in sampler.spent.items()
+        if any(line.function.endswith("<locals>.spin") for line in stack)
+    ]
+    # Its last samples may find it gone, its first ones not there yet.
+    assert 0.1 < sum(spinning) < 0.4
 
 
 def test_a_wrong_result_stops_the_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
