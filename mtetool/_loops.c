@@ -133,6 +133,15 @@ read_runs(const uint8_t *in, size_t size, size_t n_runs, uint8_t *tags, size_t n
     return at == n && longs == end && odd_is_clear;
 }
 
+static int
+has_tag(const uint8_t *tags, size_t n)
+{
+    uint64_t any = 0;
+    for (size_t i = 0; i < n; i += 8)
+        any |= word(tags + i);
+    return any != 0;
+}
+
 static size_t
 first_difference(const uint8_t *a, const uint8_t *b, size_t n)
 {
@@ -238,6 +247,31 @@ loops_from_runs(PyObject *module, PyObject *args)
     PyBuffer_Release(&data);
     PyBuffer_Release(&tags);
     Py_RETURN_NONE;
+}
+
+static PyObject *
+loops_page_run(PyObject *module, PyObject *args)
+{
+    Py_buffer tags;
+    Py_ssize_t page, first, at;
+    int tagged;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*nn", &tags, &page, &first))
+        return NULL;
+    if (page <= 0 || page % 8 || tags.len % page)
+        return refuse("tags that are not whole pages", &tags, NULL);
+    Py_ssize_t n_pages = tags.len / page;
+    if (first < 0 || first >= n_pages)
+        return refuse("no such page", &tags, NULL);
+    Py_BEGIN_ALLOW_THREADS
+    const uint8_t *bytes = tags.buf;
+    tagged = has_tag(bytes + first * page, (size_t)page);
+    for (at = first + 1; at < n_pages; at++)
+        if (has_tag(bytes + at * page, (size_t)page) != tagged)
+            break;
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&tags);
+    return Py_BuildValue("Nn", PyBool_FromLong(tagged), at);
 }
 
 static PyObject *
@@ -347,6 +381,7 @@ static PyMethodDef methods[] = {
     {"scan", loops_scan, METH_VARARGS, NULL},
     {"to_runs", loops_to_runs, METH_VARARGS, NULL},
     {"from_runs", loops_from_runs, METH_VARARGS, NULL},
+    {"page_run", loops_page_run, METH_VARARGS, NULL},
     {"pack", loops_pack, METH_VARARGS, NULL},
     {"unpack", loops_unpack, METH_VARARGS, NULL},
     {"first_difference", loops_first_difference, METH_VARARGS, NULL},

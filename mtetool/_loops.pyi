@@ -11,6 +11,9 @@ from mtetool.loops_numpy import (
     pack as pack,
 )
 from mtetool.loops_numpy import (
+    page_run as page_run,
+)
+from mtetool.loops_numpy import (
     scan as scan,
 )
 from mtetool.loops_numpy import (

@@ -93,6 +93,24 @@ def from_runs(data: TagBuffer, n_runs: int, tags: TagBuffer) -> None:
     out[:] = np.repeat(values[:n_runs], lengths)
 
 
+def page_run(tags: TagBuffer, page_granules: int, first: int) -> tuple[bool, int]:
+    """Whether the page `first` of `tags` has a tag that is not 0, and where that changes.
+
+    That is the number of the next page of which the contrary is true, or of pages in all.
+    `tags` are whole pages of `page_granules`, a multiple of 8.
+    """
+    array = _bytes(tags)
+    n_pages = array.size // page_granules if page_granules > 0 else 0
+    if page_granules <= 0 or page_granules % 8 or array.size % page_granules:
+        raise ValueError("tags that are not whole pages")
+    if not 0 <= first < n_pages:
+        raise ValueError("no such page")
+    pages = array[first * page_granules :].reshape(-1, page_granules)
+    is_tagged: NDArray[np.bool_] = np.logical_or.reduce(pages, axis=1)
+    changes = np.flatnonzero(is_tagged != is_tagged[0])
+    return bool(is_tagged[0]), first + int(changes[0]) if changes.size else n_pages
+
+
 def pack(tags: TagBuffer, out: TagBuffer) -> None:
     """Two tags in a byte, the lower address in the low nibble; `out` is half as long.
 

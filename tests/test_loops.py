@@ -158,6 +158,21 @@ def test_runs_that_nobody_wrote(
 
 
 @BOTH
+@given(pages=st.lists(st.sampled_from([0, 0, 1, 128, 255]), min_size=1, max_size=12))
+def test_page_runs(module: ModuleType, pages: list[int]) -> None:
+    tags = bytearray(len(pages) * PAGE)
+    for number, at in enumerate(pages):
+        tags[number * PAGE + at] = 4 if at else 0
+    found, first = [], 0
+    while first < len(pages):
+        tagged, behind = module.page_run(tags, PAGE, first)
+        found += [tagged] * (behind - first)
+        assert behind == len(pages) or bool(pages[behind]) is not tagged
+        first = behind
+    assert found == [bool(at) for at in pages]
+
+
+@BOTH
 @given(tags=TAGS)
 def test_packing(module: ModuleType, tags: bytes) -> None:
     packed, back = bytearray(len(tags) // 2), bytearray(len(tags))
@@ -197,6 +212,10 @@ def test_lengths_that_do_not_fit(module: ModuleType) -> None:
         lambda: module.scan(bytes(256), 0),
         lambda: module.scan(bytes(256), -256),
         lambda: module.scan(bytes(256), 64),
+        lambda: module.page_run(bytes(255), PAGE, 0),
+        lambda: module.page_run(bytes(256), 0, 0),
+        lambda: module.page_run(bytes(256), PAGE, 1),
+        lambda: module.page_run(bytes(256), PAGE, -1),
         lambda: module.to_runs(bytes(256), 1, bytearray(255)),
         lambda: module.to_runs(bytes(256), 0, bytearray(256)),
         lambda: module.to_runs(bytes(60), 1, bytearray(60)),

@@ -8,6 +8,7 @@ completed nothing. What such an answer means for a whole guest is decided above,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -60,6 +61,16 @@ class Guest(Protocol):
         Raises OSError with the kernel's errno when nothing was copied (EFAULT: no memory
         there, EINVAL: misaligned, too long), and GuestError when the guest is gone or has
         no MTE.
+        """
+        ...
+
+    def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+        """The parts (address, size) of a range that may have tags other than 0.
+
+        Ascending, whole pages, as is the range, and no two of them touch. What lies between
+        them has been found to have no tags at all, by looking and not by reading: memory that
+        nobody ever touched is not made by that. What cannot be told, and addresses without
+        memory, are in the parts.
         """
         ...
 

@@ -60,6 +60,12 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 1 << 20
 _BLOCK_BYTES = 4096
 
+# What file systems answer that do not know where a file has holes.
+_NO_HOLES = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+# Guest memory whose tags are read although they are a hole: as much as is read at once.
+_SMALL_HOLE_BYTES = 32 << 20
+
 Advance = Callable[[int], None]
 """Called with the bytes of guest memory that were done since the last call."""
 
@@ -186,6 +192,47 @@ class EmulatedGuest:
         view = as_bytes(out)
         self._check_copy(ipa, len(view))
         return self._copied(ipa, view, self._read_span, writing=False)
+
+    def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+        """See `Guest.may_be_tagged`: where the file has no holes, small ones left aside."""
+        self._check_open()
+        at, end = ipa, ipa + size_bytes
+        start = stop = ipa  # what was found and not given yet
+        while at < end:
+            first, behind = self._data_from(at, end)
+            if first - stop >= _SMALL_HOLE_BYTES:
+                if stop > start:
+                    yield start, stop - start
+                start = first
+            stop = at = behind
+        if stop > start:
+            yield start, stop - start
+
+    def _data_from(self, ipa: int, end: int) -> tuple[int, int]:
+        """The next stretch without a hole: where it begins, `end` if nowhere, and ends."""
+        index = self._slot_index(ipa)
+        if index is None:
+            behind = next((start for start in self._starts if start > ipa), end)
+            return ipa, min(behind, end)
+        slot, base = self._described.memslots[index], self._offsets[index]
+        end = min(end, slot.end)
+        if slot.kind == "device":
+            return ipa, end
+        offset = base + (ipa - slot.ipa) // GRANULE_BYTES
+        limit = base + (end - slot.ipa) // GRANULE_BYTES
+        try:
+            data = min(os.lseek(self._fd, offset, os.SEEK_DATA), limit)
+            hole = min(os.lseek(self._fd, data, os.SEEK_HOLE), limit) if data < limit else limit
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return end, end
+            if error.errno in _NO_HOLES:
+                return ipa, end
+            raise refused(error, self._path) from error
+        per_page = self.page_size_bytes // GRANULE_BYTES
+        first = slot.ipa + (data - base) // per_page * self.page_size_bytes
+        behind = slot.ipa + -(-(hole - base) // per_page) * self.page_size_bytes
+        return max(first, ipa), min(behind, end)
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`. Raises also BusyError, PermissionRefusedError, DiskFullError."""

@@ -116,6 +116,10 @@ class FaultyGuest:
         """See `Guest.read_tags`; with the faults for reads."""
         return self._copied("read", self._guest.read_tags, ipa, as_bytes(out))
 
+    def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+        """All of it: a fault may wait where there are no tags."""
+        yield ipa, size_bytes
+
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`; with the faults for writes."""
         return self._copied("write", self._guest.write_tags, ipa, as_bytes(tags))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import platform
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -166,6 +167,10 @@ class KvmGuest:
             if completed < part.size * uapi.GRANULE_BYTES or not tags.size:
                 break
         return done * uapi.GRANULE_BYTES
+
+    def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+        """See `Guest.may_be_tagged`; all of it."""
+        yield ipa, size_bytes
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`."""

@@ -20,7 +20,7 @@ import errno
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -147,6 +147,10 @@ class ProcessGuest:
         n_granules = self._space.accessible(ipa, size_bytes) // uapi.GRANULE_BYTES
         part = as_array(view[:n_granules])
         return self._copy(ipa, size_bytes, n_granules, lambda tracee: peek(tracee, ipa, part))
+
+    def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+        """See `Guest.may_be_tagged`; all of it."""
+        yield ipa, size_bytes
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`; never EBUSY."""

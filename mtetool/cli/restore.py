@@ -33,6 +33,7 @@ def parse_move(text: str) -> tuple[int, int]:
     "--verify/--no-verify", default=True, help="Read back what was written (on by default)."
 )
 @click.option("--dry-run", is_flag=True, help="Check and compare; write nothing.")
+@click.option("--every-page", is_flag=True, help="Write also where the guest has no tags.")
 @click.option(
     "--map",
     "moves",
@@ -49,6 +50,7 @@ def command(
     guest: str,
     verify: bool,
     dry_run: bool,
+    every_page: bool,
     moves: tuple[tuple[int, int], ...],
     guest_options: GuestOptions,
     quiet: bool,
@@ -72,7 +74,7 @@ def command(
         result = restore(
             snapshot.reader,
             opened,
-            RestoreOptions(verify=verify, dry_run=dry_run, moves=moves),
+            RestoreOptions(verify=verify, dry_run=dry_run, every_page=every_page, moves=moves),
             again=snapshot.seekable,
             progress=update,
         )

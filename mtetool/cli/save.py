@@ -51,6 +51,7 @@ _CONSISTENT = {
 @click.option(
     "--spool", type=SIZE, metavar="SIZE", help="Keep so much in memory until all tags are read."
 )
+@click.option("--every-page", is_flag=True, help="Read also the pages that cannot have tags.")
 @click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Threads that compress.")
 @click.option(
     "--level", type=click.IntRange(1, 19), default=1, metavar="N", help="The zstd level (1)."
@@ -67,6 +68,7 @@ def command(
     partial: Literal["keep", "fail"] | None,
     freeze: bool,
     spool: int | None,
+    every_page: bool,
     jobs: int | None,
     level: int,
     guest_options: GuestOptions,
@@ -91,6 +93,7 @@ def command(
         partial=partial,
         freeze=freeze,
         spool_bytes=spool,
+        every_page=every_page,
         level=level,
         jobs=jobs,
     )

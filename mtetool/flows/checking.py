@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mtetool.errors import DamagedError
+from mtetool.flows.copying import Fill
 from mtetool.flows.layout import total_bytes, without
-from mtetool.flows.pieces import Progress, chunks, decoded, no_progress
+from mtetool.flows.pieces import Progress, decoded, no_progress
 from mtetool.flows.tally import Tally
 from mtetool.snapshot.model import Extent, Header, Missing
 from mtetool.snapshot.reader import SnapshotReader
@@ -41,9 +42,10 @@ def check(
     reader: SnapshotReader,
     *,
     use: Callable[[int, memoryview], None] | None = None,
+    use_fill: Callable[[Fill], None] | None = None,
     progress: Progress = no_progress,
 ) -> Checked:
-    """Read every record, decompress every piece, and hand the tags to `use`.
+    """Read every record, decompress every piece, and hand the tags to `use` and `use_fill`.
 
     Raises SnapshotError at the first thing that is wrong, the absence of the end included.
     """
@@ -57,10 +59,8 @@ def check(
             _append(result.held, Extent(piece.ipa, piece.size_bytes))
             if use is not None and tags is not None:
                 use(piece.ipa, tags)
-            elif use is not None:
-                # A fill may speak for a terabyte; nobody looks at it where there is no use.
-                for ipa, part in chunks(piece):
-                    use(ipa, part)
+            elif use_fill is not None and piece.fill is not None:
+                use_fill(Fill(piece.ipa, piece.size_bytes, piece.fill))
         done += piece.size_bytes
         progress(done, total)
     # A later record may have replaced an earlier one: what counts is the end of the log.

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from mtetool import loops
 from mtetool.buffers import as_bytes
-from mtetool.flows.copying import TagReader
+from mtetool.flows.copying import Copied, Fill, TagReader
+from mtetool.flows.pieces import constant
 from mtetool.flows.tally import Tally
 from mtetool.snapshot.model import Extent, Missing
 from mtetool.uapi import GRANULE_BYTES
@@ -23,18 +24,44 @@ class Comparer:
         self.compared_bytes = 0
 
     def compare(
-        self, ipa: int, expected: TagBuffer, differing: Tally[Extent], unreadable: Tally[Missing]
+        self,
+        ipa: int,
+        expected: TagBuffer,
+        differing: Tally[Extent],
+        unreadable: Tally[Missing],
+        *,
+        every_page: bool = False,
     ) -> None:
-        """Compare the guest's tags from `ipa` on with `expected` (one byte a granule)."""
+        """Compare the guest's tags from `ipa` on with `expected` (one byte a granule).
+
+        With `every_page` the guest is not asked first which pages may have tags.
+        """
         view = as_bytes(expected)
         extent = Extent(ipa, len(view) * GRANULE_BYTES)
-        for step in self._reader.read_granules([extent]):
+        for step in self._reader.read_granules([extent], every_page=every_page):
             if isinstance(step, Missing):
                 unreadable.add(step)
                 continue
             first = (step.ipa - ipa) // GRANULE_BYTES
-            wanted = view[first : first + len(step.tags)]
-            add_differences(differing, step.ipa, step.tags, wanted)
+            wanted = view[first : first + step.size_bytes // GRANULE_BYTES]
+            n_granules = step.size_bytes // GRANULE_BYTES
+            tags = step.tags if isinstance(step, Copied) else constant(step.tag, n_granules)
+            add_differences(differing, step.ipa, tags, wanted)
+            self.compared_bytes += step.size_bytes
+
+    def compare_fill(
+        self, fill: Fill, differing: Tally[Extent], unreadable: Tally[Missing]
+    ) -> None:
+        """Compare the guest's tags with one tag, over any length."""
+        for step in self._reader.read_granules([Extent(fill.ipa, fill.size_bytes)]):
+            if isinstance(step, Missing):
+                unreadable.add(step)
+                continue
+            if isinstance(step, Copied):
+                wanted = constant(fill.tag, len(step.tags))
+                add_differences(differing, step.ipa, step.tags, wanted)
+            elif step.tag != fill.tag:
+                differing.add(Extent(step.ipa, step.size_bytes))
             self.compared_bytes += step.size_bytes
 
 

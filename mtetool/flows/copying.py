@@ -64,6 +64,19 @@ def check_has_tags(guest: Guest, layout: Layout, name: str) -> None:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Granules that all have one tag, as many as one likes: nothing was read for them."""
+
+    ipa: int
+    size_bytes: int
+    tag: int
+
+
+Step = Copied | Fill | Missing
+"""What reading gives: each has `ipa` and `size_bytes` of guest memory."""
+
+
 class TagReader:
     """Reads a guest's tags in chunks, into `n_buffers` buffers that are used in turn.
 
@@ -85,43 +98,113 @@ class TagReader:
         # Faulted in now: a guest may be waiting, paused, from the first copy on.
         n_granules = self._chunk_bytes // GRANULE_BYTES
         self._buffers = [memoryview(bytearray(b"\xff") * n_granules) for _ in range(n_buffers)]
+        self._zeros = memoryview(bytes(n_granules))
 
-    def read(self, extents: Iterable[Extent]) -> Iterator[Copied | Missing]:
+    def read(self, extents: Iterable[Extent], *, every_page: bool = False) -> Iterator[Step]:
         """The tags of `extents` (page-aligned), in their order, and what could not be read.
 
-        Every page of the extents is in exactly one of the results. Raises GuestError when the
-        guest is gone or refuses as a whole.
+        Every page of the extents is in exactly one of the results. What the guest says cannot
+        be tagged is not read, unless `every_page` is true; results are cut at the same places
+        either way, every chunk from the extent's start. Raises GuestError when the guest is gone
+        or refuses as a whole.
         """
         for extent in extents:
-            for step in _walk(
-                self._transfer, extent, self._layout, self._chunk_bytes, writing=False
-            ):
-                if isinstance(step, Missing):
-                    yield step
-                else:
-                    tags = self._buffers[0][: step.size_bytes // GRANULE_BYTES]
-                    self._buffers.append(self._buffers.pop(0))
-                    yield Copied(step.ipa, tags)
+            whole = [(extent.ipa, extent.size_bytes)]
+            parts = whole if every_page else self._guest.may_be_tagged(*whole[0])
+            yield from self._read(extent, _Ahead(parts))
 
-    def _transfer(self, ipa: int, size_bytes: int) -> int:
+    def _read(self, extent: Extent, parts: _Ahead) -> Iterator[Step]:
+        at = extent.ipa
+        while at < extent.end:
+            # Where the chunk ends: on the extent's own grid, whatever is left out.
+            behind = at + self._chunk_bytes - (at - extent.ipa) % self._chunk_bytes
+            behind = min(behind, extent.end)
+            part = parts.at_or_behind(at)
+            if part is None or part.ipa >= behind:
+                stop = extent.end
+                if part is not None:
+                    stop = part.ipa - (part.ipa - extent.ipa) % self._chunk_bytes
+                yield Fill(at, stop - at, 0)
+                at = stop
+                continue
+            stop, error = self._read_chunk(at, behind, parts)
+            if stop > at:
+                tags = self._buffers[0][: (stop - at) // GRANULE_BYTES]
+                self._buffers.append(self._buffers.pop(0))
+                yield Copied(at, tags)
+                at = stop
+            if error is not None:
+                part = parts.at_or_behind(at)
+                end = part.end if part is not None else extent.end
+                missing = _way_around(self._probe, at, end, error, self._layout, writing=False)
+                yield missing
+                at += missing.size_bytes
+
+    def _read_chunk(self, start: int, end: int, parts: _Ahead) -> tuple[int, OSError | None]:
+        """Read into the first buffer: up to where, and what kept it from the end."""
+        at = start
+        while at < end:
+            room = self._buffers[0][(at - start) // GRANULE_BYTES :]
+            part = parts.at_or_behind(at)
+            if part is None or part.ipa > at:
+                stop = end if part is None else min(part.ipa, end)
+                n_granules = (stop - at) // GRANULE_BYTES
+                room[:n_granules] = self._zeros[:n_granules]
+                at = stop
+                continue
+            size_bytes = min(part.end, end) - at
+            try:
+                done = self._guest.read_tags(at, room[: size_bytes // GRANULE_BYTES])
+            except OSError as error:
+                return at, error
+            _check_completed(done, size_bytes, at, self._layout)
+            at += done
+        return at, None
+
+    def _probe(self, ipa: int, size_bytes: int) -> int:
         return self._guest.read_tags(ipa, self._buffers[0][: size_bytes // GRANULE_BYTES])
 
-    def read_granules(self, extents: Iterable[Extent]) -> Iterator[Copied | Missing]:
+    def read_granules(
+        self, extents: Iterable[Extent], *, every_page: bool = False
+    ) -> Iterator[Step]:
         """As `read`, for extents of whole granules: the pages around them are read."""
         page = self._layout.page_size_bytes
         for extent in extents:
             stop = extent.end
             first = extent.ipa // page * page
             around = Extent(first, -(-stop // page) * page - first)
-            for step in self.read([around]):
+            for step in self.read([around], every_page=every_page):
                 start = max(step.ipa, extent.ipa)
                 size_bytes = min(step.ipa + step.size_bytes, stop) - start
-                if isinstance(step, Missing):
-                    yield replace(step, ipa=start, size_bytes=size_bytes)
-                else:
-                    offset = (start - step.ipa) // GRANULE_BYTES
-                    n_granules = size_bytes // GRANULE_BYTES
-                    yield Copied(start, step.tags[offset : offset + n_granules])
+                yield cut(step, start, size_bytes)
+
+
+def cut(step: Step, ipa: int, size_bytes: int) -> Step:
+    """The part of a step from `ipa` on; whole granules inside of it."""
+    if not isinstance(step, Copied):
+        return replace(step, ipa=ipa, size_bytes=size_bytes)
+    offset = (ipa - step.ipa) // GRANULE_BYTES
+    return Copied(ipa, step.tags[offset : offset + size_bytes // GRANULE_BYTES])
+
+
+class _Ahead:
+    """Ascending ranges, looked at one ahead."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        self._ranges = iter(ranges)
+        self._next: Extent | None = None
+        self._ended = False
+
+    def at_or_behind(self, ipa: int) -> Extent | None:
+        """The first range that ends behind `ipa`; None where there is none."""
+        while not self._ended and (self._next is None or self._next.end <= ipa):
+            found = next(self._ranges, None)
+            if found is None:
+                self._ended = True
+                self._next = None
+            else:
+                self._next = Extent(*found)
+        return self._next
 
 
 def write_extent(
@@ -138,34 +221,38 @@ def write_extent(
         return guest.write_tags(at, tags[first : first + size_bytes // GRANULE_BYTES])
 
     whole = Extent(ipa, len(tags) * GRANULE_BYTES)
-    yield from _walk(write, whole, layout, chunk_bytes, writing=True)
+    yield from _walk(write, whole, layout, chunk_bytes)
 
 
 _Transfer = Callable[[int, int], int]
 
 
 def _walk(
-    transfer: _Transfer, extent: Extent, layout: Layout, chunk_bytes: int, *, writing: bool
+    transfer: _Transfer, extent: Extent, layout: Layout, chunk_bytes: int
 ) -> Iterator[Extent | Missing]:
-    """Transfer an extent chunk by chunk; each result is done with before the next call."""
+    """Write an extent chunk by chunk; each result is done with before the next call."""
     at, end = extent.ipa, extent.end
     while at < end:
         size_bytes = min(chunk_bytes, end - at)
         try:
             done = transfer(at, size_bytes)
         except OSError as error:
-            missing = _way_around(transfer, at, end, error, layout, writing=writing)
+            missing = _way_around(transfer, at, end, error, layout, writing=True)
             yield missing
             at += missing.size_bytes
             continue
-        if not 0 < done <= size_bytes or done % layout.page_size_bytes:
-            raise GuestError(
-                f"the copy of {size_bytes} bytes at {at:#x} answered {done}, which is no"
-                " length it can have completed",
-                ipa=at,
-            )
+        _check_completed(done, size_bytes, at, layout)
         yield Extent(at, done)
         at += done
+
+
+def _check_completed(done: int, size_bytes: int, at: int, layout: Layout) -> None:
+    if not 0 < done <= size_bytes or done % layout.page_size_bytes:
+        raise GuestError(
+            f"the copy of {size_bytes} bytes at {at:#x} answered {done}, which is no"
+            " length it can have completed",
+            ipa=at,
+        )
 
 
 def _way_around(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mtetool.flows.copying import Copied
+from mtetool.flows.copying import Copied, Fill, Step, cut
 from mtetool.flows.layout import check_aligned, check_inside
 from mtetool.flows.source import TagSource, clip
 from mtetool.snapshot.model import Extent, Missing
@@ -29,16 +29,13 @@ class Difference(NamedTuple):
     b: int | None
 
 
-_Step = Copied | Missing
-
-
 class _Pair(NamedTuple):
     """One stretch of addresses as both sides have it; None where a side does not speak of it."""
 
     ipa: int
     size_bytes: int
-    a: _Step | None
-    b: _Step | None
+    a: Step | None
+    b: Step | None
 
 
 def diff(
@@ -82,18 +79,30 @@ def _differences(pairs: Iterator[_Pair]) -> Iterator[Difference | Missing]:
         if missing is not None:
             yield Missing(ipa, size_bytes, missing.errno, missing.reason)
             continue
-        tags_a = as_array(a.tags) if isinstance(a, Copied) else None
-        tags_b = as_array(b.tags) if isinstance(b, Copied) else None
+        if not isinstance(a, Copied) and not isinstance(b, Copied):
+            tag_a, tag_b = (step.tag if isinstance(step, Fill) else None for step in (a, b))
+            if tag_a != tag_b:
+                yield Difference(ipa, size_bytes, tag_a, tag_b)
+            continue
         n_granules = size_bytes // GRANULE_BYTES
         for block in range(0, n_granules, _BLOCK_GRANULES):
-            cut = slice(block, min(block + _BLOCK_GRANULES, n_granules))
             at = ipa + block * GRANULE_BYTES
+            n_here = min(_BLOCK_GRANULES, n_granules - block)
+            tags_a, tags_b = _block(a, block, n_here), _block(b, block, n_here)
             if tags_a is not None and tags_b is not None:
-                yield from _both(at, tags_a[cut], tags_b[cut])
+                yield from _both(at, tags_a, tags_b)
             elif tags_a is not None:
-                yield from _alone(at, tags_a[cut], in_a=True)
+                yield from _alone(at, tags_a, in_a=True)
             elif tags_b is not None:
-                yield from _alone(at, tags_b[cut], in_a=False)
+                yield from _alone(at, tags_b, in_a=False)
+
+
+def _block(step: Step | None, first: int, n_granules: int) -> Tags | None:
+    if isinstance(step, Fill):
+        return np.full(n_granules, step.tag, dtype=np.uint8)
+    if isinstance(step, Copied):
+        return as_array(step.tags[first : first + n_granules])
+    return None
 
 
 def _both(ipa: int, a: Tags, b: Tags) -> Iterator[Difference]:
@@ -116,7 +125,7 @@ def _alone(ipa: int, tags: Tags, *, in_a: bool) -> Iterator[Difference]:
         yield Difference(at, size_bytes, tag if in_a else None, None if in_a else tag)
 
 
-def _side_by_side(a: Iterator[_Step], b: Iterator[_Step]) -> Iterator[_Pair]:
+def _side_by_side(a: Iterator[Step], b: Iterator[Step]) -> Iterator[_Pair]:
     """Two ascending streams cut so that each stretch is covered by each side wholly or not."""
     left, right = next(a, None), next(b, None)
     while left is not None or right is not None:
@@ -139,13 +148,11 @@ def _side_by_side(a: Iterator[_Step], b: Iterator[_Step]) -> Iterator[_Pair]:
         right = _behind(right, start + size_bytes, b)
 
 
-def _behind(step: _Step | None, ipa: int, rest: Iterator[_Step]) -> _Step | None:
+def _behind(step: Step | None, ipa: int, rest: Iterator[Step]) -> Step | None:
     """What is left of a step from `ipa` on, or the next step."""
     if step is None or step.ipa >= ipa:
         return step
     left_bytes = step.ipa + step.size_bytes - ipa
     if left_bytes == 0:
         return next(rest, None)
-    if isinstance(step, Missing):
-        return Missing(ipa, left_bytes, step.errno, step.reason)
-    return Copied(ipa, step.tags[(ipa - step.ipa) // GRANULE_BYTES :])
+    return cut(step, ipa, left_bytes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
+from mtetool.flows.copying import Copied, Fill
+from mtetool.flows.pieces import constant
 from mtetool.flows.source import TagSource
 from mtetool.flows.tally import Tally
 from mtetool.snapshot.model import Extent, Missing
@@ -36,21 +38,28 @@ def tag_runs(source: TagSource, extents: Sequence[Extent]) -> Iterator[Run | Mis
             last = None
             yield step
             continue
-        for block in range(0, len(step.tags), _BLOCK_GRANULES):
-            ipa = step.ipa + block * GRANULE_BYTES
-            starts, lengths, tags = runs(as_array(step.tags[block : block + _BLOCK_GRANULES]))
-            for start, length, tag in zip(
-                starts.tolist(), lengths.tolist(), tags.tolist(), strict=True
-            ):
-                at, size = ipa + start * GRANULE_BYTES, length * GRANULE_BYTES
-                if last and last.tag == tag and last.ipa + last.size_bytes == at:
-                    last = Run(last.ipa, last.size_bytes + size, tag)
-                    continue
-                if last:
-                    yield last
-                last = Run(at, size, tag)
+        for run in _runs_of(step):
+            if last and last.tag == run.tag and last.ipa + last.size_bytes == run.ipa:
+                last = Run(last.ipa, last.size_bytes + run.size_bytes, run.tag)
+                continue
+            if last:
+                yield last
+            last = run
     if last:
         yield last
+
+
+def _runs_of(step: Copied | Fill) -> Iterator[Run]:
+    if isinstance(step, Fill):
+        yield Run(step.ipa, step.size_bytes, step.tag)
+        return
+    for block in range(0, len(step.tags), _BLOCK_GRANULES):
+        ipa = step.ipa + block * GRANULE_BYTES
+        starts, lengths, tags = runs(as_array(step.tags[block : block + _BLOCK_GRANULES]))
+        for start, length, tag in zip(
+            starts.tolist(), lengths.tolist(), tags.tolist(), strict=True
+        ):
+            yield Run(ipa + start * GRANULE_BYTES, length * GRANULE_BYTES, tag)
 
 
 def granules(source: TagSource, extents: Sequence[Extent]) -> Iterator[Run | Missing]:
@@ -58,6 +67,10 @@ def granules(source: TagSource, extents: Sequence[Extent]) -> Iterator[Run | Mis
     for step in source.read(extents):
         if isinstance(step, Missing):
             yield step
+            continue
+        if isinstance(step, Fill):
+            for ipa in range(step.ipa, step.ipa + step.size_bytes, GRANULE_BYTES):
+                yield Run(ipa, GRANULE_BYTES, step.tag)
             continue
         for block in range(0, len(step.tags), _BLOCK_GRANULES):
             ipa = step.ipa + block * GRANULE_BYTES
@@ -69,12 +82,13 @@ def granules(source: TagSource, extents: Sequence[Extent]) -> Iterator[Run | Mis
 def write_raw(source: TagSource, extents: Sequence[Extent], out: BinaryIO) -> Tally[Missing]:
     """One byte a granule and nothing else; what cannot be read is RAW_MISSING, and returned."""
     missing: Tally[Missing] = Tally()
-    filler = bytes([RAW_MISSING]) * _BLOCK_GRANULES
     for step in source.read(extents):
-        if not isinstance(step, Missing):
+        if isinstance(step, Copied):
             out.write(step.tags)
             continue
-        missing.add(step)
+        if isinstance(step, Missing):
+            missing.add(step)
+        filler = constant(RAW_MISSING if isinstance(step, Missing) else step.tag, _BLOCK_GRANULES)
         left = step.size_bytes // GRANULE_BYTES
         while left:
             left -= out.write(filler[: min(left, _BLOCK_GRANULES)])

@@ -6,11 +6,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 
-from mtetool.flows.copying import CHUNK_GRANULES
-from mtetool.snapshot.model import Extent, Missing
+from mtetool.snapshot.model import Missing
 from mtetool.snapshot.reader import Piece
-from mtetool.uapi import GRANULE_BYTES
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of guest memory that are done and those there are in all."""
@@ -23,21 +22,10 @@ def no_progress(done_bytes: int, total_bytes: int) -> None:
     """Nobody wants to know."""
 
 
-def chunks(piece: Piece, within: Extent | None = None) -> Iterator[tuple[int, memoryview]]:
-    """A piece's tags with their addresses; only those `within` (whole granules, in the piece).
-
-    A fill may span a terabyte: it comes in chunks. Raises DamagedError where the tags cannot
-    be decompressed. The buffers are only valid until the next step, and not to be written to.
-    """
-    start, stop = (within.ipa, within.end) if within else (piece.ipa, piece.end)
-    if piece.fill is None:
-        first, last = ((at - piece.ipa) // GRANULE_BYTES for at in (start, stop))
-        yield start, piece.tags()[first:last]
-        return
-    n_granules = (stop - start) // GRANULE_BYTES
-    constant = memoryview(bytes([piece.fill]) * min(n_granules, CHUNK_GRANULES))
-    for done in range(0, n_granules, CHUNK_GRANULES):
-        yield start + done * GRANULE_BYTES, constant[: min(CHUNK_GRANULES, n_granules - done)]
+@lru_cache(maxsize=1)
+def constant(tag: int, n_granules: int) -> memoryview:
+    """So many granules of one tag, not to be written to."""
+    return memoryview(bytes([tag]) * n_granules)
 
 
 def decoded(

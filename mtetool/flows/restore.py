@@ -6,13 +6,21 @@ import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from mtetool import loops
 from mtetool.backends.base import Guest
 from mtetool.errors import STATUS_OK, STATUS_PARTIAL, BusyError, LayoutError, MtetoolError
 from mtetool.flows.checking import check
 from mtetool.flows.comparing import Comparer
-from mtetool.flows.copying import Copied, TagReader, check_has_tags, write_extent
+from mtetool.flows.copying import (
+    CHUNK_GRANULES,
+    Copied,
+    Fill,
+    TagReader,
+    check_has_tags,
+    write_extent,
+)
 from mtetool.flows.layout import Layout, common, hex_range, layout_of, merged, slots_of, total_bytes
-from mtetool.flows.pieces import Progress, chunks, decoded, no_progress
+from mtetool.flows.pieces import Progress, constant, decoded, no_progress
 from mtetool.flows.relocation import Relocation, check_fit
 from mtetool.flows.tally import Tally
 from mtetool.guest import Memslot
@@ -23,10 +31,14 @@ from mtetool.uapi import GRANULE_BYTES
 
 @dataclass(frozen=True, slots=True)
 class RestoreOptions:
-    """What the user asked for; `moves` are pairs of a slot's IPA then and now."""
+    """What the user asked for; `moves` are pairs of a slot's IPA then and now.
+
+    `every_page` writes tags of 0 also where the guest cannot have others.
+    """
 
     verify: bool = True
     dry_run: bool = False
+    every_page: bool = False
     moves: tuple[tuple[int, int], ...] = ()
 
 
@@ -131,9 +143,8 @@ class _Restorer:
             for piece, tags in decoded(reader):
                 if tags is not None:
                     self._take(piece.ipa, tags)
-                elif not isinstance(piece, Missing):
-                    for ipa, part in chunks(piece):
-                        self._take(ipa, part)
+                elif not isinstance(piece, Missing) and piece.fill is not None:
+                    self._take_fill(Fill(piece.ipa, piece.size_bytes, piece.fill))
                 done += piece.size_bytes
                 progress(done, total)
         except BusyError as error:
@@ -183,6 +194,47 @@ class _Restorer:
                 low, high = (at - target.ipa) // GRANULE_BYTES, (stop - target.ipa) // GRANULE_BYTES
                 self._put(at, part[low:high], slot)
 
+    def _take_fill(self, fill: Fill) -> None:
+        """As `_take`, for one tag over any length."""
+        for _, target in self._relocation(Extent(fill.ipa, fill.size_bytes)):
+            for at, stop, slot in self._by_slot(target):
+                self._put_fill(Fill(at, stop - at, fill.tag), slot)
+
+    def _put_fill(self, fill: Fill, slot: Memslot) -> None:
+        result = self.result
+        if slot.readonly or slot.kind == "rom":
+            self._comparer.compare_fill(fill, result.readonly_differing, result.refused)
+            result.readonly_bytes += fill.size_bytes
+        elif self._options.dry_run:
+            self._comparer.compare_fill(fill, result.changes, result.refused)
+        else:
+            page = self._layout.page_size_bytes
+            at, end = fill.ipa, fill.ipa + fill.size_bytes
+            first, last = -(-at // page) * page, end // page * page
+            if not fill.tag and first < last:
+                # Over a terabyte that nobody touched, in one step.
+                self._put_constant(fill.tag, at, first, slot)
+                at = first
+                for start, size_bytes in self._tagged_there(first, last):
+                    self._already_so(at, start)
+                    self._put_constant(fill.tag, start, start + size_bytes, slot)
+                    at = start + size_bytes
+                self._already_so(at, last)
+                at = last
+            self._put_constant(fill.tag, at, end, slot)
+
+    def _put_constant(self, tag: int, start: int, stop: int, slot: Memslot) -> None:
+        for ipa in range(start, stop, CHUNK_GRANULES * GRANULE_BYTES):
+            n_granules = min((stop - ipa) // GRANULE_BYTES, CHUNK_GRANULES)
+            self._put(ipa, constant(tag, n_granules), slot)
+
+    def _already_so(self, start: int, stop: int) -> None:
+        if start < stop:
+            self.result.restored_bytes += stop - start
+            self.result.restored_up_to = stop
+            if self._options.verify:
+                self.result.verified_bytes += stop - start
+
     def _by_slot(self, target: Extent) -> Iterator[tuple[int, int, Memslot]]:
         at, end = target.ipa, target.ipa + target.size_bytes
         while at < end:
@@ -206,7 +258,39 @@ class _Restorer:
             self._comparer.compare(ipa, tags, result.changes, result.refused)
         else:
             for at, part in self._whole_pages(ipa, tags):
-                self._write(at, part, may_be_readonly=slot.readonly is None)
+                self._write_where_it_matters(at, part, slot)
+
+    def _write_where_it_matters(self, ipa: int, tags: memoryview, slot: Memslot) -> None:
+        """Write whole pages; but no tags of 0 where the guest has no others, and maybe no page."""
+        at, end = ipa, ipa + len(tags) * GRANULE_BYTES
+        for start, size_bytes in self._tagged_there(at, end):
+            self._write_tagged_pages(at, tags[(at - ipa) // GRANULE_BYTES :], start - at, slot)
+            part = tags[(start - ipa) // GRANULE_BYTES :][: size_bytes // GRANULE_BYTES]
+            self._write(start, part, may_be_readonly=slot.readonly is None)
+            at = start + size_bytes
+        self._write_tagged_pages(at, tags[(at - ipa) // GRANULE_BYTES :], end - at, slot)
+
+    def _tagged_there(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        if self._options.every_page:
+            return iter([(start, end - start)])
+        return self._guest.may_be_tagged(start, end - start)
+
+    def _write_tagged_pages(
+        self, ipa: int, tags: memoryview, size_bytes: int, slot: Memslot
+    ) -> None:
+        """Of `size_bytes` of memory that has no tags, write the pages that shall have some."""
+        page = self._layout.page_size_bytes
+        n_pages, first = size_bytes // page, 0
+        part = tags[: size_bytes // GRANULE_BYTES]
+        while first < n_pages:
+            tagged, behind = loops.page_run(part, page // GRANULE_BYTES, first)
+            start, stop = (n * page // GRANULE_BYTES for n in (first, behind))
+            at = ipa + first * page
+            if tagged:
+                self._write(at, part[start:stop], may_be_readonly=slot.readonly is None)
+            else:
+                self._already_so(at, ipa + behind * page)
+            first = behind
 
     def _compare_readonly(self, ipa: int, tags: memoryview) -> None:
         result = self.result
@@ -238,14 +322,15 @@ class _Restorer:
     def _filled_up(self, ipa: int, part: memoryview) -> memoryview | None:
         page = self._layout.page_size_bytes
         first = ipa // page * page
-        for step in self._reader.read([Extent(first, page)]):
+        for step in self._reader.read([Extent(first, page)], every_page=True):
             if isinstance(step, Copied):
                 whole = memoryview(bytearray(step.tags))
                 offset = (ipa - first) // GRANULE_BYTES
                 whole[offset : offset + len(part)] = part
                 return whole
-            size_bytes = len(part) * GRANULE_BYTES
-            self.result.refused.add(Missing(ipa, size_bytes, step.errno, step.reason))
+            if isinstance(step, Missing):
+                size_bytes = len(part) * GRANULE_BYTES
+                self.result.refused.add(Missing(ipa, size_bytes, step.errno, step.reason))
         return None
 
     def _write(self, ipa: int, tags: memoryview, *, may_be_readonly: bool) -> None:
@@ -259,7 +344,9 @@ class _Restorer:
             result.restored_bytes += step.size_bytes
             result.restored_up_to = step.ipa + step.size_bytes
             if self._options.verify:
-                self._comparer.compare(step.ipa, part, result.verify_differing, result.refused)
+                self._comparer.compare(
+                    step.ipa, part, result.verify_differing, result.refused, every_page=True
+                )
                 result.verified_bytes += step.size_bytes
 
     def _refuse(self, step: Missing, part: memoryview, *, may_be_readonly: bool) -> None:
@@ -269,7 +356,8 @@ class _Restorer:
         # What the kernel says of read-only memory; any other errno has another reason.
         may_be_readonly = may_be_readonly and step.errno == errno.EFAULT
         if may_be_readonly:
-            self._comparer.compare(step.ipa, part[:page_granules], Tally(), probe)
+            first = part[:page_granules]
+            self._comparer.compare(step.ipa, first, Tally(), probe, every_page=True)
         if may_be_readonly and not probe:
             self._compare_readonly(step.ipa, part)
         else:

@@ -15,7 +15,7 @@ from mtetool.errors import (
     PartialError,
     UsageError,
 )
-from mtetool.flows.copying import TagReader, check_has_tags
+from mtetool.flows.copying import Copied, Fill, TagReader, check_has_tags
 from mtetool.flows.freezing import DEFAULT_SPOOL_BYTES, Spool, held_still
 from mtetool.flows.layout import (
     UNREACHABLE,
@@ -42,7 +42,7 @@ class SaveOptions:
     pages that cannot be read, and "fail" for a guest that ends half-way. `freeze` stops the
     guest's vCPUs for as long as tags are read. `spool_bytes` of the snapshot are kept in memory
     meanwhile, so that the guest does not wait for the output (None: none, or with `freeze`
-    `DEFAULT_SPOOL_BYTES`).
+    `DEFAULT_SPOOL_BYTES`). `every_page` reads also the pages that cannot have tags.
     """
 
     ranges: tuple[Extent, ...] = ()
@@ -50,6 +50,7 @@ class SaveOptions:
     partial: Literal["keep", "fail"] | None = None
     freeze: bool = False
     spool_bytes: int | None = None
+    every_page: bool = False
     level: int = 1
     jobs: int | None = None
 
@@ -160,11 +161,11 @@ def _copy(
     progress(0, total)
     reached: list[Extent] = []
     try:
-        for step in reader.read(result.scope):
+        for step in reader.read(result.scope, every_page=options.every_page):
             if isinstance(step, Missing):
                 _note_missing(step, writer, result, options)
             else:
-                writer.add_tags(step.ipa, step.tags)
+                _add(step, writer)
                 result.saved_bytes += step.size_bytes
             reached.append(Extent(step.ipa, step.size_bytes))
             reached = merged(reached)
@@ -182,6 +183,13 @@ def _copy(
             result.missing.add(missing)
     if not result.saved_bytes:
         raise _nothing(result)
+
+
+def _add(step: Copied | Fill, writer: SnapshotWriter) -> None:
+    if isinstance(step, Fill):
+        writer.add_fill(step.ipa, step.size_bytes, step.tag)
+    else:
+        writer.add_tags(step.ipa, step.tags)
 
 
 def _note_missing(

@@ -11,9 +11,8 @@ from typing import BinaryIO, Protocol, cast
 from mtetool.backends import GuestOptions, is_guest, open_guest
 from mtetool.backends.base import Guest
 from mtetool.errors import SnapshotError, host_error
-from mtetool.flows.copying import Copied, TagReader, check_has_tags
+from mtetool.flows.copying import Copied, Fill, Step, TagReader, check_has_tags, cut
 from mtetool.flows.layout import check_aligned, check_inside, common, layout_of, merged
-from mtetool.flows.pieces import chunks
 from mtetool.snapshot.index import Entry, IndexedSnapshot
 from mtetool.snapshot.model import Extent, Missing
 from mtetool.snapshot.opening import display_name, is_seekable, opened
@@ -38,7 +37,7 @@ class TagSource(Protocol):
         """The memory that it speaks of, in order of address."""
         ...
 
-    def read(self, extents: Sequence[Extent]) -> Iterator[Copied | Missing]:
+    def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
         """The tags of ascending extents of whole granules, in order of address.
 
         Every granule of the extents is in exactly one of the results, whose tags are valid
@@ -93,7 +92,7 @@ class GuestSource:
         """See `TagSource.extents`: all slots but those of devices."""
         return self._layout.taggable
 
-    def read(self, extents: Sequence[Extent]) -> Iterator[Copied | Missing]:
+    def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
         """See `TagSource.read`."""
         return self._reader.read_granules(extents)
 
@@ -111,7 +110,7 @@ class SnapshotSource:
         """See `TagSource.extents`: the scope of the snapshot."""
         return list(self._snapshot.header.scope)
 
-    def read(self, extents: Sequence[Extent]) -> Iterator[Copied | Missing]:
+    def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
         """See `TagSource.read`."""
         entries = iter(self._entries)
         current = next(entries, None)
@@ -125,16 +124,19 @@ class SnapshotSource:
                     yield Missing(at, stop - at, None, "not in the snapshot")
                 else:
                     stop = min(extent.end, current[0].end)
-                    yield from self._load(current[1], Extent(at, stop - at))
+                    yield self._load(current[1], Extent(at, stop - at))
                 at = stop
 
-    def _load(self, entry: Entry, part: Extent) -> Iterator[Copied | Missing]:
+    def _load(self, entry: Entry, part: Extent) -> Step:
         record = self._snapshot.load(entry)
+        step: Step
         if isinstance(record, Missing):
-            yield Missing(part.ipa, part.size_bytes, record.errno, record.reason)
-            return
-        for ipa, tags in chunks(record, part):
-            yield Copied(ipa, tags)
+            step = record
+        elif record.fill is not None:
+            step = Fill(record.ipa, record.size_bytes, record.fill)
+        else:
+            step = Copied(record.ipa, record.tags())
+        return cut(step, part.ipa, part.size_bytes)
 
 
 def _in_force(entries: Iterable[Entry]) -> Iterator[tuple[Extent, Entry]]:

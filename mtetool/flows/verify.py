@@ -56,6 +56,7 @@ def verify_against(
     checked = check(
         reader,
         use=lambda ipa, tags: comparer.compare(ipa, tags, differing, unreadable),
+        use_fill=lambda fill: comparer.compare_fill(fill, differing, unreadable),
         progress=progress,
     )
     return VerifyResult(checked, name, paused, comparer.compared_bytes, differing, unreadable)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import zstandard
@@ -39,12 +40,21 @@ def _mtetool(*words: str) -> Timed:
 # --- zstd: from file to file, in a stream, as the program does it; and from buffer to buffer ---
 
 
+@cache
+def _compressor() -> zstandard.ZstdCompressor:
+    return zstandard.ZstdCompressor(level=1, threads=2, write_checksum=True)
+
+
+@cache
+def _decompressor() -> zstandard.ZstdDecompressor:
+    return zstandard.ZstdDecompressor()
+
+
 def _zstd_save(source: str, target: str) -> Timed:
     def save() -> None:
-        compressor = zstandard.ZstdCompressor(level=1, threads=2, write_checksum=True)
         with Path(source).open("rb", 0) as tags, Path(target).open("wb", 0) as out:
             size = os.fstat(tags.fileno()).st_size
-            compressor.copy_stream(tags, out, size, read_size=_STEP, write_size=_STEP)
+            _compressor().copy_stream(tags, out, size, read_size=_STEP, write_size=_STEP)
 
     return save
 
@@ -53,7 +63,7 @@ def _zstd_save_memory(source: str, target: str) -> Timed:
     data = _loaded(source)
 
     def save() -> None:
-        zstandard.ZstdCompressor(level=1, threads=2, write_checksum=True).compress(data)
+        _compressor().compress(data)
 
     return save
 
@@ -61,7 +71,7 @@ def _zstd_save_memory(source: str, target: str) -> Timed:
 def _zstd_restore(source: str, target: str) -> Timed:
     def restore() -> None:
         with Path(source).open("rb", 0) as frame, Path(target).open("wb", 0) as out:
-            zstandard.ZstdDecompressor().copy_stream(frame, out, read_size=_STEP, write_size=_STEP)
+            _decompressor().copy_stream(frame, out, read_size=_STEP, write_size=_STEP)
 
     return restore
 
@@ -69,9 +79,7 @@ def _zstd_restore(source: str, target: str) -> Timed:
 def _zstd_verify(source: str, target: str) -> Timed:
     def verify() -> None:
         with Path(source).open("rb", 0) as frame:
-            chunks = zstandard.ZstdDecompressor().read_to_iter(
-                frame, read_size=_STEP, write_size=_STEP
-            )
+            chunks = _decompressor().read_to_iter(frame, read_size=_STEP, write_size=_STEP)
             for _ in chunks:
                 pass
 

@@ -70,6 +70,32 @@ def test_what_was_written_is_read(make_guest: Factory, page: int) -> None:
     assert np.array_equal(tags_of(guest, BASE + 3 * page, page), tags.reshape(8, -1)[3])
 
 
+def test_what_is_tagged_may_be_tagged(make_guest: Factory, page: int) -> None:
+    """And what is beside it is told as whole pages, in order, inside of what was asked."""
+    guest = make_guest([(BASE, 64 * page, False)])
+    tagged = [BASE + n * page for n in (0, 3, 4, 40, 63)]
+    for ipa in tagged:
+        guest.write_tags(ipa, random_tags(page))
+    for first, n_pages in ((0, 64), (3, 2), (4, 30), (5, 35), (41, 23)):
+        start, end = BASE + first * page, BASE + (first + n_pages) * page
+        parts = list(guest.may_be_tagged(start, end - start))
+        edges = [edge for ipa, size_bytes in parts for edge in (ipa, ipa + size_bytes)]
+        assert edges == sorted(edges)
+        assert all(edge % page == 0 and start <= edge <= end for edge in edges)
+        assert all(size_bytes > 0 for _, size_bytes in parts)
+        for ipa in tagged:
+            told = any(at <= ipa < at + size_bytes for at, size_bytes in parts)
+            assert told is (start <= ipa < end)
+
+
+def test_memory_that_is_not_there_may_be_tagged(make_guest: Factory, page: int) -> None:
+    """It has to be read, to learn why it cannot be."""
+    guest = make_guest([(BASE, 4 * page, False), (BASE + 8 * page, 4 * page, False)])
+    parts = list(guest.may_be_tagged(BASE, 12 * page))
+    for ipa in range(BASE + 4 * page, BASE + 8 * page, page):
+        assert any(at <= ipa < at + size_bytes for at, size_bytes in parts)
+
+
 def test_what_was_written_can_be_overwritten(make_guest: Factory, page: int) -> None:
     guest = make_guest([(BASE, 4 * page, False)])
     guest.write_tags(BASE, random_tags(4 * page))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -42,6 +42,7 @@ class FakeGuest:
     frozen: bool = False
     freezes: int = 0
     reads_while_running: int = 0
+    knows_untagged: bool = False
     memory: dict[int, Tags] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,6 +91,21 @@ class FakeGuest:
             part[:] = page
 
         return self._copy(ipa, np.asarray(out), self.bad, read)
+
+    def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+        if not self.knows_untagged:
+            yield ipa, size_bytes
+            return
+        start = None
+        for at in range(ipa, ipa + size_bytes, self.page_size_bytes):
+            page = self._page(at)
+            if page is None or self.bad(at) or page.any():
+                start = at if start is None else start
+            elif start is not None:
+                yield start, at - start
+                start = None
+        if start is not None:
+            yield start, ipa + size_bytes - start
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         if self.busy_after_writes is not None and self.writes >= self.busy_after_writes:

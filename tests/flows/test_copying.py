@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtetool.errors import BusyError, GuestError, GuestLostError
-from mtetool.flows.copying import Copied, TagReader, write_extent
+from mtetool.flows.copying import Copied, Fill, TagReader, write_extent
 from mtetool.flows.layout import UNREACHABLE, Layout
 from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Missing
@@ -23,6 +23,13 @@ BASE = 0x4000_0000
 
 def one_slot(n_pages: int) -> tuple[Memslot, ...]:
     return (Memslot(0, BASE, n_pages * PAGE),)
+
+
+def read_of(step: Copied | Fill) -> Tags:
+    """A copy of a step's tags."""
+    if isinstance(step, Fill):
+        return np.full(step.size_bytes // 16, step.tag, dtype=np.uint8)
+    return np.array(step.tags)
 
 
 def read_all(
@@ -40,11 +47,10 @@ def read_all(
         if isinstance(step, Missing):
             missing.append(step)
             continue
+        tags = read_of(step)
         for n in range(step.size_bytes // guest.page_size_bytes):
             first = n * guest.page_granules
-            pages[step.ipa + n * guest.page_size_bytes] = np.array(
-                step.tags[first : first + guest.page_granules]
-            )
+            pages[step.ipa + n * guest.page_size_bytes] = tags[first : first + guest.page_granules]
     return pages, missing
 
 
@@ -185,3 +191,68 @@ def test_dirty_logging_is_told_apart() -> None:
     tags = np.zeros(8 * 256, dtype=np.uint8)
     with pytest.raises(BusyError, match="EBUSY"):
         list(write_extent(guest, BASE, tags.data, Layout(guest.slots, PAGE)))
+
+
+# --- what cannot be tagged is not read --------------------------------------------------------
+
+
+def steps_of(guest: FakeGuest, *, every_page: bool) -> list[tuple[int, int, bytes | Missing]]:
+    """Address, size, and copies of the tags, of each step."""
+    reader = TagReader(guest, Layout(guest.slots, PAGE), chunk_granules=4 * 256)
+    extents = [Extent(slot.ipa, slot.size_bytes) for slot in guest.slots]
+    return [
+        (step.ipa, step.size_bytes, step if isinstance(step, Missing) else read_of(step).tobytes())
+        for step in reader.read(extents, every_page=every_page)
+    ]
+
+
+def joined(
+    steps: list[tuple[int, int, bytes | Missing]],
+) -> list[tuple[int, int, bytes | Missing]]:
+    """Neighbouring steps without any tags as one, as the writer of a snapshot joins them."""
+    result: list[tuple[int, int, bytes | Missing]] = []
+    for ipa, size_bytes, tags in steps:
+        if result and isinstance(tags, bytes) and not any(tags):
+            at, before, last = result[-1]
+            if isinstance(last, bytes) and not any(last) and at + before == ipa:
+                result[-1] = (at, before + size_bytes, last + tags)
+                continue
+        result.append((ipa, size_bytes, tags))
+    return result
+
+
+@given(st.lists(st.sampled_from("..............tttb"), min_size=30, max_size=60))
+def test_the_same_is_read_either_way(kinds: list[str]) -> None:
+    guest = FakeGuest(one_slot(len(kinds)), knows_untagged=True)
+    bad = {BASE + n * PAGE for n, kind in enumerate(kinds) if kind == "b"}
+    guest.bad = bad.__contains__
+    pages = guest.memory[BASE].reshape(-1, 256)
+    for n, kind in enumerate(kinds):
+        if kind == "t":
+            pages[n, n % 256] = n % 15 + 1
+    assert joined(steps_of(guest, every_page=False)) == joined(steps_of(guest, every_page=True))
+
+
+def test_what_cannot_be_tagged_is_not_read() -> None:
+    guest = FakeGuest(one_slot(1000), knows_untagged=True)
+    guest.memory[BASE][500 * 256] = 3
+    steps = steps_of(guest, every_page=False)
+    assert guest.reads == 1
+    first, middle, last = steps
+    assert (first[:2], last[:2]) == (
+        (BASE, 500 * PAGE),
+        (BASE + 504 * PAGE, 496 * PAGE),
+    )
+    assert middle[:2] == (BASE + 500 * PAGE, 4 * PAGE)
+    assert isinstance(middle[2], bytes)
+    assert middle[2] == bytes([3]) + bytes(4 * 256 - 1)
+
+
+def test_pages_side_by_side_with_untagged_ones_do_not_show_older_chunks() -> None:
+    guest = FakeGuest(one_slot(16), knows_untagged=True)
+    guest.memory[BASE][: 4 * 256] = 9
+    guest.memory[BASE][5 * 256] = 4
+    tags = b"".join(
+        tags for _, _, tags in steps_of(guest, every_page=False) if isinstance(tags, bytes)
+    )
+    assert tags == guest.memory[BASE].tobytes()

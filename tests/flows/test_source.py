@@ -23,6 +23,7 @@ from mtetool.snapshot.writer import SnapshotWriter
 from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES
 from tests.flows.fakes import PAGE, FakeGuest
+from tests.flows.test_copying import read_of
 
 BASE = 0x4000_0000
 N_PAGES = 16
@@ -67,7 +68,7 @@ def read(source: SnapshotSource | GuestSource, extents: list[Extent]) -> Tags:
         if isinstance(step, Missing):
             parts.append(np.full(n_granules, MISSING, np.uint8))
         else:
-            parts.append(np.array(step.tags))
+            parts.append(read_of(step))
     return np.concatenate(parts)
 
 
