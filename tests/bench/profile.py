@@ -33,9 +33,9 @@ _STAGES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("read from the guest", re.compile(r"preadv?\(|read_tags|_read_span|SEEK_(DATA|HOLE)")),
     ("write to the guest", re.compile(r"pwrite|write_tags|_write_span|write_all")),
     ("read the file", re.compile(r"readinto|\.read\(|exactly\(")),
-    ("write the file", re.compile(r"\.write\(|fsync|_put\(")),
-    ("compare", re.compile(r"compare|array_equal|differences|==")),
-    ("encode", re.compile(r"pack|encode|decode|uniform|runs|count_|fill|classif|tags\(")),
+    ("write the file", re.compile(r"\.write\(|fsync")),
+    ("compare", re.compile(r"compare|first_difference|array_equal|differences")),
+    ("encode", re.compile(r"pack|encode|decode|scan|mask|runs?\b|fill|\.tags\(")),
 )
 _WAITING = "handing over to other threads"
 _OTHER = "everything else"
