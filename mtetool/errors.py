@@ -51,6 +51,12 @@ class UsageError(MtetoolError):
     status = STATUS_USAGE
 
 
+class BaseNeededError(UsageError):
+    """A delta without the snapshot that it is a delta to."""
+
+    id = "base-needed"
+
+
 class MisalignedError(UsageError):
     """An address or a size is not a multiple of the page size."""
 

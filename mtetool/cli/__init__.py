@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "restore": ("mtetool.cli.restore", "Put a snapshot's tags into a guest, exactly."),
     "info": ("mtetool.cli.info", "Say what a snapshot holds, without reading its tags."),
     "verify": ("mtetool.cli.verify", "Check a snapshot, and compare it with a guest."),
+    "merge": ("mtetool.cli.merge", "Make one snapshot of a base and its deltas."),
     "dump": ("mtetool.cli.dump", "Print tags: runs of equal ones, or each."),
     "diff": ("mtetool.cli.diff", "Say where the tags of two sources differ."),
     "list": ("mtetool.cli.listing", "List the VMs of this host, and whether they have tags."),
@@ -85,7 +86,6 @@ class LazyGroup(click.Group):
 )
 @click.version_option(__version__, message="mtetool %(version)s")
 def group() -> None:
-    """Save, restore and look at the memory tags (Arm MTE) of live KVM guests.
-
-    GUEST is kvm:PID, proc:PID (a process), or emu:PATH, an emulated one.
+    """Save, restore and look at the memory tags (Arm MTE) of a GUEST: kvm:PID, a
+    live VM; proc:PID, a process; emu:PATH, an emulated one.
     """

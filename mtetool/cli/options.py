@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 
 from mtetool.backends import GuestOptions
+from mtetool.errors import UsageError
 from mtetool.guest import Memslot
 from mtetool.uapi import TAG_MAX
 
@@ -196,3 +198,22 @@ def progress_options(command: _F) -> _F:
         help="A bar on a terminal (auto), a line of JSON a second, or nothing.",
     )
     return quiet(progress(with_options))  # type: ignore[return-value]
+
+
+BASE_OPTION = click.option(
+    "--base",
+    "bases",
+    multiple=True,
+    metavar="FILE",
+    help="What a delta is a delta to (repeatable: the oldest first).",
+)
+
+
+def snapshot_target(out: str | None) -> str:
+    """What `-o` of a command that writes a snapshot means. Raises UsageError for a terminal."""
+    to_stdout = out is None or out == "-"
+    if to_stdout and sys.stdout is not None and sys.stdout.isatty():
+        raise UsageError(
+            "a snapshot is not for a terminal", hint="-o FILE, or a pipe behind the command"
+        )
+    return "-" if out is None else out

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mtetool.backends import GuestOptions, open_guest
-from mtetool.cli.options import Parsed, parse_number, progress_options, report_option
+from mtetool.cli.options import BASE_OPTION, Parsed, parse_number, progress_options, report_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import extent_lines, extents_json, missing_json, missing_lines, size
@@ -42,6 +42,7 @@ def parse_move(text: str) -> tuple[int, int]:
     metavar="OLD=NEW",
     help="The slot at IPA OLD in the snapshot is at NEW in the guest.",
 )
+@BASE_OPTION
 @with_guest_options
 @progress_options
 @report_option
@@ -52,6 +53,7 @@ def command(
     dry_run: bool,
     every_page: bool,
     moves: tuple[tuple[int, int], ...],
+    bases: tuple[str, ...],
     guest_options: GuestOptions,
     quiet: bool,
     progress: str,
@@ -67,7 +69,7 @@ def command(
 
     started = time.monotonic()
     with (
-        snapshot_input(file) as snapshot,
+        snapshot_input(file, bases) as snapshot,
         open_guest(guest, guest_options) as opened,
         shown(f"restoring {guest}", progress) as update,
     ):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 import click
 
 from mtetool.backends import GuestOptions, open_guest
-from mtetool.cli.options import RANGE, SIZE, Range, progress_options, report_option
+from mtetool.cli.options import RANGE, SIZE, Range, progress_options, report_option, snapshot_target
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size, slot_rows
 from mtetool.cli.render import print_json, say, warn
-from mtetool.errors import UsageError
 
 if TYPE_CHECKING:
     from mtetool.flows.save import SaveResult
@@ -51,6 +50,13 @@ _CONSISTENT = {
 @click.option(
     "--spool", type=SIZE, metavar="SIZE", help="Keep so much in memory until all tags are read."
 )
+@click.option(
+    "--base",
+    "bases",
+    multiple=True,
+    metavar="FILE",
+    help="Save what has changed since (repeatable: the oldest first).",
+)
 @click.option("--every-page", is_flag=True, help="Read also the pages that cannot have tags.")
 @click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Threads that compress.")
 @click.option(
@@ -68,6 +74,7 @@ def command(
     partial: Literal["keep", "fail"] | None,
     freeze: bool,
     spool: int | None,
+    bases: tuple[str, ...],
     every_page: bool,
     jobs: int | None,
     level: int,
@@ -82,11 +89,12 @@ def command(
     read. Without -o the snapshot goes down the pipe. Status 3 when some pages could not be read.
     """
     # Everything is loaded before the guest is looked at: it may be waiting, paused.
+    from mtetool.flows.layers import open_layers
     from mtetool.flows.save import SaveOptions, save
     from mtetool.snapshot.model import Extent
     from mtetool.snapshot.output import output_file
 
-    target = _target(out)
+    target = snapshot_target(out)
     options = SaveOptions(
         ranges=tuple(Extent(*asked) for asked in ranges),
         slots=slots,
@@ -99,12 +107,13 @@ def command(
     )
     started = time.monotonic()
     with (
+        open_layers(bases) if bases else nullcontext() as base,
         output_file(target, force=force) as stream,
         open_guest(guest, guest_options) as opened,
         shown(f"saving {guest}", progress) as update,
     ):
         counted = _Counted(stream)
-        result = save(opened, cast(BinaryIO, counted), options, progress=update)
+        result = save(opened, cast(BinaryIO, counted), options, base=base, progress=update)
     elapsed = time.monotonic() - started
     if result.consistent is False and not quiet:
         warn(
@@ -137,15 +146,6 @@ class _Counted:
         return getattr(self._stream, name)
 
 
-def _target(out: str | None) -> str:
-    to_stdout = out is None or out == "-"
-    if to_stdout and sys.stdout is not None and sys.stdout.isatty():
-        raise UsageError(
-            "a snapshot is not for a terminal", hint="-o FILE, or a pipe behind the command"
-        )
-    return "-" if out is None else out
-
-
 def _document(
     guest: str, target: str, file_bytes: int, elapsed: float, result: SaveResult
 ) -> dict[str, Any]:
@@ -156,6 +156,7 @@ def _document(
         "file": None if target == "-" else target,
         "file_bytes": file_bytes,
         "snapshot_id": result.header.snapshot_id,
+        "base_id": result.header.base_id,
         "page_size_bytes": result.header.page_size_bytes,
         "scope": extent_rows(result.scope),
         "saved_bytes": result.saved_bytes,

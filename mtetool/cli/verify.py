@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mtetool.backends import GuestOptions, open_guest
+from mtetool.cli.options import BASE_OPTION, progress_options, report_option
 from mtetool.cli.options import guest_options as with_guest_options
-from mtetool.cli.options import progress_options, report_option
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import extent_lines, extents_json, missing_json, missing_lines, size
 from mtetool.cli.render import print_json, say, warn
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 @click.command("verify")
 @click.argument("file", metavar="FILE")
 @click.option("--against", metavar="GUEST", help="Compare every tag with this guest's.")
+@BASE_OPTION
 @with_guest_options
 @progress_options
 @report_option
 def command(
     file: str,
     against: str | None,
+    bases: tuple[str, ...],
     guest_options: GuestOptions,
     quiet: bool,
     progress: str,
@@ -41,7 +43,7 @@ def command(
     from mtetool.flows.verify import verify, verify_against
 
     started = time.monotonic()
-    with snapshot_input(file) as snapshot, shown(f"verifying {file}", progress) as update:
+    with snapshot_input(file, bases) as snapshot, shown(f"verifying {file}", progress) as update:
         reader = snapshot.reader()
         if against is None:
             result = verify(reader, progress=update)

@@ -41,11 +41,13 @@ _WHOLE_VM = {
 class Copied:
     """Tags that were read, one byte a granule, in a buffer that is written again later.
 
-    By the next step, or where the reader has several buffers, when their turn comes again.
+    By the next step, or where the reader has several buffers, when their turn comes again. With
+    `over_base`, of a delta, they are the exclusive-or of the tags and those of its base.
     """
 
     ipa: int
     tags: memoryview
+    over_base: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -71,6 +73,7 @@ class Fill:
     ipa: int
     size_bytes: int
     tag: int
+    over_base: bool = False
 
 
 Step = Copied | Fill | Missing
@@ -184,7 +187,8 @@ def cut(step: Step, ipa: int, size_bytes: int) -> Step:
     if not isinstance(step, Copied):
         return replace(step, ipa=ipa, size_bytes=size_bytes)
     offset = (ipa - step.ipa) // GRANULE_BYTES
-    return Copied(ipa, step.tags[offset : offset + size_bytes // GRANULE_BYTES])
+    tags = step.tags[offset : offset + size_bytes // GRANULE_BYTES]
+    return Copied(ipa, tags, step.over_base)
 
 
 class _Ahead:

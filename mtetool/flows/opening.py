@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from mtetool.errors import host_error
+from mtetool.flows.layers import Layers, open_layers
 from mtetool.snapshot.opening import display_name, is_seekable, opened
 from mtetool.snapshot.reader import SnapshotReader
 
@@ -30,12 +31,29 @@ class SnapshotInput:
         return SnapshotReader(self.stream, self.name)
 
 
+@dataclass(frozen=True, slots=True)
+class LayeredInput:
+    """Open snapshots that are read as one, as often as one likes."""
+
+    layers: Layers
+    seekable: bool = True
+
+    def reader(self) -> Layers:
+        """All of them together."""
+        return self.layers
+
+
 @contextmanager
-def snapshot_input(path: str) -> Iterator[SnapshotInput]:
-    """Open a snapshot file, or standard input for "-".
+def snapshot_input(path: str, bases: Sequence[str] = ()) -> Iterator[SnapshotInput | LayeredInput]:
+    """Open a snapshot file, or standard input for "-"; with the bases that a delta needs.
 
     A path may be a pipe as well: a FIFO, or a shell's <(process substitution). Raises
-    UsageError, NoSuchFileError, NotASnapshotError (a directory), HostIoError.
+    UsageError, NoSuchFileError, NotASnapshotError (a directory), HostIoError, and with bases
+    what `open_layers` raises.
     """
+    if bases:
+        with open_layers([*bases, path]) as layers:
+            yield LayeredInput(layers)
+        return
     with opened(path) as stream:
         yield SnapshotInput(stream, display_name(path), is_seekable(stream))

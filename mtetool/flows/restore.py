@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from mtetool import loops
 from mtetool.backends.base import Guest
 from mtetool.errors import STATUS_OK, STATUS_PARTIAL, BusyError, LayoutError, MtetoolError
-from mtetool.flows.checking import check
 from mtetool.flows.comparing import Comparer
 from mtetool.flows.copying import (
     CHUNK_GRANULES,
@@ -19,9 +18,11 @@ from mtetool.flows.copying import (
     check_has_tags,
     write_extent,
 )
+from mtetool.flows.layers import Layers
 from mtetool.flows.layout import Layout, common, hex_range, layout_of, merged, slots_of, total_bytes
-from mtetool.flows.pieces import Progress, constant, decoded, no_progress
+from mtetool.flows.pieces import Progress, constant, no_progress
 from mtetool.flows.relocation import Relocation, check_fit
+from mtetool.flows.stored import Stored, stored
 from mtetool.flows.tally import Tally
 from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Header, Missing
@@ -77,7 +78,7 @@ class RestoreResult:
 
 
 def restore(
-    open_reader: Callable[[], SnapshotReader],
+    open_reader: Callable[[], SnapshotReader | Layers],
     guest: Guest,
     options: RestoreOptions,
     *,
@@ -90,11 +91,11 @@ def restore(
     time, and nothing is written before the whole snapshot was read and checked. Without
     (a pipe) each piece is checked before it is used.
 
-    Raises SnapshotError, LayoutError, MisalignedError, UsageError; BusyError when the guest
-    logs dirty pages and nothing was written. An error that comes after something was
-    written says so.
+    Raises SnapshotError, LayoutError, MisalignedError, UsageError, BaseNeededError; BusyError
+    when the guest logs dirty pages and nothing was written. An error that comes after something
+    was written says so.
     """
-    reader = open_reader()
+    reader = stored(open_reader())
     header = reader.header
     layout = layout_of(guest, slots_of(header))
     check_has_tags(guest, layout, "the guest")
@@ -102,7 +103,7 @@ def restore(
     relocation.check_targets(layout.page_size_bytes)
     gone: list[Extent] = []
     if again:
-        checked = check(reader)
+        checked = reader.check()
         planned = checked.held
         gone = [Extent(missing.ipa, missing.size_bytes) for missing in reader.missing]
     else:
@@ -111,7 +112,7 @@ def restore(
     scope = relocation.moved(merged(header.scope))
     check_fit(relocation.moved(planned), layout, scope, relocation.moved(merged(gone)))
     if again:
-        reader = open_reader()
+        reader = stored(open_reader())
         checked.expect_same(reader.header)
     work = _Restorer(guest, layout, relocation, header, options)
     return work.run(reader, progress)
@@ -136,16 +137,16 @@ class _Restorer:
         self._comparer = Comparer(self._reader)
         self.result = RestoreResult(header, guest.paused(), options.dry_run)
 
-    def run(self, reader: SnapshotReader, progress: Progress) -> RestoreResult:
+    def run(self, reader: Stored, progress: Progress) -> RestoreResult:
         total, done = total_bytes(reader.header.scope), 0
         progress(0, total)
         try:
-            for piece, tags in decoded(reader):
-                if tags is not None:
-                    self._take(piece.ipa, tags)
-                elif not isinstance(piece, Missing) and piece.fill is not None:
-                    self._take_fill(Fill(piece.ipa, piece.size_bytes, piece.fill))
-                done += piece.size_bytes
+            for step in reader.steps():
+                if isinstance(step, Copied):
+                    self._take(step.ipa, step.tags)
+                elif isinstance(step, Fill):
+                    self._take_fill(step)
+                done += step.size_bytes
                 progress(done, total)
         except BusyError as error:
             if not self.result.restored_bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO, Literal, cast
 
 from mtetool.backends.base import Guest
@@ -17,6 +17,7 @@ from mtetool.errors import (
 )
 from mtetool.flows.copying import Copied, Fill, TagReader, check_has_tags
 from mtetool.flows.freezing import DEFAULT_SPOOL_BYTES, Spool, held_still
+from mtetool.flows.layers import Layers
 from mtetool.flows.layout import (
     UNREACHABLE,
     Layout,
@@ -84,13 +85,18 @@ class SaveResult:
 
 
 def save(
-    guest: Guest, out: BinaryIO, options: SaveOptions, *, progress: Progress = no_progress
+    guest: Guest,
+    out: BinaryIO,
+    options: SaveOptions,
+    *,
+    base: Layers | None = None,
+    progress: Progress = no_progress,
 ) -> SaveResult:
-    """Write a guest's tags to `out`, front to back.
+    """Write a guest's tags to `out`, front to back; with `base` what has changed since.
 
     Raises MisalignedError, RangeError and UsageError before anything is read; PartialError
     for the first page that cannot be read, with partial "fail"; GuestError when nothing at
-    all can be read or the guest is gone.
+    all can be read or the guest is gone. SnapshotError and BaseNeededError of the base.
     """
     info = guest.info()
     layout = Layout(info.memslots, guest.page_size_bytes)
@@ -100,6 +106,8 @@ def save(
     # stands still.
     paused_before = True if options.freeze else guest.paused()
     header = Header.for_guest(info, scope, paused=paused_before)
+    if base is not None:
+        header = _on(base, header)
     result = SaveResult(header, info, tuple(scope), _skipped(layout, options))
     spool = Spool(out, _spool_bytes(options))
     stream = cast(BinaryIO, spool)
@@ -107,7 +115,7 @@ def save(
         writer.warm_up()
         reader = TagReader(guest, layout, n_buffers=writer.window + 1)
         with held_still(guest, wanted=options.freeze) as thaw:
-            _copy(reader, writer, result, options, progress)
+            _copy(reader, writer, result, options, base, progress)
             result.consistent = _consistent(paused_before, _paused_after(guest, result))
             result.frozen_seconds = thaw()
         result.spool_overflowed = spool.overflowed
@@ -155,6 +163,7 @@ def _copy(
     writer: SnapshotWriter,
     result: SaveResult,
     options: SaveOptions,
+    base: Layers | None,
     progress: Progress,
 ) -> None:
     total, done = total_bytes(result.scope), 0
@@ -165,7 +174,7 @@ def _copy(
             if isinstance(step, Missing):
                 _note_missing(step, writer, result, options)
             else:
-                _add(step, writer)
+                _add(step, writer, base)
                 result.saved_bytes += step.size_bytes
             reached.append(Extent(step.ipa, step.size_bytes))
             reached = merged(reached)
@@ -185,11 +194,30 @@ def _copy(
         raise _nothing(result)
 
 
-def _add(step: Copied | Fill, writer: SnapshotWriter) -> None:
-    if isinstance(step, Fill):
+def _on(base: Layers, header: Header) -> Header:
+    """The header of a delta; the base is read whole before, as the delta relies on it."""
+    base.need_whole()
+    if base.page_size_bytes != header.page_size_bytes:
+        raise UsageError(
+            f"{base.name} is of pages of {base.page_size_bytes} bytes, and the guest has"
+            f" {header.page_size_bytes}: a delta needs the same",
+            hint="save the whole guest, without --base",
+        )
+    base.check()
+    return replace(header, base_id=base.header.snapshot_id)
+
+
+def _add(step: Copied | Fill, writer: SnapshotWriter, base: Layers | None) -> None:
+    if isinstance(step, Copied):
+        writer.add_tags(step.ipa, step.tags, base=base.fill_in if base is not None else None)
+    elif base is None:
         writer.add_fill(step.ipa, step.size_bytes, step.tag)
     else:
-        writer.add_tags(step.ipa, step.tags)
+        for part, is_same in base.where_same(step):
+            if is_same:
+                writer.add_same(part.ipa, part.size_bytes)
+            else:
+                writer.add_fill(part.ipa, part.size_bytes, step.tag)
 
 
 def _note_missing(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import heapq
 import tempfile
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import BinaryIO, Protocol, cast
 
 from mtetool.backends import GuestOptions, is_guest, open_guest
 from mtetool.backends.base import Guest
-from mtetool.errors import SnapshotError, host_error
+from mtetool.errors import BaseNeededError, host_error
 from mtetool.flows.copying import Copied, Fill, Step, TagReader, check_has_tags, cut
 from mtetool.flows.layout import check_aligned, check_inside, common, layout_of, merged
 from mtetool.snapshot.index import Entry, IndexedSnapshot
@@ -69,13 +71,27 @@ def open_source(source: str, options: GuestOptions | None = None) -> Iterator[Ta
         with open_guest(source, options) as guest:
             yield GuestSource(guest, source)
         return
-    with opened(source) as stream:
-        name = display_name(source)
-        if is_seekable(stream):
-            yield SnapshotSource(_indexed(stream, name), source)
-            return
-        with _spool(stream, name) as spool:
-            yield SnapshotSource(_indexed(spool, name), source)
+    name = display_name(source)
+    with opened(source) as stream, seekable_stream(stream, name) as seekable:
+        snapshot = IndexedSnapshot.of(seekable, name)
+        base_id = snapshot.header.base_id
+        if base_id is not None:
+            raise BaseNeededError(
+                f"{source} is a delta to the snapshot {base_id}, and says nothing without it",
+                hint="make one of the two: mtetool merge BASE DELTA -o WHOLE",
+                base_id=base_id,
+            )
+        yield SnapshotSource(snapshot, source)
+
+
+@contextmanager
+def seekable_stream(stream: BinaryIO, name: str) -> Iterator[BinaryIO]:
+    """The stream of a snapshot, or a checked copy of one that comes through a pipe."""
+    if is_seekable(stream):
+        yield stream
+        return
+    with _spool(stream, name) as spool:
+        yield spool
 
 
 class GuestSource:
@@ -105,6 +121,7 @@ class SnapshotSource:
         self.page_size_bytes = snapshot.header.page_size_bytes
         self._snapshot = snapshot
         self._entries = list(_in_force(snapshot.entries()))
+        self._starts = [extent.ipa for extent, _ in self._entries]
 
     def extents(self) -> list[Extent]:
         """See `TagSource.extents`: the scope of the snapshot."""
@@ -112,10 +129,10 @@ class SnapshotSource:
 
     def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
         """See `TagSource.read`."""
-        entries = iter(self._entries)
-        current = next(entries, None)
         for extent in extents:
             at = extent.ipa
+            entries = islice(self._entries, max(bisect_right(self._starts, at) - 1, 0), None)
+            current = next(entries, None)
             while at < extent.end:
                 while current is not None and current[0].end <= at:
                     current = next(entries, None)
@@ -133,9 +150,9 @@ class SnapshotSource:
         if isinstance(record, Missing):
             step = record
         elif record.fill is not None:
-            step = Fill(record.ipa, record.size_bytes, record.fill)
+            step = Fill(record.ipa, record.size_bytes, record.fill, record.over_base)
         else:
-            step = Copied(record.ipa, record.tags())
+            step = Copied(record.ipa, record.tags(), record.over_base)
         return cut(step, part.ipa, part.size_bytes)
 
 
@@ -208,17 +225,6 @@ def _about_spool() -> Iterator[None]:
         told = host_error(error, what)
         told.hint = "another directory: TMPDIR=DIRECTORY mtetool ...; or save to a file first"
         raise told from error
-
-
-def _indexed(stream: BinaryIO, name: str) -> IndexedSnapshot:
-    found = IndexedSnapshot.open(stream, name)
-    if found is None:
-        # Reading front to back tells what is wrong.
-        stream.seek(0)
-        for _ in SnapshotReader(stream, name):
-            pass
-        raise SnapshotError(f"{name} has no index")
-    return found
 
 
 def clip(source: TagSource, within: Sequence[Extent] | None) -> list[Extent]:

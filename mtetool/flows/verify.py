@@ -8,9 +8,11 @@ from mtetool.backends.base import Guest
 from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL
 from mtetool.flows.checking import Checked, check
 from mtetool.flows.comparing import Comparer
-from mtetool.flows.copying import TagReader, check_has_tags
-from mtetool.flows.layout import layout_of, slots_of
+from mtetool.flows.copying import Copied, Fill, TagReader, check_has_tags
+from mtetool.flows.layers import Layers
+from mtetool.flows.layout import layout_of, slots_of, total_bytes
 from mtetool.flows.pieces import Progress, no_progress
+from mtetool.flows.stored import stored
 from mtetool.flows.tally import Tally
 from mtetool.snapshot.model import Extent, Missing
 from mtetool.snapshot.reader import SnapshotReader
@@ -35,28 +37,42 @@ class VerifyResult:
         return STATUS_PARTIAL if self.checked.missing or self.unreadable else STATUS_OK
 
 
-def verify(reader: SnapshotReader, *, progress: Progress = no_progress) -> VerifyResult:
+def verify(reader: SnapshotReader | Layers, *, progress: Progress = no_progress) -> VerifyResult:
     """Check every byte of a snapshot. Raises SnapshotError where it is not sound."""
+    if isinstance(reader, Layers):
+        return VerifyResult(reader.check(progress=progress))
     return VerifyResult(check(reader, progress=progress))
 
 
 def verify_against(
-    reader: SnapshotReader, guest: Guest, name: str, *, progress: Progress = no_progress
+    reader: SnapshotReader | Layers, guest: Guest, name: str, *, progress: Progress = no_progress
 ) -> VerifyResult:
     """Check a snapshot and compare each of its tags with the guest's.
 
-    Raises SnapshotError, and GuestError where the guest refuses as a whole.
+    Raises SnapshotError, BaseNeededError, and GuestError where the guest refuses as a whole.
     """
-    layout = layout_of(guest, slots_of(reader.header))
+    whole = stored(reader)
+    layout = layout_of(guest, slots_of(whole.header))
     check_has_tags(guest, layout, name)
     comparer = Comparer(TagReader(guest, layout))
-    differing: Tally[Extent] = Tally()
-    unreadable: Tally[Missing] = Tally()
-    paused = guest.paused()
-    checked = check(
-        reader,
-        use=lambda ipa, tags: comparer.compare(ipa, tags, differing, unreadable),
-        use_fill=lambda fill: comparer.compare_fill(fill, differing, unreadable),
-        progress=progress,
-    )
-    return VerifyResult(checked, name, paused, comparer.compared_bytes, differing, unreadable)
+    result = VerifyResult(Checked(whole.header), name, guest.paused())
+    differing, unreadable = result.differing, result.unreadable
+    if isinstance(reader, Layers):
+        result.checked = reader.check()
+        total, done = total_bytes(whole.header.scope), 0
+        for step in reader.steps():
+            if isinstance(step, Copied):
+                comparer.compare(step.ipa, step.tags, differing, unreadable)
+            elif isinstance(step, Fill):
+                comparer.compare_fill(step, differing, unreadable)
+            done += step.size_bytes
+            progress(done, total)
+    else:
+        result.checked = check(
+            reader,
+            use=lambda ipa, tags: comparer.compare(ipa, tags, differing, unreadable),
+            use_fill=lambda fill: comparer.compare_fill(fill, differing, unreadable),
+            progress=progress,
+        )
+    result.compared_bytes = comparer.compared_bytes
+    return result

@@ -8,6 +8,7 @@ exactly the size that the record's head implies, before anything is decompressed
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import zstandard
@@ -34,7 +35,8 @@ class FrameError(Exception):
 class Encoded(NamedTuple):
     """Tags as a record holds them: `fill` is their one tag, or None and `frame` has them.
 
-    `runs` is how many runs the frame has; None where it has packed tags.
+    `runs` is how many runs the frame has; None where it has packed tags. With `over_base` they
+    are the exclusive-or of the tags and those of the base.
     """
 
     fill: int | None
@@ -42,6 +44,11 @@ class Encoded(NamedTuple):
     tagged_granules: int
     tagged_pages: int
     frame: bytes
+    over_base: bool = False
+
+
+BaseTags = Callable[[int, memoryview], bool]
+"""Writes the base's tags from an address on to a buffer; False where it has not all of them."""
 
 
 class Encoder:
@@ -58,19 +65,46 @@ class Encoder:
         Frames declare their size and have no checksum: the record has one. Raises ValueError for
         bytes that are no tags.
         """
-        n_runs, tagged, pages, bits = loops.scan(tags, page_granules)
-        if bits > 15:
+        found = loops.scan(tags, page_granules)
+        if found[3] > 15:
             raise ValueError("bytes that are no tags")
-        view = as_bytes(tags)
-        if n_runs == 1:
-            return Encoded(view[0], None, tagged, pages, b"")
+        return self._encode(as_bytes(tags), found)
+
+    def changes(self, tags: TagBuffer, page_granules: int) -> Encoded:
+        """As a call, for tags that are over a base already."""
+        found = loops.scan(tags, page_granules)
+        return self._encode(as_bytes(tags), found, over_base=True)
+
+    def against(self, base: BaseTags, ipa: int, tags: TagBuffer, page_granules: int) -> Encoded:
+        """As a call, for tags from `ipa` on, or over the base's, where that is shorter."""
+        mine = self._buffers()
+        change = mine.change[: len(as_bytes(tags))]
+        if not base(ipa, change):
+            return self(tags, page_granules)
+        loops.xor(change, tags)
+        found, changed = loops.scan(tags, page_granules), loops.scan(change, page_granules)
+        if found[3] > 15:
+            raise ValueError("bytes that are no tags")
+        is_same = changed[0] == 1 and not changed[3]
+        if is_same or changed[0] < found[0]:
+            return self._encode(change, changed, over_base=True)
+        return self._encode(as_bytes(tags), found)
+
+    def _encode(
+        self, view: memoryview, found: tuple[int, int, int, int], *, over_base: bool = False
+    ) -> Encoded:
+        n_runs, tagged, pages, _ = found
+        if n_runs == 1 and not (over_base and view[0]):
+            return Encoded(view[0], None, tagged, pages, b"", over_base)
         mine = self._buffers()
         if n_runs <= len(view) // MAX_RUNS_SHARE:
             size = loops.to_runs(view, n_runs, mine.room[: len(view)])
-            return Encoded(None, n_runs, tagged, pages, mine.runs.compress(mine.room[:size]))
+            frame = mine.runs.compress(mine.room[:size])
+            return Encoded(None, n_runs, tagged, pages, frame, over_base)
         size = len(view) // 2
         loops.pack(view, mine.room[:size])
-        return Encoded(None, None, tagged, pages, mine.packed.compress(mine.room[:size]))
+        frame = mine.packed.compress(mine.room[:size])
+        return Encoded(None, None, tagged, pages, frame, over_base)
 
     def warm_up(self) -> None:
         """Make this thread's buffers and use them once, so that later nothing is made."""
@@ -91,6 +125,8 @@ class _Buffers:
     def __init__(self, level: int, chunk_granules: int) -> None:
         # Written to at once, so that its pages are there.
         self.room = memoryview(bytearray(b"\xff") * chunk_granules)
+        self._chunk_granules = chunk_granules
+        self._change: memoryview | None = None
         self.packed = zstandard.ZstdCompressor(
             level=level, write_checksum=False, write_content_size=True
         )
@@ -104,6 +140,13 @@ class _Buffers:
                 write_content_size=True,
             )
             self.runs = zstandard.ZstdCompressor(compression_params=parameters)
+
+    @property
+    def change(self) -> memoryview:
+        """Room for a chunk of a base, made when it is first needed."""
+        if self._change is None:
+            self._change = memoryview(bytearray(b"\xff") * self._chunk_granules)
+        return self._change
 
 
 def decode(payload: bytes, runs: int | None, tags: memoryview) -> None:

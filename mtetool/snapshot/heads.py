@@ -25,13 +25,15 @@ from mtetool.uapi import GRANULE_BYTES, TAG_MAX
 _U64 = ADDRESS_LIMIT - 1
 _GRANULES = ADDRESS_LIMIT // GRANULE_BYTES
 _FILL, _PACKED, _RUNS = 0, 1, 2
+_OVER_BASE = 4  # added to these
 
 
 @dataclass(frozen=True, slots=True)
 class TagsHead:
     """A record of tags; `fill` is its one tag, or None where the payload holds them.
 
-    It holds them as so many `runs`, or packed, where that is None.
+    It holds them as so many `runs`, or packed, where that is None. With `over_base` they are the
+    exclusive-or of the tags and those of the snapshot's base; a fill is of 0 then.
     """
 
     ipa: int
@@ -40,6 +42,7 @@ class TagsHead:
     tagged_granules: int
     tagged_pages: int
     runs: int | None = None
+    over_base: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -163,9 +166,11 @@ def _extent(value: object, fields: Fields) -> Extent:
 def encode_tags(head: TagsHead) -> bytes:
     """The head of a record of tags."""
     values: dict[str, object] = {"ipa": head.ipa, "granules": head.granules}
+    if head.fill is not None and head.over_base:
+        return pack_map(values | {"enc": _FILL + _OVER_BASE})
     if head.fill is not None:
         return pack_map(values | {"enc": _FILL, "tag": head.fill})
-    values["enc"] = _PACKED if head.runs is None else _RUNS
+    values["enc"] = (_PACKED if head.runs is None else _RUNS) + _OVER_BASE * head.over_base
     if head.runs is not None:
         values["runs"] = head.runs
     values.update(tagged=head.tagged_granules, tagged_pages=head.tagged_pages)
@@ -178,26 +183,40 @@ def fill_head(ipa: int, granules: int, tag: int, page_granules: int) -> TagsHead
     return TagsHead(ipa, granules, tag, tagged, tagged // page_granules)
 
 
-def decode_tags(data: bytes, where: str, page_granules: int, chunk_granules: int) -> TagsHead:
+def same_head(ipa: int, granules: int) -> TagsHead:
+    """The record of a range whose tags are those of the base."""
+    return TagsHead(ipa, granules, 0, 0, 0, over_base=True)
+
+
+def decode_tags(
+    data: bytes, where: str, page_granules: int, chunk_granules: int, *, has_base: bool
+) -> TagsHead:
     """A record of tags. Raises DamagedError, UnknownVersionError."""
     fields = unpack_map(data, where)
     encoding = fields.integer("enc", 0, 255)
-    if encoding not in (_FILL, _PACKED, _RUNS):
+    over_base, shape = bool(encoding & _OVER_BASE), encoding & ~_OVER_BASE
+    if shape > _RUNS:
         raise UnknownVersionError(
             f"{where} has its tags in an encoding that this mtetool does not know: {encoding}",
             hint="a newer mtetool wrote it",
         )
     ipa = fields.integer("ipa", 0, _U64)
-    if encoding == _FILL:
+    if over_base and not has_base:
+        raise fields.wrong("it builds on a base, and the snapshot has none")
+    if over_base and shape == _FILL:
+        head = same_head(ipa, fields.integer("granules", 1, _GRANULES))
+    elif shape == _FILL:
         granules = fields.integer("granules", 1, _GRANULES)
         head = fill_head(ipa, granules, fields.integer("tag", 0, TAG_MAX), page_granules)
     else:
         granules = fields.integer("granules", 1, chunk_granules)
-        runs = fields.integer("runs", 1, granules // MAX_RUNS_SHARE) if encoding == _RUNS else None
+        runs = None
+        if shape == _RUNS:
+            runs = fields.integer("runs", 1, granules // MAX_RUNS_SHARE)
         tagged = fields.integer("tagged", 0, granules)
         low, high = -(-tagged // page_granules), min(tagged, granules // page_granules)
         pages = fields.integer("tagged_pages", low, high)
-        head = TagsHead(ipa, granules, None, tagged, pages, runs)
+        head = TagsHead(ipa, granules, None, tagged, pages, runs, over_base)
     fields.end()
     return head
 

@@ -81,6 +81,20 @@ class IndexedSnapshot:
             return None
         return cls(stream, name, header, size, end)
 
+    @classmethod
+    def of(cls, stream: BinaryIO, name: str) -> Self:
+        """As `open`, but where there is no end mark, the error says what is wrong."""
+        found = cls.open(stream, name)
+        if found is None:
+            try:
+                stream.seek(0)
+            except OSError as error:
+                raise host_error(error, f"{name}: seeking failed") from error
+            for _ in SnapshotReader(stream, name):
+                pass
+            raise DamagedError(f"{name} has no index")
+        return found
+
     def _record_at(self, offset: int) -> Record:
         try:
             self._stream.seek(offset)

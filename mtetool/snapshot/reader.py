@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 class Piece:
     """Tags of some memory; `fill` is the one tag of all of it, or None.
 
+    With `over_base` they are the exclusive-or of the tags and those of the snapshot's base.
     `stored_bytes` is what the record takes in the file.
     """
 
@@ -60,6 +61,7 @@ class Piece:
     n_granules: int
     fill: int | None
     stored_bytes: int
+    over_base: bool
     _where: str = field(repr=False, compare=False)
     _payload: bytes = field(repr=False)
     _max_granules: int = field(repr=False, compare=False)
@@ -247,7 +249,8 @@ def tags_head(record: Record, name: str, header: Header) -> TagsHead:
     """The head of a record of tags. Raises DamagedError, UnknownVersionError."""
     where = _where(name, record)
     page_granules = header.page_size_bytes // GRANULE_BYTES
-    head = decode_tags(record.head, where, page_granules, header.chunk_granules)
+    has_base = header.base_id is not None
+    head = decode_tags(record.head, where, page_granules, header.chunk_granules, has_base=has_base)
     if (head.fill is None) != bool(record.payload):
         raise DamagedError(f"{where}: a payload that does not belong to its encoding")
     return head
@@ -260,6 +263,7 @@ def piece_of(record: Record, head: TagsHead, name: str, header: Header) -> Piece
         n_granules=head.granules,
         fill=head.fill,
         stored_bytes=record.length_bytes,
+        over_base=head.over_base,
         _where=_where(name, record),
         _payload=record.payload,
         _max_granules=header.chunk_granules,

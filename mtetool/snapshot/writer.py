@@ -8,12 +8,13 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self, TypeVar
 
 from mtetool.buffers import as_bytes
 from mtetool.errors import HostError, HostIoError, LayoutError, RangeError
-from mtetool.snapshot.frames import Encoder
+from mtetool.snapshot.frames import BaseTags, Encoded, Encoder
 from mtetool.snapshot.heads import (
     DoneHead,
     TagsHead,
@@ -23,6 +24,7 @@ from mtetool.snapshot.heads import (
     encode_missing,
     encode_tags,
     fill_head,
+    same_head,
     storable,
 )
 from mtetool.snapshot.ledger import Ledger, LedgerError
@@ -136,14 +138,26 @@ class SnapshotWriter:
         for future in started:
             future.result()
 
-    def add_tags(self, ipa: int, tags: TagBuffer) -> None:
+    def add_tags(self, ipa: int, tags: TagBuffer, *, base: BaseTags | None = None) -> None:
         """The tags of the memory from `ipa` on (page-aligned), one byte a granule.
 
         `tags` is C-contiguous, of whole pages, at most the header's `chunk_granules` long,
         bits 7:4 zero. It must stay as it is until `window` more chunks were added, or the end:
-        who has `window` + 1 buffers uses them in turn. Raises RangeError; ValueError, sooner or
-        later, for bytes that are no tags.
+        who has `window` + 1 buffers uses them in turn. With `base`, which is called in other
+        threads, only what has changed since is written. Raises RangeError; ValueError, sooner or
+        later, for bytes that are no tags; what `base` raises.
         """
+        page = self._page_granules
+        if base is None:
+            self._add(ipa, tags, lambda: self._encoder(tags, page))
+        else:
+            self._add(ipa, tags, lambda: self._encoder.against(base, ipa, tags, page))
+
+    def add_changes(self, ipa: int, tags: TagBuffer) -> None:
+        """As `add_tags`, for the exclusive-or of tags and those of the base."""
+        self._add(ipa, tags, lambda: self._encoder.changes(tags, self._page_granules))
+
+    def _add(self, ipa: int, tags: TagBuffer, encode: Callable[[], Encoded]) -> None:
         view = as_bytes(tags)
         n_granules = len(view)
         self._check(ipa, n_granules * GRANULE_BYTES)
@@ -151,7 +165,7 @@ class SnapshotWriter:
             raise RangeError(
                 f"{n_granules} granules in a chunk of at most {self.header.chunk_granules}"
             )
-        self._pending.append(self._submit(lambda: self._encode(ipa, view)))
+        self._pending.append(self._submit(lambda: _stored(ipa, n_granules, encode())))
         self._n_chunks += 1
         while self._n_chunks > self.window:
             self._write_oldest()
@@ -165,7 +179,19 @@ class SnapshotWriter:
         self._check(ipa, size_bytes)
         if not 0 <= tag <= TAG_MAX:
             raise RangeError(f"a tag of {tag}, which are 0 to {TAG_MAX}")
-        head = fill_head(ipa, size_bytes // GRANULE_BYTES, tag, self._page_granules)
+        self._queue(fill_head(ipa, size_bytes // GRANULE_BYTES, tag, self._page_granules))
+
+    def add_same(self, ipa: int, size_bytes: int) -> None:
+        """Memory of any size (both page-aligned, in bytes) whose tags are those of the base.
+
+        Raises RangeError.
+        """
+        self._check(ipa, size_bytes)
+        if self.header.base_id is None:
+            raise RangeError("the snapshot has no base")
+        self._queue(same_head(ipa, size_bytes // GRANULE_BYTES))
+
+    def _queue(self, head: TagsHead) -> None:
         self._pending.append(_Stored(head, b""))
         self._write_ready()
         while len(self._pending) > _MAX_QUEUED:
@@ -248,13 +274,6 @@ class SnapshotWriter:
                 hint="a higher limit on processes (ulimit -u, pids.max of the cgroup), or --jobs 1",
             ) from error
 
-    def _encode(self, ipa: int, tags: memoryview) -> _Stored:
-        found = self._encoder(tags, self._page_granules)
-        head = TagsHead(
-            ipa, len(tags), found.fill, found.tagged_granules, found.tagged_pages, found.runs
-        )
-        return _Stored(head, found.frame)
-
     def _write_ready(self) -> None:
         while self._pending:
             oldest = self._pending[0]
@@ -272,12 +291,15 @@ class SnapshotWriter:
             self._write_fill()
             self._write(head, frame)
             return
-        self.fill_bytes += head.size_bytes
+        self.fill_bytes += 0 if head.over_base else head.size_bytes
         last = self._fill
-        joined = last is not None and last.fill == head.fill and last.end == head.ipa
-        if last is not None and joined and self._ledger.holds(last.ipa, head.end):
-            granules = last.granules + head.granules
-            self._fill = fill_head(last.ipa, granules, head.fill, self._page_granules)
+        if last is not None and _alike(last, head) and self._ledger.holds(last.ipa, head.end):
+            self._fill = replace(
+                last,
+                granules=last.granules + head.granules,
+                tagged_granules=last.tagged_granules + head.tagged_granules,
+                tagged_pages=last.tagged_pages + head.tagged_pages,
+            )
             return
         self._write_fill()
         self._fill = head
@@ -302,6 +324,25 @@ class SnapshotWriter:
 
     def _close_pool(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _stored(ipa: int, n_granules: int, found: Encoded) -> _Stored:
+    head = TagsHead(
+        ipa,
+        n_granules,
+        found.fill,
+        found.tagged_granules,
+        found.tagged_pages,
+        found.runs,
+        found.over_base,
+    )
+    return _Stored(head, found.frame)
+
+
+def _alike(first: TagsHead, second: TagsHead) -> bool:
+    """Whether two fills next to each other are one."""
+    same = (first.fill, first.over_base) == (second.fill, second.over_base)
+    return same and first.end == second.ipa
 
 
 class _Log:

@@ -8,6 +8,7 @@ It prints, as JSON, what was found.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -29,7 +30,7 @@ _KEYS = ("TracerPid:", "SigBlk:", "SigPnd:", "ShdPnd:")
 
 def cycle(pid: int, address: int, value: int) -> None:
     """What the commands do to a process: attach, read, write, freeze, read, let go."""
-    tags = np.zeros(256, dtype=np.uint8)
+    tags = np.zeros(mmap.PAGESIZE // 16, dtype=np.uint8)
     with open_guest(f"proc:{pid}") as guest:
         guest.read_tags(address, tags)
         guest.write_tags(address, np.full_like(tags, value))

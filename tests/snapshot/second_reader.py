@@ -250,16 +250,18 @@ class _Reader:
         assert isinstance(value, dict)
         encoding = value["enc"]
         need(0 <= encoding <= 255)
-        need(encoding in (0, 1, 2), "unknown version")
+        need(encoding & ~4 in (0, 1, 2), "unknown version")
+        over_base, encoding = encoding & 4, encoding & ~4
+        need(not over_base or self.found.head["base"] is not None)
         keys = "ipa granules enc "
-        extra = ("tag", "tagged tagged_pages", "runs tagged tagged_pages")
+        extra = ("" if over_base else "tag", "tagged tagged_pages", "runs tagged tagged_pages")
         fields = _Map(value, keys + extra[encoding])
         ipa = fields.integer("ipa", 0, U64)
         granules = fields.integer("granules", 1, self.chunk if encoding else LIMIT // 16)
         self.inside(ipa, granules * 16)
         if encoding == 0:
             need(not payload)
-            tag = fields.integer("tag", 0, 15)
+            tag = 0 if over_base else fields.integer("tag", 0, 15)
             packed = bytes([tag * 17]) * (granules // 2)
         elif encoding == 1:
             packed = self.content(payload, granules // 2, granules // 2)

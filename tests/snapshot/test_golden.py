@@ -19,6 +19,7 @@ from mtetool.snapshot.model import Extent, Footer, Missing
 from mtetool.snapshot.opening import open_snapshot, read_summary
 from mtetool.snapshot.reader import Piece
 from mtetool.snapshot.writer import SnapshotWriter
+from mtetool.tags import Tags
 from tests.snapshot.forge import BASE, HEADER, PAGE, PAGE_GRANULES, header
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,9 +28,11 @@ P64 = 64 << 10
 SHA256 = {
     "64k-delta": "25f2f74a075bbefa8e02cb89dee9c7784c60467d8c07b2970334bae171bef0eb",
     "ancillary": "10abcbbb44282e8e4f69500f8801fbaa5892fb75de52f18549f6d9a87578c581",
+    "delta": "e05f91901753f9ed11853de360d755a3ccac64746cc637f0f6d1f86d22477aa0",
     "empty": "2c05343896c2b994b24f43a3a16c03029c6202ecdeaecaa74945d059217aa821",
     "every-kind": "e2a320aeaedcf299fd2935392e25e1a455e828a50561cad990a5486a416de9bb",
     "no-tags": "6437b982e52e1358d30e41de038f828eca0228833ddb811427f24495dbd0fdcb",
+    "runs": "160d92385cee0290d57b4fdc26be14afd234c85912c59ae8cefdd48b3c19cf1a",
 }
 
 
@@ -117,6 +120,35 @@ def test_64k_delta() -> None:
 def test_empty() -> None:
     assert contents("empty") == []
     assert read_summary(path("empty")).footer == Footer(1, 0, 0, 0, 0, True)
+
+
+def with_runs() -> Tags:
+    tags = np.zeros(4 * PAGE_GRANULES, dtype=np.uint8)
+    tags[10:300], tags[300:303], tags[700:] = 7, 2, 15
+    return tags
+
+
+def test_runs() -> None:
+    assert contents("runs") == [
+        (BASE, 4 * PAGE_GRANULES, with_runs().tobytes()),
+        (BASE + 4 * PAGE, 4 * PAGE_GRANULES, pattern(4 * PAGE_GRANULES).tobytes()),
+    ]
+
+
+def test_delta() -> None:
+    changes = np.zeros(4 * PAGE_GRANULES, dtype=np.uint8)
+    changes[5], changes[1000:] = 9, 3
+    assert contents("delta") == [
+        (BASE, 2 * PAGE_GRANULES, 0),
+        (BASE + 2 * PAGE, changes.size, changes.tobytes()),
+        (BASE + 6 * PAGE, 2 * PAGE_GRANULES, pattern(2 * PAGE_GRANULES).tobytes()),
+        (BASE + 8 * PAGE, 4 * PAGE_GRANULES, with_runs().tobytes()),
+        (BASE + 12 * PAGE, 4 * PAGE_GRANULES, 4),
+    ]
+    with open_snapshot(path("delta")) as reader:
+        over_base = [piece.over_base for piece in reader if isinstance(piece, Piece)]
+    assert over_base == [True, True, True, False, False]
+    assert reader.header.base_id == HEADER.snapshot_id
 
 
 def test_ancillary() -> None:

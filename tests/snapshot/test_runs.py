@@ -114,8 +114,11 @@ def test_a_frame_that_would_become_large_is_not_decompressed(
 
 def test_bytes_that_are_no_tags_are_not_saved() -> None:
     tags = np.full(N, 16, dtype=np.uint8)
-    with SnapshotWriter(io.BytesIO(), header(4)) as writer:
-        writer.add_tags(BASE, tags)
-        with pytest.raises(ValueError, match="no tags"):
+
+    def write() -> None:
+        with SnapshotWriter(io.BytesIO(), header(4)) as writer:
+            writer.add_tags(BASE, tags)
             writer.finish(consistent=None)
-        writer.abort()
+
+    with pytest.raises(ValueError, match="no tags"):
+        write()

@@ -35,7 +35,8 @@ from tests.snapshot.test_round_trip import OPS, Op, apply
 GOLDEN = Path(__file__).parent / "golden"
 # Not no-tags: it speaks of 4 GiB, and the second reader keeps every page.
 FILES = [
-    GOLDEN / f"v1-{name}.mtesnap" for name in ("64k-delta", "ancillary", "empty", "every-kind")
+    GOLDEN / f"v1-{name}.mtesnap"
+    for name in ("64k-delta", "ancillary", "delta", "empty", "every-kind", "runs")
 ]
 
 VERDICTS: dict[str, type[SnapshotError]] = {

@@ -1,0 +1,88 @@
+"""`mtetool merge`: a snapshot and deltas to it into one."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mtetool.cli.options import progress_options, report_option, snapshot_target
+from mtetool.cli.progress import shown
+from mtetool.cli.ranges import missing_json, missing_lines, size
+from mtetool.cli.render import print_json, say
+
+if TYPE_CHECKING:
+    from mtetool.flows.merge import MergeResult
+
+
+@click.command("merge")
+@click.argument("files", metavar="BASE DELTA...", nargs=-1, required=True)
+@click.option("-o", "--out", metavar="FILE", help="Where the result goes; - is standard output.")
+@click.option("--force", is_flag=True, help="Overwrite FILE if it exists.")
+@click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Threads that encode.")
+@click.option(
+    "--level", type=click.IntRange(1, 19), default=1, metavar="N", help="The zstd level (1)."
+)
+@progress_options
+@report_option
+def command(
+    files: tuple[str, ...],
+    out: str | None,
+    force: bool,
+    jobs: int | None,
+    level: int,
+    quiet: bool,
+    progress: str,
+    output: str,
+) -> int:
+    """Make one snapshot of BASE and the DELTAs to it, in the order in which they were saved.
+
+    Of deltas only, the result is a delta to the same base. Status 3 when some ranges are missing.
+    """
+    from mtetool.flows.layers import open_layers
+    from mtetool.flows.merge import merge
+    from mtetool.snapshot.output import output_file
+
+    target = snapshot_target(out)
+    started = time.monotonic()
+    with (
+        open_layers(files) as layers,
+        output_file(target, force=force) as stream,
+        shown("merging", progress) as update,
+    ):
+        result = merge(layers, stream, level=level, jobs=jobs, progress=update)
+    elapsed = time.monotonic() - started
+    with redirect_stdout(sys.stderr if target == "-" else sys.stdout):
+        if output == "json":
+            print_json(_document(files, target, elapsed, result))
+        elif target != "-" or not quiet:
+            _tell(files, target, elapsed, result)
+    return result.status
+
+
+def _document(
+    files: tuple[str, ...], target: str, elapsed: float, result: MergeResult
+) -> dict[str, Any]:
+    return {
+        "schema": "mtetool.merge/1",
+        "files": list(files),
+        "file": None if target == "-" else target,
+        "snapshot_id": result.header.snapshot_id,
+        "base_id": result.header.base_id,
+        "held_bytes": result.checked.held_bytes,
+        **missing_json("missing", result.checked.missing),
+        "elapsed_seconds": round(elapsed, 3),
+    }
+
+
+def _tell(files: tuple[str, ...], target: str, elapsed: float, result: MergeResult) -> None:
+    name = "standard output" if target == "-" else target
+    held = size(result.checked.held_bytes)
+    say(f"merged {len(files)} snapshots into {name}: the tags of {held}, in {elapsed:.1f} s")
+    if result.header.base_id is not None:
+        say(f"it is a delta to the snapshot {result.header.base_id}")
+    for line in missing_lines("missing", result.checked.missing):
+        say(line)

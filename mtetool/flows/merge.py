@@ -1,0 +1,69 @@
+"""Several snapshots, each a delta to the one before, into one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from mtetool.errors import STATUS_OK, STATUS_PARTIAL
+from mtetool.flows.checking import Checked
+from mtetool.flows.copying import Copied, Fill
+from mtetool.flows.layers import Layers
+from mtetool.flows.layout import total_bytes
+from mtetool.flows.pieces import Progress, no_progress
+from mtetool.snapshot.model import Footer, Header, Missing
+from mtetool.snapshot.writer import SnapshotWriter
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """What came of it: a snapshot with the id of the last one, whose content it has."""
+
+    header: Header
+    footer: Footer
+    checked: Checked
+
+    @property
+    def status(self) -> int:
+        """3 where anything is missing, else 0."""
+        return STATUS_PARTIAL if self.checked.missing else STATUS_OK
+
+
+def merge(
+    layers: Layers,
+    out: BinaryIO,
+    *,
+    level: int = 1,
+    jobs: int | None = None,
+    progress: Progress = no_progress,
+) -> MergeResult:
+    """Write what `layers` are together to `out`, after all of them were checked.
+
+    Where the first is a delta, so is the result, to the same base. Raises SnapshotError.
+    """
+    checked = layers.check()
+    total, done = total_bytes(layers.extents()), 0
+    progress(0, total)
+    with SnapshotWriter(out, layers.header, level=level, jobs=jobs) as writer:
+        for step in layers.steps():
+            if isinstance(step, Missing):
+                writer.add_missing(step)
+            elif isinstance(step, Fill):
+                if step.over_base:
+                    writer.add_same(step.ipa, step.size_bytes)
+                else:
+                    writer.add_fill(step.ipa, step.size_bytes, step.tag)
+            else:
+                _add(step, writer)
+            done += step.size_bytes
+            progress(done, total)
+        footer = writer.finish(consistent=layers.consistent)
+    return MergeResult(layers.header, footer, checked)
+
+
+def _add(step: Copied, writer: SnapshotWriter) -> None:
+    # Each record was decoded into a buffer of its own, which nobody writes to again.
+    if step.over_base:
+        writer.add_changes(step.ipa, step.tags)
+    else:
+        writer.add_tags(step.ipa, step.tags)
