@@ -10,13 +10,8 @@ import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mtetool.attach import steps
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 
 class _Iovec(ctypes.Structure):
@@ -63,14 +58,19 @@ def write(pid: int, address: int, data: bytes) -> None:
     _transfer(True, pid, address, ctypes.addressof(buffer), len(data))
 
 
-def read_into(pid: int, address: int, out: NDArray[np.uint8]) -> None:
-    """Fill `out` (C-contiguous bytes) from `address` of the process. Raises OSError."""
-    _transfer(False, pid, address, out.ctypes.data, out.nbytes)
+def read_into(pid: int, address: int, out: memoryview) -> None:
+    """Fill `out` (writable) from `address` of the process. Raises OSError."""
+    if out:
+        _transfer(False, pid, address, ctypes.addressof(ctypes.c_char.from_buffer(out)), len(out))
 
 
-def write_from(pid: int, address: int, data: NDArray[np.uint8]) -> None:
-    """Copy `data` (C-contiguous bytes) to `address` of the process. Raises OSError."""
-    _transfer(True, pid, address, data.ctypes.data, data.nbytes)
+def write_from(pid: int, address: int, data: memoryview) -> None:
+    """Copy `data` to `address` of the process. Raises OSError."""
+    if not data:
+        return
+    # ctypes gives the address of writable buffers only.
+    ours = bytearray(data) if data.readonly else data
+    _transfer(True, pid, address, ctypes.addressof(ctypes.c_char.from_buffer(ours)), len(data))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from mtetool.attach import memory, seccomp, steps
 from mtetool.attach.borrow import BorrowedThread
@@ -37,10 +38,6 @@ from mtetool.errors import (
     GuestError,
     GuestLostError,
 )
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 T = TypeVar("T")
 
@@ -79,6 +76,7 @@ class Session:
         self._helper: Helper | None = None
         self._held = HeldThreads(target.pid)
         self._filters: tuple[seccomp.Program, ...] = ()
+        self._allowed: set[tuple[int, int, int]] = set()
         self._lost: GuestLostError | None = None
         self._tracer = Tracer(target.pid, idle=self._reap)
         try:
@@ -96,18 +94,28 @@ class Session:
         """
         return self._call(lambda: self._ioctl(fd, request, argument))
 
+    def begin_ioctl(self, fd: int, request: int, argument: bytes | int) -> Future[int]:
+        """As `ioctl`, without waiting; `finish` gives the result. Other calls come after it."""
+        return self._tracer.begin(
+            lambda: self._noting_loss(lambda: self._ioctl(fd, request, argument))
+        )
+
+    def finish(self, begun: Future[int]) -> int:
+        """The result of an ioctl that was begun; raises as `ioctl`."""
+        return self._tracer.finish(begun)
+
     @property
     def buffer_address(self) -> int:
         """Where the transfer buffer is in the process."""
         return self._alive().buffer_at
 
-    def read_buffer(self, out: NDArray[np.uint8]) -> None:
-        """Copy the transfer buffer's first bytes into `out`. Raises GuestLostError."""
-        self._copy(memory.read_into, out)
+    def read_buffer(self, out: memoryview, offset: int = 0) -> None:
+        """Fill `out` from the transfer buffer, from there on. Raises GuestLostError."""
+        self._copy(memory.read_into, out, offset)
 
-    def write_buffer(self, data: NDArray[np.uint8]) -> None:
-        """Copy `data` to the start of the transfer buffer. Raises GuestLostError."""
-        self._copy(memory.write_from, data)
+    def write_buffer(self, data: memoryview, offset: int = 0) -> None:
+        """Copy `data` to the transfer buffer, from there on. Raises GuestLostError."""
+        self._copy(memory.write_from, data, offset)
 
     @property
     def helper_tid(self) -> int:
@@ -148,9 +156,9 @@ class Session:
         return self._helper
 
     def _copy(
-        self, copy: Callable[[int, int, NDArray[np.uint8]], None], data: NDArray[np.uint8]
+        self, copy: Callable[[int, int, memoryview], None], data: memoryview, offset: int
     ) -> None:
-        address = self.buffer_address
+        address = self.buffer_address + offset
         steps.enter("call")
         try:
             copy(self.pid, address, data)
@@ -216,7 +224,10 @@ class Session:
         helper = self._alive()
         steps.enter("call")
         at = argument if isinstance(argument, int) else helper.argument_at
-        seccomp.allow(self._filters, self.pid, ioctl_call(fd, request, at))
+        if (fd, request, at) not in self._allowed:
+            # The filters are those that were read at the attach: what they say stays so.
+            seccomp.allow(self._filters, self.pid, ioctl_call(fd, request, at))
+            self._allowed.add((fd, request, at))
         try:
             if isinstance(argument, bytes):
                 memory.write(self.pid, at, argument)

@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from mtetool.errors import BusyError
 
@@ -46,12 +46,22 @@ class Tracer:
 
     def call(self, function: Callable[[], T], patience: float = CALL_PATIENCE_SECONDS) -> T:
         """What `function` returns or raises. Raises BusyError when it takes longer than that."""
+        return self.finish(self.begin(function), patience)
+
+    def begin(self, function: Callable[[], T]) -> Future[T]:
+        """Have `function` run when all before it are done; `finish` gives what came of it."""
         if self.stuck:
+            raise self._no_answer(CALL_PATIENCE_SECONDS)
+        future: Future[T] = Future()
+        self._requests.put((cast("Future[object]", future), function))
+        return future
+
+    def finish(self, future: Future[T], patience: float = CALL_PATIENCE_SECONDS) -> T:
+        """Wait for what was begun; as `call`."""
+        if self.stuck and not future.done():
             raise self._no_answer(patience)
-        future: Future[object] = Future()
-        self._requests.put((future, function))
         try:
-            return future.result(patience)  # type: ignore[return-value]
+            return future.result(patience)
         except TimeoutError:
             self.stuck = True
             raise self._no_answer(patience) from None

@@ -51,12 +51,15 @@ class Guest(Protocol):
         """Let the vCPUs run on; for how many seconds they stood still (0.0: they never ran)."""
         ...
 
-    def read_tags(self, ipa: int, out: TagBuffer) -> int:
+    def read_tags(self, ipa: int, out: TagBuffer, *, then_bytes: int = 0) -> int:
         """Copy the tags of guest memory from `ipa` on into `out` (one byte a granule).
 
         `out` is a writable buffer of bytes; its length times 16 is the length in bytes of guest
         memory. Returns the bytes of guest memory completed, a multiple of the page
         size, short where something stopped the copy: ask again at that place to learn why.
+
+        `then_bytes` of guest memory right behind will be read by the next calls: their copy may
+        begin at once, so that those tags may be of a moment before they are asked for.
 
         Raises OSError with the kernel's errno when nothing was copied (EFAULT: no memory
         there, EINVAL: misaligned, too long), and GuestError when the guest is gone or has

@@ -187,7 +187,7 @@ class EmulatedGuest:
 
     # --- as the kernel --------------------------------------------------------------------
 
-    def read_tags(self, ipa: int, out: TagBuffer) -> int:
+    def read_tags(self, ipa: int, out: TagBuffer, *, then_bytes: int = 0) -> int:
         """See `Guest.read_tags`. Raises also EmulatorFileError, HostIoError."""
         view = as_bytes(out)
         self._check_copy(ipa, len(view))

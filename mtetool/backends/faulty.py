@@ -112,7 +112,7 @@ class FaultyGuest:
         self._check_there()
         return self._guest.enable_mte()
 
-    def read_tags(self, ipa: int, out: TagBuffer) -> int:
+    def read_tags(self, ipa: int, out: TagBuffer, *, then_bytes: int = 0) -> int:
         """See `Guest.read_tags`; with the faults for reads."""
         return self._copied("read", self._guest.read_tags, ipa, as_bytes(out))
 

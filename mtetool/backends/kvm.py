@@ -18,7 +18,9 @@ from mtetool import uapi
 from mtetool.attach.helper import PAGE_BYTES
 from mtetool.attach.session import Session, Target
 from mtetool.backends.asking import memslots_of
+from mtetool.backends.transfer import BUFFER_BYTES, HALF_BYTES, Transfer
 from mtetool.backends.vcpus import hold_vcpus
+from mtetool.buffers import as_bytes
 from mtetool.errors import (
     GuestError,
     GuestLostError,
@@ -33,17 +35,11 @@ from mtetool.errors import (
     errno_name,
 )
 from mtetool.guest import GuestInfo, Memslot
-from mtetool.tags import as_array
 from mtetool.vmm import proc, qemu
 
 if TYPE_CHECKING:
     from mtetool.backends import GuestOptions
     from mtetool.buffers import TagBuffer
-    from mtetool.tags import Tags
-
-# What one ioctl copies at most: 4 MiB of tags, 64 MiB of guest memory. The kernel's loop
-# neither reschedules nor looks at signals, and the buffer lies in the VMM.
-_BUFFER_BYTES = 4 << 20
 
 
 def open_kvm(rest: str, options: GuestOptions) -> KvmGuest:
@@ -78,6 +74,7 @@ class KvmGuest:
         self._fd = fd
         self._options = options
         self._session: Session | None = None
+        self._transfer: Transfer | None = None
         self._monitor: qemu.Monitor | None = None
         self._silent: LayoutUnknownError | None = None
         self._slots: tuple[Memslot, ...] | None = None
@@ -137,6 +134,7 @@ class KvmGuest:
     def freeze(self) -> None:
         """See `Guest.freeze`: the threads of the vCPUs are stopped by ptrace."""
         session, pid = self._attached(), self._process.pid
+        self._transfers().drop()  # nothing of before
         self._frozen_since = time.monotonic()
         try:
             hold_vcpus(session, pid, proc.find(pid).vcpus)
@@ -152,21 +150,13 @@ class KvmGuest:
         self._attached().release()
         return time.monotonic() - since
 
-    def read_tags(self, ipa: int, out: TagBuffer) -> int:
-        """See `Guest.read_tags`."""
-        tags = as_array(out)
-        self._check(ipa, tags.size * uapi.GRANULE_BYTES)
-        done = 0
-        while done < tags.size or not tags.size:
-            part = tags[done : done + _BUFFER_BYTES]
-            completed = self._copy(ipa, done, part, uapi.KVM_ARM_TAGS_FROM_GUEST)
-            if completed:
-                granules = completed // uapi.GRANULE_BYTES
-                self._attached().read_buffer(part[:granules])
-                done += granules
-            if completed < part.size * uapi.GRANULE_BYTES or not tags.size:
-                break
-        return done * uapi.GRANULE_BYTES
+    def read_tags(self, ipa: int, out: TagBuffer, *, then_bytes: int = 0) -> int:
+        """See `Guest.read_tags`; what will be read next is under way meanwhile."""
+        view = as_bytes(out)
+        self._check(ipa, len(view) * uapi.GRANULE_BYTES)
+        if not view:
+            return self._answered(self._transfers().nothing(), ipa)
+        return self._answered(self._transfers().read(ipa, view, then_bytes), ipa)
 
     def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
         """See `Guest.may_be_tagged`; all of it."""
@@ -174,15 +164,19 @@ class KvmGuest:
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`."""
-        array = as_array(tags)
-        self._check(ipa, array.size * uapi.GRANULE_BYTES)
+        view = as_bytes(tags)
+        self._check(ipa, len(view) * uapi.GRANULE_BYTES)
+        if not view:
+            return self._answered(self._transfers().nothing(), ipa)
         done = 0
-        while done < array.size or not array.size:
-            part = array[done : done + _BUFFER_BYTES]
-            self._attached().write_buffer(part)
-            completed = self._copy(ipa, done, part, uapi.KVM_ARM_TAGS_TO_GUEST)
-            done += completed // uapi.GRANULE_BYTES
-            if completed < part.size * uapi.GRANULE_BYTES or not array.size:
+        while done < len(view):
+            part = view[done : done + HALF_BYTES]
+            at = ipa + done * uapi.GRANULE_BYTES
+            completed = self._transfers().write(at, part)
+            if completed <= 0 and done:
+                break  # what was copied before counts; the next call there tells why
+            done += self._answered(completed, at) // uapi.GRANULE_BYTES
+            if completed < len(part) * uapi.GRANULE_BYTES:
                 break
         return done * uapi.GRANULE_BYTES
 
@@ -215,7 +209,7 @@ class KvmGuest:
     def close(self) -> None:
         """Detach; nothing of ours stays in the VMM."""
         self._stack.close()
-        self._session = self._monitor = None
+        self._session = self._monitor = self._transfer = None
 
     def __enter__(self) -> Self:
         return self
@@ -238,7 +232,7 @@ class KvmGuest:
                 # Between the look-up and the attach the PID may have changed hands.
                 check=lambda: proc.check_same(process, fd),
             )
-            self._session = Session(target, buffer_bytes=_BUFFER_BYTES)
+            self._session = Session(target, buffer_bytes=BUFFER_BYTES)
             self._stack.callback(self._session.close)
         return self._session
 
@@ -250,27 +244,23 @@ class KvmGuest:
         if misaligned or length_bytes > uapi.COPY_LENGTH_MAX:
             raise OSError(errno.EINVAL, f"{length_bytes} bytes at {ipa:#x} are not to be copied")
 
-    def _copy(self, ipa: int, done: int, part: Tags, flags: int) -> int:
-        """One ioctl for `part`, which begins `done` granules behind `ipa`."""
-        at = ipa + done * uapi.GRANULE_BYTES
-        length = part.size * uapi.GRANULE_BYTES
-        session = self._attached()
-        argument = uapi.copy_mte_tags(at, length, session.buffer_address, flags)
-        result = session.ioctl(self._fd, uapi.KVM_ARM_MTE_COPY_TAGS, argument)
+    def _transfers(self) -> Transfer:
+        if self._transfer is None:
+            self._transfer = Transfer(self._attached(), self._fd)
+        return self._transfer
+
+    def _answered(self, result: int, ipa: int) -> int:
+        """What an ioctl answered: bytes, or an exception for -errno."""
         if result >= 0:
             return result
         if result == -errno.EIO:
             raise GuestLostError(f"the VM of process {self._process.pid} is dead (EIO)")
-        if done:
-            return 0  # what was copied before counts; the next call here tells why
-        raise OSError(-result, f"copying tags at {at:#x}: {errno_name(-result)}")
+        raise OSError(-result, f"copying tags at {ipa:#x}: {errno_name(-result)}")
 
     def _mte_is_on(self) -> bool:
         if self._mte is None:
             # A copy of nothing passes every check, among them that MTE is on.
-            session = self._attached()
-            nothing = uapi.copy_mte_tags(0, 0, session.buffer_address, uapi.KVM_ARM_TAGS_FROM_GUEST)
-            result = session.ioctl(self._fd, uapi.KVM_ARM_MTE_COPY_TAGS, nothing)
+            result = self._transfers().nothing()
             if result not in (0, -errno.EINVAL):
                 raise GuestLostError(
                     f"fd {self._fd} of process {self._process.pid} does not answer as a VM:"

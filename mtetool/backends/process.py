@@ -139,7 +139,7 @@ class ProcessGuest:
         self._visits().thaw()
         return time.monotonic() - since
 
-    def read_tags(self, ipa: int, out: TagBuffer) -> int:
+    def read_tags(self, ipa: int, out: TagBuffer, *, then_bytes: int = 0) -> int:
         """See `Guest.read_tags`."""
         view = as_bytes(out)
         size_bytes = len(view) * uapi.GRANULE_BYTES

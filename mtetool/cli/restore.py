@@ -109,6 +109,7 @@ def _document(
         **extents_json("readonly_differing", result.readonly_differing),
         **extents_json("verify_differing", result.verify_differing),
         "stopped": result.stopped,
+        "copy_seconds": round(result.copy_seconds, 4),
         "elapsed_seconds": round(elapsed, 3),
     }
     if result.dry_run:

@@ -167,6 +167,7 @@ def _document(
         "lost": result.lost,
         "frozen_seconds": None if frozen is None else round(frozen, 3),
         "spool_overflowed": result.spool_overflowed,
+        "copy_seconds": round(result.copy_seconds, 4),
         "elapsed_seconds": round(elapsed, 3),
     }
 

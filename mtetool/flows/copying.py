@@ -156,8 +156,12 @@ class TagReader:
                 at = stop
                 continue
             size_bytes = min(part.end, end) - at
+            # What comes behind the chunk: as much as another one, should there be so much.
+            then_bytes = min(max(part.end - end, 0), 2 * self._chunk_bytes)
             try:
-                done = self._guest.read_tags(at, room[: size_bytes // GRANULE_BYTES])
+                done = self._guest.read_tags(
+                    at, room[: size_bytes // GRANULE_BYTES], then_bytes=then_bytes
+                )
             except OSError as error:
                 return at, error
             _check_completed(done, size_bytes, at, self._layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -48,7 +49,8 @@ class RestoreResult:
     """What became of every page of the snapshot; addresses are the guest's.
 
     `changes` is filled by a dry run only: where the guest's tags are not those of the
-    snapshot. `stopped` says why the restore ended early, if it did.
+    snapshot. `stopped` says why the restore ended early, if it did. `copy_seconds` is from the
+    first copy to the end of the last.
     """
 
     header: Header
@@ -64,6 +66,7 @@ class RestoreResult:
     verify_differing: Tally[Extent] = field(default_factory=Tally)
     changes: Tally[Extent] = field(default_factory=Tally)
     stopped: str | None = None
+    copy_seconds: float = 0.0
 
     @property
     def status(self) -> int:
@@ -140,6 +143,7 @@ class _Restorer:
     def run(self, reader: Stored, progress: Progress) -> RestoreResult:
         total, done = total_bytes(reader.header.scope), 0
         progress(0, total)
+        started = time.perf_counter()
         try:
             for step in reader.steps():
                 if isinstance(step, Copied):
@@ -148,6 +152,7 @@ class _Restorer:
                     self._take_fill(step)
                 done += step.size_bytes
                 progress(done, total)
+            self.result.copy_seconds = time.perf_counter() - started
         except BusyError as error:
             if not self.result.restored_bytes:
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, replace
 from typing import BinaryIO, Literal, cast
 
@@ -62,6 +63,7 @@ class SaveResult:
 
     `frozen_seconds` is for how long the vCPUs were stopped; None where that was not asked for.
     `spool_overflowed` is whether they waited for the output, as there was more than may be kept.
+    `copy_seconds` is from the first copy to the end of the last.
     """
 
     header: Header
@@ -75,6 +77,7 @@ class SaveResult:
     lost: str | None = None
     frozen_seconds: float | None = None
     spool_overflowed: bool = False
+    copy_seconds: float = 0.0
 
     @property
     def status(self) -> int:
@@ -115,7 +118,9 @@ def save(
         writer.warm_up()
         reader = TagReader(guest, layout, n_buffers=writer.window + 1)
         with held_still(guest, wanted=options.freeze) as thaw:
+            started = time.perf_counter()
             _copy(reader, writer, result, options, base, progress)
+            result.copy_seconds = time.perf_counter() - started
             result.consistent = _consistent(paused_before, _paused_after(guest, result))
             result.frozen_seconds = thaw()
         result.spool_overflowed = spool.overflowed

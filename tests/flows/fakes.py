@@ -81,7 +81,7 @@ class FakeGuest:
     def page_granules(self) -> int:
         return self.page_size_bytes // GRANULE_BYTES
 
-    def read_tags(self, ipa: int, out: TagBuffer) -> int:
+    def read_tags(self, ipa: int, out: TagBuffer, *, then_bytes: int = 0) -> int:
         self.reads += 1
         self.reads_while_running += not self.frozen
         if self.lost_after_reads is not None and self.reads > self.lost_after_reads:

@@ -1,0 +1,70 @@
+/* The bare loop that mtetool is measured against: `copyloop MIB ROUNDS [BYTES]` makes a VM with MTE
+ * and MIB of memory, gives all of it tags, and then ROUNDS times reads and writes all tags with
+ * nothing between the ioctls, each for BYTES of guest memory (64 MiB). For each round it prints the
+ * seconds of all reading and of all writing ioctls.
+ */
+#include <err.h>
+#include <fcntl.h>
+#include <linux/kvm.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#define BASE 0x40000000ul
+
+static double
+now(void)
+{
+    struct timespec at;
+    clock_gettime(CLOCK_MONOTONIC, &at);
+    return (double)at.tv_sec + 1e-9 * (double)at.tv_nsec;
+}
+
+static void
+copy_all(int vm, uint64_t size, uint64_t chunk, uint8_t *tags, uint64_t flags)
+{
+    for (uint64_t at = 0; at < size; at += chunk) {
+        struct kvm_arm_copy_mte_tags copy = {
+            .guest_ipa = BASE + at, .length = chunk, .addr = tags, .flags = flags};
+        if (ioctl(vm, KVM_ARM_MTE_COPY_TAGS, &copy) != (int)chunk)
+            err(1, "KVM_ARM_MTE_COPY_TAGS");
+    }
+}
+
+int
+main(int argc, char **argv)
+{
+    if (argc < 3)
+        errx(2, "copyloop MIB ROUNDS [BYTES]");
+    uint64_t size = strtoull(argv[1], NULL, 0) << 20;
+    uint64_t chunk = argc > 3 ? strtoull(argv[3], NULL, 0) : 64ul << 20;
+    int kvm = open("/dev/kvm", O_RDWR), vm = ioctl(kvm, KVM_CREATE_VM, 0);
+    struct kvm_enable_cap mte = {.cap = KVM_CAP_ARM_MTE};
+    if (vm < 0 || ioctl(vm, KVM_ENABLE_CAP, &mte))
+        err(1, "no VM with MTE");
+    void *memory =
+        mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    struct kvm_userspace_memory_region slot = {
+        .guest_phys_addr = BASE, .memory_size = size, .userspace_addr = (uintptr_t)memory};
+    if (memory == MAP_FAILED || ioctl(vm, KVM_SET_USER_MEMORY_REGION, &slot))
+        err(1, "no memory for the VM");
+    uint8_t *tags = malloc(chunk / 16);
+    if (!tags)
+        err(1, "no memory for tags");
+    for (uint64_t i = 0; i < chunk / 16; i++)
+        tags[i] = (uint8_t)(i * 7 + i / 256) & 15;
+    copy_all(vm, size, chunk, tags, KVM_ARM_TAGS_TO_GUEST);
+    for (long round = strtol(argv[2], NULL, 0); round; round--) {
+        double start = now();
+        copy_all(vm, size, chunk, tags, KVM_ARM_TAGS_FROM_GUEST);
+        double read = now();
+        copy_all(vm, size, chunk, tags, KVM_ARM_TAGS_TO_GUEST);
+        printf("%.4f %.4f\n", read - start, now() - read);
+        fflush(stdout);
+    }
+    return 0;
+}
