@@ -29,6 +29,11 @@ class Guest(Protocol):
         """The page size that addresses and lengths of copies must be aligned to."""
         ...
 
+    @property
+    def makes_pages(self) -> bool:
+        """Whether writing tags of 0 where there is no memory yet makes that memory."""
+        ...
+
     def info(self) -> GuestInfo:
         """The guest as it is now.
 

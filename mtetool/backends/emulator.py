@@ -164,6 +164,11 @@ class EmulatedGuest:
         """What its kernel does differently from others."""
         return self._described.behaviours
 
+    @property
+    def makes_pages(self) -> bool:
+        """See `Guest.makes_pages`: a hole in the file stays one."""
+        return False
+
     def info(self) -> GuestInfo:
         """See `Guest.info`; the memslots are those told with `--memslot`, if any were."""
         return GuestInfo(

@@ -88,6 +88,11 @@ class FaultyGuest:
         """See `Guest.page_size_bytes`."""
         return self._guest.page_size_bytes
 
+    @property
+    def makes_pages(self) -> bool:
+        """See `Guest.makes_pages`."""
+        return self._guest.makes_pages
+
     def info(self) -> GuestInfo:
         """See `Guest.info`. Raises GuestLostError once it vanished."""
         self._check_there()

@@ -264,7 +264,10 @@ class _Restorer:
             self._comparer.compare(ipa, tags, result.changes, result.refused)
         else:
             for at, part in self._whole_pages(ipa, tags):
-                self._write_where_it_matters(at, part, slot)
+                if self._guest.makes_pages and not self._options.every_page:
+                    self._write_where_it_matters(at, part, slot)
+                else:
+                    self._write(at, part, may_be_readonly=slot.readonly is None)
 
     def _write_where_it_matters(self, ipa: int, tags: memoryview, slot: Memslot) -> None:
         """Write whole pages; but no tags of 0 where the guest has no others, and maybe no page."""

@@ -43,6 +43,7 @@ class FakeGuest:
     freezes: int = 0
     reads_while_running: int = 0
     knows_untagged: bool = False
+    makes_pages: bool = True
     memory: dict[int, Tags] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
