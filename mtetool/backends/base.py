@@ -34,6 +34,11 @@ class Guest(Protocol):
         """Whether writing tags of 0 where there is no memory yet makes that memory."""
         ...
 
+    @property
+    def reads_in_parallel(self) -> bool:
+        """Whether several threads may call `read_tags` at a time, and are faster than one."""
+        ...
+
     def info(self) -> GuestInfo:
         """The guest as it is now.
 

@@ -60,8 +60,14 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 1 << 20
 _BLOCK_BYTES = 4096
 
+# What is read at once stays in the processor's cache until it was looked at.
+_READ_BYTES = 256 << 10
+
 # What file systems answer that do not know where a file has holes.
 _NO_HOLES = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+# After data, so many bytes of tags are taken for data: one look for each chunk at most.
+_SEEK_STEP_BYTES = 1 << 20
 
 # Guest memory whose tags are read although they are a hole: as much as is read at once.
 _SMALL_HOLE_BYTES = 32 << 20
@@ -169,6 +175,11 @@ class EmulatedGuest:
         """See `Guest.makes_pages`: a hole in the file stays one."""
         return False
 
+    @property
+    def reads_in_parallel(self) -> bool:
+        """See `Guest.reads_in_parallel`."""
+        return True
+
     def info(self) -> GuestInfo:
         """See `Guest.info`; the memslots are those told with `--memslot`, if any were."""
         return GuestInfo(
@@ -227,7 +238,8 @@ class EmulatedGuest:
         limit = base + (end - slot.ipa) // GRANULE_BYTES
         try:
             data = min(os.lseek(self._fd, offset, os.SEEK_DATA), limit)
-            hole = min(os.lseek(self._fd, data, os.SEEK_HOLE), limit) if data < limit else limit
+            # No need to know small holes: what follows is looked at from behind the next step on.
+            hole = min(data + _SEEK_STEP_BYTES, limit)
         except OSError as error:
             if error.errno == errno.ENXIO:  # only a hole is left
                 return end, end
@@ -444,14 +456,15 @@ class EmulatedGuest:
         done = 0
         while done < len(out):
             try:
-                n_bytes = os.preadv(self._fd, [out[done:]], offset + done)
+                part = out[done : done + _READ_BYTES]
+                n_bytes = os.preadv(self._fd, [part], offset + done)
             except OSError as error:
                 raise refused(error, self._path) from error
             if n_bytes == 0:
                 raise damaged(self._path, "it was truncated while it was open")
+            # The kernel gives bits 7:4 as 0, whatever became of the file.
+            loops.mask(part[:n_bytes])
             done += n_bytes
-        # The kernel gives bits 7:4 as 0, whatever became of the file.
-        loops.mask(out)
 
     def _write_span(self, offset: int, tags: memoryview) -> None:
         if self._scratch is None:

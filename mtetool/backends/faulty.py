@@ -93,6 +93,11 @@ class FaultyGuest:
         """See `Guest.makes_pages`."""
         return self._guest.makes_pages
 
+    @property
+    def reads_in_parallel(self) -> bool:
+        """False: faults count the pages in their order."""
+        return False
+
     def info(self) -> GuestInfo:
         """See `Guest.info`. Raises GuestLostError once it vanished."""
         self._check_there()

@@ -71,6 +71,7 @@ class KvmGuest:
     def __init__(self, process: proc.VmmProcess, fd: int, options: GuestOptions) -> None:
         self.page_size_bytes = PAGE_BYTES
         self.makes_pages = True
+        self.reads_in_parallel = False
         self._process = process
         self._fd = fd
         self._options = options

@@ -83,6 +83,7 @@ class ProcessGuest:
     def __init__(self, pid: int) -> None:
         self.page_size_bytes = PAGE_BYTES
         self.makes_pages = True
+        self.reads_in_parallel = False
         self._pid = pid
         self._program = proc.program(pid)
         self._space = AddressSpace(pid)

@@ -76,6 +76,16 @@ class Fill:
     over_base: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Later:
+    """Tags that whoever needs them reads, in a thread of its own."""
+
+    ipa: int
+    size_bytes: int
+    read: Callable[[memoryview], None]
+    """Fills a buffer of one byte a granule. Raises OSError where not all can be read."""
+
+
 Step = Copied | Fill | Missing
 """What reading gives: each has `ipa` and `size_bytes` of guest memory."""
 
@@ -111,12 +121,25 @@ class TagReader:
         either way, every chunk from the extent's start. Raises GuestError when the guest is gone
         or refuses as a whole.
         """
+        for step in self._read_all(extents, every_page, later=False):
+            assert not isinstance(step, Later)
+            yield step
+
+    def read_later(
+        self, extents: Iterable[Extent], *, every_page: bool = False
+    ) -> Iterator[Step | Later]:
+        """As `read`, but chunks that can be read by any thread are left to others."""
+        return self._read_all(extents, every_page, later=self._guest.reads_in_parallel)
+
+    def _read_all(
+        self, extents: Iterable[Extent], every_page: bool, *, later: bool
+    ) -> Iterator[Step | Later]:
         for extent in extents:
             whole = [(extent.ipa, extent.size_bytes)]
             parts = whole if every_page else self._guest.may_be_tagged(*whole[0])
-            yield from self._read(extent, _Ahead(parts))
+            yield from self._read(extent, _Ahead(parts), later=later)
 
-    def _read(self, extent: Extent, parts: _Ahead) -> Iterator[Step]:
+    def _read(self, extent: Extent, parts: _Ahead, *, later: bool) -> Iterator[Step | Later]:
         at = extent.ipa
         while at < extent.end:
             # Where the chunk ends: on the extent's own grid, whatever is left out.
@@ -130,6 +153,10 @@ class TagReader:
                 yield Fill(at, stop - at, 0)
                 at = stop
                 continue
+            if later and self._is_ram(at, behind):
+                yield self._later(at, behind, parts)
+                at = behind
+                continue
             stop, error = self._read_chunk(at, behind, parts)
             if stop > at:
                 tags = self._buffers[0][: (stop - at) // GRANULE_BYTES]
@@ -142,6 +169,29 @@ class TagReader:
                 missing = _way_around(self._probe, at, end, error, self._layout, writing=False)
                 yield missing
                 at += missing.size_bytes
+
+    def _is_ram(self, start: int, end: int) -> bool:
+        """Whether nothing is in the way of reading the range, as far as is known."""
+        slot = self._layout.slot_at(start)
+        return slot is not None and slot.kind != "device" and end <= slot.end
+
+    def _later(self, start: int, end: int, parts: _Ahead) -> Later:
+        here: list[tuple[int, int]] = []
+        at = start
+        while at < end and (part := parts.at_or_behind(at)) is not None and part.ipa < end:
+            here.append((max(part.ipa, at), min(part.end, end)))
+            at = here[-1][1]
+
+        def read(out: memoryview) -> None:
+            done = start
+            for first, stop in [*here, (end, end)]:
+                _slice(out, start, done, first)[:] = _slice(self._zeros, done, done, first)
+                part = _slice(out, start, first, stop)
+                if part and self._guest.read_tags(first, part) != stop - first:
+                    raise OSError(errno.EFAULT, "not all of it can be read")
+                done = stop
+
+        return Later(start, end - start, read)
 
     def _read_chunk(self, start: int, end: int, parts: _Ahead) -> tuple[int, OSError | None]:
         """Read into the first buffer: up to where, and what kept it from the end."""
@@ -184,6 +234,11 @@ class TagReader:
                 start = max(step.ipa, extent.ipa)
                 size_bytes = min(step.ipa + step.size_bytes, stop) - start
                 yield cut(step, start, size_bytes)
+
+
+def _slice(tags: memoryview, ipa: int, start: int, stop: int) -> memoryview:
+    """The part for [start, stop) of tags that begin at `ipa`."""
+    return tags[(start - ipa) // GRANULE_BYTES : (stop - ipa) // GRANULE_BYTES]
 
 
 def cut(step: Step, ipa: int, size_bytes: int) -> Step:

@@ -16,7 +16,7 @@ from mtetool.errors import (
     PartialError,
     UsageError,
 )
-from mtetool.flows.copying import Copied, Fill, TagReader, check_has_tags
+from mtetool.flows.copying import Copied, Fill, Later, TagReader, check_has_tags
 from mtetool.flows.freezing import DEFAULT_SPOOL_BYTES, Spool, held_still
 from mtetool.flows.layers import Layers
 from mtetool.flows.layout import (
@@ -175,7 +175,8 @@ def _copy(
     progress(0, total)
     reached: list[Extent] = []
     try:
-        for step in reader.read(result.scope, every_page=options.every_page):
+        steps = reader.read if base else reader.read_later
+        for step in steps(result.scope, every_page=options.every_page):
             if isinstance(step, Missing):
                 _note_missing(step, writer, result, options)
             else:
@@ -212,8 +213,10 @@ def _on(base: Layers, header: Header) -> Header:
     return replace(header, base_id=base.header.snapshot_id)
 
 
-def _add(step: Copied | Fill, writer: SnapshotWriter, base: Layers | None) -> None:
-    if isinstance(step, Copied):
+def _add(step: Copied | Fill | Later, writer: SnapshotWriter, base: Layers | None) -> None:
+    if isinstance(step, Later):
+        writer.add_later(step.ipa, step.size_bytes, step.read)
+    elif isinstance(step, Copied):
         writer.add_tags(step.ipa, step.tags, base=base.fill_in if base is not None else None)
     elif base is None:
         writer.add_fill(step.ipa, step.size_bytes, step.tag)

@@ -19,7 +19,7 @@ from mtetool.snapshot.model import (
     Missing,
     header_problem,
 )
-from mtetool.snapshot.records import MAX_INDEX_ENTRIES, MAX_RECORDS, MAX_RUNS_SHARE
+from mtetool.snapshot.records import MAX_INDEX_ENTRIES, MAX_RECORDS, MAX_RUNS_SHARE, frame_bound
 from mtetool.uapi import GRANULE_BYTES, TAG_MAX
 
 _U64 = ADDRESS_LIMIT - 1
@@ -32,7 +32,8 @@ _OVER_BASE = 4  # added to these
 class TagsHead:
     """A record of tags; `fill` is its one tag, or None where the payload holds them.
 
-    It holds them as so many `runs`, or packed, where that is None. With `over_base` they are the
+    It holds them as so many `runs`, in two frames, the first of `split` bytes; or packed, where
+    these are None. With `over_base` they are the
     exclusive-or of the tags and those of the snapshot's base; a fill is of 0 then.
     """
 
@@ -43,6 +44,7 @@ class TagsHead:
     tagged_pages: int
     runs: int | None = None
     over_base: bool = False
+    split: int | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -172,7 +174,7 @@ def encode_tags(head: TagsHead) -> bytes:
         return pack_map(values | {"enc": _FILL, "tag": head.fill})
     values["enc"] = (_PACKED if head.runs is None else _RUNS) + _OVER_BASE * head.over_base
     if head.runs is not None:
-        values["runs"] = head.runs
+        values.update(runs=head.runs, split=head.split)
     values.update(tagged=head.tagged_granules, tagged_pages=head.tagged_pages)
     return pack_map(values)
 
@@ -210,13 +212,14 @@ def decode_tags(
         head = fill_head(ipa, granules, fields.integer("tag", 0, TAG_MAX), page_granules)
     else:
         granules = fields.integer("granules", 1, chunk_granules)
-        runs = None
+        runs = split = None
         if shape == _RUNS:
             runs = fields.integer("runs", 1, granules // MAX_RUNS_SHARE)
+            split = fields.integer("split", 1, frame_bound(granules // 2))
         tagged = fields.integer("tagged", 0, granules)
         low, high = -(-tagged // page_granules), min(tagged, granules // page_granules)
         pages = fields.integer("tagged_pages", low, high)
-        head = TagsHead(ipa, granules, None, tagged, pages, runs, over_base)
+        head = TagsHead(ipa, granules, None, tagged, pages, runs, over_base, split)
     fields.end()
     return head
 

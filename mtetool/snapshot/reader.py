@@ -69,6 +69,7 @@ class Piece:
     # What the record's head says of its tags: how many are not 0, and in how many pages.
     _tagged: tuple[int, int] = field(repr=False)
     _runs: int | None = field(repr=False, compare=False)
+    _split: int | None = field(repr=False, compare=False)
 
     @property
     def size_bytes(self) -> int:
@@ -98,7 +99,7 @@ class Piece:
         from mtetool.snapshot.frames import FrameError, decode
 
         try:
-            decode(self._payload, self._runs, view)
+            decode(self._payload, view, runs=self._runs, split=self._split)
         except FrameError as error:
             raise DamagedError(f"{self._where}: {error}", ipa=self.ipa) from error
         # The footer's totals are sums of these, and `info` prints them without a look at tags.
@@ -270,6 +271,7 @@ def piece_of(record: Record, head: TagsHead, name: str, header: Header) -> Piece
         _page_granules=header.page_size_bytes // GRANULE_BYTES,
         _tagged=(head.tagged_granules, head.tagged_pages),
         _runs=head.runs,
+        _split=head.split,
     )
 
 

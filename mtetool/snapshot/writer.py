@@ -147,19 +147,28 @@ class SnapshotWriter:
         threads, only what has changed since is written. Raises RangeError; ValueError, sooner or
         later, for bytes that are no tags; what `base` raises.
         """
-        page = self._page_granules
+        page, view = self._page_granules, as_bytes(tags)
         if base is None:
-            self._add(ipa, tags, lambda: self._encoder(tags, page))
+            self._add(ipa, len(view), lambda: self._encoder(view, page))
         else:
-            self._add(ipa, tags, lambda: self._encoder.against(base, ipa, tags, page))
+            self._add(ipa, len(view), lambda: self._encoder.against(base, ipa, view, page))
+
+    def add_later(self, ipa: int, size_bytes: int, read: Callable[[memoryview], None]) -> None:
+        """As `add_tags`, for tags that a thread of the writer shall read itself.
+
+        `read` fills a buffer, of one byte a granule. What it raises comes out of a later call,
+        or of `finish`.
+        """
+        page = self._page_granules
+        n_granules = size_bytes // GRANULE_BYTES
+        self._add(ipa, n_granules, lambda: self._encoder.reading(read, n_granules, page))
 
     def add_changes(self, ipa: int, tags: TagBuffer) -> None:
         """As `add_tags`, for the exclusive-or of tags and those of the base."""
-        self._add(ipa, tags, lambda: self._encoder.changes(tags, self._page_granules))
-
-    def _add(self, ipa: int, tags: TagBuffer, encode: Callable[[], Encoded]) -> None:
         view = as_bytes(tags)
-        n_granules = len(view)
+        self._add(ipa, len(view), lambda: self._encoder.changes(view, self._page_granules))
+
+    def _add(self, ipa: int, n_granules: int, encode: Callable[[], Encoded]) -> None:
         self._check(ipa, n_granules * GRANULE_BYTES)
         if n_granules > self.header.chunk_granules:
             raise RangeError(
@@ -335,6 +344,7 @@ def _stored(ipa: int, n_granules: int, found: Encoded) -> _Stored:
         found.tagged_pages,
         found.runs,
         found.over_base,
+        found.split,
     )
     return _Stored(head, found.frame)
 

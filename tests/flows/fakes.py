@@ -44,6 +44,7 @@ class FakeGuest:
     reads_while_running: int = 0
     knows_untagged: bool = False
     makes_pages: bool = True
+    reads_in_parallel: bool = False
     memory: dict[int, Tags] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

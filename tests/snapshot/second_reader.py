@@ -254,7 +254,11 @@ class _Reader:
         over_base, encoding = encoding & 4, encoding & ~4
         need(not over_base or self.found.head["base"] is not None)
         keys = "ipa granules enc "
-        extra = ("" if over_base else "tag", "tagged tagged_pages", "runs tagged tagged_pages")
+        extra = (
+            "" if over_base else "tag",
+            "tagged tagged_pages",
+            "runs split tagged tagged_pages",
+        )
         fields = _Map(value, keys + extra[encoding])
         ipa = fields.integer("ipa", 0, U64)
         granules = fields.integer("granules", 1, self.chunk if encoding else LIMIT // 16)
@@ -267,8 +271,11 @@ class _Reader:
             packed = self.content(payload, granules // 2, granules // 2)
         else:
             runs = fields.integer("runs", 1, granules // 4)
-            low = runs + (runs + 1) // 2
-            packed = self.runs(self.content(payload, low, granules // 2), runs, granules)
+            n = granules // 2
+            split = fields.integer("split", 1, n + n // 256 + 64)
+            lengths = self.content(payload[:split], runs, runs)
+            rest = self.content(payload[split:], (runs + 1) // 2, n - runs)
+            packed = self.runs(lengths + rest, runs, granules)
         per_page = self.page // 32
         tagged = tagged_pages = 0
         for at in range(0, len(packed), per_page):

@@ -38,7 +38,7 @@ def test_what_is_chosen(n_runs: int, stored: int | str) -> None:
         return
     assert encoded.runs == (None if stored == "packed" else stored)
     back = memoryview(bytearray(N))
-    decode(encoded.frame, encoded.runs, back)
+    decode(encoded.frame, back, runs=encoded.runs, split=encoded.split)
     assert np.array_equal(as_array(back), tags)
 
 
@@ -58,12 +58,14 @@ def test_any_runs_come_back(runs: list[tuple[int, int]], level: int) -> None:
     assert np.array_equal(as_array(piece.tags()), tags)
 
 
-def forged(payload: bytes, n_runs: int, tagged: int, pages: int) -> bytes:
-    head = {"ipa": BASE, "granules": N, "enc": 2, "runs": n_runs}
+def forged(
+    lengths: bytes, rest: bytes, n_runs: int, tagged: int, pages: int, wrong: int = 0
+) -> bytes:
+    head = {"ipa": BASE, "granules": N, "enc": 2, "runs": n_runs, "split": len(lengths) + wrong}
     forge = Forge(head_map(header(4)))
     forge.granules, forge.tagged, forge.tagged_pages = N, tagged, pages
     return forge.indexed(
-        b"TAGS", {**head, "tagged": tagged, "tagged_pages": pages}, payload, BASE, N
+        b"TAGS", {**head, "tagged": tagged, "tagged_pages": pages}, lengths + rest, BASE, N
     ).end()
 
 
@@ -72,44 +74,54 @@ def frame(content: bytes) -> bytes:
 
 
 # A run of 1 (tag 5) and one of 1023 (tag 0): 1023 - 256 is 767, 0x5ff as LEB128.
-CONTENT = bytes([1, 0, 0x05, 0xFF, 0x05])
+LENGTHS, REST = bytes([1, 0]), bytes([0x05, 0xFF, 0x05])
 
 
 def test_by_hand() -> None:
-    (piece,) = read_all(forged(frame(CONTENT), 2, 1, 1))[1]
+    (piece,) = read_all(forged(frame(LENGTHS), frame(REST), 2, 1, 1))[1]
     assert isinstance(piece, Piece)
     assert piece.tags().tobytes() == bytes([5]) + bytes(N - 1)
 
 
 @pytest.mark.parametrize(
-    ("content", "n_runs", "tagged"),
+    ("lengths", "rest", "n_runs", "tagged"),
     [
-        (CONTENT + b"\0", 2, 1),
-        (CONTENT[:-1], 2, 1),
-        (bytes([2, 0, 0x05, 0xFF, 0x05]), 2, 1),
-        (bytes([1, 0, 0x05, 0xFF, 0x06]), 2, 1),
-        (CONTENT, 3, 1),
-        (CONTENT, 1, 1),
-        (CONTENT, 2, 2),
-        (CONTENT, 0, 1),
-        (CONTENT, N // 4 + 1, 1),
-        (b"", 2, 1),
-        (CONTENT + bytes(N), 2, 1),
+        (LENGTHS, REST + b"\0", 2, 1),
+        (LENGTHS, REST[:-1], 2, 1),
+        (LENGTHS + b"\0", REST, 2, 1),
+        (LENGTHS[:1], REST, 2, 1),
+        (bytes([2, 0]), REST, 2, 1),
+        (LENGTHS, bytes([0x05, 0xFF, 0x06]), 2, 1),
+        (LENGTHS, REST, 3, 1),
+        (LENGTHS, REST, 1, 1),
+        (LENGTHS, REST, 2, 2),
+        (LENGTHS, REST, 0, 1),
+        (LENGTHS, REST, N // 4 + 1, 1),
+        (b"", REST, 2, 1),
+        (LENGTHS, b"", 2, 1),
+        (LENGTHS, REST + bytes(N), 2, 1),
     ],
 )
-def test_runs_that_are_not_those_of_the_record(content: bytes, n_runs: int, tagged: int) -> None:
-    with pytest.raises(DamagedError):
-        read_all(forged(frame(content), n_runs, tagged, 1))
-
-
-def test_a_frame_that_would_become_large_is_not_decompressed(
-    monkeypatch: pytest.MonkeyPatch,
+def test_runs_that_are_not_those_of_the_record(
+    lengths: bytes, rest: bytes, n_runs: int, tagged: int
 ) -> None:
-    bomb = frame(bytes(256 << 20))
-    assert len(bomb) < 1 << 14
-    monkeypatch.setattr(zstandard, "ZstdDecompressor", None)
-    with pytest.raises(DamagedError, match="declares"):
-        read_all(forged(bomb[: N // 2], 2, 1, 1))
+    with pytest.raises(DamagedError):
+        read_all(forged(frame(lengths), frame(rest), n_runs, tagged, 1))
+
+
+@pytest.mark.parametrize("wrong", [-100, -1, 1, 100, 1 << 20])
+def test_frames_that_are_split_elsewhere(wrong: int) -> None:
+    with pytest.raises(DamagedError):
+        read_all(forged(frame(LENGTHS), frame(REST), 2, 1, 1, wrong))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_frame_that_would_become_large_is_not_decompressed(first: bool) -> None:
+    bomb = frame(bytes(32 << 20))
+    assert len(bomb) < 1 << 11
+    payload = (bomb[:400], frame(REST)) if first else (frame(LENGTHS), bomb[:400])
+    with pytest.raises(DamagedError, match="declares 33554432 bytes"):
+        read_all(forged(*payload, 2, 1, 1))
 
 
 def test_bytes_that_are_no_tags_are_not_saved() -> None:
