@@ -272,6 +272,14 @@ _HINTS = {
 }
 
 
+def no_thread(what: str, error: RuntimeError) -> HostError:
+    """The error for "can't start new thread", which comes without an errno."""
+    return HostError(
+        f"{what}: {error} (EAGAIN)",
+        hint="a higher limit on processes (ulimit -u, pids.max of the cgroup), or --jobs 1",
+    )
+
+
 def host_error(error: OSError, what: str, **details: object) -> HostError:
     """What an OSError of this host means; `what` names what was worked on.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
+from mtetool.errors import no_thread
 from mtetool.snapshot.model import Missing
 from mtetool.snapshot.reader import Piece
 
@@ -64,7 +65,7 @@ def _decoded(
                     pending.append((piece, None))
                 else:
                     room = buffers.take(piece.n_granules)
-                    pending.append((piece, pool.submit(piece.tags, room)))
+                    pending.append((piece, _submit(pool, piece, room)))
             if not pending:
                 break
             piece, future = pending.popleft()
@@ -84,6 +85,13 @@ def _decoded(
 
 # Fills and missing ranges that wait behind a piece; they are small, but must not pile up.
 _MOST_PENDING = 1024
+
+
+def _submit(pool: ThreadPoolExecutor, piece: Piece, room: memoryview) -> Future[memoryview]:
+    try:
+        return pool.submit(piece.tags, room)
+    except RuntimeError as error:
+        raise no_thread("decompressing", error) from error
 
 
 class _Buffers:

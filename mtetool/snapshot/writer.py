@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self, TypeVar
 
 from mtetool.buffers import as_bytes
-from mtetool.errors import HostError, HostIoError, LayoutError, RangeError
+from mtetool.errors import HostIoError, LayoutError, RangeError, no_thread
 from mtetool.snapshot.frames import BaseTags, Encoded, Encoder
 from mtetool.snapshot.heads import (
     DoneHead,
@@ -277,11 +277,7 @@ class SnapshotWriter:
         try:
             return self._pool.submit(work)
         except RuntimeError as error:
-            # "can't start new thread", without an errno.
-            raise HostError(
-                f"compressing: {error} (EAGAIN)",
-                hint="a higher limit on processes (ulimit -u, pids.max of the cgroup), or --jobs 1",
-            ) from error
+            raise no_thread("compressing", error) from error
 
     def _write_ready(self) -> None:
         while self._pending:
