@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from enum import Enum, auto
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -36,10 +37,18 @@ from mtetool.errors import (
 )
 from mtetool.guest import GuestInfo, Memslot
 from mtetool.vmm import proc, qemu
+from mtetool.vmm.pagemap import HostMemory, UnknownError
 
 if TYPE_CHECKING:
     from mtetool.backends import GuestOptions
     from mtetool.buffers import TagBuffer
+
+
+class _NotAsked(Enum):
+    NOT_ASKED = auto()
+
+
+_NOT_ASKED = _NotAsked.NOT_ASKED
 
 
 def open_kvm(rest: str, options: GuestOptions) -> KvmGuest:
@@ -84,6 +93,7 @@ class KvmGuest:
         self._frozen_since: float | None = None
         self._requests = [uapi.KVM_ARM_MTE_COPY_TAGS]
         self._stack = ExitStack()
+        self._memory: HostMemory | _NotAsked | None = _NOT_ASKED
 
     @property
     def borrowed_seconds(self) -> float:
@@ -161,8 +171,23 @@ class KvmGuest:
         return self._answered(self._transfers().read(ipa, view, then_bytes), ipa)
 
     def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
-        """See `Guest.may_be_tagged`; all of it."""
-        yield ipa, size_bytes
+        """See `Guest.may_be_tagged`: the pages that exist, where QEMU says where they are."""
+        memory = self._host_memory()
+        if memory is None:
+            yield ipa, size_bytes
+        else:
+            yield from memory.existing(ipa, size_bytes)
+
+    def _host_memory(self) -> HostMemory | None:
+        if self._memory is _NOT_ASKED:
+            self._memory = None
+            try:
+                where = self._ask_monitor().host_addresses()
+                self._memory = HostMemory(self._process.pid, where)
+            except (LayoutUnknownError, UnknownError):
+                return None
+            self._stack.callback(self._memory.close)
+        return self._memory
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`."""

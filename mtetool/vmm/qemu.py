@@ -27,6 +27,8 @@ _REGION = re.compile(
     r"^\s*(?P<first>[0-9a-f]{16})-(?P<last>[0-9a-f]{16}) \(prio -?\d+, (?P<type>[^)]+)\):"
     r" .*\bKVM\s*$"
 )
+# "Host virtual address for 0x40000000 (mach-virt.ram) is 0xffff…"
+_HOST_ADDRESS = re.compile(r"Host virtual address for 0x[0-9a-f]+ .* is (?:0x)?([0-9a-f]+)\s*$")
 # RAM is written through the slot; ROM (and flash in its reading mode) is a read-only slot;
 # "ramd" is memory of a device that QEMU has mapped.
 _KINDS: dict[str, tuple[SlotKind, bool]] = {
@@ -80,6 +82,24 @@ class Monitor:
         """The regions that QEMU has given to KVM."""
         text = self.execute("human-monitor-command", **{"command-line": "info mtree -f"})
         return parse_mtree(str(text))
+
+    def host_addresses(self) -> list[tuple[int, int, int]]:
+        """(ipa, size, address) of the slots of RAM that lie in one piece in QEMU's own memory."""
+        found = []
+        for slot in self.memslots():
+            if slot.kind != "ram":
+                continue
+            first = self._host_address(slot.ipa)
+            last = self._host_address(slot.end - 1)
+            if first is not None and last == first + slot.size_bytes - 1:
+                found.append((slot.ipa, slot.size_bytes, first))
+        return found
+
+    def _host_address(self, ipa: int) -> int | None:
+        line = f"gpa2hva {ipa:#x}"
+        text = self.execute("human-monitor-command", **{"command-line": line})
+        match = _HOST_ADDRESS.search(str(text))
+        return int(match[1], 16) if match else None
 
     def paused(self) -> bool:
         """Whether the vCPUs stand still."""

@@ -1,0 +1,264 @@
+"""Which pages of a process's memory exist, found without touching them.
+
+The page tables tell it for private memory (/proc/PID/pagemap, PAGEMAP_SCAN of Linux 6.7:
+Documentation/admin-guide/mm/pagemap.rst). A page of a shared file can exist without being in them:
+there the file's own holes are asked too (SEEK_DATA, which counts pages on swap as data:
+mm/filemap.c, folio_seek_hole_data). What is not plainly one of these is taken to exist.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+# include/uapi/linux/fs.h: struct pm_scan_arg and struct page_region.
+_ARGUMENT = struct.Struct("<12Q")
+_REGION = struct.Struct("<3Q")
+_PAGEMAP_SCAN = 0xC0000000 | _ARGUMENT.size << 16 | ord("f") << 8 | 16
+_IS_PRESENT, _IS_SWAPPED = 1 << 3, 1 << 4
+_REGIONS = 1024
+
+# Files whose pages are memory and nothing else. ("/dev/zero" is shared anonymous memory.)
+_MEMORY_FILES = ("/memfd:", "/dev/zero", "/dev/shm/")  # noqa: S108
+
+
+class UnknownError(Exception):
+    """Nobody may know which pages of some memory exist."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Mapping:
+    """A line of /proc/PID/maps; `device` and `inode` are those of the file, 0 of no file."""
+
+    start: int
+    end: int
+    offset: int
+    device: int
+    inode: int
+    name: str
+
+
+class Pagemap:
+    """The memory of process `pid` as it is now. Raises UnknownError where nobody may look.
+
+    It must be closed.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._files: dict[tuple[int, int], int] = {}
+        try:
+            self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UnknownError(str(error)) from error
+        self._vector = bytearray(_REGIONS * _REGION.size)
+        try:
+            # A page may yet be brought by whoever serves the faults of this process.
+            if _has_userfaultfd(pid):
+                raise UnknownError("somebody serves its page faults (userfaultfd)")
+            self._scan(0, 0, _address_of(self._vector))
+        except (OSError, UnknownError) as error:
+            self.close()
+            raise UnknownError(str(error)) from error
+
+    def existing(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The parts (start, end) of a range of addresses whose pages exist, in their order.
+
+        They may touch. Whole pages; where that cannot be known, all is taken to exist. The
+        process runs: what is made behind where this has come is not seen.
+        """
+        at = start
+        for mapping in _mappings(self._pid):
+            if mapping.end <= at:
+                continue
+            if mapping.start >= end or mapping.start > at:
+                break
+            stop = min(mapping.end, end)
+            yield from self._of_mapping(mapping, at, stop)
+            at = stop
+        if at < end:
+            yield at, end  # not mapped, or not as we were told: a copy tells
+
+    def close(self) -> None:
+        """Let go of the process. Idempotent."""
+        for fd in [self._fd, *self._files.values()]:
+            if fd >= 0:
+                os.close(fd)
+        self._fd = -1
+        self._files = {}
+
+    def _of_mapping(self, mapping: _Mapping, start: int, end: int) -> Iterator[tuple[int, int]]:
+        try:
+            if mapping.inode == 0:
+                yield from self._in_page_tables(start, end)
+            elif mapping.name.startswith(_MEMORY_FILES):
+                tables = self._in_page_tables(start, end)
+                yield from _united(tables, self._in_file(mapping, start, end))
+            else:
+                yield start, end
+        except UnknownError:
+            yield start, end
+
+    def _in_page_tables(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        at = start
+        while at < end:
+            try:
+                n_regions, behind = self._scan(at, end, _address_of(self._vector))
+            except OSError as error:
+                raise UnknownError(str(error)) from error
+            for number in range(n_regions):
+                first, stop, _ = _REGION.unpack_from(self._vector, number * _REGION.size)
+                yield first, stop
+            if behind <= at:
+                break
+            at = behind
+
+    def _scan(self, start: int, end: int, vector: int) -> tuple[int, int]:
+        """How many regions were found, and up to where was looked."""
+        either = _IS_PRESENT | _IS_SWAPPED
+        argument = bytearray(
+            _ARGUMENT.pack(
+                _ARGUMENT.size, 0, start, end, 0, vector, _REGIONS, 0, 0, 0, either, either
+            )
+        )
+        found = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, argument)
+        return found, _ARGUMENT.unpack(argument)[4]
+
+    def _in_file(self, mapping: _Mapping, start: int, end: int) -> Iterator[tuple[int, int]]:
+        fd = self._open(mapping)
+        shift = mapping.offset - mapping.start
+        page = os.sysconf("SC_PAGE_SIZE")
+        at, limit = start + shift, end + shift
+        while at < limit:
+            try:
+                data = os.lseek(fd, at, os.SEEK_DATA)
+                hole = min(os.lseek(fd, data, os.SEEK_HOLE), limit) if data < limit else limit
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return  # only a hole is left
+                raise UnknownError(str(error)) from error
+            if data >= limit:
+                return
+            at = -(-hole // page) * page
+            yield data // page * page - shift, at - shift
+
+    def _open(self, mapping: _Mapping) -> int:
+        key = (mapping.device, mapping.inode)
+        if key not in self._files:
+            self._files[key] = _open_file(self._pid, mapping)
+        return self._files[key]
+
+
+def _open_file(pid: int, mapping: _Mapping) -> int:
+    """The file of a mapping, if it is small pages of memory."""
+    ways = [Path(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")]
+    with suppress(OSError):
+        ways += Path(f"/proc/{pid}/fd").iterdir()
+    for path in ways:
+        with suppress(OSError):
+            status = path.stat()
+            if (status.st_dev, status.st_ino) != (mapping.device, mapping.inode):
+                continue
+            # Pages of hugetlbfs are the file's blocks; their tags live by rules of their own.
+            if status.st_blksize > os.sysconf("SC_PAGE_SIZE"):
+                break
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    raise UnknownError(f"{mapping.name} cannot be opened")
+
+
+def _has_userfaultfd(pid: int) -> bool:
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            if str(path.readlink()).startswith("anon_inode:[userfaultfd]"):
+                return True
+    return False
+
+
+def _mappings(pid: int) -> list[_Mapping]:
+    try:
+        text = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape")
+    except OSError as error:
+        raise UnknownError(str(error)) from error
+    found = []
+    for line in text.splitlines():
+        addresses, _, offset, device, inode, *name = line.split(None, 5)
+        start, end = (int(word, 16) for word in addresses.split("-"))
+        major, minor = (int(word, 16) for word in device.split(":"))
+        where = os.makedev(major, minor)
+        found.append(
+            _Mapping(start, end, int(offset, 16), where, int(inode), name[0] if name else "")
+        )
+    return found
+
+
+def _united(
+    one: Iterator[tuple[int, int]], other: Iterator[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    """Both, in order of address, none twice."""
+    sides: list[Iterator[tuple[int, int]]] = [one, other]
+    heads: list[tuple[int, int] | None] = [next(side, None) for side in sides]
+    done = 0
+    while any(heads):
+        _, which = min((head, n) for n, head in enumerate(heads) if head is not None)
+        head = heads[which]
+        assert head is not None
+        start, end = max(head[0], done), head[1]
+        if start < end:
+            yield start, end
+            done = end
+        heads[which] = next(sides[which], None)
+
+
+def _address_of(buffer: bytearray) -> int:
+    import ctypes
+
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+class HostMemory:
+    """Where in a VMM's process the memory of its guest is: (ipa, size, address) of each slot."""
+
+    def __init__(self, pid: int, where: Sequence[tuple[int, int, int]]) -> None:
+        self._pagemap = Pagemap(pid)
+        self._where = sorted(where)
+
+    def existing(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+        """The parts (address, size) of guest memory whose pages exist, or of which nobody knows.
+
+        In order, no two of them touching.
+        """
+        start = stop = ipa
+        for first, behind in self._parts(ipa, ipa + size_bytes):
+            if first > stop:
+                if stop > start:
+                    yield start, stop - start
+                start = first
+            stop = behind
+        if stop > start:
+            yield start, stop - start
+
+    def _parts(self, ipa: int, end: int) -> Iterator[tuple[int, int]]:
+        at = ipa
+        for slot, size_bytes, address in self._where:
+            if slot + size_bytes <= at or slot >= end:
+                continue
+            if slot > at:
+                yield at, slot
+                at = slot
+            stop = min(slot + size_bytes, end)
+            shift = slot - address
+            for first, behind in self._pagemap.existing(at - shift, stop - shift):
+                yield first + shift, behind + shift
+            at = stop
+        if at < end:
+            yield at, end
+
+    def close(self) -> None:
+        """Let go of the process. Idempotent."""
+        self._pagemap.close()

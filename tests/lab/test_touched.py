@@ -1,0 +1,133 @@
+"""What nobody touched is neither read nor made, and every tag is saved: on QEMU's real memory."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.guests import Qemu, kill_vmms
+from tests.lab.machine import Machine
+
+BASE = 0x4000_0000
+MIB = 1 << 20
+
+_MEMFD = (
+    "-object memory-backend-memfd,id=m,size={size},share={share},reserve=off"
+    " -machine memory-backend=m"
+)
+MEMORIES = {
+    "private": "",
+    "memfd": _MEMFD.format(size="256M", share="on"),
+    "memfd-private": _MEMFD.format(size="256M", share="off"),
+}
+
+# What exists of QEMU's memory beyond its page tables: the file's own pages.
+_ONLY_IN_THE_FILE = """
+import os, sys
+from pathlib import Path
+from mtetool.backends import open_guest
+pid, base = sys.argv[1], 0x40000000
+(path,) = [p for p in Path(f"/proc/{pid}/fd").iterdir()
+           if os.readlink(p).startswith("/memfd:memory-backend-memfd")]
+fd = os.open(path, os.O_RDWR)
+page = os.sysconf("SC_PAGE_SIZE")
+with open_guest(f"kvm:{pid}") as guest:
+    at = 200 << 20
+    assert list(guest.may_be_tagged(base + at, 16 * page)) == []
+    os.pwrite(fd, b"x", at + 3 * page + 5)
+    os.posix_fallocate(fd, at + 8 * page, page)
+    found = list(guest.may_be_tagged(base + at, 16 * page))
+    assert found == [(base + at + 3 * page, page)], found
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_vmms(lab: Machine) -> Iterator[None]:
+    yield
+    kill_vmms(lab)
+
+
+def resident(lab: Machine, pid: int) -> int:
+    """Bytes of memory that the process has, shared memory included, and what its files have."""
+    text = lab.sh(f"cat /proc/{pid}/status /proc/meminfo").stdout
+    rss, shmem = (re.search(name + rb":\s+(\d+) kB", text) for name in (rb"VmRSS", rb"Shmem"))
+    assert rss
+    assert shmem
+    return (int(rss[1]) + int(shmem[1])) << 10
+
+
+def save(lab: Machine, pid: int, path: str, *words: str) -> dict[str, float]:
+    command = ["mtetool", "save", f"kvm:{pid}", "-o", path, "--force", "--json", *words]
+    found: dict[str, float] = json.loads(lab.run(command, check=True, timeout=600).stdout)
+    return found
+
+
+@pytest.mark.every_kernel
+@pytest.mark.parametrize("memory", list(MEMORIES))
+def test_a_save_makes_no_memory_and_has_every_tag(lab: Machine, memory: str) -> None:
+    guest = Qemu(lab, "g", extra=MEMORIES[memory]).start()
+    guest.wait_for_checks(1)
+    guest.qmp("stop")
+    # Once for what the first run of all makes: Python's caches, QEMU's answers.
+    save(lab, guest.pid, "/root/s", "--range", f"{BASE}:64K")
+    before = resident(lab, guest.pid)
+    save(lab, guest.pid, "/root/s")
+    grown = resident(lab, guest.pid) - before
+    save(lab, guest.pid, "/root/every", "--every-page")
+    filled = resident(lab, guest.pid) - before
+    print(f"{memory}: {before >> 20} MiB, grown by {grown >> 10} KiB, {filled >> 10} by every page")
+    # Helper and tables take a little; what is not there is 100 MiB and more.
+    assert grown < 4 * MIB
+    same = lab.run(["mtetool", "diff", "/root/s", "/root/every"], check=False)
+    assert (same.returncode, same.stdout) == (0, b""), same.stdout[:400]
+    if memory != "memfd-private":
+        sizes = lab.sh("stat -c %s /root/s /root/every").stdout.split()
+        assert abs(int(sizes[0]) - int(sizes[1])) < 100  # names, ids and times
+    # Restored into the guest itself, nothing is made either, and all is as it was.
+    before = resident(lab, guest.pid)
+    lab.run(["mtetool", "restore", "/root/s", f"kvm:{guest.pid}"], check=True, timeout=300)
+    assert resident(lab, guest.pid) - before < 4 * MIB
+    guest.qmp("cont")
+    checks = guest.wait_for_checks()
+    assert [(check.wrong, check.data_wrong) for check in checks] == [(0, 0), (0, 0)]
+
+
+@pytest.mark.every_kernel
+def test_a_page_that_is_only_in_the_file_exists(lab: Machine) -> None:
+    """Another process wrote it, or the page tables forgot it."""
+    guest = Qemu(lab, "g", extra=MEMORIES["memfd"]).start()
+    guest.wait_for_checks(1)
+    guest.qmp("stop")
+    env = {"PYTHONPATH": "/opt/mtetool"}
+    lab.run(["python3", "-c", _ONLY_IN_THE_FILE, str(guest.pid)], env=env, check=True, timeout=100)
+
+
+@pytest.mark.long
+def test_64_gib_of_which_a_hundredth_is_touched(lab: Machine) -> None:
+    """A guest of which 640 MiB have tags, in 160 places: that is what a save costs."""
+    memory = _MEMFD.format(size="64G", share="on")
+    guest = Qemu(lab, "g", memory="64G", extra=f"{memory} -S").start()
+    ranges = " ".join(f"--range {BASE + n * 400 * MIB}:4M" for n in range(160))
+    lab.sh(
+        "mtetool emu create /root/e --force --memory 64G && mtetool emu fill /root/e random "
+        + ranges
+        + f" && mtetool save emu:/root/e --force -o /root/r && mtetool restore /root/r kvm:{guest.pid}"
+        " --no-verify",
+        timeout=900,
+    )
+    before = resident(lab, guest.pid)
+    assert 640 * MIB < before < 2000 * MIB
+    whole = save(lab, guest.pid, "/root/s")
+    grown = resident(lab, guest.pid) - before
+    part = save(lab, guest.pid, "/root/part", "--range", f"{BASE}:1G")
+    print(
+        f"64 GiB, 640 MiB touched: {whole['copy_seconds']:.1f} s, {whole['file_bytes']} bytes,"
+        f" grown by {grown >> 10} KiB; 1 GiB of it: {part['copy_seconds']:.1f} s"
+    )
+    assert grown < before // 100
+    assert (
+        lab.run(["mtetool", "diff", "/root/r", "/root/s", "--range", f"{BASE}:64G"]).returncode == 0
+    )
