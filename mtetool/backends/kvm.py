@@ -160,6 +160,7 @@ class KvmGuest:
         if since is None:
             return 0.0
         self._attached().release()
+        self._transfers().drop()  # nothing of while it stood still
         return time.monotonic() - since
 
     def read_tags(self, ipa: int, out: TagBuffer, *, then_bytes: int = 0) -> int:

@@ -43,6 +43,8 @@ class Transfer:
         self._session = session
         self._fd = fd
         self._ready: _Stretch | None = None
+        # Up to there it was handed out: whoever reads that again wants the tags of now.
+        self._used_up_to = 0
         self._under_way: tuple[_Stretch, Future[int]] | None = None
 
     def read(self, ipa: int, out: memoryview, then_bytes: int) -> int:
@@ -63,6 +65,7 @@ class Transfer:
             part = out[done : done + found.n_granules - first]
             self._session.read_buffer(part, found.half * HALF_BYTES + first)
             done += len(part)
+            self._used_up_to = at + len(part) * uapi.GRANULE_BYTES
         return done * uapi.GRANULE_BYTES
 
     def write(self, ipa: int, tags: memoryview) -> int:
@@ -88,7 +91,7 @@ class Transfer:
 
     def _held(self, ipa: int) -> _Stretch | None:
         ready = self._ready
-        return ready if ready is not None and ready.ipa <= ipa < ready.end else None
+        return ready if ready is not None and self._used_up_to == ipa < ready.end else None
 
     def _fetch(self, ipa: int, n_granules: int) -> int:
         """Have tags from `ipa` on in the buffer, and more under way where that is wanted."""
@@ -109,7 +112,7 @@ class Transfer:
         if completed == stretch and left > 0:
             ahead = _Stretch(completed.end, min(left, HALF_BYTES), 1 - completed.half)
             self._under_way = (ahead, self._begin(ahead, uapi.KVM_ARM_TAGS_FROM_GUEST))
-        self._ready = completed
+        self._ready, self._used_up_to = completed, ipa
         return result
 
     def _begin(self, stretch: _Stretch, flags: int) -> Future[int]:
