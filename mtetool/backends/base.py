@@ -87,8 +87,10 @@ class Guest(Protocol):
         """
         ...
 
-    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer, *, then_read: bool = False) -> int:
         """Copy `tags` (one byte a granule) onto the guest memory from `ipa` on.
+
+        With `then_read` the same memory will be read by the next call.
 
         As `read_tags`; besides EFAULT for read-only memory and EBUSY while any memslot
         logs dirty pages.

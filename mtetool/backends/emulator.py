@@ -251,7 +251,7 @@ class EmulatedGuest:
         behind = slot.ipa + -(-(hole - base) // per_page) * self.page_size_bytes
         return max(first, ipa), min(behind, end)
 
-    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer, *, then_read: bool = False) -> int:
         """See `Guest.write_tags`. Raises also BusyError, PermissionRefusedError, DiskFullError."""
         view = as_bytes(tags)
         self._check_copy(ipa, len(view))

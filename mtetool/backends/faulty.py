@@ -130,7 +130,7 @@ class FaultyGuest:
         """All of it: a fault may wait where there are no tags."""
         yield ipa, size_bytes
 
-    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer, *, then_read: bool = False) -> int:
         """See `Guest.write_tags`; with the faults for writes."""
         return self._copied("write", self._guest.write_tags, ipa, as_bytes(tags))
 

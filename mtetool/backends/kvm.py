@@ -190,7 +190,7 @@ class KvmGuest:
             self._stack.callback(self._memory.close)
         return self._memory
 
-    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer, *, then_read: bool = False) -> int:
         """See `Guest.write_tags`."""
         view = as_bytes(tags)
         self._check(ipa, len(view) * uapi.GRANULE_BYTES)
@@ -200,7 +200,9 @@ class KvmGuest:
         while done < len(view):
             part = view[done : done + HALF_BYTES]
             at = ipa + done * uapi.GRANULE_BYTES
-            completed = self._transfers().write(at, part)
+            # Several parts are written one after the other, and only then read.
+            alone = then_read and len(part) == len(view)
+            completed = self._transfers().write(at, part, then_read=alone)
             if completed <= 0 and done:
                 break  # what was copied before counts; the next call there tells why
             done += self._answered(completed, at) // uapi.GRANULE_BYTES

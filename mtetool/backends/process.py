@@ -154,7 +154,7 @@ class ProcessGuest:
         """See `Guest.may_be_tagged`; all of it."""
         yield ipa, size_bytes
 
-    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer, *, then_read: bool = False) -> int:
         """See `Guest.write_tags`; never EBUSY."""
         view = as_bytes(tags)
         size_bytes = len(view) * uapi.GRANULE_BYTES

@@ -68,13 +68,22 @@ class Transfer:
             self._used_up_to = at + len(part) * uapi.GRANULE_BYTES
         return done * uapi.GRANULE_BYTES
 
-    def write(self, ipa: int, tags: memoryview) -> int:
-        """Copy tags to guest memory from `ipa` on; at most a half."""
+    def write(self, ipa: int, tags: memoryview, *, then_read: bool = False) -> int:
+        """Copy tags to guest memory from `ipa` on; at most a half.
+
+        With `then_read` that memory is read next: the copy back begins right behind.
+        """
         self.drop()
         self._session.write_buffer(tags)
-        return self._session.finish(
-            self._begin(_Stretch(ipa, len(tags), 0), uapi.KVM_ARM_TAGS_TO_GUEST)
-        )
+        stretch = _Stretch(ipa, len(tags), 0)
+        begun = self._begin(stretch, uapi.KVM_ARM_TAGS_TO_GUEST)
+        if then_read:
+            back = stretch._replace(half=1)
+            self._under_way = (back, self._begin(back, uapi.KVM_ARM_TAGS_FROM_GUEST))
+        result = self._session.finish(begun)
+        if result != len(tags) * uapi.GRANULE_BYTES:
+            self.drop()
+        return result
 
     def nothing(self) -> int:
         """A copy of nothing: it passes every check there is, or does not."""
@@ -95,16 +104,15 @@ class Transfer:
 
     def _fetch(self, ipa: int, n_granules: int) -> int:
         """Have tags from `ipa` on in the buffer, and more under way where that is wanted."""
-        under_way, self._under_way = self._under_way, None
         self._ready = None
-        if under_way is None or under_way[0].ipa != ipa:
-            self._under_way = under_way
+        if self._under_way is None or self._under_way[0].ipa != ipa:
             self.drop()
-            stretch = _Stretch(ipa, min(n_granules, HALF_BYTES), 0)
-            begun = self._begin(stretch, uapi.KVM_ARM_TAGS_FROM_GUEST)
-        else:
-            stretch, begun = under_way
+            wanted = _Stretch(ipa, min(n_granules, HALF_BYTES), 0)
+            self._under_way = (wanted, self._begin(wanted, uapi.KVM_ARM_TAGS_FROM_GUEST))
+        stretch, begun = self._under_way
         result = self._session.finish(begun)
+        # Only now: until it came back, nobody else may use its half, whatever interrupts us.
+        self._under_way = None
         if result <= 0:
             return result
         completed = stretch._replace(n_granules=result // uapi.GRANULE_BYTES)

@@ -271,17 +271,19 @@ class _Ahead:
 
 
 def write_extent(
-    guest: Guest, ipa: int, tags: memoryview, layout: Layout
+    guest: Guest, ipa: int, tags: memoryview, layout: Layout, *, then_read: bool = False
 ) -> Iterator[Extent | Missing]:
     """Write `tags` from `ipa` on (both page-aligned): what was written, and what could not be.
 
-    Raises BusyError while the VM logs dirty pages, GuestError when the guest is gone.
+    With `then_read` each result is read back before the next step. Raises BusyError while the VM
+    logs dirty pages, GuestError when the guest is gone.
     """
     chunk_bytes = CHUNK_GRANULES * GRANULE_BYTES
 
     def write(at: int, size_bytes: int) -> int:
         first = (at - ipa) // GRANULE_BYTES
-        return guest.write_tags(at, tags[first : first + size_bytes // GRANULE_BYTES])
+        part = tags[first : first + size_bytes // GRANULE_BYTES]
+        return guest.write_tags(at, part, then_read=then_read)
 
     whole = Extent(ipa, len(tags) * GRANULE_BYTES)
     yield from _walk(write, whole, layout, chunk_bytes)

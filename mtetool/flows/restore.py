@@ -344,7 +344,8 @@ class _Restorer:
 
     def _write(self, ipa: int, tags: memoryview, *, may_be_readonly: bool) -> None:
         result = self.result
-        for step in write_extent(self._guest, ipa, tags, self._layout):
+        verify = self._options.verify
+        for step in write_extent(self._guest, ipa, tags, self._layout, then_read=verify):
             first = (step.ipa - ipa) // GRANULE_BYTES
             part = tags[first : first + step.size_bytes // GRANULE_BYTES]
             if isinstance(step, Missing):

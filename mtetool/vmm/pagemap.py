@@ -21,7 +21,7 @@ from pathlib import Path
 _ARGUMENT = struct.Struct("<12Q")
 _REGION = struct.Struct("<3Q")
 _PAGEMAP_SCAN = 0xC0000000 | _ARGUMENT.size << 16 | ord("f") << 8 | 16
-_IS_PRESENT, _IS_SWAPPED = 1 << 3, 1 << 4
+_IS_PRESENT, _IS_SWAPPED, _IS_ZERO_PAGE = 1 << 3, 1 << 4, 1 << 5
 _REGIONS = 1024
 
 # Files whose pages are memory and nothing else. ("/dev/zero" is shared anonymous memory.)
@@ -122,11 +122,10 @@ class Pagemap:
     def _scan(self, start: int, end: int, vector: int) -> tuple[int, int]:
         """How many regions were found, and up to where was looked."""
         either = _IS_PRESENT | _IS_SWAPPED
-        argument = bytearray(
-            _ARGUMENT.pack(
-                _ARGUMENT.size, 0, start, end, 0, vector, _REGIONS, 0, 0, 0, either, either
-            )
-        )
+        # The kernel's page of zeros stands for what was only read: it has no tags but 0.
+        zero = _IS_ZERO_PAGE
+        words = (start, end, 0, vector, _REGIONS, 0, zero, zero, either, either)
+        argument = bytearray(_ARGUMENT.pack(_ARGUMENT.size, 0, *words))
         found = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, argument)
         return found, _ARGUMENT.unpack(argument)[4]
 

@@ -109,7 +109,7 @@ class FakeGuest:
         if start is not None:
             yield start, ipa + size_bytes - start
 
-    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer, *, then_read: bool = False) -> int:
         if self.busy_after_writes is not None and self.writes >= self.busy_after_writes:
             raise OSError(errno.EBUSY, "dirty logging")
         self.writes += 1
