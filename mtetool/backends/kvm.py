@@ -103,6 +103,8 @@ class KvmGuest:
     def info(self) -> GuestInfo:
         """The VM; attaches, to ask the kernel whether MTE is on."""
         slots = self._memslots()
+        if self._mte_is_on():
+            self._host_memory()  # asked now, as the guest may wait from the first copy on
         return self._described(self._mte_is_on(), slots)
 
     def glance(self, *, attach: bool) -> tuple[GuestInfo, GuestError | None]:

@@ -54,12 +54,17 @@ def _lines(label: str) -> Iterator[Callable[[int, int | None], None]]:
     import json
 
     def write(now: float) -> None:
+        done, total = state
+        rate = done / max(now - started, 1e-6)
+        left = None if total is None else total - done
         document = {
             "schema": "mtetool.progress/1",
             "label": label,
-            "done_bytes": state[0],
-            "total_bytes": state[1],
+            "done_bytes": done,
+            "total_bytes": total,
             "elapsed_seconds": round(now - started, 3),
+            "bytes_per_second": round(rate),
+            "remaining_seconds": round(left / rate, 1) if rate and left is not None else None,
         }
         sys.stderr.write(json.dumps(document) + "\n")
         sys.stderr.flush()
@@ -81,12 +86,20 @@ def _lines(label: str) -> Iterator[Callable[[int, int | None], None]]:
 def _bar(label: str) -> Iterator[Callable[[int, int | None], None]]:
     # Imported here: rich takes longer to load than most commands to run.
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

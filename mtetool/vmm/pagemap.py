@@ -53,6 +53,8 @@ class Pagemap:
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._files: dict[tuple[int, int], int] = {}
+        self._text = b""
+        self._parsed: list[_Mapping] = []
         try:
             self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -74,7 +76,7 @@ class Pagemap:
         process runs: what is made behind where this has come is not seen.
         """
         at = start
-        for mapping in _mappings(self._pid):
+        for mapping in self._mappings():
             if mapping.end <= at:
                 continue
             if mapping.start >= end or mapping.start > at:
@@ -84,6 +86,15 @@ class Pagemap:
             at = stop
         if at < end:
             yield at, end  # not mapped, or not as we were told: a copy tells
+
+    def _mappings(self) -> list[_Mapping]:
+        try:
+            text = Path(f"/proc/{self._pid}/maps").read_bytes()
+        except OSError as error:
+            raise UnknownError(str(error)) from error
+        if text != self._text:
+            self._text, self._parsed = text, _parsed(os.fsdecode(text))
+        return self._parsed
 
     def close(self) -> None:
         """Let go of the process. Idempotent."""
@@ -179,11 +190,7 @@ def _has_userfaultfd(pid: int) -> bool:
     return False
 
 
-def _mappings(pid: int) -> list[_Mapping]:
-    try:
-        text = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape")
-    except OSError as error:
-        raise UnknownError(str(error)) from error
+def _parsed(text: str) -> list[_Mapping]:
     found = []
     for line in text.splitlines():
         addresses, _, offset, device, inode, *name = line.split(None, 5)

@@ -114,8 +114,8 @@ def test_64_gib_of_which_a_hundredth_is_touched(lab: Machine) -> None:
     lab.sh(
         "mtetool emu create /root/e --force --memory 64G && mtetool emu fill /root/e random "
         + ranges
-        + f" && mtetool save emu:/root/e --force -o /root/r && mtetool restore /root/r kvm:{guest.pid}"
-        " --no-verify",
+        + " && mtetool save emu:/root/e --force -o /root/r"
+        + f" && mtetool restore /root/r kvm:{guest.pid} --no-verify",
         timeout=900,
     )
     before = resident(lab, guest.pid)
