@@ -65,7 +65,6 @@ def save(lab: Machine, pid: int, path: str, *words: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.every_kernel
 @pytest.mark.parametrize("memory", list(MEMORIES))
 def test_a_save_makes_no_memory_and_has_every_tag(lab: Machine, memory: str) -> None:
     guest = Qemu(lab, "g", extra=MEMORIES[memory]).start()
