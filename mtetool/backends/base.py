@@ -34,9 +34,11 @@ class Guest(Protocol):
         """Whether writing tags of 0 where there is no memory yet makes that memory."""
         ...
 
-    @property
-    def reads_in_parallel(self) -> bool:
-        """Whether several threads may call `read_tags` at a time, and are faster than one."""
+    def any_thread_reads(self, ipa: int, size_bytes: int) -> bool:
+        """Whether several threads may read such a range at a time, and be faster than one.
+
+        Nothing is in the way of reading it then: only the host can fail.
+        """
         ...
 
     def info(self) -> GuestInfo:

@@ -175,10 +175,13 @@ class EmulatedGuest:
         """See `Guest.makes_pages`: a hole in the file stays one."""
         return False
 
-    @property
-    def reads_in_parallel(self) -> bool:
-        """See `Guest.reads_in_parallel`."""
-        return True
+    def any_thread_reads(self, ipa: int, size_bytes: int) -> bool:
+        """See `Guest.any_thread_reads`: what lies in one slot, whatever layout was told."""
+        index = self._slot_index(ipa)
+        if index is None or not self._described.mte:
+            return False
+        slot = self._described.memslots[index]
+        return slot.kind != "device" and ipa + size_bytes <= slot.end
 
     def info(self) -> GuestInfo:
         """See `Guest.info`; the memslots are those told with `--memslot`, if any were."""

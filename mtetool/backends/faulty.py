@@ -93,8 +93,7 @@ class FaultyGuest:
         """See `Guest.makes_pages`."""
         return self._guest.makes_pages
 
-    @property
-    def reads_in_parallel(self) -> bool:
+    def any_thread_reads(self, ipa: int, size_bytes: int) -> bool:
         """False: faults count the pages in their order."""
         return False
 

@@ -80,7 +80,6 @@ class KvmGuest:
     def __init__(self, process: proc.VmmProcess, fd: int, options: GuestOptions) -> None:
         self.page_size_bytes = PAGE_BYTES
         self.makes_pages = True
-        self.reads_in_parallel = False
         self._process = process
         self._fd = fd
         self._options = options
@@ -172,6 +171,10 @@ class KvmGuest:
         if not view:
             return self._answered(self._transfers().nothing(), ipa)
         return self._answered(self._transfers().read(ipa, view, then_bytes), ipa)
+
+    def any_thread_reads(self, ipa: int, size_bytes: int) -> bool:
+        """See `Guest.any_thread_reads`; one copy after the other."""
+        return False
 
     def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
         """See `Guest.may_be_tagged`: the pages that exist, where QEMU says where they are."""

@@ -83,7 +83,6 @@ class ProcessGuest:
     def __init__(self, pid: int) -> None:
         self.page_size_bytes = PAGE_BYTES
         self.makes_pages = True
-        self.reads_in_parallel = False
         self._pid = pid
         self._program = proc.program(pid)
         self._space = AddressSpace(pid)
@@ -149,6 +148,10 @@ class ProcessGuest:
         n_granules = self._space.accessible(ipa, size_bytes) // uapi.GRANULE_BYTES
         part = as_array(view[:n_granules])
         return self._copy(ipa, size_bytes, n_granules, lambda tracee: peek(tracee, ipa, part))
+
+    def any_thread_reads(self, ipa: int, size_bytes: int) -> bool:
+        """See `Guest.any_thread_reads`; one copy after the other."""
+        return False
 
     def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
         """See `Guest.may_be_tagged`; all of it."""

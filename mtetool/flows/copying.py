@@ -129,7 +129,7 @@ class TagReader:
         self, extents: Iterable[Extent], *, every_page: bool = False
     ) -> Iterator[Step | Later]:
         """As `read`, but chunks that can be read by any thread are left to others."""
-        return self._read_all(extents, every_page, later=self._guest.reads_in_parallel)
+        return self._read_all(extents, every_page, later=True)
 
     def _read_all(
         self, extents: Iterable[Extent], every_page: bool, *, later: bool
@@ -153,7 +153,7 @@ class TagReader:
                 yield Fill(at, stop - at, 0)
                 at = stop
                 continue
-            if later and self._is_ram(at, behind):
+            if later and self._guest.any_thread_reads(at, behind - at):
                 yield self._later(at, behind, parts)
                 at = behind
                 continue
@@ -169,11 +169,6 @@ class TagReader:
                 missing = _way_around(self._probe, at, end, error, self._layout, writing=False)
                 yield missing
                 at += missing.size_bytes
-
-    def _is_ram(self, start: int, end: int) -> bool:
-        """Whether nothing is in the way of reading the range, as far as is known."""
-        slot = self._layout.slot_at(start)
-        return slot is not None and slot.kind != "device" and end <= slot.end
 
     def _later(self, start: int, end: int, parts: _Ahead) -> Later:
         here: list[tuple[int, int]] = []

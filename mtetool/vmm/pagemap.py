@@ -76,7 +76,11 @@ class Pagemap:
         process runs: what is made behind where this has come is not seen.
         """
         at = start
-        for mapping in self._mappings():
+        try:
+            mappings = self._mappings()
+        except UnknownError:
+            mappings = []  # the process is gone, which a copy tells
+        for mapping in mappings:
             if mapping.end <= at:
                 continue
             if mapping.start >= end or mapping.start > at:
@@ -105,15 +109,21 @@ class Pagemap:
         self._files = {}
 
     def _of_mapping(self, mapping: _Mapping, start: int, end: int) -> Iterator[tuple[int, int]]:
+        at = start
         try:
-            if mapping.inode == 0:
-                yield from self._in_page_tables(start, end)
-            elif mapping.name.startswith(_MEMORY_FILES):
-                tables = self._in_page_tables(start, end)
-                yield from _united(tables, self._in_file(mapping, start, end))
-            else:
-                yield start, end
+            for first, stop in self._known(mapping, start, end):
+                yield first, stop
+                at = stop
         except UnknownError:
+            yield at, end  # what was not looked at yet
+
+    def _known(self, mapping: _Mapping, start: int, end: int) -> Iterator[tuple[int, int]]:
+        if mapping.inode == 0:
+            yield from self._in_page_tables(start, end)
+        elif mapping.name.startswith(_MEMORY_FILES):
+            tables = self._in_page_tables(start, end)
+            yield from _united(tables, self._in_file(mapping, start, end))
+        else:
             yield start, end
 
     def _in_page_tables(self, start: int, end: int) -> Iterator[tuple[int, int]]:

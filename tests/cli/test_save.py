@@ -175,7 +175,7 @@ def test_a_guest_that_ends_half_way(
 
     monkeypatch.setattr(EmulatedGuest, "read_tags", read_the_first_slot)
     # As a guest that can be lost: its chunks are read one after the other.
-    monkeypatch.setattr(EmulatedGuest, "reads_in_parallel", False)
+    monkeypatch.setattr(EmulatedGuest, "any_thread_reads", lambda self, ipa, size_bytes: False)
     options = ["--partial", partial] if partial else []
     done = run("save", guest, "-o", tmp_path / "s", *options)
     assert done.status == 4
@@ -235,3 +235,14 @@ def wait_until_full(reader: int, child: subprocess.Popen[bytes]) -> None:
             assert child.poll() is None
             return
     raise AssertionError("the save does not come to a start")
+
+
+def test_memory_that_was_told_and_is_not_there(guest: str, tmp_path: Path) -> None:
+    """The guest's own slots count, not what was told: the rest is missing, in words."""
+    told = ("--memslot", f"{ROM:#x}:64K", "--memslot", f"{BASE:#x}:4M")
+    done = run("save", guest, *told, "-o", tmp_path / "s", "--json")
+    assert done.status == 3
+    assert [(row["ipa"], row["size_bytes"]) for row in done.json["missing"]] == [
+        (BASE + 512 * KIB, 512 * KIB),
+        (BASE + 1280 * KIB, 4096 * KIB - 1280 * KIB),
+    ]

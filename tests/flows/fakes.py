@@ -44,7 +44,6 @@ class FakeGuest:
     reads_while_running: int = 0
     knows_untagged: bool = False
     makes_pages: bool = True
-    reads_in_parallel: bool = False
     memory: dict[int, Tags] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,6 +92,9 @@ class FakeGuest:
             part[:] = page
 
         return self._copy(ipa, np.asarray(out), self.bad, read)
+
+    def any_thread_reads(self, ipa: int, size_bytes: int) -> bool:
+        return False
 
     def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
         if not self.knows_untagged:

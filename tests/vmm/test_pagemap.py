@@ -1,0 +1,67 @@
+"""Which pages exist: what is united, and what is said where nobody may know."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtetool.vmm import pagemap
+from mtetool.vmm.pagemap import Pagemap, UnknownError, _united
+
+PAGE = mmap.PAGESIZE
+
+RANGES = st.lists(st.integers(0, 60), max_size=12, unique=True).map(
+    lambda edges: list(zip(*[iter(sorted(edges))] * 2, strict=False))
+)
+
+
+@given(RANGES, RANGES)
+def test_united(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> None:
+    found = list(_united(iter(one), iter(other)))
+    covered = [at for start, end in found for at in range(start, end)]
+    wanted = {at for ranges in (one, other) for start, end in ranges for at in range(start, end)}
+    assert covered == sorted(wanted)
+
+
+def test_what_fails_half_way_is_taken_to_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From there on; what was told before stays, and nothing is told twice."""
+    answers = iter([(2, 100 * PAGE)])
+
+    def scan(self: Pagemap, start: int, end: int, vector: int) -> tuple[int, int]:
+        if start == end == 0:
+            return 0, 0
+        try:
+            found = next(answers)
+        except StopIteration:
+            raise OSError(3, "gone") from None
+        for number, page in enumerate((3, 50)):
+            pagemap._REGION.pack_into(self._vector, 24 * number, page * PAGE, (page + 1) * PAGE, 0)
+        return found
+
+    monkeypatch.setattr(Pagemap, "_scan", scan)
+    memory = Pagemap(os.getpid())
+    monkeypatch.setattr(
+        Pagemap,
+        "_mappings",
+        lambda self: [pagemap._Mapping(0, 1000 * PAGE, 0, 0, 0, "")],
+    )
+    found = list(memory.existing(0, 1000 * PAGE))
+    assert found == [(3 * PAGE, 4 * PAGE), (50 * PAGE, 51 * PAGE), (51 * PAGE, 1000 * PAGE)]
+    memory.close()
+
+
+def test_a_process_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pagemap, "_scan", lambda self, start, end, vector: (0, 0))
+    memory = Pagemap(os.getpid())
+    memory._pid = 1 << 30
+    assert list(memory.existing(PAGE, 9 * PAGE)) == [(PAGE, 9 * PAGE)]
+    memory.close()
+
+
+def test_nobody_may_look() -> None:
+    with pytest.raises(UnknownError):
+        Pagemap(1 << 30)
