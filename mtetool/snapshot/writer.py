@@ -127,8 +127,14 @@ class SnapshotWriter:
         gate = threading.Barrier(self._jobs)
 
         def ready() -> None:
-            self._encoder.warm_up()
-            gate.wait()  # so that no thread takes the place of another
+            try:
+                self._encoder.warm_up()
+                gate.wait()  # so that no thread takes the place of another
+            except threading.BrokenBarrierError:
+                pass  # another one failed, and says why
+            except BaseException:
+                gate.abort()
+                raise
 
         try:
             started = [self._submit(ready) for _ in range(self._jobs)]

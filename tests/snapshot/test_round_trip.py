@@ -558,3 +558,15 @@ def test_a_description_needs_no_heavy_library(tmp_path: Path, code: str, absent:
         check=True,
     )
     assert not absent & set(done.stdout.decode().split())
+
+
+def test_threads_that_cannot_be_made_ready_are_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warm_up(self: Encoder) -> None:
+        if threading.current_thread().name.endswith("_1"):
+            raise MemoryError
+
+    monkeypatch.setattr(Encoder, "warm_up", warm_up)
+    writer = SnapshotWriter(io.BytesIO(), header(4), jobs=3)
+    with pytest.raises(MemoryError):
+        writer.warm_up()
+    writer.abort()
