@@ -152,13 +152,14 @@ class _Restorer:
                     self._take_fill(step)
                 done += step.size_bytes
                 progress(done, total)
-            self.result.copy_seconds = time.perf_counter() - started
         except BusyError as error:
             if not self.result.restored_bytes:
                 raise
             self.result.stopped = error.message
         except MtetoolError as error:
             raise self._with_what_was_done(error) from error.__cause__
+        finally:
+            self.result.copy_seconds = time.perf_counter() - started
         for missing in reader.missing:
             self._leave_out(missing)
         return self.result
