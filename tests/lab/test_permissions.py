@@ -54,7 +54,7 @@ from mtetool.backends import kvm
 
 read, calls = kvm.KvmGuest.read_tags, []
 
-def killing(self, ipa, out):
+def killing(self, ipa, out, **more):
     calls.append(ipa)
     if len(calls) == 2:
         pid = self._process.pid
@@ -62,7 +62,7 @@ def killing(self, ipa, out):
         # As a zombie or not at all, by who its parent is.
         while os.path.exists(f"/proc/{pid}") and os.listdir(f"/proc/{pid}/fd"):
             time.sleep(0.01)
-    return read(self, ipa, out)
+    return read(self, ipa, out, **more)
 
 kvm.KvmGuest.read_tags = killing
 sys.exit(main())

@@ -65,13 +65,13 @@ def is_there(maps):
     except ProcessLookupError:
         return False
 
-def reading(self, ipa, out):
+def reading(self, ipa, out, **more):
     calls.append(ipa)
     if len(calls) == 3:
         os.kill(self._pid, signal.Signals[WHAT])
         while is_there(self._space._maps):
             time.sleep(0.01)
-    return read(self, ipa, out)
+    return read(self, ipa, out, **more)
 
 ProcessGuest.read_tags = reading
 sys.exit(main())
