@@ -1,4 +1,4 @@
-"""The memslots of a VM, learnt from the kernel itself; nothing is created or touched.
+"""The memslots of a VM, learnt from the kernel itself; nothing is created, moved or touched.
 
 A new memslot is asked for that the kernel must refuse: EEXIST where it overlaps another
 (virt/kvm/kvm_main.c, __kvm_set_memory_region), else EINVAL, because its host memory, the vDSO's
@@ -7,6 +7,10 @@ the guest's address space. That only holds in a VM with MTE on, which the caller
 not for every kernel (6.1 takes such memory, and so may newer ones): so the same is asked of a
 scratch VM of our own first.
 Should a kernel take such a slot all the same, it is deleted at once, and nothing more is asked.
+
+Where in the VMM a slot's memory is, it confirms, too: a slot that is there keeps its size, address
+and read-only flag, so that another one is EINVAL, and may be moved, but EEXIST onto another slot,
+which is looked at only then. `mtetool.vmm.placing` says why no such question can move one.
 """
 
 from __future__ import annotations
@@ -22,13 +26,19 @@ from mtetool.attach.memory import Mapping
 from mtetool.attach.session import Session
 from mtetool.errors import GuestLostError, LayoutUnknownError, errno_name
 from mtetool.guest import Memslot
+from mtetool.vmm.placing import SMALLEST_BYTES, Guess, Placer
 from mtetool.vmm.probing import Answer, Prober
-from mtetool.vmm.scratch import scratch_vm
+from mtetool.vmm.scratch import ScratchVm, scratch_vm
 
 # No VMM uses the highest ids. Where one does, each answer is EINVAL (another address than the
 # slot's own), and nothing is found: then the next is tried.
 _IDS = range(uapi.MEMSLOTS_MAX - 1, uapi.MEMSLOTS_MAX - 4, -1)
 _PIECE_BYTES_MAX = 1 << 42
+
+# VMMs count ids up from 0 and fill gaps: behind so many that are free is none.
+_FREE_IDS = 16
+_USED_IDS_MAX = 64
+_GUESSES_MAX = 500
 
 
 def memslots_of(session: Session, fd: int) -> tuple[Memslot, ...]:
@@ -51,6 +61,65 @@ def memslots_of(session: Session, fd: int) -> tuple[Memslot, ...]:
                 for number, (start, end) in enumerate(found)
             )
     raise _unknown(session.pid, "it answers as if there were none")
+
+
+def places_of(
+    session: Session, fd: int, found: tuple[Memslot, ...] | None
+) -> list[tuple[int, int, int]]:
+    """(ipa, size, address) of guest memory of which the kernel confirms where it is.
+
+    The VM has MTE on; `found` is what `memslots_of` gave for it, None where it was not asked.
+    Where several places are told for some memory, it is in one of them; where none, nobody
+    knows. Raises LayoutUnknownError, GuestLostError, AttachRefusedError.
+    """
+    if not _kernel_confirms():
+        raise _unknown(session.pid, "this host's kernel may move a memslot that is only asked for")
+    slots = memslots_of(session, fd) if found is None else found
+    covered = [(slot.ipa, slot.end) for slot in slots]
+    if len(covered) < 2:
+        return []  # nothing could be in the way of its only memory
+    maps = memory.mappings(session.pid)
+    asking = _Asking(session, fd, _IDS[0], maps)
+    prober = Prober(asking.ask, PAGE_BYTES, asking.piece_bytes)
+    largest = max(slots, key=lambda slot: slot.size_bytes).ipa
+    ids = asking.used_ids(largest)
+    placer = Placer(covered, ids, _guest_memory(maps), PAGE_BYTES, asking.confirms, _GUESSES_MAX)
+    places = placer.places()
+    # All of this was true at one time, or none is believed.
+    if not prober.still(covered) or asking.used_ids(largest) != ids:
+        return []
+    return places if all(asking.confirms(guess) for guess in placer.right) else []
+
+
+def _kernel_confirms() -> bool:
+    """Whether this kernel refuses what `places_of` asks, tried on a VM that ends here."""
+    try:
+        with scratch_vm() as vm:
+            return _refuses_to_move(vm)
+    except OSError:
+        return False
+
+
+def _refuses_to_move(vm: ScratchVm) -> bool:
+    page, readonly = PAGE_BYTES, uapi.KVM_MEM_READONLY
+    untaggable = _untaggable(memory.mappings(os.getpid()))
+    if untaggable is None or vm.enable(uapi.KVM_CAP_ARM_MTE):
+        return False
+    # Two pages, a hole of two, one page.
+    if vm.set_memslot(0, 0, 2 * page, readonly) or vm.set_memslot(1, 4 * page, page, 0):
+        return False
+    questions = (
+        vm.set_memslot(0, 3 * page, 2 * page, readonly),  # all is right, and slot 1 is in the way
+        vm.set_memslot(0, 3 * page, 2 * page, 0),
+        vm.set_memslot(0, 3 * page, 3 * page, readonly),
+        vm.offer_memory(0, 3 * page, 2 * page, untaggable),
+        vm.offer_memory(9, 3 * page, 2 * page, untaggable),  # no such slot
+    )
+    if questions != (-errno.EEXIST, *[-errno.EINVAL] * 3, -errno.EEXIST):
+        return False
+    layout = [vm.offer_memory(9, at * page, page, untaggable) for at in range(6)]
+    taken, free = -errno.EEXIST, -errno.EINVAL
+    return layout == [taken, taken, free, free, taken, free]
 
 
 def _kernel_refuses() -> bool:
@@ -104,9 +173,48 @@ class _Asking:
         if result == 0:
             none = uapi.memory_region(self._slot_id, 0, ipa, 0, hva)
             self._session.ioctl(self._fd, uapi.KVM_SET_USER_MEMORY_REGION, none)
+        raise self._failed(result)
+
+    def used_ids(self, ipa: int) -> list[int]:
+        """The ids of memslots, the first of many. `ipa` is of any memory.
+
+        A question that is refused twice over: a slot that is there has another address, and
+        one that is not overlaps memory; and the memory offered cannot carry tags.
+        """
+        found: list[int] = []
+        slot_id = 0
+        while slot_id - (found[-1] if found else -1) <= _FREE_IDS and len(found) < _USED_IDS_MAX:
+            flags = uapi.KVM_MEM_READONLY
+            region = uapi.memory_region(slot_id, flags, ipa, PAGE_BYTES, self._untaggable)
+            if not self._is_refused_as_overlapping(region):
+                found.append(slot_id)
+            slot_id += 1
+        return found
+
+    def confirms(self, guess: Guess) -> bool:
+        """Whether all of it is right."""
+        flags = uapi.KVM_MEM_READONLY if guess.readonly else 0
+        region = uapi.memory_region(
+            guess.slot_id, flags, guess.ipa, guess.size_bytes, guess.address
+        )
+        return self._is_refused_as_overlapping(region)
+
+    def _is_refused_as_overlapping(self, region: bytes) -> bool:
+        result = self._session.ioctl(self._fd, uapi.KVM_SET_USER_MEMORY_REGION, region)
+        if result not in (-errno.EEXIST, -errno.EINVAL):
+            raise self._failed(result)
+        return result == -errno.EEXIST
+
+    def _failed(self, result: int) -> GuestLostError | LayoutUnknownError:
         if result == -errno.EIO:
-            raise GuestLostError(f"the VM of process {self._session.pid} is dead (EIO)")
-        raise _unknown(self._session.pid, f"the kernel answered {errno_name(-result)}")
+            return GuestLostError(f"the VM of process {self._session.pid} is dead (EIO)")
+        return _unknown(self._session.pid, f"the kernel answered {errno_name(-result)}")
+
+
+def _guest_memory(maps: Sequence[Mapping]) -> list[tuple[int, int]]:
+    """What may be a guest's memory: neighbours that are alike are one mapping already."""
+    found = [(m.start, m.end) for m in maps if m.flags[1] == "w"]
+    return [(start, end) for start, end in found if end - start >= SMALLEST_BYTES]
 
 
 def _hints(maps: Sequence[Mapping]) -> set[int]:

@@ -10,7 +10,7 @@ import errno
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from enum import Enum, auto
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Self
 from mtetool import uapi
 from mtetool.attach.helper import PAGE_BYTES
 from mtetool.attach.session import Session, Target
-from mtetool.backends.asking import memslots_of
+from mtetool.backends.asking import memslots_of, places_of
 from mtetool.backends.transfer import BUFFER_BYTES, HALF_BYTES, Transfer
 from mtetool.backends.vcpus import hold_vcpus
 from mtetool.buffers import as_bytes
 from mtetool.errors import (
+    AttachRefusedError,
     GuestError,
     GuestLostError,
     LayoutUnknownError,
@@ -37,7 +38,7 @@ from mtetool.errors import (
 )
 from mtetool.guest import GuestInfo, Memslot
 from mtetool.vmm import proc, qemu
-from mtetool.vmm.pagemap import HostMemory, UnknownError
+from mtetool.vmm.pagemap import HostMemory, Pagemap, UnknownError
 
 if TYPE_CHECKING:
     from mtetool.backends import GuestOptions
@@ -88,6 +89,7 @@ class KvmGuest:
         self._monitor: qemu.Monitor | None = None
         self._silent: LayoutUnknownError | None = None
         self._slots: tuple[Memslot, ...] | None = None
+        self._asked: tuple[Memslot, ...] | None = None
         self._mte: bool | None = None
         self._frozen_since: float | None = None
         self._requests = [uapi.KVM_ARM_MTE_COPY_TAGS]
@@ -177,7 +179,7 @@ class KvmGuest:
         return False
 
     def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
-        """See `Guest.may_be_tagged`: the pages that exist, where QEMU says where they are."""
+        """See `Guest.may_be_tagged`: the pages that exist, where QEMU or the kernel tells which."""
         memory = self._host_memory()
         if memory is None:
             yield ipa, size_bytes
@@ -187,13 +189,20 @@ class KvmGuest:
     def _host_memory(self) -> HostMemory | None:
         if self._memory is _NOT_ASKED:
             self._memory = None
-            try:
-                where = self._ask_monitor().host_addresses()
-                self._memory = HostMemory(self._process.pid, where)
-            except (LayoutUnknownError, UnknownError):
-                return None
-            self._stack.callback(self._memory.close)
+            # First of all: nobody is asked for what could not be used.
+            with suppress(LayoutUnknownError, AttachRefusedError, UnknownError):
+                pagemap = Pagemap(self._process.pid)
+                self._stack.callback(pagemap.close)
+                self._memory = HostMemory(pagemap, self._host_addresses())
         return self._memory
+
+    def _host_addresses(self) -> list[tuple[int, int, int]]:
+        try:
+            return self._ask_monitor().host_addresses()
+        except LayoutUnknownError:
+            if not self._mte_is_on():
+                raise
+            return places_of(self._attached(), self._fd, self._asked)
 
     def write_tags(self, ipa: int, tags: TagBuffer, *, then_read: bool = False) -> int:
         """See `Guest.write_tags`."""
@@ -314,7 +323,7 @@ class KvmGuest:
             except LayoutUnknownError:
                 if self._options.qmp or not self._mte_is_on():
                     raise
-                self._slots = memslots_of(self._attached(), self._fd)
+                self._slots = self._asked = memslots_of(self._attached(), self._fd)
         return self._slots
 
     def _ask_monitor(self) -> qemu.Monitor:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
+import itertools
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -133,9 +135,9 @@ class Pagemap:
                 n_regions, behind = self._scan(at, end, _address_of(self._vector))
             except OSError as error:
                 raise UnknownError(str(error)) from error
-            for number in range(n_regions):
-                first, stop, _ = _REGION.unpack_from(self._vector, number * _REGION.size)
-                yield first, stop
+            # A copy: whoever looks at other memory meanwhile takes the same vector.
+            regions = bytes(self._vector[: n_regions * _REGION.size])
+            yield from ((first, stop) for first, stop, _ in _REGION.iter_unpack(regions))
             if behind <= at:
                 break
             at = behind
@@ -238,11 +240,16 @@ def _address_of(buffer: bytearray) -> int:
 
 
 class HostMemory:
-    """Where in a VMM's process the memory of its guest is: (ipa, size, address) of each slot."""
+    """Where in a VMM's process the memory of its guest is: (ipa, size, address) of each slot.
 
-    def __init__(self, pid: int, where: Sequence[tuple[int, int, int]]) -> None:
-        self._pagemap = Pagemap(pid)
+    Where several are told for some memory, it is one of them, nobody knows which.
+    """
+
+    def __init__(self, pagemap: Pagemap, where: Sequence[tuple[int, int, int]]) -> None:
+        self._pagemap = pagemap
         self._where = sorted(where)
+        ends = {end for ipa, size, _ in where for end in (ipa, ipa + size)}
+        self._ends = sorted(ends)
 
     def existing(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
         """The parts (address, size) of guest memory whose pages exist, or of which nobody knows.
@@ -260,20 +267,23 @@ class HostMemory:
             yield start, stop - start
 
     def _parts(self, ipa: int, end: int) -> Iterator[tuple[int, int]]:
-        at = ipa
-        for slot, size_bytes, address in self._where:
-            if slot + size_bytes <= at or slot >= end:
-                continue
-            if slot > at:
-                yield at, slot
-                at = slot
-            stop = min(slot + size_bytes, end)
-            shift = slot - address
-            for first, behind in self._pagemap.existing(at - shift, stop - shift):
-                yield first + shift, behind + shift
-            at = stop
-        if at < end:
-            yield at, end
+        inside = [at for at in self._ends if ipa < at < end]
+        for at, stop in itertools.pairwise([ipa, *inside, end]):
+            shifts = {
+                slot - address
+                for slot, size_bytes, address in self._where
+                if slot <= at and stop <= slot + size_bytes
+            }
+            yield from self._part(at, stop, shifts)
+
+    def _part(self, ipa: int, end: int, shifts: set[int]) -> Iterator[tuple[int, int]]:
+        if not shifts:
+            return iter([(ipa, end)] if ipa < end else [])
+        return functools.reduce(_united, (self._at(ipa, end, shift) for shift in shifts))
+
+    def _at(self, ipa: int, end: int, shift: int) -> Iterator[tuple[int, int]]:
+        for first, behind in self._pagemap.existing(ipa - shift, end - shift):
+            yield first + shift, behind + shift
 
     def close(self) -> None:
         """Let go of the process. Idempotent."""

@@ -57,6 +57,23 @@ class Prober:
             found.append((start, at))
         return found
 
+    def still(self, covered: Iterable[tuple[int, int]]) -> bool:
+        """Whether these are the ranges now, by their ends and what is between them."""
+        at = 0
+        for start, end in covered:
+            if not (self._taken(start, 0) and self._taken(end, -1) and self._free(at, start)):
+                return False
+            at = end
+        return self._first_taken(at) is None
+
+    def _free(self, at: int, end: int) -> bool:
+        while at < end:
+            size = min(end - at, self.piece_bytes)
+            if self.ask(at, size) is Answer.TAKEN:
+                return False
+            at += size
+        return True
+
     def _first_taken(self, at: int) -> int | None:
         """The first page from `at` on that is taken; None when there is none."""
         while (answer := self.ask(at, self.piece_bytes)) is not Answer.TAKEN:

@@ -1,0 +1,71 @@
+"""Run in the lab: where a guest's memory is in its VMM, confirmed by the kernel.
+
+`python3 -m tests.lab.places PID` prints JSON: the places (ipa, size, address), those that QEMU's
+monitor at `--qmp PATH` tells, the number of questions, how many of them were guesses, and the
+time; and whether what the VMM has in memory stayed the same.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from mtetool.attach.session import Session
+from mtetool.backends import GuestOptions, asking
+from mtetool.backends.kvm import open_kvm
+from mtetool.vmm.placing import Guess
+from mtetool.vmm.qemu import Monitor
+from tests.lab.asking import settled
+
+
+def main() -> None:
+    """Ask."""
+    pid = int(sys.argv[1])
+    told = None
+    if len(sys.argv) > 2:
+        with Monitor(Path(sys.argv[2])) as monitor:
+            told = monitor.host_addresses()
+    questions: list[int] = []
+    guesses: list[Guess] = []
+    ioctl, confirms = Session.ioctl, asking._Asking.confirms
+
+    def counted(self: Session, fd: int, request: int, argument: bytes | int) -> int:
+        result = ioctl(self, fd, request, argument)
+        questions.append(result)
+        return result
+
+    def noted(self: asking._Asking, guess: Guess) -> bool:
+        guesses.append(guess)
+        return confirms(self, guess)
+
+    with open_kvm(str(pid), GuestOptions()) as guest:
+        assert guest._mte_is_on()
+        session = guest._attached()
+        Session.ioctl = counted  # type: ignore[method-assign]
+        asking._Asking.confirms = noted  # type: ignore[method-assign]
+        before = settled(pid)
+        slots = asking.memslots_of(session, guest._fd)
+        n_layout = len(questions)
+        began = time.monotonic()
+        places = asking.places_of(session, guest._fd, slots)
+        seconds = time.monotonic() - began
+        after = settled(pid)
+        assert asking.memslots_of(session, guest._fd) == slots
+    # Nothing that was asked was ever done.
+    assert all(result < 0 for result in questions)
+    result = {
+        "places": places,
+        "told": told,
+        "layout_questions": n_layout,
+        "questions": len(questions) - 2 * n_layout,
+        "guesses": len(guesses),
+        "seconds": round(seconds, 3),
+        "same": before == after,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

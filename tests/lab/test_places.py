@@ -1,0 +1,76 @@
+"""Without a monitor, the kernel confirms where in the VMM its guest's memory is."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+
+from tests.lab.guests import Qemu, start_test_vmm
+from tests.lab.machine import Machine
+from tests.lab.test_slots import LAYOUTS
+
+BASE = 0x4000_0000
+MIB = 1 << 20
+_NODES = "".join(
+    f" -object memory-backend-ram,id=m{n},size=192M -numa node,nodeid={n},cpus={n},memdev=m{n}"
+    for n in range(2)
+)
+
+
+def _places(lab: Machine, pid: int, *words: str) -> dict[str, Any]:
+    command = ["python3", "-m", "tests.lab.places", str(pid), *words]
+    result = lab.run(command, env={"PYTHONPATH": "/opt/mtetool"}, check=True)
+    found: dict[str, Any] = json.loads(result.stdout)
+    print(found, flush=True)
+    assert found["same"]
+    return found
+
+
+@pytest.mark.every_kernel
+@pytest.mark.parametrize("layout", ["256M", "256M memfd"])
+def test_main_memory_of_qemu(lab: Machine, layout: str) -> None:
+    memory, extra = LAYOUTS[layout]
+    lab.sh("echo never >/sys/kernel/mm/transparent_hugepage/enabled")
+    guest = Qemu(lab, "g", memory=memory, extra=extra).start()
+    found = _places(lab, guest.pid, guest.qmp_path)
+    main = [place for place in found["told"] if place[0] == BASE]
+    assert len(main) == 1
+    assert [place for place in found["places"] if place[0] == BASE] == main
+    assert found["questions"] < 300
+
+
+def test_two_nodes_of_qemu(lab: Machine) -> None:
+    lab.sh("echo never >/sys/kernel/mm/transparent_hugepage/enabled")
+    guest = Qemu(lab, "g", memory="384M", extra="-S -smp 2" + _NODES).start()
+    found = _places(lab, guest.pid, guest.qmp_path)
+    nodes = [place for place in found["told"] if place[0] >= BASE]
+    assert [place[:2] for place in nodes] == [[BASE, 192 * MIB], [BASE + 192 * MIB, 192 * MIB]]
+    # They are of one size, so that nobody knows which is which.
+    addresses = sorted(address for *_, address in nodes)
+    for start in (BASE, BASE + 192 * MIB):
+        at = sorted(place[2] for place in found["places"] if place[0] == start)
+        assert at == addresses
+
+
+@pytest.mark.every_kernel
+def test_slots_within_one_mapping(lab: Machine) -> None:
+    """The VMM's mappings touch and are alike, so that /proc shows one."""
+    slots = [[BASE, 64 * MIB], [16 * MIB, 4 * MIB], [32 * MIB, MIB], [40 * MIB, 2 * MIB]]
+    words = [f"{ipa:#x}:{size:#x}" for ipa, size in slots]
+    words[2] += ":ro"
+    pid = start_test_vmm(lab, *words)
+    found = _places(lab, pid)
+    assert sorted(place[:2] for place in found["places"]) == sorted(slots)
+    # They were mapped one below the other.
+    addresses = {place[0]: place[2] for place in found["places"]}
+    for (upper, _), (lower, size) in itertools.pairwise(slots):
+        assert addresses[upper] == addresses[lower] + size
+
+
+def test_one_memslot_is_not_asked_for(lab: Machine) -> None:
+    pid = start_test_vmm(lab, "0x40000000:0x4000000")
+    found = _places(lab, pid)
+    assert (found["places"], found["questions"]) == ([], 0)
