@@ -94,6 +94,49 @@ def test_a_save_makes_no_memory_and_has_every_tag(lab: Machine, memory: str) -> 
     assert [(check.wrong, check.data_wrong) for check in checks] == [(0, 0), (0, 0)]
 
 
+_HOLD_THE_MONITOR = """
+import socket, sys, time
+client = socket.socket(socket.AF_UNIX)
+client.connect(sys.argv[1])
+print(client.recv(1 << 16), flush=True)
+time.sleep(100000)
+"""
+
+
+@pytest.mark.parametrize("memory", ["private", "memfd"])
+def test_a_save_without_a_monitor_makes_no_memory(lab: Machine, memory: str) -> None:
+    """As under libvirt, whose connection is the only one: the kernel confirms where memory is."""
+    guest = Qemu(lab, "g", extra=MEMORIES[memory]).start()
+    guest.wait_for_checks(1)
+    guest.qmp("stop")
+    lab.put("/tmp/hold.py", _HOLD_THE_MONITOR.encode())
+    lab.sh(
+        f"python3 /tmp/hold.py {guest.qmp_path} >/tmp/held &"
+        " until grep -q QMP /tmp/held; do sleep 0.1; done"
+    )
+    save(lab, guest.pid, "/root/s", "--range", f"{BASE}:64K")
+    before = resident(lab, guest.pid)
+    done = save(lab, guest.pid, "/root/s")
+    grown = resident(lab, guest.pid) - before
+    # Told by hand, too: a part of what there is.
+    save(lab, guest.pid, "/root/told", "--memslot", f"{BASE}:256M")
+    told = resident(lab, guest.pid) - before
+    every = save(lab, guest.pid, "/root/every", "--every-page")
+    filled = resident(lab, guest.pid) - before
+    print(
+        f"{memory}: {before >> 20} MiB, grown by {grown >> 10} and {told >> 10} KiB,"
+        f" {filled >> 10} KiB by every page;"
+        f" {done['copy_seconds']:.2f} s, {every['copy_seconds']:.2f} s"
+    )
+    assert max(grown, told) < 4 * MIB
+    if memory == "memfd":
+        assert filled > 100 * MIB
+    for path in ("/root/every", "/root/told"):
+        words = ["--range", f"{BASE}:256M"] if path == "/root/told" else []
+        same = lab.run(["mtetool", "diff", "/root/s", path, *words])
+        assert (same.returncode, same.stdout) == (0, b""), same.stdout[:400]
+
+
 @pytest.mark.every_kernel
 def test_a_page_that_is_only_in_the_file_exists(lab: Machine) -> None:
     """Another process wrote it, or the page tables forgot it."""
