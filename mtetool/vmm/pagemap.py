@@ -4,6 +4,7 @@ The page tables tell it for private memory (/proc/PID/pagemap, PAGEMAP_SCAN of L
 Documentation/admin-guide/mm/pagemap.rst). A page of a shared file can exist without being in them:
 there the file's own holes are asked too (SEEK_DATA, which counts pages on swap as data:
 mm/filemap.c, folio_seek_hole_data). What is not plainly one of these is taken to exist.
+Of what exists, that is left out too of which the kernel tells that it has no tags (`vmm.frames`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from mtetool.vmm.frames import Frames
 
 # include/uapi/linux/fs.h: struct pm_scan_arg and struct page_region.
 _ARGUMENT = struct.Struct("<12Q")
@@ -62,6 +65,9 @@ class Pagemap:
         except OSError as error:
             raise UnknownError(str(error)) from error
         self._vector = bytearray(_REGIONS * _REGION.size)
+        self._frames: Frames | None = None
+        with suppress(OSError):
+            self._frames = Frames()
         try:
             # A page may yet be brought by whoever serves the faults of this process.
             if _has_userfaultfd(pid):
@@ -72,10 +78,10 @@ class Pagemap:
             raise UnknownError(str(error)) from error
 
     def existing(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """The parts (start, end) of a range of addresses whose pages exist, in their order.
+        """The parts (start, end) of a range of addresses that may have tags, in their order.
 
-        They may touch. Whole pages; where that cannot be known, all is taken to exist. The
-        process runs: what is made behind where this has come is not seen.
+        Their pages exist. They may touch. Whole pages; where that cannot be known, all is taken to
+        exist. The process runs: what is made behind where this has come is not seen.
         """
         at = start
         try:
@@ -88,10 +94,17 @@ class Pagemap:
             if mapping.start >= end or mapping.start > at:
                 break
             stop = min(mapping.end, end)
-            yield from self._of_mapping(mapping, at, stop)
+            for first, behind in self._of_mapping(mapping, at, stop):
+                yield from self._with_tags(first, behind)
             at = stop
         if at < end:
             yield at, end  # not mapped, or not as we were told: a copy tells
+
+    def _with_tags(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        if self._frames is None:
+            yield start, end
+        else:
+            yield from self._frames.may_be_tagged(self._fd, start, end)
 
     def _mappings(self) -> list[_Mapping]:
         try:
@@ -109,6 +122,8 @@ class Pagemap:
                 os.close(fd)
         self._fd = -1
         self._files = {}
+        if self._frames is not None:
+            self._frames.close()
 
     def _of_mapping(self, mapping: _Mapping, start: int, end: int) -> Iterator[tuple[int, int]]:
         at = start

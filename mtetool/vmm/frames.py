@@ -1,0 +1,144 @@
+"""Which pages of memory have tags at all, by the kernel's own mark on their frames.
+
+The kernel marks a frame before tags are first set in it (PG_mte_tagged, which is PG_arch_2:
+arch/arm64/include/asm/mte.h), and reads the tags of one without the mark as zeros
+(arch/arm64/kvm/guest.c, kvm_vm_ioctl_mte_copy_tags). With CAP_SYS_ADMIN /proc/PID/pagemap tells
+frames and /proc/kpageflags their flags. Only what is plain is believed:
+
+- Flags of a compound page (transparent huge pages, hugetlb, large folios) are those of its first
+  frame (fs/proc/page.c, stable_page_flags; measured on 6.12 and 7.3: a mark further inside does not
+  show): such a page may be tagged.
+- A page may move while it is looked at: its frame must be the same before and after.
+- What is swapped, migrating or only in a file has no frame here, and may be tagged.
+- Whether this kernel shows the mark at all is tried on two pages of our own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import re
+from array import array
+from collections.abc import Iterator
+from itertools import pairwise
+
+_PAGE = mmap.PAGESIZE
+_PROT_MTE = 0x20  # arch/arm64/include/uapi/asm/mman.h
+# Documentation/admin-guide/mm/pagemap.rst: bit 63 present, bits 54:0 the frame's number, which
+# is 0 for those who may not know.
+_PRESENT = 1 << 63
+_FRAME = (1 << 55) - 1
+
+# Bits 41 of a frame's flags (KPF_ARCH_2, include/linux/kernel-page-flags.h), and those of compound
+# pages and of what is no page (KPF_COMPOUND_HEAD 15, KPF_COMPOUND_TAIL 16, KPF_HUGE 17,
+# KPF_NOPAGE 20, KPF_THP 22, include/uapi/linux/kernel-page-flags.h), as bits of single bytes.
+_TELLING = {5: 0x02, 1: 0x80, 2: 0x01 | 0x02 | 0x10 | 0x40}
+_TABLES = {byte: bytes(bool(n & bits) for n in range(256)) for byte, bits in _TELLING.items()}
+
+_CHUNK_PAGES = 1 << 15
+# A copy has a price of its own, that of so many pages: what is shorter is read along.
+_WORTH_PAGES = 128
+_UNMARKED = re.compile(rb"\x00{%d,}" % _WORTH_PAGES)
+# Frames that lie scattered are looked up one by one, which costs as much as reading tags.
+_RUN_PAGES = 16
+
+
+class Frames:
+    """The marks of this host's frames; it must be closed. Raises OSError where nobody may know."""
+
+    def __init__(self) -> None:
+        self._fd = os.open("/proc/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if not self._are_meaningful():
+                raise OSError("this kernel does not show which frames have tags")
+        except (OSError, ValueError) as error:
+            self.close()
+            raise OSError(str(error)) from error
+
+    def close(self) -> None:
+        """Let go. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def may_be_tagged(self, pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The parts (start, end) of a range of addresses that may have tags, in their order.
+
+        They may touch. `pagemap` is the open /proc/PID/pagemap of whose addresses these are.
+        """
+        while start < end:
+            stop = min(end, start + _CHUNK_PAGES * _PAGE)
+            at = start
+            if stop - start >= _WORTH_PAGES * _PAGE:
+                for match in _UNMARKED.finditer(self._marks(pagemap, start, stop)):
+                    first, behind = (start + n * _PAGE for n in match.span())
+                    if at < first:
+                        yield at, first
+                    at = behind
+            if at < stop:
+                yield at, stop
+            start = stop
+
+    def _marks(self, pagemap: int, start: int, end: int) -> bytes:
+        """A byte for each page: 0 where it surely has no tags."""
+        n_pages = (end - start) // _PAGE
+        unknown = b"\1" * n_pages
+        try:
+            before = _entries(pagemap, start, end)
+            runs = _runs(before)
+            if len(before) != n_pages or len(runs) > n_pages // _RUN_PAGES:
+                return unknown
+            marks = b"".join(self._of_run(before[first], behind - first) for first, behind in runs)
+            after = _entries(pagemap, start, end)
+        except OSError:
+            return unknown
+        if before == after:
+            return marks
+        # A shorter answer leaves the rest unknown.
+        same = (one == other for one, other in zip(before, after, strict=False))
+        kept = bytes(mark if still else 1 for mark, still in zip(marks, same, strict=False))
+        return kept + unknown[len(kept) :]
+
+    def _of_run(self, entry: int, n_pages: int) -> bytes:
+        frame = entry & _FRAME
+        if not entry & _PRESENT or not frame:
+            return b"\1" * n_pages
+        flags = os.pread(self._fd, n_pages * 8, frame * 8)
+        found = 0
+        for byte, table in _TABLES.items():
+            found |= int.from_bytes(flags[byte::8].translate(table), "little")
+        return found.to_bytes(len(flags) // 8, "little").ljust(n_pages, b"\1")
+
+    def _are_meaningful(self) -> bool:
+        """Whether a page of ours with tags has the mark, and one without has not."""
+        return (self._mark_of_own(_PROT_MTE), self._mark_of_own(0)) == (b"\1", b"\0")
+
+    def _mark_of_own(self, protection: int) -> bytes:
+        both = mmap.PROT_READ | mmap.PROT_WRITE | protection
+        with mmap.mmap(-1, _PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, both) as page:
+            page[0] = 1
+            view = ctypes.c_char.from_buffer(page)
+            address = ctypes.addressof(view)
+            del view  # or the mapping could not be closed
+            own = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                (entry,) = _entries(own, address, address + _PAGE)
+            finally:
+                os.close(own)
+            flags = os.pread(self._fd, 8, (entry & _FRAME) * 8)
+            compound = any(flags[byte] & _TELLING[byte] for byte in (1, 2))
+            if not entry & _FRAME or compound:
+                raise OSError("its frames are not to be known")
+            return self._of_run(entry, 1)
+
+
+def _entries(pagemap: int, start: int, end: int) -> array[int]:
+    raw = os.pread(pagemap, (end - start) // _PAGE * 8, start // _PAGE * 8)
+    return array("Q", raw[: len(raw) // 8 * 8])
+
+
+def _runs(entries: array[int]) -> list[tuple[int, int]]:
+    """Entries (first, behind the last) alike but for their frames, which follow each other."""
+    starts = [n for n, (one, next_) in enumerate(pairwise(entries), 1) if next_ - one != 1]
+    return list(pairwise([0, *starts, len(entries)]))
