@@ -275,6 +275,30 @@ loops_page_run(PyObject *module, PyObject *args)
 }
 
 static PyObject *
+loops_frame_run(PyObject *module, PyObject *args)
+{
+    Py_buffer entries;
+    Py_ssize_t first, at;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*n", &entries, &first))
+        return NULL;
+    if (entries.len % 8)
+        return refuse("entries that are not whole", &entries, NULL);
+    if (first < 0 || first >= entries.len / 8)
+        return refuse("no such page", &entries, NULL);
+    const uint8_t *bytes = entries.buf;
+    uint64_t last, next;
+    memcpy(&last, bytes + first * 8, 8);
+    for (at = first + 1; at < entries.len / 8; at++, last = next) {
+        memcpy(&next, bytes + at * 8, 8);
+        if (next != last + 1)
+            break;
+    }
+    PyBuffer_Release(&entries);
+    return PyLong_FromSsize_t(at);
+}
+
+static PyObject *
 loops_pack(PyObject *module, PyObject *args)
 {
     Py_buffer tags, out;
@@ -382,6 +406,7 @@ static PyMethodDef methods[] = {
     {"to_runs", loops_to_runs, METH_VARARGS, NULL},
     {"from_runs", loops_from_runs, METH_VARARGS, NULL},
     {"page_run", loops_page_run, METH_VARARGS, NULL},
+    {"frame_run", loops_frame_run, METH_VARARGS, NULL},
     {"pack", loops_pack, METH_VARARGS, NULL},
     {"unpack", loops_unpack, METH_VARARGS, NULL},
     {"first_difference", loops_first_difference, METH_VARARGS, NULL},

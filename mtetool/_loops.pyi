@@ -2,6 +2,9 @@ from mtetool.loops_numpy import (
     first_difference as first_difference,
 )
 from mtetool.loops_numpy import (
+    frame_run as frame_run,
+)
+from mtetool.loops_numpy import (
     from_runs as from_runs,
 )
 from mtetool.loops_numpy import (

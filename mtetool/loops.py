@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mtetool.loops_numpy import (
         first_difference,
+        frame_run,
         from_runs,
         mask,
         pack,
@@ -24,6 +25,7 @@ else:
     try:
         from mtetool._loops import (
             first_difference,
+            frame_run,
             from_runs,
             mask,
             pack,
@@ -36,6 +38,7 @@ else:
     except ImportError:
         from mtetool.loops_numpy import (
             first_difference,
+            frame_run,
             from_runs,
             mask,
             pack,
@@ -48,6 +51,7 @@ else:
 
 __all__ = [
     "first_difference",
+    "frame_run",
     "from_runs",
     "mask",
     "pack",

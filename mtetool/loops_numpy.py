@@ -111,6 +111,20 @@ def page_run(tags: TagBuffer, page_granules: int, first: int) -> tuple[bool, int
     return bool(is_tagged[0]), first + int(changes[0]) if changes.size else n_pages
 
 
+def frame_run(entries: bytes, first: int) -> int:
+    """Where a run of page table entries, words of 64 bits, that begins at number `first` ends.
+
+    In a run each is the one before plus 1: pages alike, their frames one behind the other.
+    """
+    if len(entries) % 8:
+        raise ValueError("entries that are not whole")
+    if not 0 <= first < len(entries) // 8:
+        raise ValueError("no such page")
+    words = np.frombuffer(entries, np.uint64)[first:]
+    breaks = np.flatnonzero(words[1:] != words[:-1] + np.uint64(1))
+    return first + 1 + (int(breaks[0]) if breaks.size else words.size - 1)
+
+
 def pack(tags: TagBuffer, out: TagBuffer) -> None:
     """Two tags in a byte, the lower address in the low nibble; `out` is half as long.
 

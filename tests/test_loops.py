@@ -173,6 +173,21 @@ def test_page_runs(module: ModuleType, pages: list[int]) -> None:
 
 
 @BOTH
+@given(
+    starts=st.lists(st.tuples(st.integers(0, 2**64 - 9), st.integers(1, 9)), min_size=1, max_size=9)
+)
+def test_frame_runs(module: ModuleType, starts: list[tuple[int, int]]) -> None:
+    entries = [start + n for start, length in starts for n in range(length)]
+    data = b"".join(entry.to_bytes(8, "little") for entry in entries)
+    first = 0
+    while first < len(entries):
+        behind = module.frame_run(data, first)
+        assert entries[first:behind] == list(range(entries[first], entries[first] + behind - first))
+        assert behind == len(entries) or entries[behind] != entries[behind - 1] + 1
+        first = behind
+
+
+@BOTH
 @given(tags=TAGS)
 def test_packing(module: ModuleType, tags: bytes) -> None:
     packed, back = bytearray(len(tags) // 2), bytearray(len(tags))
@@ -216,6 +231,9 @@ def test_lengths_that_do_not_fit(module: ModuleType) -> None:
         lambda: module.page_run(bytes(256), 0, 0),
         lambda: module.page_run(bytes(256), PAGE, 1),
         lambda: module.page_run(bytes(256), PAGE, -1),
+        lambda: module.frame_run(bytes(15), 0),
+        lambda: module.frame_run(bytes(16), 2),
+        lambda: module.frame_run(bytes(16), -1),
         lambda: module.to_runs(bytes(256), 1, bytearray(255)),
         lambda: module.to_runs(bytes(256), 0, bytearray(256)),
         lambda: module.to_runs(bytes(60), 1, bytearray(60)),

@@ -21,7 +21,9 @@ import os
 import re
 from array import array
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice
+
+from mtetool.loops import frame_run
 
 _PAGE = mmap.PAGESIZE
 _PROT_MTE = 0x20  # arch/arm64/include/uapi/asm/mman.h
@@ -38,7 +40,7 @@ _TABLES = {byte: bytes(bool(n & bits) for n in range(256)) for byte, bits in _TE
 
 _CHUNK_PAGES = 1 << 15
 # A copy has a price of its own, that of so many pages: what is shorter is read along.
-_WORTH_PAGES = 128
+_WORTH_PAGES = 512
 _UNMARKED = re.compile(rb"\x00{%d,}" % _WORTH_PAGES)
 # Frames that lie scattered are looked up one by one, which costs as much as reading tags.
 _RUN_PAGES = 16
@@ -86,17 +88,18 @@ class Frames:
         unknown = b"\1" * n_pages
         try:
             before = _entries(pagemap, start, end)
-            runs = _runs(before)
-            if len(before) != n_pages or len(runs) > n_pages // _RUN_PAGES:
+            runs = list(islice(_runs(before), n_pages // _RUN_PAGES + 1))
+            if len(before) != n_pages * 8 or len(runs) > n_pages // _RUN_PAGES:
                 return unknown
-            marks = b"".join(self._of_run(before[first], behind - first) for first, behind in runs)
+            marks = b"".join(self._of_run(*run) for run in runs)
             after = _entries(pagemap, start, end)
         except OSError:
             return unknown
         if before == after:
             return marks
         # A shorter answer leaves the rest unknown.
-        same = (one == other for one, other in zip(before, after, strict=False))
+        pairs = zip(array("Q", before), array("Q", after), strict=False)
+        same = (one == other for one, other in pairs)
         kept = bytes(mark if still else 1 for mark, still in zip(marks, same, strict=False))
         return kept + unknown[len(kept) :]
 
@@ -123,7 +126,7 @@ class Frames:
             del view  # or the mapping could not be closed
             own = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                (entry,) = _entries(own, address, address + _PAGE)
+                entry = int.from_bytes(_entries(own, address, address + _PAGE), "little")
             finally:
                 os.close(own)
             flags = os.pread(self._fd, 8, (entry & _FRAME) * 8)
@@ -133,12 +136,15 @@ class Frames:
             return self._of_run(entry, 1)
 
 
-def _entries(pagemap: int, start: int, end: int) -> array[int]:
+def _entries(pagemap: int, start: int, end: int) -> bytes:
     raw = os.pread(pagemap, (end - start) // _PAGE * 8, start // _PAGE * 8)
-    return array("Q", raw[: len(raw) // 8 * 8])
+    return raw[: len(raw) // 8 * 8]
 
 
-def _runs(entries: array[int]) -> list[tuple[int, int]]:
-    """Entries (first, behind the last) alike but for their frames, which follow each other."""
-    starts = [n for n, (one, next_) in enumerate(pairwise(entries), 1) if next_ - one != 1]
-    return list(pairwise([0, *starts, len(entries)]))
+def _runs(entries: bytes) -> Iterator[tuple[int, int]]:
+    """(first entry, number) of entries that are alike but for their frames, one behind another."""
+    start, n_entries = 0, len(entries) // 8
+    while start < n_entries:
+        stop = frame_run(entries, start)
+        yield int.from_bytes(entries[start * 8 : start * 8 + 8], "little"), stop - start
+        start = stop

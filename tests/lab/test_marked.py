@@ -47,9 +47,9 @@ def test_preallocated_memory(lab: Machine, memory: str, huge: str) -> None:
     assert (same.returncode, same.stdout) == (0, b""), same.stdout[:400]
     # Restored over other tags, in marked memory, all is as it was.
     lab.sh(
-        f"mtetool emu create /root/e --force --memory 256M --fill random >/dev/null"
-        f" && mtetool save emu:/root/e -o /root/r --force"
-        f" && mtetool restore /root/r kvm:{guest.pid} --range {BASE}:8M"
+        "mtetool emu create /root/e --force --memory 256M --fill random >/dev/null"
+        f" && mtetool save emu:/root/e -o /root/r --force --range {BASE}:8M"
+        f" && mtetool restore /root/r kvm:{guest.pid}"
         f" && mtetool restore /root/s kvm:{guest.pid}"
     )
     guest.qmp("cont")
@@ -67,11 +67,11 @@ def test_a_mark_inside_of_a_huge_page_does_not_show(lab: Machine) -> None:
     at = f"{BASE + 32 * MIB + 5 * 16384}:16K"
     lab.sh(
         f"mtetool emu create /tmp/e --memory 64M && mtetool emu fill /tmp/e random --range {at}"
-        f" && mtetool save emu:/tmp/e -o /tmp/r"
-        f" && mtetool restore /tmp/r kvm:{pid} --range {at} --memslot 0x40000000:64M"
+        f" && mtetool save emu:/tmp/e -o /tmp/r --range {at}"
+        f" && mtetool restore /tmp/r kvm:{pid} --memslot 0x40000000:64M"
     )
     save(lab, pid, "/tmp/s")
-    same = lab.run(["mtetool", "diff", "/tmp/s", "/tmp/r", "--range", f"{BASE}:64M"])
+    same = lab.run(["mtetool", "diff", "/tmp/s", "/tmp/r", "--range", at])
     assert (same.returncode, same.stdout) == (0, b""), same.stdout[:400]
 
 

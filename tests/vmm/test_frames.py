@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import struct
 from array import array
 from collections.abc import Iterator
@@ -49,6 +50,12 @@ class Host:
             pages -= set(range(first // PAGE, stop // PAGE))
             at = stop
         return pages
+
+
+@pytest.fixture(autouse=True)
+def _short_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "_WORTH_PAGES", 128)
+    monkeypatch.setattr(frames, "_UNMARKED", re.compile(rb"\x00{128,}"))
 
 
 @pytest.fixture
@@ -123,7 +130,7 @@ def test_a_page_that_moved_meanwhile(host: Host, monkeypatch: pytest.MonkeyPatch
     answers[2] = answers[2][:300]
     host.hold([], [8] * (N + 1))
     for second, left in ((1, set(range(N)) - {200}), (2, set(range(300)))):
-        given_back = iter([answers[0], answers[second]])
+        given_back = iter([answers[0].tobytes(), answers[second].tobytes()])
         monkeypatch.setattr(frames, "_entries", lambda *_, given_back=given_back: next(given_back))
         assert host.unmarked(0, N) == left
 
@@ -143,3 +150,18 @@ def test_a_kernel_that_does_not_show_the_mark(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr("os.open", lambda path, flags: os.dup(0))
         with pytest.raises(OSError, match="does not show"):
             Frames()
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([PRESENT, PRESENT | 1 << 55, 0]))))
+def test_runs_of_frames(parts: list[tuple[int, int]]) -> None:
+    entries: list[int] = []
+    for length, base in parts:
+        entries += range(base + 7, base + 7 + length)
+    wanted: list[tuple[int, int]] = []
+    for n, entry in enumerate(entries):
+        if n and entry == entries[n - 1] + 1:
+            first, length = wanted.pop()
+            wanted.append((first, length + 1))
+        else:
+            wanted.append((entry, 1))
+    assert list(frames._runs(array("Q", entries).tobytes())) == wanted
