@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from mtetool.backends.base import Guest
+from mtetool.buffers import prepared
 from mtetool.errors import BusyError, GuestError, errno_name
 from mtetool.flows.layout import UNREACHABLE, Layout
 from mtetool.snapshot.model import Extent, Missing
@@ -110,7 +111,7 @@ class TagReader:
         self._chunk_bytes = -(-chunk_granules * GRANULE_BYTES // page) * page
         # Faulted in now: a guest may be waiting, paused, from the first copy on.
         n_granules = self._chunk_bytes // GRANULE_BYTES
-        self._buffers = [memoryview(bytearray(b"\xff") * n_granules) for _ in range(n_buffers)]
+        self._buffers = [prepared(n_granules) for _ in range(n_buffers)]
         self._zeros = memoryview(bytes(n_granules))
 
     def read(self, extents: Iterable[Extent], *, every_page: bool = False) -> Iterator[Step]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
+from mtetool.buffers import prepared
 from mtetool.errors import no_thread
 from mtetool.snapshot.model import Missing
 from mtetool.snapshot.reader import Piece
@@ -98,17 +99,17 @@ class _Buffers:
     """Buffers that are taken and given back in turn, and grow to what is asked of them."""
 
     def __init__(self, count: int) -> None:
-        self._rooms = [bytearray() for _ in range(count)]
+        self._rooms = [memoryview(b"") for _ in range(count)]
         self._next = 0
         self.free = count
 
     def take(self, n_bytes: int) -> memoryview:
         at = self._next % len(self._rooms)
         if len(self._rooms[at]) < n_bytes:
-            self._rooms[at] = bytearray(n_bytes)
+            self._rooms[at] = prepared(n_bytes)
         self._next += 1
         self.free -= 1
-        return memoryview(self._rooms[at])[:n_bytes]
+        return self._rooms[at][:n_bytes]
 
     def give_back(self) -> None:
         """The one that was taken first."""
