@@ -9,6 +9,9 @@
 #include <Python.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the loops over words take the lowest address for the lowest byte"
@@ -22,94 +25,240 @@ word(const uint8_t *at)
     return value;
 }
 
-/* A bit for each of the eight bytes that is not 0; their bits 7 must be 0. */
-static inline uint64_t
+/* Compiled twice where the loader can choose: the processors of today do more at a time. */
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("default", "arch=x86-64-v3")))
+#else
+#define FOR_EACH_PROCESSOR
+#endif
+/* From this length on a run's has no place among the others. */
+#define LONG 16
+#define INLINE static inline __attribute__((always_inline))
+
+#ifdef __SSE2__
+/* A bit for each of 64 granules whose tag is not that of the granule before. */
+INLINE uint64_t
+changes_of_64(const uint8_t *here)
+{
+    uint64_t same = 0;
+    for (int i = 0; i < 4; i++) {
+        __m128i mine = _mm_loadu_si128((const __m128i *)(here + 16 * i));
+        __m128i before = _mm_loadu_si128((const __m128i *)(here + 16 * i - 1));
+        uint64_t bits = (uint16_t)_mm_movemask_epi8(_mm_cmpeq_epi8(mine, before));
+        same |= bits << 16 * i;
+    }
+    return ~same;
+}
+#else
+/* A bit for each of the eight bytes that is not 0. */
+INLINE uint64_t
 nonzero_bytes(uint64_t bytes)
 {
-    uint64_t high = (bytes + 0x7f7f7f7f7f7f7f7f) & 0x8080808080808080;
-    return (high >> 7) * 0x0102040810204080 >> 56;
+    uint64_t high = (((bytes & 0x7f7f7f7f7f7f7f7f) + 0x7f7f7f7f7f7f7f7f) | bytes);
+    return ((high & 0x8080808080808080) >> 7) * 0x0102040810204080 >> 56;
 }
 
-/* A bit for each of 64 granules whose tag is not that of the granule before; n is how many. */
-static inline uint64_t
-boundaries(const uint8_t *tags, size_t at, size_t n)
+/* A bit for each of 64 granules whose tag is not that of the granule before. */
+INLINE uint64_t
+changes_of_64(const uint8_t *here)
 {
-    if (n < 64) {
-        uint64_t mask = 0;
-        for (size_t i = at == 0; i < n; i++)
-            mask |= (uint64_t)(tags[at + i] != tags[at + i - 1]) << i;
-        return mask;
-    }
-    const uint8_t *here = tags + at;
-    uint64_t changes[8], any, first = word(here);
-    any = changes[0] = first ^ (at ? word(here - 1) : first << 8 | (first & 0xff));
-    for (int i = 1; i < 8; i++)
-        any |= changes[i] = word(here + 8 * i) ^ word(here + 8 * i - 1);
-    if (!any)
-        return 0;
-    uint64_t mask = 0;
+    uint64_t changes[8], any = 0, mask = 0;
     for (int i = 0; i < 8; i++)
-        mask |= nonzero_bytes(changes[i]) << 8 * i;
+        any |= changes[i] = word(here + 8 * i) ^ word(here + 8 * i - 1);
+    if (any)
+        for (int i = 0; i < 8; i++)
+            mask |= nonzero_bytes(changes[i]) << 8 * i;
     return mask;
 }
+#endif
 
-static inline uint8_t *
-put_long(uint8_t *out, size_t length)
+/* As changes_of_64, for tags + at; the first granule of all is no change. */
+INLINE uint64_t
+changes_at(const uint8_t *tags, size_t at)
 {
-    size_t rest = length - 256;
-    for (; rest >= 128; rest >>= 7)
-        *out++ = (uint8_t)(rest | 128);
-    *out++ = (uint8_t)rest;
-    return out;
+    if (at)
+        return changes_of_64(tags + at);
+    uint8_t behind[80];
+    memset(behind, tags[0], 16);
+    memcpy(behind + 16, tags, 64);
+    return changes_of_64(behind + 16);
 }
 
-/* The runs of `n` tags: lengths (0 for those above 255), then tags two a byte, then the long
- * lengths. `room` is scratch for the tags. Returns what was written, 0 if it is not n_runs. */
-static size_t
-write_runs(const uint8_t *tags, size_t n, uint8_t *out, uint8_t *room, size_t n_runs)
+struct count {
+    size_t runs, tagged, pages;
+    uint8_t bits;
+};
+
+/* Count `part` granules, at most 255: how many have a tag. */
+INLINE size_t
+count_tagged(const uint8_t *tags, size_t part, uint8_t *bits)
 {
-    uint8_t *lengths = out, *longs = out + n_runs + (n_runs + 1) / 2;
-    size_t runs = 0, start = 0;
-    for (size_t at = 0; at < n; at += 64) {
-        uint64_t mask = boundaries(tags, at, n - at);
-        if (runs + (size_t)__builtin_popcountll(mask) >= n_runs)
-            return 0;
-        while (mask) {
-            size_t stop = at + (size_t)__builtin_ctzll(mask), length = stop - start;
-            mask &= mask - 1;
-            room[runs] = tags[start];
-            lengths[runs++] = (uint8_t)length;
-            if (__builtin_expect(length > 255, 0)) {
-                lengths[runs - 1] = 0;
-                longs = put_long(longs, length);
-            }
+    uint8_t n = 0, seen = 0;
+    for (size_t i = 0; i < part; i++) {
+        n += tags[i] != 0;
+        seen |= tags[i];
+    }
+    *bits |= seen;
+    return n;
+}
+
+FOR_EACH_PROCESSOR static void
+scan(const uint8_t *tags, size_t n, size_t page, struct count *count)
+{
+    for (size_t at = 0; at < n;) {
+        size_t in_page = 0;
+        for (size_t end = at + page; at < end; at += 128) {
+            uint8_t changes = at && tags[at] != tags[at - 1];
+            for (size_t i = 1; i < 128; i++)
+                changes += tags[at + i] != tags[at + i - 1];
+            count->runs += changes;
+            in_page += count_tagged(tags + at, 128, &count->bits);
+        }
+        count->tagged += in_page;
+        count->pages += in_page != 0;
+    }
+}
+
+/* Runs as they are found: their lengths, 0 for those above 15, which are in `longs`; their tags. */
+struct runs {
+    uint8_t *lengths, *values, *longs;
+    size_t n, start;
+};
+
+INLINE void
+end_run(struct runs *runs, size_t stop)
+{
+    size_t length = stop - runs->start, rest = length - LONG;
+    runs->lengths[runs->n++] = length < LONG ? (uint8_t)length : 0;
+    runs->start = stop;
+    if (length < LONG)
+        return;
+    for (; rest >= 128; rest >>= 7)
+        *runs->longs++ = (uint8_t)(rest | 128);
+    *runs->longs++ = (uint8_t)rest;
+}
+
+/* Where objects of one size lie side by side and some neighbours have one tag by chance, as in a
+ * slab: their common boundary, too. Lengths that are all the same compress to next to nothing.
+ * Sizes are powers of two, and at least three quarters of the boundaries must be there. */
+INLINE uint64_t
+with_objects(uint64_t changes)
+{
+    int n = __builtin_popcountll(changes);
+    if (changes & 0xaaaaaaaaaaaaaaaa)
+        return n >= 48 ? ~0ull : changes;
+    if (changes & 0x4444444444444444)
+        return n >= 24 ? 0x5555555555555555 : changes;
+    if (changes & 0x1010101010101010)
+        return n >= 12 ? 0x1111111111111111 : changes;
+    if (changes & 0x0100010001000100)
+        return n >= 6 ? 0x0101010101010101 : changes;
+    return n >= 3 ? 0x0001000100010001 : changes;
+}
+
+/* Take the changes of the 64 granules from `at` on. */
+INLINE void
+take_changes(struct runs *runs, const uint8_t *tags, size_t at, uint64_t changes)
+{
+    if (!changes)
+        return;
+    end_run(runs, at + (size_t)__builtin_ctzll(changes));
+    size_t n = runs->n, start = runs->start;
+    uint8_t *longs = runs->longs;
+    runs->values[n] = tags[start];
+    if (changes == ~0ull) {
+        memset(runs->lengths + n, 1, 63);
+        memcpy(runs->values + n + 1, tags + start + 1, 63);
+        n += 63;
+        start += 63;
+    }
+    else
+        for (changes &= changes - 1; changes; changes &= changes - 1) {
+            /* Shorter than 64, so that a long length is one byte. */
+            size_t stop = at + (size_t)__builtin_ctzll(changes), length = stop - start;
+            if (__builtin_expect(length >= LONG, 0)) { *longs++ = (uint8_t)(length - LONG); length = 0; }
+            runs->lengths[n++] = (uint8_t)length;
+            runs->values[n] = tags[stop];
             start = stop;
         }
-    }
-    if (runs + 1 != n_runs)
-        return 0;
-    size_t length = n - start;
-    room[runs] = tags[start];
-    lengths[runs] = length > 255 ? 0 : (uint8_t)length;
-    if (length > 255)
-        longs = put_long(longs, length);
-    room[n_runs] = 0;
-    for (size_t i = 0; i < (n_runs + 1) / 2; i++)
-        out[n_runs + i] = (uint8_t)(room[2 * i] | room[2 * i + 1] << 4);
-    return (size_t)(longs - out);
+    runs->n = n;
+    runs->start = start;
+    runs->longs = longs;
 }
 
-/* What write_runs wrote, back: 1, or 0 for anything that it would not have written for n tags,
- * but that neighbours may have one tag. */
-static int
-read_runs(const uint8_t *in, size_t size, size_t n_runs, uint8_t *tags, size_t n)
+INLINE void
+pack(const uint8_t *restrict from, size_t n, uint8_t *restrict to)
 {
-    const uint8_t *values = in + n_runs, *longs = values + (n_runs + 1) / 2, *end = in + size;
+    for (size_t i = 0; i < n / 2; i++) {
+        uint16_t pair;
+        memcpy(&pair, from + 2 * i, sizeof pair);
+        to[i] = (uint8_t)(pair | pair >> 4);
+    }
+    if (n % 2)
+        to[n / 2] = from[n - 1];
+}
+
+/* Count as `scan`, and write the runs to `out`, which is as long as the tags: lengths and tags, two
+ * a byte each, then the long lengths. Returns what was written; 0 for more than a quarter as many
+ * runs as granules, which are only counted. */
+FOR_EACH_PROCESSOR static size_t
+write_runs(const uint8_t *tags, size_t n, size_t page, uint8_t *out, struct count *count)
+{
+    size_t most = n / 4;
+    uint8_t *longs = out + most; /* at most n / 16, as each byte stands for 16 granules and more */
+    struct runs runs = {.lengths = out + 2 * most, .values = out + 3 * most, .longs = longs};
+    runs.values[0] = tags[0];
+    for (size_t at = 0; at < n;) {
+        size_t in_page = 0;
+        for (size_t end = at + page; at < end; at += 128) {
+            uint64_t low = changes_at(tags, at), high = changes_of_64(tags + at + 64);
+            if (!(low | high)) {
+                in_page += tags[at] ? 128 : 0;
+                count->bits |= tags[at];
+                continue;
+            }
+            in_page += count_tagged(tags + at, 128, &count->bits);
+            low = with_objects(low);
+            if (!at)
+                low &= ~1ull; /* nothing is before it */
+            high = with_objects(high);
+            if (runs.n + (size_t)(__builtin_popcountll(low) + __builtin_popcountll(high)) >= most) {
+                *count = (struct count){.runs = 1};
+                scan(tags, n, page, count);
+                return 0;
+            }
+            take_changes(&runs, tags, at, low);
+            take_changes(&runs, tags, at + 64, high);
+        }
+        count->tagged += in_page;
+        count->pages += in_page != 0;
+    }
+    end_run(&runs, n);
+    count->runs = runs.n;
+    size_t half = (runs.n + 1) / 2, n_longs = (size_t)(runs.longs - longs);
+    memmove(out + 2 * half, longs, n_longs);
+    pack(runs.lengths, runs.n, out);
+    pack(runs.values, runs.n, out + half);
+    return 2 * half + n_longs;
+}
+
+/* What write_runs wrote, back, from three buffers: 1, or 0 for anything that it would not have
+ * written for n tags, but that neighbours may have one tag. */
+static int
+read_runs(const uint8_t *lengths, const uint8_t *values, const uint8_t *longs, size_t n_longs,
+          size_t n_runs, uint8_t *tags, size_t n)
+{
+    const uint8_t *end = longs + n_longs;
     size_t at = 0;
     for (size_t run = 0; run < n_runs; run++) {
-        size_t length = in[run];
+        size_t length = lengths[run / 2] >> 4 * (run & 1) & 15;
         uint8_t tag = values[run / 2] >> 4 * (run & 1) & 15;
-        if (__builtin_expect(length == 0, 0)) {
+        if (__builtin_expect(length && n - at >= 16, 1)) {
+            memset(tags + at, tag, 16); /* what is too much, the next runs write over */
+            at += length;
+            continue;
+        }
+        if (!length) {
             int shift = 0;
             uint8_t byte;
             do {
@@ -119,17 +268,14 @@ read_runs(const uint8_t *in, size_t size, size_t n_runs, uint8_t *tags, size_t n
                 length |= (size_t)(byte & 127) << shift;
                 shift += 7;
             } while (byte & 128);
-            length += 256;
+            length += LONG;
         }
         if (length > n - at)
             return 0;
-        if (length <= 16 && n - at >= 16)
-            memset(tags + at, tag, 16); /* what is too much, the next runs write over */
-        else
-            memset(tags + at, tag, length);
+        memset(tags + at, tag, length);
         at += length;
     }
-    int odd_is_clear = !(n_runs & 1) || values[n_runs / 2] >> 4 == 0;
+    int odd_is_clear = !(n_runs & 1) || ((lengths[n_runs / 2] | values[n_runs / 2]) & 0xf0) == 0;
     return at == n && longs == end && odd_is_clear;
 }
 
@@ -170,82 +316,67 @@ loops_scan(PyObject *module, PyObject *args)
 {
     Py_buffer tags;
     Py_ssize_t page;
-    size_t runs = 1, tagged = 0, pages = 0;
-    uint8_t bits = 0;
+    struct count count = {.runs = 1};
     (void)module;
     if (!PyArg_ParseTuple(args, "y*n", &tags, &page))
         return NULL;
     if (page <= 0 || page % 128 || tags.len % page || tags.len == 0)
         return refuse("tags that are not whole pages", &tags, NULL);
     Py_BEGIN_ALLOW_THREADS
-    const uint8_t *at = tags.buf, *end = at + tags.len;
-    uint8_t before = *at;
-    while (at < end) {
-        size_t in_page = 0;
-        for (Py_ssize_t part = 0; part < page; part += 128, at += 128) {
-            uint8_t n_tagged = 0, n_changes = 0, seen = 0;
-            n_changes = at[0] != before;
-            for (int i = 1; i < 128; i++)
-                n_changes += at[i] != at[i - 1];
-            for (int i = 0; i < 128; i++) {
-                n_tagged += at[i] != 0;
-                seen |= at[i];
-            }
-            before = at[127];
-            runs += n_changes;
-            in_page += n_tagged;
-            bits |= seen;
-        }
-        tagged += in_page;
-        pages += in_page != 0;
-    }
+    scan(tags.buf, (size_t)tags.len, (size_t)page, &count);
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&tags);
-    return Py_BuildValue("nnni", (Py_ssize_t)runs, (Py_ssize_t)tagged, (Py_ssize_t)pages, bits);
+    return Py_BuildValue("nnni", (Py_ssize_t)count.runs, (Py_ssize_t)count.tagged,
+                         (Py_ssize_t)count.pages, count.bits);
 }
 
 static PyObject *
 loops_to_runs(PyObject *module, PyObject *args)
 {
     Py_buffer tags, out;
-    Py_ssize_t n_runs;
+    Py_ssize_t page;
+    struct count count = {0};
     size_t written;
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*nw*", &tags, &n_runs, &out))
+    if (!PyArg_ParseTuple(args, "y*nw*", &tags, &page, &out))
         return NULL;
-    /* Lengths, tags, long lengths (of which there are at most n / 256, of 5 bytes), scratch. */
-    if (tags.len < 64 || tags.len >> 35 || n_runs <= 0 || n_runs > tags.len / 4 ||
-        out.len < tags.len)
-        return refuse("too many runs for the room there is", &tags, &out);
+    if (page <= 0 || page % 128 || tags.len % page || tags.len == 0)
+        return refuse("tags that are not whole pages", &tags, &out);
+    if (tags.len >> 35 || out.len < tags.len)
+        return refuse("too little room for the runs", &tags, &out);
     Py_BEGIN_ALLOW_THREADS
-    uint8_t *room = (uint8_t *)out.buf + out.len - n_runs - 1;
-    written = write_runs(tags.buf, (size_t)tags.len, out.buf, room, (size_t)n_runs);
+    written = write_runs(tags.buf, (size_t)tags.len, (size_t)page, out.buf, &count);
     Py_END_ALLOW_THREADS
-    if (!written)
-        return refuse("not as many runs as announced", &tags, &out);
     PyBuffer_Release(&tags);
     PyBuffer_Release(&out);
-    return PyLong_FromSize_t(written);
+    return Py_BuildValue("nnnin", (Py_ssize_t)count.runs, (Py_ssize_t)count.tagged,
+                         (Py_ssize_t)count.pages, count.bits, (Py_ssize_t)written);
 }
 
 static PyObject *
 loops_from_runs(PyObject *module, PyObject *args)
 {
-    Py_buffer data, tags;
+    Py_buffer lengths, values, longs, tags;
     Py_ssize_t n_runs;
     int sound;
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*nw*", &data, &n_runs, &tags))
+    if (!PyArg_ParseTuple(args, "y*y*y*nw*", &lengths, &values, &longs, &n_runs, &tags))
         return NULL;
-    if (n_runs < 0 || n_runs > data.len || n_runs + (n_runs + 1) / 2 > data.len)
-        return refuse("fewer runs than announced", &data, &tags);
-    Py_BEGIN_ALLOW_THREADS
-    sound = read_runs(data.buf, (size_t)data.len, (size_t)n_runs, tags.buf, (size_t)tags.len);
-    Py_END_ALLOW_THREADS
-    if (!sound)
-        return refuse("runs that are not those of so many granules", &data, &tags);
-    PyBuffer_Release(&data);
+    sound = n_runs >= 0 && lengths.len == n_runs / 2 + n_runs % 2 && values.len == lengths.len;
+    if (sound) {
+        Py_BEGIN_ALLOW_THREADS
+        sound = read_runs(lengths.buf, values.buf, longs.buf, (size_t)longs.len, (size_t)n_runs,
+                          tags.buf, (size_t)tags.len);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&lengths);
+    PyBuffer_Release(&values);
+    PyBuffer_Release(&longs);
     PyBuffer_Release(&tags);
+    if (!sound) {
+        PyErr_SetString(PyExc_ValueError, "runs that are not those of so many granules");
+        return NULL;
+    }
     Py_RETURN_NONE;
 }
 
@@ -308,13 +439,7 @@ loops_pack(PyObject *module, PyObject *args)
     if (tags.len % 2 || out.len != tags.len / 2)
         return refuse("two tags a byte need half the room", &tags, &out);
     Py_BEGIN_ALLOW_THREADS
-    const uint8_t *restrict from = tags.buf;
-    uint8_t *restrict to = out.buf;
-    for (Py_ssize_t i = 0; i < out.len; i++) {
-        uint16_t pair;
-        memcpy(&pair, from + 2 * i, sizeof pair);
-        to[i] = (uint8_t)(pair | pair >> 4);
-    }
+    pack(tags.buf, (size_t)tags.len, out.buf);
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&tags);
     PyBuffer_Release(&out);

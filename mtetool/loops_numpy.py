@@ -4,9 +4,9 @@ Tags are buffers of one byte a granule, C-contiguous; where nothing else is said
 zero. What a function writes to is named `out`, `into` or `tags`, and is as long as it says. All
 raise ValueError for lengths that do not fit, and for nothing else.
 
-Runs are written so (mtesnap(5), enc 2): a byte for each run with its length, 0 for one above 255;
-then the tags of the runs, two a byte, the first in the low nibble, the last odd one with 0 above
-it; then for each run above 255, in order, its length less 256 as LEB128.
+Runs are written so (mtesnap(5), enc 2): their lengths, two a byte as tags are packed, 0 for one of
+16 and more; their tags, two a byte; and for each run of 16 and more, in order, its length less 16
+as LEB128.
 """
 
 from __future__ import annotations
@@ -23,8 +23,18 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
 
-# What a long length may be at most: 2^35 granules, half a TiB of guest memory.
+_LONG = 16
 _LEB128_MAX_BYTES = 6
+
+# Where objects of 1, 2, 4, 8 or 16 granules begin in 64, as the bits of a word; and how many of
+# those must be there for the others to be taken for there too.
+_OBJECTS = (
+    (0xFFFF_FFFF_FFFF_FFFF, 48),
+    (0x5555_5555_5555_5555, 24),
+    (0x1111_1111_1111_1111, 12),
+    (0x0101_0101_0101_0101, 6),
+    (0x0001_0001_0001_0001, 3),
+)
 
 
 def scan(tags: TagBuffer, page_granules: int) -> tuple[int, int, int, int]:
@@ -41,56 +51,84 @@ def scan(tags: TagBuffer, page_granules: int) -> tuple[int, int, int, int]:
     return n_runs, int(per_page.sum()), int(np.count_nonzero(per_page)), bits
 
 
-def to_runs(tags: TagBuffer, n_runs: int, out: TagBuffer) -> int:
-    """Write the runs of `tags` to `out`; how many bytes that takes.
+def to_runs(tags: TagBuffer, page_granules: int, out: TagBuffer) -> tuple[int, int, int, int, int]:
+    """As `scan`, and write the runs to `out`: how many, and in the end how many bytes they take.
 
-    `n_runs` is what `scan` says, at most a quarter of the granules (64 or more); `out` is as
-    long as `tags`, and all of it may be written to.
+    There are more of them than `scan` says where objects of one size lie side by side and some
+    neighbours have one tag by chance, as in a slab: those stay runs by themselves, because lengths
+    that are all the same compress to next to nothing. (In 64 granules, sizes of 1, 2, 4, 8, 16,
+    three quarters of the boundaries.) Where there are more than a quarter as many runs as granules,
+    nothing is written, 0 bytes, and all is as `scan` says.
+
+    `out` is as long as `tags`, and all of it may be written to.
     """
     array, room = _bytes(tags), _bytes(out)
-    if not 64 <= array.size < 1 << 35 or not 0 < n_runs <= array.size // 4:
-        raise ValueError("too many runs for the room there is")
-    if room.size < array.size:
-        raise ValueError("too many runs for the room there is")
-    starts = np.concatenate(([0], np.flatnonzero(array[1:] != array[:-1]) + 1))
-    if starts.size != n_runs:
-        raise ValueError("not as many runs as announced")
+    counted = scan(array, page_granules)
+    if array.size >= 1 << 35 or room.size < array.size:
+        raise ValueError("too little room for the runs")
+    starts = _boundaries(array)
+    if starts.size > array.size // 4:
+        return *counted, 0
     lengths = np.diff(starts, append=array.size)
-    values = np.zeros(n_runs + n_runs % 2, dtype=np.uint8)
-    values[:n_runs] = array[starts]
-    longs = b"".join(_leb128(length - 256) for length in lengths[lengths > 255].tolist())
+    is_long = lengths >= _LONG
+    longs = b"".join(_leb128(length - _LONG) for length in lengths[is_long].tolist())
     parts = (
-        np.where(lengths > 255, 0, lengths).astype(np.uint8),
-        values[::2] | values[1::2] << np.uint8(4),
+        _packed(np.where(is_long, 0, lengths).astype(np.uint8)),
+        _packed(array[starts]),
         np.frombuffer(longs, dtype=np.uint8),
     )
     written = np.concatenate(parts)
     room[: written.size] = written
-    return int(written.size)
+    return int(starts.size), *counted[1:], int(written.size)
 
 
-def from_runs(data: TagBuffer, n_runs: int, tags: TagBuffer) -> None:
-    """The reverse of `to_runs`: fill `tags` from all of `data`.
+def _boundaries(array: Bytes) -> NDArray[np.intp]:
+    """Where runs begin, those of objects too."""
+    changes = np.zeros(array.size, dtype=np.uint8)
+    changes[1:] = array[1:] != array[:-1]
+    words = np.packbits(changes, bitorder="little").view("<u8")
+    counts = changes.reshape(-1, 64).sum(axis=1)
+    unsettled = np.ones(words.size, dtype=np.bool_)
+    for every, enough in reversed(_OBJECTS):
+        fits = unsettled & ((words & ~np.uint64(every)) == 0)
+        words[fits & (counts >= enough)] = every
+        unsettled &= ~fits
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+    bits[0] = 1
+    return np.flatnonzero(bits)
+
+
+def _packed(values: Bytes) -> Bytes:
+    even = np.zeros(values.size + values.size % 2, dtype=np.uint8)
+    even[: values.size] = values
+    return even[::2] | even[1::2] << np.uint8(4)
+
+
+def from_runs(
+    lengths: TagBuffer, values: TagBuffer, longs: TagBuffer, n_runs: int, tags: TagBuffer
+) -> None:
+    """The reverse of `to_runs`: fill `tags` from what that wrote, in its three parts.
 
     Neighbouring runs may have one tag; anything else that `to_runs` would not have written
     raises ValueError.
     """
-    source, out = _bytes(data), _bytes(tags)
-    n_packed = (n_runs + 1) // 2
-    if n_runs < 0 or n_runs + n_packed > source.size:
-        raise ValueError("fewer runs than announced")
-    packed = source[n_runs : n_runs + n_packed]
-    values = np.empty(2 * n_packed, dtype=np.uint8)
-    values[::2], values[1::2] = packed & np.uint8(15), packed >> np.uint8(4)
-    lengths = source[:n_runs].astype(np.int64)
-    is_long = lengths == 0
-    longs = _from_leb128(source[n_runs + n_packed :].tobytes(), int(is_long.sum()), out.size)
-    if longs is None or values[n_runs:].any():
+    packed, of, out = _bytes(lengths), _bytes(values), _bytes(tags)
+    n_packed = n_runs // 2 + n_runs % 2
+    if n_runs < 0 or packed.size != n_packed or of.size != n_packed:
         raise ValueError("runs that are not those of so many granules")
-    lengths[is_long] = longs
-    if int(lengths.sum()) != out.size:
+    every, tag = np.empty(2 * n_packed, dtype=np.int64), np.empty(2 * n_packed, dtype=np.uint8)
+    every[::2], every[1::2] = packed & np.uint8(15), packed >> np.uint8(4)
+    tag[::2], tag[1::2] = of & np.uint8(15), of >> np.uint8(4)
+    odd_is_clear = not every[n_runs:].any() and not tag[n_runs:].any()
+    every = every[:n_runs]
+    is_long = every == 0
+    long = _from_leb128(_bytes(longs).tobytes(), int(is_long.sum()), out.size)
+    if long is None or not odd_is_clear:
         raise ValueError("runs that are not those of so many granules")
-    out[:] = np.repeat(values[:n_runs], lengths)
+    every[is_long] = long
+    if int(every.sum()) != out.size:
+        raise ValueError("runs that are not those of so many granules")
+    out[:] = np.repeat(tag[:n_runs], every)
 
 
 def page_run(tags: TagBuffer, page_granules: int, first: int) -> tuple[bool, int]:
@@ -134,7 +172,7 @@ def pack(tags: TagBuffer, out: TagBuffer) -> None:
     array, packed = _bytes(tags), _bytes(out)
     if array.size % 2 or packed.size != array.size // 2:
         raise ValueError("two tags a byte need half the room")
-    packed[:] = array[::2] | array[1::2] << np.uint8(4)
+    packed[:] = _packed(array)
 
 
 def unpack(packed: TagBuffer, tags: TagBuffer) -> None:
@@ -197,7 +235,7 @@ def _from_leb128(data: bytes, count: int, most: int) -> list[int] | None:
             shift += 7
             if not byte & 128:
                 break
-        if value + 256 > most:
+        if value + _LONG > most:
             return None
-        values.append(value + 256)
+        values.append(value + _LONG)
     return values if at == len(data) else None

@@ -7,6 +7,7 @@ process that is frozen by its cgroup, or stuck in the kernel, does not answer.
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -21,6 +22,7 @@ T = TypeVar("T")
 CALL_PATIENCE_SECONDS = 60.0
 ATTACH_PATIENCE_SECONDS = 20.0
 _IDLE_SECONDS = 0.1
+_SWITCH_SECONDS = 0.0005
 
 
 class Tracer:
@@ -36,6 +38,8 @@ class Tracer:
         """Whether a function did not come back; then nothing more is asked of the thread."""
         self._requests: queue.SimpleQueue[tuple[Future[object], Callable[[], object]] | None]
         self._requests = queue.SimpleQueue()
+        # Between two copies the guest waits for this thread, whatever others compute.
+        sys.setswitchinterval(_SWITCH_SECONDS)
         self._thread = threading.Thread(target=self._run, name="tracer", daemon=True)
         self._thread.start()
 

@@ -8,7 +8,7 @@ completed nothing. What such an answer means for a whole guest is decided above,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -89,13 +89,22 @@ class Guest(Protocol):
         """
         ...
 
-    def write_tags(self, ipa: int, tags: TagBuffer, *, then_read: bool = False) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """Copy `tags` (one byte a granule) onto the guest memory from `ipa` on.
-
-        With `then_read` the same memory will be read by the next call.
 
         As `read_tags`; besides EFAULT for read-only memory and EBUSY while any memslot
         logs dirty pages.
+        """
+        ...
+
+    def begin_write(
+        self, ipa: int, tags: TagBuffer, *, then_read: bool = False
+    ) -> Callable[[], int]:
+        """As `write_tags`, by the time the result is called, which gives or raises its answer.
+
+        At most two writes are begun and not called, of memory that does not overlap; they are
+        called in their order, and `tags` stay as they are until then. With `then_read` the same
+        memory, if all was written, is read in one call before the next result is called.
         """
         ...
 

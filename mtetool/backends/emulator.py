@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -254,13 +255,19 @@ class EmulatedGuest:
         behind = slot.ipa + -(-(hole - base) // per_page) * self.page_size_bytes
         return max(first, ipa), min(behind, end)
 
-    def write_tags(self, ipa: int, tags: TagBuffer, *, then_read: bool = False) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`. Raises also BusyError, PermissionRefusedError, DiskFullError."""
         view = as_bytes(tags)
         self._check_copy(ipa, len(view))
         if view:
             self._take_for_writing()
         return self._copied(ipa, view, self._write_span, writing=True)
+
+    def begin_write(
+        self, ipa: int, tags: TagBuffer, *, then_read: bool = False
+    ) -> Callable[[], int]:
+        """See `Guest.begin_write`; written when it is waited for."""
+        return partial(self.write_tags, ipa, tags)
 
     def _check_copy(self, ipa: int, n_granules: int) -> None:
         self._check_open()

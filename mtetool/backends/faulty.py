@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -129,9 +130,15 @@ class FaultyGuest:
         """All of it: a fault may wait where there are no tags."""
         yield ipa, size_bytes
 
-    def write_tags(self, ipa: int, tags: TagBuffer, *, then_read: bool = False) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`; with the faults for writes."""
         return self._copied("write", self._guest.write_tags, ipa, as_bytes(tags))
+
+    def begin_write(
+        self, ipa: int, tags: TagBuffer, *, then_read: bool = False
+    ) -> Callable[[], int]:
+        """See `Guest.begin_write`; written when it is waited for."""
+        return partial(self.write_tags, ipa, tags)
 
     def _copied(
         self,

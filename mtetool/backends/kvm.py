@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from enum import Enum, auto
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -19,7 +20,7 @@ from mtetool import uapi
 from mtetool.attach.helper import PAGE_BYTES
 from mtetool.attach.session import Session, Target
 from mtetool.backends.asking import memslots_of, places_of
-from mtetool.backends.transfer import BUFFER_BYTES, HALF_BYTES, Transfer
+from mtetool.backends.transfer import BUFFER_BYTES, WRITE_BYTES, Transfer
 from mtetool.backends.vcpus import hold_vcpus
 from mtetool.buffers import as_bytes
 from mtetool.errors import (
@@ -204,7 +205,7 @@ class KvmGuest:
                 raise
             return places_of(self._attached(), self._fd, self._asked)
 
-    def write_tags(self, ipa: int, tags: TagBuffer, *, then_read: bool = False) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`."""
         view = as_bytes(tags)
         self._check(ipa, len(view) * uapi.GRANULE_BYTES)
@@ -212,17 +213,26 @@ class KvmGuest:
             return self._answered(self._transfers().nothing(), ipa)
         done = 0
         while done < len(view):
-            part = view[done : done + HALF_BYTES]
+            part = view[done : done + WRITE_BYTES]
             at = ipa + done * uapi.GRANULE_BYTES
-            # Several parts are written one after the other, and only then read.
-            alone = then_read and len(part) == len(view)
-            completed = self._transfers().write(at, part, then_read=alone)
+            completed = self._transfers().begin_write(at, part, then_read=False)()
             if completed <= 0 and done:
                 break  # what was copied before counts; the next call there tells why
             done += self._answered(completed, at) // uapi.GRANULE_BYTES
             if completed < len(part) * uapi.GRANULE_BYTES:
                 break
         return done * uapi.GRANULE_BYTES
+
+    def begin_write(
+        self, ipa: int, tags: TagBuffer, *, then_read: bool = False
+    ) -> Callable[[], int]:
+        """See `Guest.begin_write`; under way at once."""
+        view = as_bytes(tags)
+        if not 0 < len(view) <= WRITE_BYTES:
+            return partial(self.write_tags, ipa, view)
+        self._check(ipa, len(view) * uapi.GRANULE_BYTES)
+        finish = self._transfers().begin_write(ipa, view, then_read=then_read)
+        return lambda: self._answered(finish(), ipa)
 
     def enable_mte(self) -> bool:
         """See `Guest.enable_mte`: KVM_ENABLE_CAP in the VMM."""

@@ -21,6 +21,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -157,7 +158,7 @@ class ProcessGuest:
         """See `Guest.may_be_tagged`; all of it."""
         yield ipa, size_bytes
 
-    def write_tags(self, ipa: int, tags: TagBuffer, *, then_read: bool = False) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`; never EBUSY."""
         view = as_bytes(tags)
         size_bytes = len(view) * uapi.GRANULE_BYTES
@@ -166,6 +167,12 @@ class ProcessGuest:
         n_granules = allowed // uapi.GRANULE_BYTES
         part = as_array(view[:n_granules])
         return self._copy(ipa, size_bytes, n_granules, lambda tracee: poke(tracee, ipa, part))
+
+    def begin_write(
+        self, ipa: int, tags: TagBuffer, *, then_read: bool = False
+    ) -> Callable[[], int]:
+        """See `Guest.begin_write`; written when it is waited for."""
+        return partial(self.write_tags, ipa, tags)
 
     def enable_mte(self) -> bool:
         """False where any memory has tags; else raises MteUnsupportedError."""

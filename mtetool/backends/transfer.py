@@ -1,12 +1,14 @@
-"""Copies of tags through a VMM's transfer buffer, in which the next is under way already.
+"""Copies of tags through a VMM's transfer buffer, in which the next are under way already.
 
-The kernel's copy is what takes the time: while it fills one half of the buffer, what is in the
-other is fetched. One ioctl copies at most half the buffer: its loop neither reschedules nor looks
-at signals.
+The kernel's copy is what takes the time, and one follows the other without waiting for us: while
+it fills one part of the buffer, what is in another is fetched, looked at or made. One ioctl copies
+at most half the buffer: its loop neither reschedules nor looks at signals.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import NamedTuple
@@ -16,17 +18,21 @@ from mtetool.attach.session import Session
 from mtetool.errors import GuestError
 
 HALF_BYTES = 4 << 20
-"""What one ioctl copies at most: 4 MiB of tags, 64 MiB of guest memory."""
+"""What one ioctl reads at most: 4 MiB of tags, 64 MiB of guest memory."""
+
+WRITE_BYTES = HALF_BYTES // 2
+"""What one ioctl writes at most: the other half of a half is for what is read back."""
 
 BUFFER_BYTES = 2 * HALF_BYTES
 
 
-class _Stretch(NamedTuple):
-    """Tags of guest memory in a half of the buffer."""
+class _Copy(NamedTuple):
+    """A copy that was begun: tags of guest memory, to or from `at` in the buffer."""
 
     ipa: int
     n_granules: int
-    half: int
+    at: int
+    begun: Future[int]
 
     @property
     def end(self) -> int:
@@ -42,93 +48,115 @@ class Transfer:
     def __init__(self, session: Session, fd: int) -> None:
         self._session = session
         self._fd = fd
-        self._ready: _Stretch | None = None
-        # Up to there it was handed out: whoever reads that again wants the tags of now.
+        # Reads in the order of their addresses, one behind the other, each with half a buffer.
+        self._ahead: deque[_Copy] = deque()
+        # Up to there they were handed out: whoever reads that again wants the tags of now.
         self._used_up_to = 0
-        self._under_way: tuple[_Stretch, Future[int]] | None = None
+        # What is read back, each behind its write.
+        self._back: deque[_Copy] = deque()
+        self._half = 0
 
     def read(self, ipa: int, out: memoryview, then_bytes: int) -> int:
         """Fill `out` with tags from `ipa` on: bytes of guest memory completed, or -errno.
 
         `then_bytes` of guest memory behind it will be read next, so that their copy may begin.
         """
-        done, then = 0, then_bytes // uapi.GRANULE_BYTES
+        if self._back:
+            back = self._back.popleft()
+            if (back.ipa, back.n_granules) == (ipa, len(out)) and self._is_whole(back):
+                self._session.read_buffer(out, back.at)
+                return len(out) * uapi.GRANULE_BYTES
+            self.drop()
+        return self._read(ipa, out, ipa + len(out) * uapi.GRANULE_BYTES + then_bytes)
+
+    def _read(self, ipa: int, out: memoryview, until: int) -> int:
+        done = 0
         while done < len(out):
             at = ipa + done * uapi.GRANULE_BYTES
-            found = self._held(at)
-            if found is None:
-                result = self._fetch(at, len(out) - done + then)
-                if result <= 0:
-                    return done * uapi.GRANULE_BYTES or result
-                continue
-            first = (at - found.ipa) // uapi.GRANULE_BYTES
-            part = out[done : done + found.n_granules - first]
-            self._session.read_buffer(part, found.half * HALF_BYTES + first)
-            done += len(part)
-            self._used_up_to = at + len(part) * uapi.GRANULE_BYTES
+            if not self._ahead or self._used_up_to != at:
+                self.drop()
+                self._used_up_to = at
+            self._read_ahead(until)
+            copy = self._ahead[0]
+            result = self._session.finish(copy.begun)
+            first = (at - copy.ipa) // uapi.GRANULE_BYTES
+            n_granules = min(result // uapi.GRANULE_BYTES - first, len(out) - done)
+            if n_granules <= 0:
+                self.drop()
+                if first:
+                    continue  # it came to here: asked again, it tells why
+                return done * uapi.GRANULE_BYTES or result
+            self._session.read_buffer(out[done : done + n_granules], copy.at + first)
+            done += n_granules
+            self._used_up_to = at + n_granules * uapi.GRANULE_BYTES
+            if self._used_up_to == copy.end:
+                self._ahead.popleft()
+                self._read_ahead(until)
         return done * uapi.GRANULE_BYTES
 
-    def write(self, ipa: int, tags: memoryview, *, then_read: bool = False) -> int:
-        """Copy tags to guest memory from `ipa` on; at most a half.
+    def _read_ahead(self, until: int) -> None:
+        """Begin copies into the halves that are free."""
+        at = self._ahead[-1].end if self._ahead else self._used_up_to
+        while len(self._ahead) < 2 and at < until:
+            n_granules = min((until - at) // uapi.GRANULE_BYTES, HALF_BYTES)
+            room = self._next_half()
+            copy = self._begin(at, n_granules, room, uapi.KVM_ARM_TAGS_FROM_GUEST)
+            self._ahead.append(copy)
+            at = copy.end
 
-        With `then_read` that memory is read next: the copy back begins right behind.
+    def begin_write(self, ipa: int, tags: memoryview, *, then_read: bool) -> Callable[[], int]:
+        """Begin to copy tags to guest memory from `ipa` on, at most `WRITE_BYTES`.
+
+        Whoever calls the result waits for it, and gets what the kernel answered. At most two may be
+        begun and not waited for. With `then_read` that memory is read afterwards, in the same
+        order: the copy back begins right behind.
         """
-        self.drop()
-        self._session.write_buffer(tags)
-        stretch = _Stretch(ipa, len(tags), 0)
-        begun = self._begin(stretch, uapi.KVM_ARM_TAGS_TO_GUEST)
+        self._drop_ahead()
+        room = self._next_half()
+        self._session.write_buffer(tags, room)
+        copy = self._begin(ipa, len(tags), room, uapi.KVM_ARM_TAGS_TO_GUEST)
         if then_read:
-            back = stretch._replace(half=1)
-            self._under_way = (back, self._begin(back, uapi.KVM_ARM_TAGS_FROM_GUEST))
-        result = self._session.finish(begun)
-        if result != len(tags) * uapi.GRANULE_BYTES:
-            self.drop()
-        return result
+            room += WRITE_BYTES
+            back = self._begin(ipa, len(tags), room, uapi.KVM_ARM_TAGS_FROM_GUEST)
+            self._back.append(back)
+
+        def finish() -> int:
+            result = self._session.finish(copy.begun)
+            if result != len(tags) * uapi.GRANULE_BYTES:
+                self.drop()
+            return result
+
+        return finish
 
     def nothing(self) -> int:
         """A copy of nothing: it passes every check there is, or does not."""
-        return self._session.finish(self._begin(_Stretch(0, 0, 0), uapi.KVM_ARM_TAGS_FROM_GUEST))
+        return self._session.finish(self._begin(0, 0, 0, uapi.KVM_ARM_TAGS_FROM_GUEST).begun)
 
     def drop(self) -> None:
-        """Forget what was read ahead: what comes next is to be of a later moment."""
-        self._ready = None
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            # Whoever asks for that memory again is told what is wrong with it.
-            with suppress(GuestError, OSError):
-                self._session.finish(under_way[1])
+        """Forget what was read ahead or back: what comes next is to be of a later moment."""
+        self._drop_ahead()
+        while self._back:
+            self._is_whole(self._back.popleft())
 
-    def _held(self, ipa: int) -> _Stretch | None:
-        ready = self._ready
-        return ready if ready is not None and self._used_up_to == ipa < ready.end else None
+    def _drop_ahead(self) -> None:
+        # Waited for: until it came back, nobody else may use its part of the buffer.
+        while self._ahead:
+            self._is_whole(self._ahead.popleft())
 
-    def _fetch(self, ipa: int, n_granules: int) -> int:
-        """Have tags from `ipa` on in the buffer, and more under way where that is wanted."""
-        self._ready = None
-        if self._under_way is None or self._under_way[0].ipa != ipa:
-            self.drop()
-            wanted = _Stretch(ipa, min(n_granules, HALF_BYTES), 0)
-            self._under_way = (wanted, self._begin(wanted, uapi.KVM_ARM_TAGS_FROM_GUEST))
-        stretch, begun = self._under_way
-        result = self._session.finish(begun)
-        # Only now: until it came back, nobody else may use its half, whatever interrupts us.
-        self._under_way = None
-        if result <= 0:
-            return result
-        completed = stretch._replace(n_granules=result // uapi.GRANULE_BYTES)
-        left = n_granules - completed.n_granules
-        if completed == stretch and left > 0:
-            ahead = _Stretch(completed.end, min(left, HALF_BYTES), 1 - completed.half)
-            self._under_way = (ahead, self._begin(ahead, uapi.KVM_ARM_TAGS_FROM_GUEST))
-        self._ready, self._used_up_to = completed, ipa
-        return result
+    def _is_whole(self, copy: _Copy) -> bool:
+        """Wait for a copy. Whoever asks for that memory again is told what is wrong with it."""
+        with suppress(GuestError, OSError):
+            return self._session.finish(copy.begun) == copy.n_granules * uapi.GRANULE_BYTES
+        return False
 
-    def _begin(self, stretch: _Stretch, flags: int) -> Future[int]:
+    def _next_half(self) -> int:
+        room, self._half = self._half, HALF_BYTES - self._half
+        return room
+
+    def _begin(self, ipa: int, n_granules: int, room: int, flags: int) -> _Copy:
         session = self._session
         argument = uapi.copy_mte_tags(
-            stretch.ipa,
-            stretch.n_granules * uapi.GRANULE_BYTES,
-            session.buffer_address + stretch.half * HALF_BYTES,
-            flags,
+            ipa, n_granules * uapi.GRANULE_BYTES, session.buffer_address + room, flags
         )
-        return session.begin_ioctl(self._fd, uapi.KVM_ARM_MTE_COPY_TAGS, argument)
+        begun = session.begin_ioctl(self._fd, uapi.KVM_ARM_MTE_COPY_TAGS, argument)
+        return _Copy(ipa, n_granules, room, begun)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from mtetool.backends.base import Guest
+from mtetool.buffers import prepared
 from mtetool.errors import BusyError, GuestError, errno_name
 from mtetool.flows.layout import UNREACHABLE, Layout
 from mtetool.snapshot.model import Extent, Missing
@@ -110,7 +111,7 @@ class TagReader:
         self._chunk_bytes = -(-chunk_granules * GRANULE_BYTES // page) * page
         # Faulted in now: a guest may be waiting, paused, from the first copy on.
         n_granules = self._chunk_bytes // GRANULE_BYTES
-        self._buffers = [memoryview(bytearray(b"\xff") * n_granules) for _ in range(n_buffers)]
+        self._buffers = [prepared(n_granules) for _ in range(n_buffers)]
         self._zeros = memoryview(bytes(n_granules))
 
     def read(self, extents: Iterable[Extent], *, every_page: bool = False) -> Iterator[Step]:
@@ -201,8 +202,7 @@ class TagReader:
                 at = stop
                 continue
             size_bytes = min(part.end, end) - at
-            # What comes behind the chunk: as much as another one, should there be so much.
-            then_bytes = min(max(part.end - end, 0), 2 * self._chunk_bytes)
+            then_bytes = max(part.end - end, 0)
             try:
                 done = self._guest.read_tags(
                     at, room[: size_bytes // GRANULE_BYTES], then_bytes=then_bytes
@@ -268,34 +268,42 @@ class _Ahead:
 def write_extent(
     guest: Guest, ipa: int, tags: memoryview, layout: Layout, *, then_read: bool = False
 ) -> Iterator[Extent | Missing]:
-    """Write `tags` from `ipa` on (both page-aligned): what was written, and what could not be.
+    """Begin to write `tags` from `ipa` on (both page-aligned), as `Guest.begin_write` does.
 
-    With `then_read` each result is read back before the next step. Raises BusyError while the VM
-    logs dirty pages, GuestError when the guest is gone.
+    The steps of the result do the rest: what was written, and what could not be. With `then_read`
+    each of them is read back before the next. They raise BusyError while the VM logs dirty pages,
+    GuestError when the guest is gone.
     """
     chunk_bytes = CHUNK_GRANULES * GRANULE_BYTES
 
     def write(at: int, size_bytes: int) -> int:
         first = (at - ipa) // GRANULE_BYTES
-        part = tags[first : first + size_bytes // GRANULE_BYTES]
-        return guest.write_tags(at, part, then_read=then_read)
+        return guest.write_tags(at, tags[first : first + size_bytes // GRANULE_BYTES])
 
     whole = Extent(ipa, len(tags) * GRANULE_BYTES)
-    yield from _walk(write, whole, layout, chunk_bytes)
+    begun = guest.begin_write(ipa, tags[:CHUNK_GRANULES], then_read=then_read)
+    return _walk(write, whole, layout, chunk_bytes, begun)
 
 
 _Transfer = Callable[[int, int], int]
 
 
 def _walk(
-    transfer: _Transfer, extent: Extent, layout: Layout, chunk_bytes: int
+    transfer: _Transfer,
+    extent: Extent,
+    layout: Layout,
+    chunk_bytes: int,
+    begun: Callable[[], int],
 ) -> Iterator[Extent | Missing]:
-    """Write an extent chunk by chunk; each result is done with before the next call."""
+    """Write an extent chunk by chunk, the first of which was begun.
+
+    Each result is done with before the next call.
+    """
     at, end = extent.ipa, extent.end
     while at < end:
         size_bytes = min(chunk_bytes, end - at)
         try:
-            done = transfer(at, size_bytes)
+            done = begun() if at == extent.ipa else transfer(at, size_bytes)
         except OSError as error:
             missing = _way_around(transfer, at, end, error, layout, writing=True)
             yield missing

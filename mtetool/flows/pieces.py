@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
+from mtetool.buffers import prepared
 from mtetool.errors import no_thread
 from mtetool.snapshot.model import Missing
 from mtetool.snapshot.reader import Piece
@@ -31,23 +32,26 @@ def constant(tag: int, n_granules: int) -> memoryview:
 
 def decoded(
     pieces: Iterable[Piece | Missing],
+    *,
+    keep: int = 0,
 ) -> Iterator[tuple[Piece | Missing, memoryview | None]]:
     """The pieces in their order, with the tags of those that are no fills.
 
     Threads decode ahead, as far as there are buffers: one for each CPU and one more, at most
-    five, each as large as the largest piece was. A buffer is valid until the next step. Raises
-    what `pieces` and `Piece.tags` raise, each in its turn.
+    five, each as large as the largest piece was. A buffer is valid until the next step, or for
+    `keep` more that have tags, for which there are so many more. Raises what `pieces` and
+    `Piece.tags` raise, each in its turn.
     """
     jobs = min(len(os.sched_getaffinity(0)), _MOST_JOBS)
     with ThreadPoolExecutor(jobs, thread_name_prefix="decode") as pool:
-        yield from _decoded(iter(pieces), _Buffers(jobs + 1), pool)
+        yield from _decoded(iter(pieces), _Buffers(jobs + 1 + keep), pool, keep)
 
 
 _Pending = tuple[Piece | Missing, Future[memoryview] | None]
 
 
 def _decoded(
-    pieces: Iterator[Piece | Missing], buffers: _Buffers, pool: ThreadPoolExecutor
+    pieces: Iterator[Piece | Missing], buffers: _Buffers, pool: ThreadPoolExecutor, keep: int
 ) -> Iterator[tuple[Piece | Missing, memoryview | None]]:
     pending: deque[_Pending] = deque()
     failed: Exception | None = None
@@ -74,7 +78,10 @@ def _decoded(
                 continue
             tags = future.result()
             yield piece, tags
-            buffers.give_back()
+            if keep:
+                keep -= 1
+            else:
+                buffers.give_back()
     finally:
         for _, future in pending:
             if future is not None:
@@ -98,17 +105,17 @@ class _Buffers:
     """Buffers that are taken and given back in turn, and grow to what is asked of them."""
 
     def __init__(self, count: int) -> None:
-        self._rooms = [bytearray() for _ in range(count)]
+        self._rooms = [memoryview(b"") for _ in range(count)]
         self._next = 0
         self.free = count
 
     def take(self, n_bytes: int) -> memoryview:
         at = self._next % len(self._rooms)
         if len(self._rooms[at]) < n_bytes:
-            self._rooms[at] = bytearray(n_bytes)
+            self._rooms[at] = prepared(n_bytes)
         self._next += 1
         self.free -= 1
-        return memoryview(self._rooms[at])[:n_bytes]
+        return self._rooms[at][:n_bytes]
 
     def give_back(self) -> None:
         """The one that was taken first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from mtetool import loops
@@ -121,8 +122,24 @@ def restore(
     return work.run(reader, progress)
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """Tags whose writing was begun; `steps` finish it."""
+
+    ipa: int
+    tags: memoryview
+    steps: Iterator[Extent | Missing]
+    may_be_readonly: bool
+
+    def overlaps(self, ipa: int, size_bytes: int) -> bool:
+        return ipa < self.ipa + len(self.tags) * GRANULE_BYTES and self.ipa < ipa + size_bytes
+
+
 class _Restorer:
-    """One restore under way: takes pieces in the order of the snapshot."""
+    """One restore under way: takes pieces in the order of the snapshot.
+
+    While tags are written, those written before are compared with what the guest has.
+    """
 
     def __init__(
         self,
@@ -138,6 +155,7 @@ class _Restorer:
         self._options = options
         self._reader = TagReader(guest, layout)
         self._comparer = Comparer(self._reader)
+        self._begun: _Begun | None = None
         self.result = RestoreResult(header, guest.paused(), options.dry_run)
 
     def run(self, reader: Stored, progress: Progress) -> RestoreResult:
@@ -147,11 +165,15 @@ class _Restorer:
         try:
             for step in reader.steps():
                 if isinstance(step, Copied):
+                    before = self._begun
                     self._take(step.ipa, step.tags)
+                    if before is self._begun:
+                        self._finish_writing()  # its buffer is used again
                 elif isinstance(step, Fill):
                     self._take_fill(step)
                 done += step.size_bytes
                 progress(done, total)
+            self._finish_writing()
         except BusyError as error:
             if not self.result.restored_bytes:
                 raise
@@ -165,6 +187,8 @@ class _Restorer:
         return self.result
 
     def _with_what_was_done(self, error: MtetoolError) -> MtetoolError:
+        with suppress(MtetoolError):
+            self._finish_writing()
         result = self.result
         left = result.not_as_wanted()
         if left:
@@ -237,6 +261,7 @@ class _Restorer:
 
     def _already_so(self, start: int, stop: int) -> None:
         if start < stop:
+            self._finish_writing()
             self.result.restored_bytes += stop - start
             self.result.restored_up_to = stop
             if self._options.verify:
@@ -330,6 +355,7 @@ class _Restorer:
                 yield start, part
 
     def _filled_up(self, ipa: int, part: memoryview) -> memoryview | None:
+        self._finish_writing()  # it may be of the same page
         page = self._layout.page_size_bytes
         first = ipa // page * page
         for step in self._reader.read([Extent(first, page)], every_page=True):
@@ -344,13 +370,36 @@ class _Restorer:
         return None
 
     def _write(self, ipa: int, tags: memoryview, *, may_be_readonly: bool) -> None:
-        result = self.result
+        """Begin to write; what was begun before is finished and compared meanwhile."""
+        if self._begun is not None and self._begun.overlaps(ipa, len(tags) * GRANULE_BYTES):
+            self._finish_writing()  # what comes later replaces it
         verify = self._options.verify
-        for step in write_extent(self._guest, ipa, tags, self._layout, then_read=verify):
-            first = (step.ipa - ipa) // GRANULE_BYTES
-            part = tags[first : first + step.size_bytes // GRANULE_BYTES]
+        steps = write_extent(self._guest, ipa, tags, self._layout, then_read=verify)
+        before, self._begun = self._begun, _Begun(ipa, tags, steps, may_be_readonly)
+        if before is not None:
+            self._finish(before)
+
+    def _finish_writing(self) -> None:
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            self._finish(begun)
+
+    def _finish(self, begun: _Begun) -> None:
+        try:
+            self._take_steps(begun)
+        except BaseException:
+            # What was begun behind it may be written, and counts for nothing: all up to where
+            # a restore came has its tags, or is told.
+            self._begun = None
+            raise
+
+    def _take_steps(self, begun: _Begun) -> None:
+        result = self.result
+        for step in begun.steps:
+            first = (step.ipa - begun.ipa) // GRANULE_BYTES
+            part = begun.tags[first : first + step.size_bytes // GRANULE_BYTES]
             if isinstance(step, Missing):
-                self._refuse(step, part, may_be_readonly=may_be_readonly)
+                self._refuse(step, part, may_be_readonly=begun.may_be_readonly)
                 continue
             result.restored_bytes += step.size_bytes
             result.restored_up_to = step.ipa + step.size_bytes

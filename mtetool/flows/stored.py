@@ -28,7 +28,11 @@ class Stored(Protocol):
         ...
 
     def steps(self) -> Iterator[Step]:
-        """The tags; a later step replaces what earlier ones say. Raises SnapshotError."""
+        """The tags; a later step replaces what earlier ones say.
+
+        Those of a step stay as they are while the next step with tags is used. Raises
+        SnapshotError.
+        """
         ...
 
     def check(self, *, progress: Progress = no_progress) -> Checked:
@@ -63,7 +67,7 @@ class _FrontToBack:
         return self._reader.missing
 
     def steps(self) -> Iterator[Step]:
-        for piece, tags in decoded(self._reader):
+        for piece, tags in decoded(self._reader, keep=1):
             if isinstance(piece, Missing):
                 yield piece
             elif tags is not None:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import zstandard
 
 from mtetool import loops
-from mtetool.buffers import as_bytes
-from mtetool.snapshot.records import MAX_RUNS_SHARE
+from mtetool.buffers import as_bytes, prepared
+from mtetool.snapshot.records import LONG_RUN_GRANULES
+from mtetool.uapi import TAG_MAX
 
 if TYPE_CHECKING:
     from mtetool.buffers import TagBuffer
@@ -27,12 +28,17 @@ class FrameError(Exception):
     """A payload that is not the one frame that it has to be; the text says why."""
 
 
+Split = tuple[int, int]
+"""Where in a payload its second frame begins, and its third, if there is one."""
+
+
 class Encoded(NamedTuple):
     """Tags as a record holds them: `fill` is their one tag, or None and `frame` has them.
 
-    `runs` is how many runs the frame has; None where it has packed tags. Runs are two frames, the
-    first `split` bytes long: lengths and tags compress better each by themselves. With `over_base`
-    they are the exclusive-or of the tags and those of the base.
+    `runs` is how many runs the frame has; None where it has packed tags. Runs are two frames or
+    three, which begin where the two numbers of `split` say: lengths, tags and long lengths compress
+    better each by themselves. With `over_base` they are the exclusive-or of the tags and those of
+    the base.
     """
 
     fill: int | None
@@ -41,7 +47,7 @@ class Encoded(NamedTuple):
     tagged_pages: int
     frame: bytes
     over_base: bool = False
-    split: int | None = None
+    split: Split | None = None
 
 
 BaseTags = Callable[[int, memoryview], bool]
@@ -62,10 +68,7 @@ class Encoder:
         Frames declare their size and have no checksum: the record has one. Raises ValueError for
         bytes that are no tags.
         """
-        found = loops.scan(tags, page_granules)
-        if found[3] > 15:
-            raise ValueError("bytes that are no tags")
-        return self._encode(as_bytes(tags), found)
+        return self._encode(as_bytes(tags), page_granules)
 
     def reading(
         self, read: Callable[[memoryview], None], n_granules: int, page_granules: int
@@ -77,8 +80,7 @@ class Encoder:
 
     def changes(self, tags: TagBuffer, page_granules: int) -> Encoded:
         """As a call, for tags that are over a base already."""
-        found = loops.scan(tags, page_granules)
-        return self._encode(as_bytes(tags), found, over_base=True)
+        return self._encode(as_bytes(tags), page_granules, over_base=True)
 
     def against(self, base: BaseTags, ipa: int, tags: TagBuffer, page_granules: int) -> Encoded:
         """As a call, for tags from `ipa` on, or over the base's, where that is shorter."""
@@ -92,21 +94,24 @@ class Encoder:
             raise ValueError("bytes that are no tags")
         is_same = changed[0] == 1 and not changed[3]
         if is_same or changed[0] < found[0]:
-            return self._encode(change, changed, over_base=True)
-        return self._encode(as_bytes(tags), found)
+            return self._encode(change, page_granules, over_base=True)
+        return self._encode(as_bytes(tags), page_granules)
 
-    def _encode(
-        self, view: memoryview, found: tuple[int, int, int, int], *, over_base: bool = False
-    ) -> Encoded:
-        n_runs, tagged, pages, _ = found
+    def _encode(self, view: memoryview, page_granules: int, *, over_base: bool = False) -> Encoded:
+        mine = self._buffers()
+        n_runs, tagged, pages, bits, size = loops.to_runs(view, page_granules, mine.room)
+        if bits > TAG_MAX:
+            raise ValueError("bytes that are no tags")
         if n_runs == 1 and not (over_base and view[0]):
             return Encoded(view[0], None, tagged, pages, b"", over_base)
-        mine = self._buffers()
-        if n_runs <= len(view) // MAX_RUNS_SHARE:
-            size = loops.to_runs(view, n_runs, mine.room[: len(view)])
-            lengths = mine.zstd.compress(mine.room[:n_runs])
-            frame = lengths + mine.zstd.compress(mine.room[n_runs:size])
-            return Encoded(None, n_runs, tagged, pages, frame, over_base, len(lengths))
+        if size:
+            half = (n_runs + 1) // 2
+            lengths = mine.zstd.compress(mine.room[:half])
+            values = mine.zstd.compress(mine.room[half : 2 * half])
+            longs = mine.zstd.compress(mine.room[2 * half : size]) if size > 2 * half else b""
+            split = (len(lengths), len(lengths) + len(values))
+            frame = b"".join((lengths, values, longs))
+            return Encoded(None, n_runs, tagged, pages, frame, over_base, split)
         size = len(view) // 2
         loops.pack(view, mine.room[:size])
         frame = mine.zstd.compress(mine.room[:size])
@@ -126,46 +131,68 @@ class Encoder:
         return buffers
 
 
+def _parameters(level: int) -> zstandard.ZstdCompressionParameters:
+    """Frames that declare their size and have no checksum: the record has one.
+
+    Lengths of runs rarely repeat in long strings, and looking for short ones costs more than it
+    saves: level 1 hardly looks, which makes it twice as fast as zstd's own level 1 on the
+    lengths of a heap, and smaller.
+    """
+    common = {"write_content_size": True, "write_checksum": False}
+    if level != 1:
+        return zstandard.ZstdCompressionParameters.from_level(level, **common)
+    return zstandard.ZstdCompressionParameters(
+        strategy=zstandard.STRATEGY_FAST,
+        window_log=17,
+        hash_log=6,
+        chain_log=6,
+        search_log=1,
+        min_match=7,
+        **common,
+    )
+
+
 class _Buffers:
     def __init__(self, level: int, chunk_granules: int) -> None:
-        # Written to at once, so that its pages are there.
-        self.room = memoryview(bytearray(b"\xff") * chunk_granules)
+        self.room = prepared(chunk_granules)
         self._chunk_granules = chunk_granules
         self._change: memoryview | None = None
         self._tags: memoryview | None = None
-        self.zstd = zstandard.ZstdCompressor(
-            level=level, write_checksum=False, write_content_size=True
-        )
+        self.zstd = zstandard.ZstdCompressor(compression_params=_parameters(level))
 
     @property
     def tags(self) -> memoryview:
         """Room for a chunk, made when it is first needed."""
         if self._tags is None:
-            self._tags = memoryview(bytearray(b"\xff") * self._chunk_granules)
+            self._tags = prepared(self._chunk_granules)
         return self._tags
 
     @property
     def change(self) -> memoryview:
         """Room for a chunk of a base, made when it is first needed."""
         if self._change is None:
-            self._change = memoryview(bytearray(b"\xff") * self._chunk_granules)
+            self._change = prepared(self._chunk_granules)
         return self._change
 
 
-def decode(payload: bytes, tags: memoryview, *, runs: int | None, split: int | None) -> None:
+def decode(payload: bytes, tags: memoryview, *, runs: int | None, split: Split | None) -> None:
     """Fill `tags`, one byte a granule, from the payload of a record. Raises FrameError.
 
-    `runs` is how many runs the record announces, in two frames, the first of `split` bytes; None
-    for packed tags.
+    `runs` is how many runs the record announces, in frames as `split` says; None for packed tags.
     """
     n_granules = len(tags)
     if runs is None or split is None:
         loops.unpack(_content(payload, n_granules // 2, n_granules // 2), tags)
         return
-    lengths = _content(payload[:split], runs, runs)
-    rest = _content(payload[split:], (runs + 1) // 2, n_granules // 2 - runs)
+    first, second = split
+    half = (runs + 1) // 2
+    lengths = _content(payload[:first], half, half)
+    values = _content(payload[first:second], half, half)
+    longs = payload[second:]
+    if longs:
+        longs = _content(longs, 1, n_granules // LONG_RUN_GRANULES)
     try:
-        loops.from_runs(lengths + rest, runs, tags)
+        loops.from_runs(lengths, values, longs, runs, tags)
     except ValueError as error:
         raise FrameError(f"its frames hold {error}") from error
 

@@ -32,7 +32,7 @@ _OVER_BASE = 4  # added to these
 class TagsHead:
     """A record of tags; `fill` is its one tag, or None where the payload holds them.
 
-    It holds them as so many `runs`, in two frames, the first of `split` bytes; or packed, where
+    It holds them as so many `runs`, in frames that begin where `split` says; or packed, where
     these are None. With `over_base` they are the
     exclusive-or of the tags and those of the snapshot's base; a fill is of 0 then.
     """
@@ -44,7 +44,7 @@ class TagsHead:
     tagged_pages: int
     runs: int | None = None
     over_base: bool = False
-    split: int | None = None
+    split: tuple[int, int] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -173,8 +173,9 @@ def encode_tags(head: TagsHead) -> bytes:
     if head.fill is not None:
         return pack_map(values | {"enc": _FILL, "tag": head.fill})
     values["enc"] = (_PACKED if head.runs is None else _RUNS) + _OVER_BASE * head.over_base
-    if head.runs is not None:
-        values.update(runs=head.runs, split=head.split)
+    if head.runs is not None and head.split is not None:
+        first, second = head.split
+        values.update(runs=head.runs, lengths=first, values=second - first)
     values.update(tagged=head.tagged_granules, tagged_pages=head.tagged_pages)
     return pack_map(values)
 
@@ -215,7 +216,9 @@ def decode_tags(
         runs = split = None
         if shape == _RUNS:
             runs = fields.integer("runs", 1, granules // MAX_RUNS_SHARE)
-            split = fields.integer("split", 1, frame_bound(granules // 2))
+            most = frame_bound((runs + 1) // 2)
+            first = fields.integer("lengths", 1, most)
+            split = (first, first + fields.integer("values", 1, most))
         tagged = fields.integer("tagged", 0, granules)
         low, high = -(-tagged // page_granules), min(tagged, granules // page_granules)
         pages = fields.integer("tagged_pages", low, high)

@@ -69,7 +69,7 @@ class Piece:
     # What the record's head says of its tags: how many are not 0, and in how many pages.
     _tagged: tuple[int, int] = field(repr=False)
     _runs: int | None = field(repr=False, compare=False)
-    _split: int | None = field(repr=False, compare=False)
+    _split: tuple[int, int] | None = field(repr=False, compare=False)
 
     @property
     def size_bytes(self) -> int:

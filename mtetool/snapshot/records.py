@@ -39,6 +39,8 @@ MAX_INDEX_ENTRIES = 1 << 16
 MAX_RECORDS = 1 << 24
 MAX_RUNS_SHARE = 4
 """A record of runs has at most one for so many granules."""
+LONG_RUN_GRANULES = 16
+"""From this length on, a run's is kept by itself: at most one byte for so many granules."""
 
 # A read asks for this much at once, so that a length that lies costs no more than this.
 _READ_BYTES = 1 << 20

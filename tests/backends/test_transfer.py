@@ -74,8 +74,8 @@ def test_memory_behind_is_asked_for_once(process: _Process, transfer: Transfer) 
     for n in range(8):
         assert transfer.read(_BASE + n * step, out, (7 - n) * step) == step
         assert set(out.tobytes()) == {1}
-        # One copy is under way, as long as there is more to come.
-        assert len(process.asked) == min(n // 2 + 2, 4)
+        # As soon as a half was handed out, the next copy into it is under way.
+        assert len(process.asked) == min((n + 1) // 2 + 2, 4)
     assert process.asked == [_BASE + n * _COPY for n in range(4)]
 
 

@@ -111,7 +111,7 @@ class FakeGuest:
         if start is not None:
             yield start, ipa + size_bytes - start
 
-    def write_tags(self, ipa: int, tags: TagBuffer, *, then_read: bool = False) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         if self.busy_after_writes is not None and self.writes >= self.busy_after_writes:
             raise OSError(errno.EBUSY, "dirty logging")
         self.writes += 1
@@ -124,6 +124,21 @@ class FakeGuest:
             return self.bad_write(at) or self.bad(at) or bool(slot and slot.kind == "rom")
 
         return self._copy(ipa, np.asarray(tags), fails, write)
+
+    def begin_write(
+        self, ipa: int, tags: TagBuffer, *, then_read: bool = False
+    ) -> Callable[[], int]:
+        """Written at once, and told later; as the kernel may have it."""
+        try:
+            done = self.write_tags(ipa, tags)
+        except (OSError, GuestLostError) as error:
+            failed = error
+
+            def fail() -> int:
+                raise failed
+
+            return fail
+        return lambda: done
 
     def _copy(
         self, ipa: int, tags: Tags, fails: Callable[[int], bool], act: Callable[[Tags, Tags], None]

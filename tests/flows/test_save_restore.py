@@ -288,7 +288,7 @@ def test_what_cannot_be_written_is_reported() -> None:
 class Forgetful(FakeGuest):
     """Says that it wrote, and did not."""
 
-    def write_tags(self, ipa: int, tags: TagBuffer, *, then_read: bool = False) -> int:
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         return len(as_bytes(tags)) * GRANULE_BYTES
 
 

@@ -80,7 +80,7 @@ def test_untagged_memory_is_only_written_where_it_was_tagged(every_page: bool) -
     written: list[int] = []
     write_tags = target.write_tags
 
-    def noting(ipa: int, tags: memoryview, *, then_read: bool = False) -> int:
+    def noting(ipa: int, tags: memoryview) -> int:
         written.extend(range(ipa, ipa + len(tags) * 16, PAGE))
         return write_tags(ipa, tags)
 

@@ -257,7 +257,7 @@ class _Reader:
         extra = (
             "" if over_base else "tag",
             "tagged tagged_pages",
-            "runs split tagged tagged_pages",
+            "runs lengths values tagged tagged_pages",
         )
         fields = _Map(value, keys + extra[encoding])
         ipa = fields.integer("ipa", 0, U64)
@@ -271,11 +271,14 @@ class _Reader:
             packed = self.content(payload, granules // 2, granules // 2)
         else:
             runs = fields.integer("runs", 1, granules // 4)
-            n = granules // 2
-            split = fields.integer("split", 1, n + n // 256 + 64)
-            lengths = self.content(payload[:split], runs, runs)
-            rest = self.content(payload[split:], (runs + 1) // 2, n - runs)
-            packed = self.runs(lengths + rest, runs, granules)
+            half = (runs + 1) // 2
+            most = half + half // 256 + 64
+            first = fields.integer("lengths", 1, most)
+            second = first + fields.integer("values", 1, most)
+            lengths = self.content(payload[:first], half, half)
+            values = self.content(payload[first:second], half, half)
+            longs = payload[second:] and self.content(payload[second:], 1, granules // 16)
+            packed = self.runs(lengths, values, longs, runs, granules)
         per_page = self.page // 32
         tagged = tagged_pages = 0
         for at in range(0, len(packed), per_page):
@@ -302,29 +305,35 @@ class _Reader:
         need(len(data) == size)
         return data
 
-    def runs(self, content: bytes, n_runs: int, granules: int) -> bytes:
+    def runs(
+        self, lengths: bytes, values: bytes, longs: bytes, n_runs: int, granules: int
+    ) -> bytes:
         """The packed tags of what is stored as runs."""
-        n_packed = (n_runs + 1) // 2
-        values = [
-            tag for byte in content[n_runs : n_runs + n_packed] for tag in (byte & 15, byte >> 4)
+        pairs = [
+            (length, tag)
+            for both in zip(lengths, values, strict=True)
+            for length, tag in (
+                (both[0] & 15, both[1] & 15),
+                (both[0] >> 4, both[1] >> 4),
+            )
         ]
-        need(not any(values[n_runs:]))
-        at = n_runs + n_packed
+        need(not any(any(pair) for pair in pairs[n_runs:]))
+        at = 0
         tags = bytearray()
-        for length, tag in zip(content, values[:n_runs], strict=False):
+        for length, tag in pairs[:n_runs]:
             if length == 0:
                 shift = 0
                 while True:
-                    need(at < len(content) and shift < 42)
-                    length |= (content[at] & 127) << shift
+                    need(at < len(longs) and shift < 42)
+                    length |= (longs[at] & 127) << shift
                     at += 1
                     shift += 7
-                    if content[at - 1] < 128:
+                    if longs[at - 1] < 128:
                         break
-                length += 256
+                length += 16
             need(length <= granules - len(tags))
             tags += bytes([tag]) * length
-        need(len(tags) == granules and at == len(content))
+        need(len(tags) == granules and at == len(longs))
         return bytes(low | high << 4 for low, high in zip(tags[::2], tags[1::2], strict=True))
 
     def done(self, start: int, head: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -59,13 +60,20 @@ def test_any_runs_come_back(runs: list[tuple[int, int]], level: int) -> None:
 
 
 def forged(
-    lengths: bytes, rest: bytes, n_runs: int, tagged: int, pages: int, wrong: int = 0
+    frames: Sequence[bytes], n_runs: int, tagged: int, pages: int, wrong: tuple[int, int] = (0, 0)
 ) -> bytes:
-    head = {"ipa": BASE, "granules": N, "enc": 2, "runs": n_runs, "split": len(lengths) + wrong}
+    head = {
+        "ipa": BASE,
+        "granules": N,
+        "enc": 2,
+        "runs": n_runs,
+        "lengths": len(frames[0]) + wrong[0],
+        "values": len(frames[1]) + wrong[1],
+    }
     forge = Forge(head_map(header(4)))
     forge.granules, forge.tagged, forge.tagged_pages = N, tagged, pages
     return forge.indexed(
-        b"TAGS", {**head, "tagged": tagged, "tagged_pages": pages}, lengths + rest, BASE, N
+        b"TAGS", {**head, "tagged": tagged, "tagged_pages": pages}, b"".join(frames), BASE, N
     ).end()
 
 
@@ -73,55 +81,70 @@ def frame(content: bytes) -> bytes:
     return zstandard.ZstdCompressor(write_checksum=False).compress(content)
 
 
-# A run of 1 (tag 5) and one of 1023 (tag 0): 1023 - 256 is 767, 0x5ff as LEB128.
-LENGTHS, REST = bytes([1, 0]), bytes([0x05, 0xFF, 0x05])
+# A run of 1 (tag 5) and one of 1023 (tag 0): 1023 - 16 is 1007, 0x3ef, as LEB128.
+LENGTHS, VALUES, LONGS = bytes([0x01]), bytes([0x05]), bytes([0xEF, 0x07])
 
 
 def test_by_hand() -> None:
-    (piece,) = read_all(forged(frame(LENGTHS), frame(REST), 2, 1, 1))[1]
+    frames = [frame(LENGTHS), frame(VALUES), frame(LONGS)]
+    (piece,) = read_all(forged(frames, 2, 1, 1))[1]
     assert isinstance(piece, Piece)
     assert piece.tags().tobytes() == bytes([5]) + bytes(N - 1)
 
 
+def test_nothing_long() -> None:
+    """No third frame."""
+    frames = [frame(bytes([0x88] * (N // 16))), frame(bytes([0x50] * (N // 16)))]
+    (piece,) = read_all(forged(frames, N // 8, N // 2, 4))[1]
+    assert isinstance(piece, Piece)
+    assert piece.tags().tobytes() == (bytes(8) + bytes([5]) * 8) * (N // 16)
+
+
 @pytest.mark.parametrize(
-    ("lengths", "rest", "n_runs", "tagged"),
+    ("contents", "n_runs", "tagged"),
     [
-        (LENGTHS, REST + b"\0", 2, 1),
-        (LENGTHS, REST[:-1], 2, 1),
-        (LENGTHS + b"\0", REST, 2, 1),
-        (LENGTHS[:1], REST, 2, 1),
-        (bytes([2, 0]), REST, 2, 1),
-        (LENGTHS, bytes([0x05, 0xFF, 0x06]), 2, 1),
-        (LENGTHS, REST, 3, 1),
-        (LENGTHS, REST, 1, 1),
-        (LENGTHS, REST, 2, 2),
-        (LENGTHS, REST, 0, 1),
-        (LENGTHS, REST, N // 4 + 1, 1),
-        (b"", REST, 2, 1),
-        (LENGTHS, b"", 2, 1),
-        (LENGTHS, REST + bytes(N), 2, 1),
+        ((LENGTHS, VALUES, LONGS + b"\0"), 2, 1),
+        ((LENGTHS, VALUES, LONGS[:-1]), 2, 1),
+        ((LENGTHS, VALUES), 2, 1),
+        ((LENGTHS, VALUES, b""), 2, 1),
+        ((LENGTHS + b"\0", VALUES, LONGS), 2, 1),
+        ((LENGTHS, VALUES + b"\0", LONGS), 2, 1),
+        ((b"\x02", VALUES, LONGS), 2, 1),
+        ((LENGTHS, VALUES, bytes([0xEF, 0x08])), 2, 1),
+        ((LENGTHS, VALUES, LONGS), 3, 1),
+        ((LENGTHS, VALUES, LONGS), 1, 1),
+        ((LENGTHS, VALUES, LONGS), 2, 2),
+        ((LENGTHS, VALUES, LONGS), 0, 1),
+        ((LENGTHS, VALUES, LONGS), N // 4 + 1, 1),
+        ((b"", VALUES, LONGS), 2, 1),
+        ((LENGTHS, b"", LONGS), 2, 1),
+        ((LENGTHS, VALUES, LONGS + bytes(N)), 2, 1),
+        ((bytes([0x88] * (N // 16)), bytes([0x50] * (N // 16)), b""), N // 8, N // 2),
     ],
 )
 def test_runs_that_are_not_those_of_the_record(
-    lengths: bytes, rest: bytes, n_runs: int, tagged: int
+    contents: tuple[bytes, ...], n_runs: int, tagged: int
 ) -> None:
     with pytest.raises(DamagedError):
-        read_all(forged(frame(lengths), frame(rest), n_runs, tagged, 1))
+        read_all(forged([frame(content) for content in contents], n_runs, tagged, 1))
 
 
 @pytest.mark.parametrize("wrong", [-100, -1, 1, 100, 1 << 20])
-def test_frames_that_are_split_elsewhere(wrong: int) -> None:
+@pytest.mark.parametrize("which", [0, 1])
+def test_frames_that_are_split_elsewhere(wrong: int, which: int) -> None:
+    frames = [frame(LENGTHS), frame(VALUES), frame(LONGS)]
     with pytest.raises(DamagedError):
-        read_all(forged(frame(LENGTHS), frame(REST), 2, 1, 1, wrong))
+        read_all(forged(frames, 2, 1, 1, (0, wrong) if which else (wrong, 0)))
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_frame_that_would_become_large_is_not_decompressed(first: bool) -> None:
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_frame_that_would_become_large_is_not_decompressed(which: int) -> None:
     bomb = frame(bytes(32 << 20))
     assert len(bomb) < 1 << 11
-    payload = (bomb[:400], frame(REST)) if first else (frame(LENGTHS), bomb[:400])
+    frames = [frame(LENGTHS), frame(VALUES), frame(LONGS)]
+    frames[which] = bomb[:60]
     with pytest.raises(DamagedError, match="declares 33554432 bytes"):
-        read_all(forged(*payload, 2, 1, 1))
+        read_all(forged(frames, 2, 1, 1))
 
 
 def test_bytes_that_are_no_tags_are_not_saved() -> None:
