@@ -38,7 +38,7 @@ _FRAME = (1 << 55) - 1
 _TELLING = {5: 0x02, 1: 0x80, 2: 0x01 | 0x02 | 0x10 | 0x40}
 _TABLES = {byte: bytes(bool(n & bits) for n in range(256)) for byte, bits in _TELLING.items()}
 
-_CHUNK_PAGES = 1 << 15
+_CHUNK_PAGES = 1 << 12
 # A copy has a price of its own, that of so many pages: what is shorter is read along.
 _WORTH_PAGES = 512
 _UNMARKED = re.compile(rb"\x00{%d,}" % _WORTH_PAGES)

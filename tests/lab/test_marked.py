@@ -42,7 +42,7 @@ def test_preallocated_memory(lab: Machine, memory: str, huge: str) -> None:
     print(memory, huge, found, done["copy_seconds"], every["copy_seconds"], flush=True)
     assert found["existing"] == 256 * MIB
     if huge == "never":
-        assert found["marked"] < 128 * MIB
+        assert found["marked"] < 224 * MIB
     same = lab.run(["mtetool", "diff", "/root/s", "/root/every"])
     assert (same.returncode, same.stdout) == (0, b""), same.stdout[:400]
     # Restored over other tags, in marked memory, all is as it was.
