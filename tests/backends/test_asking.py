@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from typing import cast
 
 import pytest
 
 from mtetool import uapi
+from mtetool.attach.helper import PAGE_BYTES
+from mtetool.attach.memory import Mapping
 from mtetool.attach.session import Session
 from mtetool.backends import asking
 from mtetool.errors import GuestLostError, LayoutUnknownError
+from mtetool.guest import Memslot
+from mtetool.vmm.placing import Guess
 
 
 class FakeSession:
@@ -56,3 +61,96 @@ def test_dead_vm_and_no_slots_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
         ask(FakeSession(-errno.EIO))
     with pytest.raises(LayoutUnknownError, match="as if there were none"):
         ask(FakeSession(-errno.EFAULT))
+
+
+MIB, GIB = 1 << 20, 1 << 30
+VVAR = 0xFFFF_0000_0000
+MAIN = 0x7000_0000_0000
+# (ipa, size, address, flags) by id.
+SLOTS = {
+    0: (GIB, 256 * MIB, MAIN, 0),
+    1: (0, 64 * MIB, MAIN + GIB, uapi.KVM_MEM_READONLY),
+    3: (128 * MIB, 2 * MIB, MAIN + 2 * GIB, 0),
+}
+Slots = dict[int, tuple[int, int, int, int]]
+
+
+class Vmm(FakeSession):
+    """A process whose kernel knows memslots, and fails where it would change any."""
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__(0)
+        self.slots = dict(slots)
+        self.then: Callable[[Vmm], None] = lambda vmm: None
+
+    def ioctl(self, fd: int, request: int, argument: bytes) -> int:
+        super().ioctl(fd, request, argument)
+        self.then(self)
+        slot, flags, ipa, size, address = uapi.KVM_MEMORY_REGION_STRUCT.unpack(argument)
+        own = self.slots.get(slot)
+        if own is not None and (size, address, flags) != own[1:]:
+            return -errno.EINVAL
+        for number, (at, length, *_) in self.slots.items():
+            if number != slot and at < ipa + size and ipa < at + length:
+                return -errno.EEXIST
+        assert own is None, "it would be moved"
+        if ipa + size > 1 << 40:
+            return -errno.EFAULT
+        assert address <= VVAR < address + size, "it would be made"
+        return -errno.EINVAL
+
+    def places(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+        maps = [Mapping(at, at + size, "rw-p", 0, "") for _, size, at, _ in SLOTS.values()]
+        maps += [Mapping(VVAR, VVAR + PAGE_BYTES, "r--p", 0, "[vvar]")]
+        monkeypatch.setattr("mtetool.attach.memory.mappings", lambda pid: maps)
+        monkeypatch.setattr(asking, "_kernel_refuses", lambda: True)
+        monkeypatch.setattr(asking, "_kernel_confirms", lambda: True)
+        return asking.places_of(cast(Session, self), 7, None)
+
+
+def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    vmm = Vmm(SLOTS)
+    places = vmm.places(monkeypatch)
+    assert places == sorted((ipa, size, address) for ipa, size, address, _ in SLOTS.values())
+    slots = tuple(Memslot(0, ipa, size) for ipa, size, *_ in SLOTS.values())
+    found = asking.places_of(cast(Session, vmm), 7, tuple(sorted(slots, key=lambda s: s.ipa)))
+    assert found == places
+
+
+def test_kernel_that_may_move_a_slot_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "_kernel_confirms", lambda: False)
+    session = FakeSession(0)
+    with pytest.raises(LayoutUnknownError, match="may move"):
+        asking.places_of(cast(Session, session), 7, ())
+    assert session.sizes == []
+
+
+def test_the_only_slot_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "_kernel_confirms", lambda: True)
+    session = FakeSession(0)
+    assert asking.places_of(cast(Session, session), 7, (Memslot(0, 0, GIB),)) == []
+    assert session.sizes == []
+
+
+@pytest.mark.parametrize("change", ["added", "gone", "moved", "another", "renamed"])
+def test_what_changes_meanwhile_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    new: Slots = {
+        "added": {**SLOTS, 2: (GIB * 8, GIB, MAIN + 9 * GIB, 0)},
+        "gone": {0: SLOTS[0], 1: SLOTS[1]},
+        "moved": {**SLOTS, 3: (160 * MIB, *SLOTS[3][1:])},
+        "another": {**SLOTS, 3: (SLOTS[3][0], SLOTS[3][1], MAIN + 5 * GIB, 0)},
+        "renamed": {0: SLOTS[0], 1: SLOTS[1], 2: SLOTS[3]},
+    }[change]
+    vmm = Vmm(SLOTS)
+    confirms = asking._Asking.confirms
+
+    def changing(self: asking._Asking, guess: Guess) -> bool:
+        found = confirms(self, guess)
+        if guess.slot_id == 3 and found:
+            vmm.slots = dict(new)
+        return found
+
+    monkeypatch.setattr(asking._Asking, "confirms", changing)
+    assert vmm.places(monkeypatch) == []
