@@ -34,6 +34,7 @@ from mtetool.flows.tally import Tally
 from mtetool.guest import GuestInfo, Memslot
 from mtetool.snapshot.model import Extent, Header, Missing
 from mtetool.snapshot.writer import SnapshotWriter
+from mtetool.uapi import GRANULE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ def save(
     if base is not None:
         header = _on(base, header)
     result = SaveResult(header, info, tuple(scope), _skipped(layout, options))
-    spool = Spool(out, _spool_bytes(options))
+    spool = Spool(out, _spool_bytes(options), total_bytes(scope) // GRANULE_BYTES)
     stream = cast(BinaryIO, spool)
     with SnapshotWriter(stream, header, level=options.level, jobs=options.jobs) as writer:
         writer.warm_up()

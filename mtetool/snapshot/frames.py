@@ -7,6 +7,7 @@ exactly the size that the record's head implies, before anything is decompressed
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +22,8 @@ from mtetool.uapi import TAG_MAX
 if TYPE_CHECKING:
     from mtetool.buffers import TagBuffer
 
-_WARM_UP_GRANULES = 1 << 16
+
+_NOISE_BYTES = 64 << 10
 
 
 class FrameError(Exception):
@@ -119,10 +121,11 @@ class Encoder:
 
     def warm_up(self) -> None:
         """Make this thread's buffers and use them once, so that later nothing is made."""
-        tags = memoryview(bytearray(range(16)) * (_WARM_UP_GRANULES // 16))
         mine = self._buffers()
-        loops.pack(tags, mine.room[: len(tags) // 2])
-        mine.zstd.compress(mine.room[: len(tags) // 2])
+        # What can hardly be compressed, as large as it gets: so much stays with the allocator.
+        half = self._chunk_granules // 2
+        mine.room[:half] = (os.urandom(_NOISE_BYTES) * (half // _NOISE_BYTES + 1))[:half]
+        mine.zstd.compress(mine.room[:half])
 
     def _buffers(self) -> _Buffers:
         buffers: _Buffers | None = getattr(self._local, "buffers", None)

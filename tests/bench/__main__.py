@@ -21,6 +21,7 @@ from mtetool.backends.patterns import PATTERNS
 from mtetool.cli.options import parse_number
 from tests.bench import machine, report
 from tests.bench.contenders import Material, Race
+from tests.bench.loop import beside_the_loop
 from tests.bench.model import Results
 from tests.bench.others import scaling, sizes, starts
 from tests.bench.running import BenchError, Worker
@@ -31,6 +32,7 @@ _JOBS = (1, 2, 3, 4)
 # The guest whose tags are worth compressing all over; of the others a part costs nothing.
 _SCALING_PATTERN = "kernel"
 _MAX_LOAD = 0.5
+_LAB_ROUNDS = 7
 # The guest, its raw tags, four results of a save, four of a restore, and the workers' buffers.
 _SPACE_FACTOR = 12
 
@@ -58,14 +60,15 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sizes", type=_sizes, metavar="SIZE,…", help="of guests (1G,4G,16G)")
     parser.add_argument("--patterns", default=list(PATTERNS), type=_patterns, metavar="NAME,…")
     parser.add_argument("--rounds", type=int, help="of each (7 at 1G, 5 at 4G, 3 at 16G)")
-    parser.add_argument("--quick", action="store_true", help="for trying: 1G, 2 rounds, no load")
+    parser.add_argument("--quick", action="store_true", help="for trying: 1G, 2 rounds, no lab")
     parser.add_argument("--scratch", type=Path, help="a directory (/dev/shm, a file system in RAM)")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="the report's directory")
+    parser.add_argument("--no-lab", action="store_true", help="nothing of a live guest")
     parser.add_argument("--force", action="store_true", help="on a machine with other work, too")
     parser.add_argument("--render", action="store_true", help="write the last run's report again")
     arguments = parser.parse_args(words)
     if arguments.quick:
-        arguments.force = True
+        arguments.force = arguments.no_lab = True
         arguments.rounds = arguments.rounds or 2
     if arguments.sizes is None:
         arguments.sizes = [_GIB] if arguments.quick else [_GIB, 4 * _GIB, 16 * _GIB]
@@ -98,6 +101,9 @@ def _measure(arguments: argparse.Namespace, words: Sequence[str]) -> Results:
         described["command"] = shlex.join(["python", "-m", "tests.bench", *words])
         described["load average at the start"] = f"{load:.2f}"
         results = Results(described, contended)
+        if not arguments.no_lab:
+            print("bench: a live guest in the lab", file=sys.stderr, flush=True)
+            results.lab = beside_the_loop(_LAB_ROUNDS)
         with Worker() as ours, Worker(without_c=True) as numpy, Worker() as others:
             race = Race(scratch, ours, numpy, others)
             for memory_bytes in arguments.sizes:

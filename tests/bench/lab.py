@@ -10,6 +10,7 @@ import shlex
 import statistics
 from collections.abc import Sequence
 
+from tests.bench.loop import beside_the_loop
 from tests.lab.guests import Qemu
 from tests.lab.machine import Machine
 
@@ -109,43 +110,12 @@ def main() -> None:
             _time(lab, name, line)
         guest.qmp("quit")
         _time_starts(lab)
-    _against_the_loop()
-
-
-def _against_the_loop() -> None:
-    """mtetool beside a program that does nothing but the same ioctls, on a GiB of tagged memory."""
-    with Machine(memory="6G") as lab:
-        guest = Qemu(lab, "large", memory="1G").start()
-        guest.wait_for_checks(1)
-        guest.qmp("stop")
-        whole = ["--memslot", "0x40000000:1G"]
-        lab.sh(
-            "mtetool emu create /root/e --memory 1G --fill heap"
-            " && mtetool save emu:/root/e -o /root/r --every-page"
-            f" && mtetool restore /root/r kvm:{guest.pid} --every-page {' '.join(whole)}",
-            timeout=300,
+    for beside in beside_the_loop(5):
+        print(
+            f"{beside.action}, 1 GiB, first copy to last: {beside.seconds:.3f} s;"
+            f" bare ioctls {beside.bare_seconds:.3f} s; ratio {beside.ratio:.2f}",
+            flush=True,
         )
-        loops: list[tuple[float, float]] = []
-        found: dict[str, list[float]] = {"save": [], "restore": []}
-        file, name = "/root/s", f"kvm:{guest.pid}"
-        for _ in range(5):
-            for words in (
-                ["save", name, "-o", file, "--force", "--range", "0x40000000:1G"],
-                ["restore", file, name],
-            ):
-                printed = lab.run(["/lab/copyloop", "1024", "1"], check=True, timeout=300).stdout
-                read, write = (float(word) for word in printed.split())
-                loops.append((read, write))
-                report = lab.run(["mtetool", *words, "--json"], check=True, timeout=300).stdout
-                found[words[0]].append(json.loads(report)["copy_seconds"])
-        reads, writes = (statistics.median(column) for column in zip(*loops, strict=True))
-        for name, bare in (("save", reads), ("restore", reads + writes)):
-            took = statistics.median(found[name])
-            print(
-                f"{name}, 1 GiB, first copy to last: {took:.3f} s; bare ioctls {bare:.3f} s;"
-                f" ratio {took / bare:.2f}",
-                flush=True,
-            )
 
 
 def _time_starts(lab: Machine) -> None:

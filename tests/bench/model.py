@@ -107,6 +107,30 @@ class Start:
 
 
 @dataclass(slots=True)
+class Beside:
+    """A live guest's tags in the lab: in each run mtetool's seconds, and the bare ioctls'."""
+
+    action: Action
+    memory_bytes: int
+    runs: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """mtetool's median."""
+        return statistics.median(took for took, _ in self.runs)
+
+    @property
+    def bare_seconds(self) -> float:
+        """The median of the ioctls alone."""
+        return statistics.median(bare for _, bare in self.runs)
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long mtetool took: the median over the runs."""
+        return statistics.median(took / bare for took, bare in self.runs)
+
+
+@dataclass(slots=True)
 class Results:
     """Everything of one run; `machine` has words to print, in their order."""
 
@@ -117,6 +141,7 @@ class Results:
     sizes: list[Size] = field(default_factory=list)
     sizes_memory_bytes: int = 0
     starts: list[Start] = field(default_factory=list)
+    lab: list[Beside] = field(default_factory=list)
 
     def cell(
         self, pattern: str, memory_bytes: int, action: Action, way: Way, tool: str
@@ -159,6 +184,9 @@ class Results:
         document["cells"] = [Cell(**row) for row in document["cells"]]
         document["scales"] = [Scale(**row) for row in document["scales"]]
         document["sizes"] = [Size(**row) for row in document["sizes"]]
+        for row in document["lab"]:
+            row["runs"] = [tuple(run) for run in row["runs"]]
+        document["lab"] = [Beside(**row) for row in document["lab"]]
         document["starts"] = [Start(**row) for row in document["starts"]]
         return cls(**document)
 

@@ -31,12 +31,16 @@ _MIB = 1 << 20
 
 
 def write(results: Results, directory: Path) -> str:
-    """Write results.md, save.svg, restore.svg and scaling.svg; returns the text of the first."""
+    """Write results.md and the charts (*.svg); returns the text of the first."""
     text = "\n".join(_text(results))
     (directory / "results.md").write_text(text)
-    for action in ("save", "restore"):
-        (directory / f"{action}.svg").write_text(_race_chart(results, action))
-    (directory / "scaling.svg").write_text(_scaling_chart(results))
+    if results.cells:
+        for action in ("save", "restore"):
+            (directory / f"{action}.svg").write_text(_race_chart(results, action))
+    if results.scales:
+        (directory / "scaling.svg").write_text(_scaling_chart(results))
+    if results.lab:
+        (directory / "lab.svg").write_text(_lab_chart(results))
     return text
 
 
@@ -63,6 +67,7 @@ def _text(results: Results) -> Iterator[str]:
     ]
     yield from table(("", "demanded", "measured", "met"), rows)
     yield "\nTags at random cannot be compressed: packed, two in a byte, is as small as they get."
+    yield from _lab(results)
     for memory in results.memories():
         yield f"\n## A guest of {gib(memory)}, {memory // 16 // _MIB} MiB of raw tags\n"
         yield from _speed(results, memory)
@@ -72,6 +77,30 @@ def _text(results: Results) -> Iterator[str]:
     yield from _starts(results)
     yield from _scaling(results)
     yield ""
+
+
+def _lab(results: Results) -> Iterator[str]:
+    if not results.lab:
+        return
+    yield "\n## A live QEMU guest in the lab, beside a program that does nothing but the ioctls\n"
+    rows = []
+    for beside in results.lab:
+        ratios = sorted(took / bare for took, bare in beside.runs)
+        rows.append(
+            (
+                f"{beside.action}, {gib(beside.memory_bytes)}",
+                _time(beside.seconds),
+                _time(beside.bare_seconds),
+                f"{beside.ratio:.2f}",
+                f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
+            )
+        )
+    head = ("", MTETOOL, "the bare ioctls", "median of the ratios", f"all {len(ratios)}")
+    yield from table(head, rows)
+    yield (
+        "\n(From the first ioctl to the end of the last. A restore reads all back and compares it."
+        " The host is an emulated one: its times mean nothing for hardware, their ratios may.)"
+    )
 
 
 def _speed(results: Results, memory: int) -> Iterator[str]:
@@ -218,6 +247,17 @@ def _race_chart(results: Results, action: Action) -> str:
         title = {"cold": "whole processes", "warm": "in a process that stays"}[way]
         panels.append(BarPanel(title, "milliseconds", results.patterns(), series))
     return document(f"Time to {action} the tags of a guest of {gib(memory)}", panels)
+
+
+def _lab_chart(results: Results) -> str:
+    actions = [beside.action for beside in results.lab]
+    series: dict[str, list[float | None]] = {
+        MTETOOL: [beside.seconds for beside in results.lab],
+        "the bare ioctls": [beside.bare_seconds for beside in results.lab],
+    }
+    panel = BarPanel("first ioctl to last", "seconds", actions, series)
+    memory = gib(results.lab[0].memory_bytes)
+    return document(f"The tags of a live QEMU guest of {memory}, in the lab", [panel])
 
 
 def _scaling_chart(results: Results) -> str:

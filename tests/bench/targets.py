@@ -15,6 +15,7 @@ _WARM_FACTOR = 2.5
 _COLD_FROM_BYTES = 4 * _GIB
 _FILE_FACTOR = 0.75
 _START_SECONDS = 0.060
+_LOOP_FACTOR = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +30,22 @@ class Target:
 
 def targets(results: Results) -> Iterator[Target]:
     """All rows for which something was measured."""
+    yield from _beside_the_loop(results)
     yield from _warm(results)
     yield from _cold(results)
     yield from _files(results)
     yield from _starts(results)
+
+
+def _beside_the_loop(results: Results) -> Iterator[Target]:
+    loops = {"save": "the bare ioctl loop", "restore": "the two loops it needs"}
+    for beside in results.lab:
+        yield Target(
+            f"{beside.action} of a live guest, {gib(beside.memory_bytes)}, in the lab",
+            f"at most {_LOOP_FACTOR} times {loops[beside.action]}",
+            f"{beside.ratio:.2f} times",
+            beside.ratio <= _LOOP_FACTOR,
+        )
 
 
 def _warm(results: Results) -> Iterator[Target]:

@@ -19,6 +19,7 @@ from tests.bench.model import (
     WAYS,
     ZSTD,
     ZSTD_MEMORY,
+    Beside,
     Cell,
     Results,
     Run,
@@ -28,6 +29,7 @@ from tests.bench.model import (
 )
 from tests.bench.profile import main as profile
 from tests.bench.profile import stage
+from tests.bench.report import write
 from tests.bench.running import BenchError, Worker
 from tests.bench.sampling import Line, Sampler
 from tests.bench.targets import targets
@@ -150,7 +152,13 @@ def test_the_targets_compare_the_right_way_round() -> None:
         Start("mtetool --help", [0.069, 0.071, 0.068]),
         Start("mtetool info FILE", [0.080, 0.090, 0.010]),
     ]
+    results.lab = [
+        Beside("save", _GIB, [(1.09, 1.0), (1.3, 1.0), (1.0, 1.0)]),
+        Beside("restore", _GIB, [(2.22, 2.0)]),
+    ]
     assert [(row.what, row.measured, row.met) for row in targets(results)] == [
+        ("save of a live guest, 1 GiB, in the lab", "1.09 times", True),
+        ("restore of a live guest, 1 GiB, in the lab", "1.11 times", False),
         ("save, warm, heap, 1 GiB", "3.00 times", True),
         ("save, warm, heap, 4 GiB", "2.00 times", False),
         ("save, cold, heap, 4 GiB", "1.50 times as fast", True),
@@ -159,6 +167,18 @@ def test_the_targets_compare_the_right_way_round() -> None:
         ("`mtetool --help`", "59 ms more", True),
         ("`mtetool info FILE`", "70 ms more", False),
     ]
+
+
+def test_what_the_lab_said_is_reported_and_kept(tmp_path: Path) -> None:
+    results = Results({}, contended=False, lab=[Beside("save", _GIB, [(1.5, 1.0), (3.0, 1.5)])])
+    results.write(tmp_path / "results.json")
+    assert Results.read(tmp_path / "results.json") == results
+    text = write(results, tmp_path)
+    (row,) = [line for line in text.splitlines() if line.startswith("| save, 1 GiB")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["save, 1 GiB", "2.25 s", "1.25 s", "1.75", "1.50 to 2.00"]
+    root = ET.parse(tmp_path / "lab.svg").getroot()  # noqa: S314
+    assert len([r for r in root.iter(f"{_SVG}rect") if r.find(f"{_SVG}title") is not None]) == 2
 
 
 def test_bars_are_as_long_as_their_values() -> None:

@@ -72,6 +72,26 @@ while used() == second:
 print(json.dumps([len(tasks), states, main, first == second, seconds > 0.5]))
 """
 
+# What mtetool imports, and the pages that it faults in, while the guest stands still.
+_WHILE_FROZEN = """
+import gc, json, resource, sys
+from mtetool.backends.kvm import KvmGuest
+from mtetool.__main__ import main
+freeze, thaw, seen = KvmGuest.freeze, KvmGuest.thaw, []
+def look():
+    seen.append((resource.getrusage(resource.RUSAGE_SELF).ru_minflt, set(sys.modules)))
+def freeze_and_look(self):
+    freeze(self)
+    look()
+def look_and_thaw(self):
+    look()
+    return thaw(self)
+KvmGuest.freeze, KvmGuest.thaw = freeze_and_look, look_and_thaw
+status = main()
+(before, loaded), (after, loaded_then) = seen[:2]
+print(json.dumps([status, after - before, sorted(loaded_then - loaded)]), file=sys.stderr)
+"""
+
 
 def _threads(lab: Machine, pid: int) -> bytes:
     script = f"for t in /proc/{pid}/task/*; do grep -E 'State|TracerPid|SigBlk' $t/status; done"
@@ -172,6 +192,27 @@ def test_save_freeze_of_a_running_guest_is_consistent(lab: Machine) -> None:
     assert saved["consistent"] is True
     assert 0 < saved["frozen_seconds"] < saved["elapsed_seconds"]
     assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]
+
+
+def test_nothing_is_made_ready_while_the_guest_waits(lab: Machine) -> None:
+    guest = Qemu(lab, "g").start()
+    guest.wait_for_checks(1)
+    guest.qmp("stop")
+    lab.sh(
+        "mtetool emu create /root/heap --memory 256M --fill heap"
+        " && mtetool save emu:/root/heap -o /root/s"
+        f" && mtetool restore /root/s kvm:{guest.pid} --memslot 0x40000000:256M"
+    )
+    lab.put("/tmp/frozen.py", _WHILE_FROZEN.encode())
+    words = ["save", f"kvm:{guest.pid}", "-o", "/root/t", "--freeze", "--quiet"]
+    result = lab.run(
+        ["python3", "/tmp/frozen.py", *words], env={"PYTHONPATH": "/opt/mtetool"}, check=True
+    )
+    status, n_faults, imported = json.loads(result.stderr.splitlines()[-1])
+    print(f"{n_faults} page faults while the guest stood still")
+    assert (status, imported) == (0, [])
+    # Before room was made for it: one for each page of the snapshot, 180, and 160 besides.
+    assert n_faults < 60
 
 
 def test_pid_that_changes_hands_before_the_attach_is_noticed(lab: Machine) -> None:
