@@ -31,6 +31,8 @@ _REGIONS = 1024
 
 # Files whose pages are memory and nothing else. ("/dev/zero" is shared anonymous memory.)
 _MEMORY_FILES = ("/memfd:", "/dev/zero", "/dev/shm/")  # noqa: S108
+# include/uapi/linux/magic.h: TMPFS_MAGIC.
+_TMPFS = 0x01021994
 
 
 class UnknownError(Exception):
@@ -202,11 +204,24 @@ def _open_file(pid: int, mapping: _Mapping) -> int:
             status = path.stat()
             if (status.st_dev, status.st_ino) != (mapping.device, mapping.inode):
                 continue
-            # Pages of hugetlbfs are the file's blocks; their tags live by rules of their own.
-            if status.st_blksize > os.sysconf("SC_PAGE_SIZE"):
-                break
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            if _file_system(fd) == _TMPFS:
+                return fd
+            # hugetlbfs: it tells no holes, and tags of its pages live by rules of their own.
+            os.close(fd)
+            break
     raise UnknownError(f"{mapping.name} cannot be opened")
+
+
+def _file_system(fd: int) -> int:
+    """The number of the file system's kind. (Huge pages of tmpfs have its large st_blksize too.)"""
+    import ctypes
+
+    # struct statfs, of which f_type is the first word (include/uapi/asm-generic/statfs.h).
+    found = (ctypes.c_ulong * 32)()
+    if ctypes.CDLL(None).fstatfs(fd, found):
+        return 0
+    return int(found[0])
 
 
 def _has_userfaultfd(pid: int) -> bool:
