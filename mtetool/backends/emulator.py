@@ -34,11 +34,9 @@ from mtetool.backends.emulated_file import (
     replace_header,
     write_all,
 )
-from mtetool.backends.fault_block import FaultsInFile
 from mtetool.buffers import as_bytes
 from mtetool.emulator.behaviours import Behaviour
 from mtetool.emulator.copying import CopyRequest, check_request
-from mtetool.emulator.faults import Fault, Faults
 from mtetool.errors import (
     BusyError,
     MisalignedError,
@@ -54,7 +52,9 @@ from mtetool.uapi import GRANULE_BYTES, TAG_MAX
 
 if TYPE_CHECKING:
     from mtetool.backends import GuestOptions
+    from mtetool.backends.fault_block import FaultsInFile
     from mtetool.buffers import TagBuffer
+    from mtetool.emulator.faults import Fault, Faults
 
 # What is compared and written at once; and the unit that is left alone where nothing in it
 # changes, so that zeros onto a hole allocate nothing: a file system's block.
@@ -367,6 +367,8 @@ class EmulatedGuest:
 
     def faults(self) -> Faults:
         """The faults it has for others, and what they have seen."""
+        from mtetool.emulator.faults import Faults
+
         kept = self.kept_faults()
         if kept is None:
             return Faults()
@@ -385,6 +387,8 @@ class EmulatedGuest:
             if not ordered:
                 os.ftruncate(self._fd, at)
                 return
+            from mtetool.backends.fault_block import FaultsInFile
+
             with closing(FaultsInFile(self._fd, self._path, at, writable=True)) as kept:
                 kept.replace(ordered)
         except OSError as error:
@@ -397,6 +401,8 @@ class EmulatedGuest:
         try:
             if os.fstat(self._fd).st_size == at:
                 return None
+            from mtetool.backends.fault_block import FaultsInFile
+
             return FaultsInFile(self._fd, self._path, at, writable=self._writable)
         except OSError as error:
             raise refused(error, self._path) from error

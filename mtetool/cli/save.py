@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 import click
@@ -17,6 +18,7 @@ from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size, s
 from mtetool.cli.render import print_json, say, warn
 
 if TYPE_CHECKING:
+    from mtetool.flows.layers import Layers
     from mtetool.flows.save import SaveResult
 
 _CONSISTENT = {
@@ -89,7 +91,6 @@ def command(
     read. Without -o the snapshot goes down the pipe. Status 3 when some pages could not be read.
     """
     # Everything is loaded before the guest is looked at: it may be waiting, paused.
-    from mtetool.flows.layers import open_layers
     from mtetool.flows.save import SaveOptions, save
     from mtetool.snapshot.model import Extent
     from mtetool.snapshot.output import output_file
@@ -107,7 +108,7 @@ def command(
     )
     started = time.monotonic()
     with (
-        open_layers(bases) if bases else nullcontext() as base,
+        _opened(bases) if bases else nullcontext() as base,
         output_file(target, force=force) as stream,
         open_guest(guest, guest_options) as opened,
         shown(f"saving {guest}", progress) as update,
@@ -128,6 +129,13 @@ def command(
         elif target != "-" or not quiet:
             _tell(guest, target, counted.n_bytes, elapsed, result)
     return result.status
+
+
+def _opened(bases: Sequence[str]) -> AbstractContextManager[Layers]:
+    """The base of a delta, and the deltas to it that it is to be taken with."""
+    from mtetool.flows.layers import open_layers
+
+    return open_layers(bases)
 
 
 class _Counted:

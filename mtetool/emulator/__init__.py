@@ -5,10 +5,16 @@ calls of both. What a kernel does unlike others is named in `behaviours`. Nothin
 run: a vCPU is only a thing that is there. `examples/emulated-kernel.py` shows its use.
 """
 
-from mtetool.emulator.behaviours import Behaviour, Host
-from mtetool.emulator.copying import CopyRequest
-from mtetool.emulator.machine import EmulatedKvm, EmulatedVm
-from mtetool.emulator.memory import AddressSpace, MemoryFile
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mtetool.emulator.behaviours import Behaviour, Host
+    from mtetool.emulator.copying import CopyRequest
+    from mtetool.emulator.machine import EmulatedKvm, EmulatedVm
+    from mtetool.emulator.memory import AddressSpace, MemoryFile
 
 __all__ = [
     "AddressSpace",
@@ -19,3 +25,20 @@ __all__ = [
     "Host",
     "MemoryFile",
 ]
+
+# A guest in a file needs little of this, and is often opened for a moment only.
+_HOMES = {
+    "AddressSpace": "memory",
+    "Behaviour": "behaviours",
+    "CopyRequest": "copying",
+    "EmulatedKvm": "machine",
+    "EmulatedVm": "machine",
+    "Host": "behaviours",
+    "MemoryFile": "memory",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mtetool.emulator.behaviours import Behaviour
-from mtetool.emulator.memory import AddressSpace, Found
 from mtetool.uapi import COPY_LENGTH_MAX, KVM_ARM_TAGS_FROM_GUEST, TAG_MAX
+
+if TYPE_CHECKING:
+    from mtetool.emulator.memory import AddressSpace, Found
 
 # clear_user stores eight bytes at a time (arch/arm64/lib/clear_user.S).
 _STORE_BYTES = 8

@@ -7,11 +7,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from mtetool.buffers import prepared
 from mtetool.errors import no_thread
 from mtetool.snapshot.model import Missing
-from mtetool.snapshot.reader import Piece
+
+if TYPE_CHECKING:
+    from mtetool.snapshot.reader import Piece
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of guest memory that are done and those there are in all."""
@@ -47,13 +50,10 @@ def decoded(
         yield from _decoded(iter(pieces), _Buffers(jobs + 1 + keep), pool, keep)
 
 
-_Pending = tuple[Piece | Missing, Future[memoryview] | None]
-
-
 def _decoded(
     pieces: Iterator[Piece | Missing], buffers: _Buffers, pool: ThreadPoolExecutor, keep: int
 ) -> Iterator[tuple[Piece | Missing, memoryview | None]]:
-    pending: deque[_Pending] = deque()
+    pending: deque[tuple[Piece | Missing, Future[memoryview] | None]] = deque()
     failed: Exception | None = None
     ended = False
     try:

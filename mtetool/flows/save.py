@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from typing import BinaryIO, Literal, cast
+from typing import TYPE_CHECKING, BinaryIO, Literal, cast
 
 from mtetool.backends.base import Guest
 from mtetool.errors import (
@@ -18,7 +18,6 @@ from mtetool.errors import (
 )
 from mtetool.flows.copying import Copied, Fill, Later, TagReader, check_has_tags
 from mtetool.flows.freezing import DEFAULT_SPOOL_BYTES, Spool, held_still
-from mtetool.flows.layers import Layers
 from mtetool.flows.layout import (
     UNREACHABLE,
     Layout,
@@ -35,6 +34,9 @@ from mtetool.guest import GuestInfo, Memslot
 from mtetool.snapshot.model import Extent, Header, Missing
 from mtetool.snapshot.writer import SnapshotWriter
 from mtetool.uapi import GRANULE_BYTES
+
+if TYPE_CHECKING:
+    from mtetool.flows.layers import Layers
 
 
 @dataclass(frozen=True, slots=True)
