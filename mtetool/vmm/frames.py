@@ -72,7 +72,7 @@ class Frames:
         while start < end:
             stop = min(end, start + _CHUNK_PAGES * _PAGE)
             at = start
-            if stop - start >= _WORTH_PAGES * _PAGE:
+            if stop - start >= _WORTH_PAGES * _PAGE and self._is_worth_it(pagemap, start, stop):
                 for match in _UNMARKED.finditer(self._marks(pagemap, start, stop)):
                     first, behind = (start + n * _PAGE for n in match.span())
                     if at < first:
@@ -81,6 +81,20 @@ class Frames:
             if at < stop:
                 yield at, stop
             start = stop
+
+    def _is_worth_it(self, pagemap: int, start: int, end: int) -> bool:
+        """Whether a few pages, so far from each other that no long run is missed, show any.
+
+        Looking at every page of memory that has tags all over costs more than copying them.
+        """
+        try:
+            for page in range(start, end, _WORTH_PAGES * _PAGE):
+                entry = int.from_bytes(_entries(pagemap, page, page + _PAGE), "little")
+                if self._of_run(entry, 1) == b"\0":
+                    return True
+        except OSError:
+            pass  # as good as marked
+        return False
 
     def _marks(self, pagemap: int, start: int, end: int) -> bytes:
         """A byte for each page: 0 where it surely has no tags."""

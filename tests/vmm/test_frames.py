@@ -129,10 +129,27 @@ def test_a_page_that_moved_meanwhile(host: Host, monkeypatch: pytest.MonkeyPatch
     answers[1][200] = PRESENT | 1
     answers[2] = answers[2][:300]
     host.hold([], [8] * (N + 1))
+    monkeypatch.setattr(Frames, "_is_worth_it", lambda *_: True)
     for second, left in ((1, set(range(N)) - {200}), (2, set(range(300)))):
         given_back = iter([answers[0].tobytes(), answers[second].tobytes()])
         monkeypatch.setattr(frames, "_entries", lambda *_, given_back=given_back: next(given_back))
         assert host.unmarked(0, N) == left
+
+
+def test_memory_with_tags_all_over_is_hardly_looked_at(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+    entries = frames._entries
+
+    def noting(pagemap: int, start: int, end: int) -> bytes:
+        looked.append((end - start) // PAGE)
+        return entries(pagemap, start, end)
+
+    monkeypatch.setattr(frames, "_entries", noting)
+    host.hold([PRESENT | 1 + n for n in range(N)], [MARK] * (N + 1))
+    assert host.unmarked(0, N) == set()
+    assert sum(looked) <= N // frames._WORTH_PAGES + 1
 
 
 def test_scattered_frames_and_unknown_ones(host: Host) -> None:
