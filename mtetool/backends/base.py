@@ -37,7 +37,8 @@ class Guest(Protocol):
     def any_thread_reads(self, ipa: int, size_bytes: int) -> bool:
         """Whether several threads may read such a range at a time, and be faster than one.
 
-        Nothing is in the way of reading it then: only the host can fail.
+        So may they any part of it, then. Nothing is in the way of reading it: only the host can
+        fail.
         """
         ...
 

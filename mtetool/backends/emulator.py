@@ -70,7 +70,7 @@ _NO_HOLES = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 # After data, so many bytes of tags are taken for data: one look for each chunk at most.
 _SEEK_STEP_BYTES = 1 << 20
 
-# Guest memory whose tags are read although they are a hole: as much as is read at once.
+# Guest memory whose tags are read although they are a hole: half as much as is read at once.
 _SMALL_HOLE_BYTES = 32 << 20
 
 Advance = Callable[[int], None]

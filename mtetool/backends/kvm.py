@@ -20,7 +20,7 @@ from mtetool import uapi
 from mtetool.attach.helper import PAGE_BYTES
 from mtetool.attach.session import Session, Target
 from mtetool.backends.asking import memslots_of, places_of
-from mtetool.backends.transfer import BUFFER_BYTES, WRITE_BYTES, Transfer
+from mtetool.backends.transfer import BUFFER_BYTES, COPY_BYTES, Transfer
 from mtetool.backends.vcpus import hold_vcpus
 from mtetool.buffers import as_bytes
 from mtetool.errors import (
@@ -213,7 +213,7 @@ class KvmGuest:
             return self._answered(self._transfers().nothing(), ipa)
         done = 0
         while done < len(view):
-            part = view[done : done + WRITE_BYTES]
+            part = view[done : done + COPY_BYTES]
             at = ipa + done * uapi.GRANULE_BYTES
             completed = self._transfers().begin_write(at, part, then_read=False)()
             if completed <= 0 and done:
@@ -228,7 +228,7 @@ class KvmGuest:
     ) -> Callable[[], int]:
         """See `Guest.begin_write`; under way at once."""
         view = as_bytes(tags)
-        if not 0 < len(view) <= WRITE_BYTES:
+        if not 0 < len(view) <= COPY_BYTES:
             return partial(self.write_tags, ipa, view)
         self._check(ipa, len(view) * uapi.GRANULE_BYTES)
         finish = self._transfers().begin_write(ipa, view, then_read=then_read)

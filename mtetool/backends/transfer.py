@@ -2,7 +2,7 @@
 
 The kernel's copy is what takes the time, and one follows the other without waiting for us: while
 it fills one part of the buffer, what is in another is fetched, looked at or made. One ioctl copies
-at most half the buffer: its loop neither reschedules nor looks at signals.
+a quarter of the buffer at most: its loop neither reschedules nor looks at signals.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from mtetool import uapi
 from mtetool.attach.session import Session
 from mtetool.errors import GuestError
 
-HALF_BYTES = 4 << 20
-"""What one ioctl reads at most: 4 MiB of tags, 64 MiB of guest memory."""
+COPY_BYTES = 4 << 20
+"""What one ioctl copies at most: 4 MiB of tags, 64 MiB of guest memory."""
 
-WRITE_BYTES = HALF_BYTES // 2
-"""What one ioctl writes at most: the other half of a half is for what is read back."""
+# Room for a copy, and for what is read back of one that is written.
+_HALF_BYTES = 2 * COPY_BYTES
 
-BUFFER_BYTES = 2 * HALF_BYTES
+BUFFER_BYTES = 2 * _HALF_BYTES
 
 
 class _Copy(NamedTuple):
@@ -98,14 +98,14 @@ class Transfer:
         """Begin copies into the halves that are free."""
         at = self._ahead[-1].end if self._ahead else self._used_up_to
         while len(self._ahead) < 2 and at < until:
-            n_granules = min((until - at) // uapi.GRANULE_BYTES, HALF_BYTES)
+            n_granules = min((until - at) // uapi.GRANULE_BYTES, COPY_BYTES)
             room = self._next_half()
             copy = self._begin(at, n_granules, room, uapi.KVM_ARM_TAGS_FROM_GUEST)
             self._ahead.append(copy)
             at = copy.end
 
     def begin_write(self, ipa: int, tags: memoryview, *, then_read: bool) -> Callable[[], int]:
-        """Begin to copy tags to guest memory from `ipa` on, at most `WRITE_BYTES`.
+        """Begin to copy tags to guest memory from `ipa` on, at most `COPY_BYTES`.
 
         Whoever calls the result waits for it, and gets what the kernel answered. At most two may be
         begun and not waited for. With `then_read` that memory is read afterwards, in the same
@@ -116,7 +116,7 @@ class Transfer:
         self._session.write_buffer(tags, room)
         copy = self._begin(ipa, len(tags), room, uapi.KVM_ARM_TAGS_TO_GUEST)
         if then_read:
-            room += WRITE_BYTES
+            room += COPY_BYTES
             back = self._begin(ipa, len(tags), room, uapi.KVM_ARM_TAGS_FROM_GUEST)
             self._back.append(back)
 
@@ -150,7 +150,7 @@ class Transfer:
         return False
 
     def _next_half(self) -> int:
-        room, self._half = self._half, HALF_BYTES - self._half
+        room, self._half = self._half, _HALF_BYTES - self._half
         return room
 
     def _begin(self, ipa: int, n_granules: int, room: int, flags: int) -> _Copy:

@@ -119,7 +119,9 @@ def save(
     stream = cast(BinaryIO, spool)
     with SnapshotWriter(stream, header, level=options.level, jobs=options.jobs) as writer:
         writer.warm_up()
-        reader = TagReader(guest, layout, n_buffers=writer.window + 1)
+        # Where others read, they have buffers of their own.
+        others = base is None and all(guest.any_thread_reads(e.ipa, e.size_bytes) for e in scope)
+        reader = TagReader(guest, layout, n_buffers=1 if others else writer.window + 1)
         with held_still(guest, wanted=options.freeze) as thaw:
             started = time.perf_counter()
             _copy(reader, writer, result, options, base, progress)

@@ -19,8 +19,8 @@ from mtetool.uapi import GRANULE_BYTES
 
 PAGE_SIZES = (4 << 10, 16 << 10, 64 << 10)
 
-CHUNK_GRANULES = 2 << 20
-"""Granules of one record of tags unless the header says otherwise: 2 MiB of tag bytes."""
+CHUNK_GRANULES = 4 << 20
+"""Granules of one record of tags unless the header says otherwise: 4 MiB of tag bytes."""
 
 MAX_CHUNK_GRANULES = 32 << 20
 """The most that a header may declare for `chunk_granules`."""

@@ -10,11 +10,11 @@ import pytest
 
 from mtetool import uapi
 from mtetool.attach.session import Session
-from mtetool.backends.transfer import BUFFER_BYTES, HALF_BYTES, Transfer
+from mtetool.backends.transfer import BUFFER_BYTES, COPY_BYTES, Transfer
 
 _BASE = 0x4000_0000
 _PAGE = 256  # granules
-_COPY = HALF_BYTES * uapi.GRANULE_BYTES
+_COPY = COPY_BYTES * uapi.GRANULE_BYTES
 
 
 class _Process:
@@ -69,7 +69,7 @@ def test_the_same_memory_read_again_is_asked_for_again(
 
 
 def test_memory_behind_is_asked_for_once(process: _Process, transfer: Transfer) -> None:
-    out = memoryview(bytearray(HALF_BYTES // 2))
+    out = memoryview(bytearray(COPY_BYTES // 2))
     step = len(out) * uapi.GRANULE_BYTES
     for n in range(8):
         assert transfer.read(_BASE + n * step, out, (7 - n) * step) == step
@@ -80,7 +80,7 @@ def test_memory_behind_is_asked_for_once(process: _Process, transfer: Transfer) 
 
 
 def test_what_fails_ahead_is_told_to_who_asks_there(process: _Process, transfer: Transfer) -> None:
-    out = memoryview(bytearray(HALF_BYTES))
+    out = memoryview(bytearray(COPY_BYTES))
     process.end = _BASE + _COPY
     assert transfer.read(_BASE, out, _COPY) == _COPY
     assert transfer.read(_BASE + _COPY, out, 0) == -errno.EFAULT
