@@ -306,6 +306,7 @@ class _Restorer:
         self._write_tagged_pages(at, tags[(at - ipa) // GRANULE_BYTES :], end - at, slot)
 
     def _tagged_there(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        self._finish_overlapping(start, end - start)
         if self._options.every_page:
             return iter([(start, end - start)])
         return self._guest.may_be_tagged(start, end - start)
@@ -371,13 +372,17 @@ class _Restorer:
 
     def _write(self, ipa: int, tags: memoryview, *, may_be_readonly: bool) -> None:
         """Begin to write; what was begun before is finished and compared meanwhile."""
-        if self._begun is not None and self._begun.overlaps(ipa, len(tags) * GRANULE_BYTES):
-            self._finish_writing()  # what comes later replaces it
+        self._finish_overlapping(ipa, len(tags) * GRANULE_BYTES)
         verify = self._options.verify
         steps = write_extent(self._guest, ipa, tags, self._layout, then_read=verify)
         before, self._begun = self._begun, _Begun(ipa, tags, steps, may_be_readonly)
         if before is not None:
             self._finish(before)
+
+    def _finish_overlapping(self, ipa: int, size_bytes: int) -> None:
+        """Before anything later is done with the same memory: that replaces it."""
+        if self._begun is not None and self._begun.overlaps(ipa, size_bytes):
+            self._finish_writing()
 
     def _finish_writing(self) -> None:
         begun, self._begun = self._begun, None

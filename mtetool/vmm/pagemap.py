@@ -28,6 +28,10 @@ _REGION = struct.Struct("<3Q")
 _PAGEMAP_SCAN = 0xC0000000 | _ARGUMENT.size << 16 | ord("f") << 8 | 16
 _IS_PRESENT, _IS_SWAPPED, _IS_ZERO_PAGE = 1 << 3, 1 << 4, 1 << 5
 _REGIONS = 1024
+# struct procmap_query, with a name of at most so many bytes.
+_QUERY = struct.Struct("<9Q4I2Q")
+_PROCMAP_QUERY = 0xC0000000 | _QUERY.size << 16 | ord("f") << 8 | 17
+_NAME_BYTES = 4096
 
 # Files whose pages are memory and nothing else. ("/dev/zero" is shared anonymous memory.)
 _MEMORY_FILES = ("/memfd:", "/dev/zero", "/dev/shm/")  # noqa: S108
@@ -51,6 +55,52 @@ class _Mapping:
     name: str
 
 
+class Mappings:
+    """The mappings of process `pid` as they are now; it must be closed.
+
+    One is asked for by PROCMAP_QUERY (Linux 6.11: include/uapi/linux/fs.h), else all are read,
+    which with a VMM's hundreds of them takes as long as the tags of some MiB.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._name = bytearray(_NAME_BYTES)
+        self._fd = -1
+        with suppress(OSError):
+            self._fd = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
+
+    def at(self, address: int) -> _Mapping | None:
+        """The mapping of that address; None where there is none, or the process is gone."""
+        try:
+            return self._asked(address)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESRCH):
+                return None
+        try:
+            text = os.fsdecode(Path(f"/proc/{self._pid}/maps").read_bytes())
+        except OSError:
+            return None
+        return next((found for found in _parsed(text) if found.start <= address < found.end), None)
+
+    def _asked(self, address: int) -> _Mapping:
+        """Raises OSError: ENOENT where there is none, ENOTTY where the kernel does not know it."""
+        if self._fd < 0:
+            raise OSError(errno.EBADF, "it could not be opened")
+        name = _address_of(self._name)
+        words = (0, address, 0, 0, 0, 0, 0, 0, 0, 0, _NAME_BYTES, 0, name, 0)
+        argument = bytearray(_QUERY.pack(_QUERY.size, *words))
+        fcntl.ioctl(self._fd, _PROCMAP_QUERY, argument)
+        _, _, _, start, end, _, _, offset, inode, major, minor, size, *_ = _QUERY.unpack(argument)
+        text = os.fsdecode(bytes(self._name[: max(size - 1, 0)]))
+        return _Mapping(start, end, offset, os.makedev(major, minor), inode, text)
+
+    def close(self) -> None:
+        """Let go of the process. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
 class Pagemap:
     """The memory of process `pid` as it is now. Raises UnknownError where nobody may look.
 
@@ -60,8 +110,7 @@ class Pagemap:
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._files: dict[tuple[int, int], int] = {}
-        self._text = b""
-        self._parsed: list[_Mapping] = []
+        self._mappings = Mappings(pid)
         try:
             self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -86,15 +135,7 @@ class Pagemap:
         exist. The process runs: what is made behind where this has come is not seen.
         """
         at = start
-        try:
-            mappings = self._mappings()
-        except UnknownError:
-            mappings = []  # the process is gone, which a copy tells
-        for mapping in mappings:
-            if mapping.end <= at:
-                continue
-            if mapping.start >= end or mapping.start > at:
-                break
+        while at < end and (mapping := self._mappings.at(at)) is not None:
             stop = min(mapping.end, end)
             for first, behind in self._of_mapping(mapping, at, stop):
                 yield from self._with_tags(first, behind)
@@ -108,15 +149,6 @@ class Pagemap:
         else:
             yield from self._frames.may_be_tagged(self._fd, start, end)
 
-    def _mappings(self) -> list[_Mapping]:
-        try:
-            text = Path(f"/proc/{self._pid}/maps").read_bytes()
-        except OSError as error:
-            raise UnknownError(str(error)) from error
-        if text != self._text:
-            self._text, self._parsed = text, _parsed(os.fsdecode(text))
-        return self._parsed
-
     def close(self) -> None:
         """Let go of the process. Idempotent."""
         for fd in [self._fd, *self._files.values()]:
@@ -124,6 +156,7 @@ class Pagemap:
                 os.close(fd)
         self._fd = -1
         self._files = {}
+        self._mappings.close()
         if self._frames is not None:
             self._frames.close()
 

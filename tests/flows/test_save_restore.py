@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import io
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -283,6 +285,43 @@ def test_what_cannot_be_written_is_reported() -> None:
     assert [(m.ipa, m.size_bytes, m.errno) for m in outcome.refused.items] == [
         (BASE + 5 * PAGE, PAGE, errno.EFAULT)
     ]
+
+
+class Late(FakeGuest):
+    """Writes only when it is waited for."""
+
+    def begin_write(
+        self, ipa: int, tags: TagBuffer, *, then_read: bool = False
+    ) -> Callable[[], int]:
+        return partial(self.write_tags, ipa, tags)
+
+
+@pytest.mark.parametrize("kind", [FakeGuest, Late])
+@pytest.mark.parametrize("makes_pages", [True, False])
+@pytest.mark.parametrize("n_zeros", [1, 3, 8])
+def test_a_later_record_counts_while_an_earlier_one_is_still_written(
+    kind: type[FakeGuest], makes_pages: bool, n_zeros: int
+) -> None:
+    """No page of the guest had a tag when the later one, of zeros, came."""
+    slots = (Memslot(0, BASE, 8 * PAGE),)
+    out = io.BytesIO()
+    info = FakeGuest(slots).info()
+    header = Header.for_guest(info, [Extent(BASE, 8 * PAGE)], paused=True)
+    nothing = np.zeros(n_zeros * 256, dtype=np.uint8)
+    with SnapshotWriter(out, header) as writer:
+        writer.add_tags(BASE, np.arange(8 * 256, dtype=np.uint8) % 15 + 1)
+        if n_zeros == 3:
+            nothing[5] = 9
+            writer.add_tags(BASE + PAGE, nothing)
+        else:
+            writer.add_fill(BASE + PAGE * (n_zeros == 1), n_zeros * PAGE, 0)
+        writer.finish(consistent=True)
+    target = kind(slots, knows_untagged=True, makes_pages=makes_pages)
+    outcome = restored(out.getvalue(), target)
+    assert (outcome.status, outcome.verify_differing.items) == (0, [])
+    first = BASE + PAGE * (n_zeros != 8)
+    there = target.memory[BASE][(first - BASE) // 16 :][: nothing.size]
+    assert there.tobytes() == nothing.tobytes()
 
 
 class Forgetful(FakeGuest):

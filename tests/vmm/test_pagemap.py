@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import mmap
 import os
+import tempfile
+from itertools import compress
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mtetool.vmm import pagemap
-from mtetool.vmm.pagemap import Pagemap, UnknownError, _united
+from mtetool.vmm.pagemap import Mappings, Pagemap, UnknownError, _united
 
 PAGE = mmap.PAGESIZE
 
@@ -44,11 +47,8 @@ def test_what_fails_half_way_is_taken_to_exist(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Pagemap, "_scan", scan)
     memory = Pagemap(os.getpid())
-    monkeypatch.setattr(
-        Pagemap,
-        "_mappings",
-        lambda self: [pagemap._Mapping(0, 1000 * PAGE, 0, 0, 0, "")],
-    )
+    whole = pagemap._Mapping(0, 1000 * PAGE, 0, 0, 0, "")
+    monkeypatch.setattr(Mappings, "at", lambda self, address: whole)
     found = list(memory.existing(0, 1000 * PAGE))
     assert found == [(3 * PAGE, 4 * PAGE), (50 * PAGE, 51 * PAGE), (51 * PAGE, 1000 * PAGE)]
     memory.close()
@@ -57,9 +57,33 @@ def test_what_fails_half_way_is_taken_to_exist(monkeypatch: pytest.MonkeyPatch) 
 def test_a_process_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pagemap, "_scan", lambda self, start, end, vector: (0, 0))
     memory = Pagemap(os.getpid())
-    memory._pid = 1 << 30
+    memory._mappings.close()
+    memory._mappings = Mappings(1 << 30)
     assert list(memory.existing(PAGE, 9 * PAGE)) == [(PAGE, 9 * PAGE)]
     memory.close()
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_mappings(asks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of our own, by its first and last page, asked for or read; and what lies between."""
+    mappings = Mappings(os.getpid())
+    if not asks:
+        monkeypatch.setattr(pagemap, "_PROCMAP_QUERY", 0xC068_6600 | 200)
+    with tempfile.TemporaryFile() as file, mmap.mmap(-1, 2 * PAGE):
+        file.write(bytes(4 * PAGE))
+        with mmap.mmap(file.fileno(), PAGE, offset=2 * PAGE):
+            before = pagemap._parsed(Path("/proc/self/maps").read_text())
+            found = [(mappings.at(each.start), mappings.at(each.end - 1)) for each in before]
+            after = pagemap._parsed(Path("/proc/self/maps").read_text())
+    # But those that grew meanwhile; [vsyscall] is no memory of the process.
+    stayed = [each.name != "[vsyscall]" and each in after for each in before]
+    assert sum(stayed) > 20
+    wanted = list(compress(before, stayed))
+    assert list(compress(found, stayed)) == [(each, each) for each in wanted]
+    assert any(mapping.offset == 2 * PAGE and mapping.inode for mapping in wanted)
+    assert mappings.at(0) is None
+    mappings.close()
+    mappings.close()
 
 
 def test_nobody_may_look() -> None:
