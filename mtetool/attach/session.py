@@ -117,6 +117,13 @@ class Session:
         """Copy `data` to the transfer buffer, from there on. Raises GuestLostError."""
         self._copy(memory.write_from, data, offset)
 
+    def mappings(self) -> list[memory.Mapping]:
+        """The process's mappings. Raises GuestLostError."""
+        try:
+            return memory.mappings(self.pid)
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise self._gone() from error
+
     @property
     def helper_tid(self) -> int:
         """The helper thread's id."""

@@ -51,7 +51,7 @@ def memslots_of(session: Session, fd: int) -> tuple[Memslot, ...]:
             session.pid,
             "this host's kernel may take what it must refuse, or /dev/kvm cannot be opened to try",
         )
-    maps = memory.mappings(session.pid)
+    maps = session.mappings()
     for slot_id in _IDS:
         asking = _Asking(session, fd, slot_id, maps)
         prober = Prober(asking.ask, PAGE_BYTES, asking.piece_bytes, _hints(maps))
@@ -78,7 +78,7 @@ def places_of(
     covered = [(slot.ipa, slot.end) for slot in slots]
     if len(covered) < 2:
         return []  # nothing could be in the way of its only memory
-    maps = memory.mappings(session.pid)
+    maps = session.mappings()
     asking = _Asking(session, fd, _IDS[0], maps)
     prober = Prober(asking.ask, PAGE_BYTES, asking.piece_bytes)
     largest = max(slots, key=lambda slot: slot.size_bytes).ipa

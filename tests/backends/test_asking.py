@@ -10,6 +10,7 @@ from typing import cast
 import pytest
 
 from mtetool import uapi
+from mtetool.attach import memory
 from mtetool.attach.helper import PAGE_BYTES
 from mtetool.attach.memory import Mapping
 from mtetool.attach.session import Session
@@ -27,6 +28,9 @@ class FakeSession:
     def __init__(self, answer: int) -> None:
         self.answer = answer
         self.sizes: list[int] = []
+
+    def mappings(self) -> list[Mapping]:
+        return memory.mappings(self.pid)
 
     def ioctl(self, fd: int, request: int, argument: bytes) -> int:
         assert (fd, request) == (7, uapi.KVM_SET_USER_MEMORY_REGION)

@@ -28,9 +28,8 @@ def _marked(lab: Machine, source: str, ipa: int, size: int) -> dict[str, float]:
     return found
 
 
-@pytest.mark.every_kernel
 @pytest.mark.parametrize("memory", list(_PREALLOCATED))
-@pytest.mark.parametrize("huge", ["never", "always"])
+@pytest.mark.parametrize("huge", ["never", pytest.param("always", marks=pytest.mark.long)])
 def test_preallocated_memory(lab: Machine, memory: str, huge: str) -> None:
     _huge(lab, huge)
     guest = Qemu(lab, "g", extra=_PREALLOCATED[memory]).start()

@@ -29,7 +29,7 @@ def _places(lab: Machine, pid: int, *words: str) -> dict[str, Any]:
 
 
 @pytest.mark.every_kernel
-@pytest.mark.parametrize("layout", ["256M", "256M memfd"])
+@pytest.mark.parametrize("layout", [pytest.param("256M", marks=pytest.mark.long), "256M memfd"])
 def test_main_memory_of_qemu(lab: Machine, layout: str) -> None:
     memory, extra = LAYOUTS[layout]
     lab.sh("echo never >/sys/kernel/mm/transparent_hugepage/enabled")
@@ -54,7 +54,6 @@ def test_two_nodes_of_qemu(lab: Machine) -> None:
         assert at == addresses
 
 
-@pytest.mark.every_kernel
 def test_slots_within_one_mapping(lab: Machine) -> None:
     """The VMM's mappings touch and are alike, so that /proc shows one."""
     small = [[16 * MIB, 3 * MIB // 2], [32 * MIB, MIB], [40 * MIB, 5 * MIB // 4]]
