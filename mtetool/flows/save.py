@@ -118,9 +118,10 @@ def save(
     spool = Spool(out, _spool_bytes(options), total_bytes(scope) // GRANULE_BYTES)
     stream = cast(BinaryIO, spool)
     with SnapshotWriter(stream, header, level=options.level, jobs=options.jobs) as writer:
-        writer.warm_up()
-        # Where others read, they have buffers of their own.
+        # Where the writer's threads read, no guest waits, and they have buffers of their own.
         others = base is None and all(guest.any_thread_reads(e.ipa, e.size_bytes) for e in scope)
+        if not others:
+            writer.warm_up()
         reader = TagReader(guest, layout, n_buffers=1 if others else writer.window + 1)
         with held_still(guest, wanted=options.freeze) as thaw:
             started = time.perf_counter()
