@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 import zlib
 from array import array
 from typing import Literal
@@ -32,7 +33,8 @@ _MAP_HUGETLB = 0x40000
 _MAP_HUGE_SHIFT = 26
 _MADV_DONTNEED = 4
 _MADV_PAGEOUT = 21
-_PAGE_OUT_TRIES = 100
+_PAGE_OUT_TRIES = 500
+_PAGE_OUT_SECONDS = 0.01
 _SWAP_ON = """
 fallocate -l 4M /root/differential.swap
 chmod 600 /root/differential.swap
@@ -281,6 +283,8 @@ class RealSide:
             present, swapped = self._whereabouts(address, size_bytes)
             if answer or not present:
                 break
+            # A page that was new to another CPU goes when that has put it on the list of pages.
+            time.sleep(_PAGE_OUT_SECONDS)
         return _answer(answer) or swapped
 
     def _whereabouts(self, address: int, size_bytes: int) -> tuple[int, int]:

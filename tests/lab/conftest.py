@@ -49,6 +49,14 @@ def _asked(config: pytest.Config) -> str | None:
     return asked
 
 
+# Huge pages as Debian's kernels have them at boot, whatever a test made of that.
+_AS_AT_BOOT = """
+cd /sys/kernel/mm/transparent_hugepage
+echo always >enabled
+echo never >shmem_enabled
+"""
+
+
 class Machines:
     """The machines of this test session, by kernel; another one is booted when a test lost it."""
 
@@ -78,7 +86,7 @@ class Machines:
         machine, _ = self._running[kernel]
         try:
             kill_vmms(machine)
-            machine.sh("rm -rf /tmp/*")
+            machine.sh(f"rm -rf /tmp/*; {_AS_AT_BOOT}")
         except MachineLostError:
             self.drop(kernel)
 

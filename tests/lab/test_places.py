@@ -28,7 +28,6 @@ def _places(lab: Machine, pid: int, *words: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.every_kernel
 @pytest.mark.parametrize("layout", [pytest.param("256M", marks=pytest.mark.long), "256M memfd"])
 def test_main_memory_of_qemu(lab: Machine, layout: str) -> None:
     memory, extra = LAYOUTS[layout]
@@ -41,6 +40,7 @@ def test_main_memory_of_qemu(lab: Machine, layout: str) -> None:
     assert found["questions"] < 300
 
 
+@pytest.mark.long
 def test_two_nodes_of_qemu(lab: Machine) -> None:
     lab.sh("echo never >/sys/kernel/mm/transparent_hugepage/enabled")
     guest = Qemu(lab, "g", memory="384M", extra="-S -smp 2" + _NODES).start()

@@ -103,7 +103,7 @@ time.sleep(100000)
 """
 
 
-@pytest.mark.parametrize("memory", ["private", "memfd"])
+@pytest.mark.parametrize("memory", [pytest.param("private", marks=pytest.mark.long), "memfd"])
 def test_a_save_without_a_monitor_makes_no_memory(lab: Machine, memory: str) -> None:
     """As under libvirt, whose connection is the only one: the kernel confirms where memory is."""
     guest = Qemu(lab, "g", extra=MEMORIES[memory]).start()
@@ -156,6 +156,7 @@ def test_holes_of_shared_memory_in_huge_pages(lab: Machine) -> None:
     assert (same.returncode, same.stdout) == (0, b""), same.stdout[:400]
 
 
+@pytest.mark.long
 @pytest.mark.kernel("7.3")
 def test_huge_pages_of_hugetlbfs_are_all_read(lab: Machine) -> None:
     """Nobody tells which of them exist: what is not touched is made, as mtetool-save(1) says."""
