@@ -176,7 +176,10 @@ take_changes(struct runs *runs, const uint8_t *tags, size_t at, uint64_t changes
         for (changes &= changes - 1; changes; changes &= changes - 1) {
             /* Shorter than 64, so that a long length is one byte. */
             size_t stop = at + (size_t)__builtin_ctzll(changes), length = stop - start;
-            if (__builtin_expect(length >= LONG, 0)) { *longs++ = (uint8_t)(length - LONG); length = 0; }
+            if (__builtin_expect(length >= LONG, 0)) {
+                *longs++ = (uint8_t)(length - LONG);
+                length = 0;
+            }
             runs->lengths[n++] = (uint8_t)length;
             runs->values[n] = tags[stop];
             start = stop;
