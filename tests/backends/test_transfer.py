@@ -27,17 +27,20 @@ class _Process:
         self.tag = 1
         self.end = _BASE + 16 * _COPY
         self.asked: list[int] = []
+        self.written: dict[int, bytes] = {}
 
     def begin_ioctl(self, fd: int, request: int, argument: bytes) -> Future[int]:
         ipa, length, at, flags, *_ = (
             int.from_bytes(argument[n : n + 8], "little") for n in range(0, len(argument), 8)
         )
-        assert flags == uapi.KVM_ARM_TAGS_FROM_GUEST
         self.asked.append(ipa)
         begun: Future[int] = Future()
         done = min(length, max(self.end - ipa, 0))
         n = done // uapi.GRANULE_BYTES
-        self.buffer[at : at + n] = bytes([self.tag]) * n
+        if flags == uapi.KVM_ARM_TAGS_TO_GUEST:
+            self.written[ipa] = bytes(self.buffer[at : at + n])
+        else:
+            self.buffer[at : at + n] = self.written.get(ipa, bytes([self.tag]) * n)
         begun.set_result(done or -errno.EFAULT)
         return begun
 
@@ -46,6 +49,9 @@ class _Process:
 
     def read_buffer(self, out: memoryview, offset: int) -> None:
         out[:] = self.buffer[offset : offset + len(out)]
+
+    def write_buffer(self, data: memoryview, offset: int) -> None:
+        self.buffer[offset : offset + len(data)] = data
 
 
 @pytest.fixture
@@ -84,3 +90,40 @@ def test_what_fails_ahead_is_told_to_who_asks_there(process: _Process, transfer:
     process.end = _BASE + _COPY
     assert transfer.read(_BASE, out, _COPY) == _COPY
     assert transfer.read(_BASE + _COPY, out, 0) == -errno.EFAULT
+
+
+def test_writes_that_follow_each_other_are_read_back_each(
+    process: _Process, transfer: Transfer
+) -> None:
+    """The next one is under way while one is read back, and neither takes the other's room."""
+    parts = [memoryview(bytes([n]) * COPY_BYTES) for n in (3, 4, 5, 6)]
+    out = memoryview(bytearray(COPY_BYTES))
+    begun = transfer.begin_write(_BASE, parts[0], then_read=True)
+    for n, part in enumerate(parts):
+        finish = begun
+        if n + 1 < len(parts):
+            begun = transfer.begin_write(_BASE + (n + 1) * _COPY, parts[n + 1], then_read=True)
+        assert finish() == _COPY
+        assert transfer.read(_BASE + n * _COPY, out, 0) == _COPY
+        assert out == part
+    # A write and its copy back for each, and nothing twice.
+    assert process.asked == [_BASE + n // 2 * _COPY for n in range(8)]
+
+
+def test_what_was_not_read_back_whole_is_asked_for_again(
+    process: _Process, transfer: Transfer
+) -> None:
+    part, out = memoryview(bytes([3]) * _PAGE), memoryview(bytearray(_PAGE))
+    size = _PAGE * uapi.GRANULE_BYTES
+    process.end = _BASE + size
+    first = transfer.begin_write(_BASE, part, then_read=True)
+    second = transfer.begin_write(_BASE + size, part, then_read=True)
+    assert (first(), transfer.read(_BASE, out, 0)) == (size, size)
+    assert second() == -errno.EFAULT
+    assert transfer.read(_BASE + size, out, 0) == -errno.EFAULT
+    # Other memory than was written: what was read back is of no use to it.
+    transfer.begin_write(_BASE, part, then_read=True)()
+    process.end = _BASE + 9 * size
+    process.tag = 7
+    assert transfer.read(_BASE + 2 * size, out, 0) == size
+    assert set(out.tobytes()) == {7}
