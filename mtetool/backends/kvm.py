@@ -331,7 +331,9 @@ class KvmGuest:
             try:
                 self._slots = self._ask_monitor().memslots()
             except LayoutUnknownError:
-                if self._options.qmp or not self._mte_is_on():
+                if not self._mte_is_on():
+                    raise mte_off(self._process.pid) from None
+                if self._options.qmp:
                     raise
                 self._slots = self._asked = memslots_of(self._attached(), self._fd)
         return self._slots

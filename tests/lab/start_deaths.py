@@ -123,7 +123,7 @@ def main() -> None:
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)  # Python ignores them
     # Where it dies before the VMM is started, that is told and the VMM is started all the same.
-    wish = Wish(1, 60, False, "every-call" in sys.argv[1:], lambda error: None)
+    wish = Wish(1, 60, False, "every-call" in sys.argv[1:], lambda error: "")
     terminate = "term" in sys.argv[1:]
     plain = run(None, wish, None)
     died = mmap.mmap(-1, 1)  # shared with the companion
