@@ -105,10 +105,9 @@ def _give_mte(made: Made, fd: int, wish: Wish) -> None:
     signal.alarm(_PATIENCE_SECONDS)
     try:
         with _borrowed(made) as (thread, at_return):
-            error = _try(thread, fd)
+            error, closed = _decide(thread, fd, closes=wish.required and at_return)
+            # While the thread does not go on: it may be about to be killed.
             if error is not None:
-                closed = wish.required and at_return and _close(thread, fd)
-                # Before the thread goes on: it may be about to be killed.
                 _fail((made.process,), wish, error, closed=closed)
     except BaseException as other:  # noqa: BLE001 - as above
         _fail((made.process,), wish, _told(other))
@@ -125,6 +124,20 @@ def _borrowed(made: Made) -> Iterator[tuple[BorrowedThread, bool]]:
     at_return = made.at_return and tracee.registers() == before
     with BorrowedThread(made.process, tracee.tid, (), held=tracee) as thread:
         yield thread, at_return
+
+
+def _decide(thread: BorrowedThread, fd: int, *, closes: bool) -> tuple[MtetoolError | None, bool]:
+    """Enable MTE; else why not, and whether the VM was closed and the call that made it fails."""
+    error: MtetoolError | None
+    try:
+        error = _try(thread, fd)
+    except BaseException as other:  # noqa: BLE001 - as above
+        error = _told(other)
+    closed = False
+    if error is not None and closes:
+        with suppress(Exception):
+            closed = _close(thread, fd)
+    return error, closed
 
 
 def _try(thread: BorrowedThread, fd: int) -> MtetoolError | None:

@@ -1,8 +1,8 @@
 """Run in the lab: a VMM is started that shall have MTE, and what watches its start goes wrong.
 
-`python3 -m tests.lab.start_errors os|busy|bug` lets each request to the kernel fail in turn, one a
-start, and prints, as JSON, how many did, and what came of those starts that should not have come
-of them: a VM without MTE.
+`python3 -m tests.lab.start_errors` lets each request to the kernel fail in turn, one a start and
+each in another way, and prints, as JSON, how many did, and what came of those starts that should
+not have come of them: a VM without MTE.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import functools
 import json
 import mmap
 import os
-import sys
 from collections.abc import Callable
 
 from mtetool.attach import alarm, follow, memory, ptrace, stderr
@@ -24,14 +23,14 @@ from tests.lab.stride import deaths_before, turns
 _VMM = ["/lab/newvms", "1"]
 _MTE, _NO_VM = "vm 1 mte=1\nready\n", f"vm 1 errno={errno.EOPNOTSUPP} open=0\nready\n"
 _NOT_STARTED = 4
-_ERRORS: dict[str, Callable[[], Exception]] = {
-    "os": lambda: OSError(errno.EPERM, os.strerror(errno.EPERM)),
-    "busy": lambda: BusyError("it is not its day"),
-    "bug": lambda: RuntimeError("this cannot be"),
-}
+_ERRORS: tuple[Callable[[], Exception], ...] = (
+    lambda: OSError(errno.EPERM, os.strerror(errno.EPERM)),
+    lambda: BusyError("it is not its day"),
+    lambda: RuntimeError("this cannot be"),
+)
 
 
-def fail_at(step: int, failed: mmap.mmap, error: Callable[[], Exception]) -> None:
+def fail_at(step: int, failed: mmap.mmap) -> None:
     """Let the step fail, and whatever is tried after it go well; `failed` is marked then."""
     count = 0
 
@@ -41,7 +40,7 @@ def fail_at(step: int, failed: mmap.mmap, error: Callable[[], Exception]) -> Non
             count += 1
             if count == step:
                 failed[0] = 1
-                raise error()
+                raise _ERRORS[step % len(_ERRORS)]()
             return function(*arguments)
 
         return run
@@ -76,14 +75,13 @@ def run(prepare: Callable[[], None]) -> tuple[str, int]:
 
 def main() -> None:
     """Fail at every step in turn, until a start gets through without."""
-    error = _ERRORS[sys.argv[1]]
     failed = mmap.mmap(-1, 1)  # shared with the companion
     wrong: dict[int, tuple[str, int]] = {}
     ends: dict[str, int] = {}
     first = 1
     for step in turns(first):
         failed[0] = 0
-        said, end = run(functools.partial(fail_at, step, failed, error))
+        said, end = run(functools.partial(fail_at, step, failed))
         ends[f"{said}{end}"] = ends.get(f"{said}{end}", 0) + 1
         if (said, end) not in ((_MTE, 7), (_NO_VM, 7), ("", _NOT_STARTED), ("", -9)):
             wrong[step] = said, end

@@ -213,3 +213,10 @@ def test_sandboxed_qemu_is_borrowed_from_within_its_filter(lab: Machine) -> None
     guest.wait_for_checks()
     lab.run(["mtetool", "save", f"kvm:{guest.pid}", "-o", "/tmp/s"], check=True)
     assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]
+
+
+def test_vm_without_mte_says_so_without_a_monitor_too(lab: Machine) -> None:
+    pid = start_test_vmm(lab, "--no-mte", "0x40000000:0x100000")
+    for words in (["save", "-o", "/tmp/s"], ["dump"]):
+        result = lab.run(["mtetool", *words, f"kvm:{pid}", "--json"])
+        assert (result.returncode, _json(result.stderr)["error"]) == (4, "mte-off"), words
