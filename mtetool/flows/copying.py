@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mtetool.backends.base import Guest
 from mtetool.buffers import prepared
 from mtetool.errors import BusyError, GuestError, errno_name
-from mtetool.flows.layout import UNREACHABLE, Layout
+from mtetool.flows.layout import UNREACHABLE, Layout, layout_of
+from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Missing
 from mtetool.uapi import GRANULE_BYTES
 
@@ -56,15 +57,50 @@ class Copied:
         return len(self.tags) * GRANULE_BYTES
 
 
-def check_has_tags(guest: Guest, layout: Layout, name: str) -> None:
-    """Raise GuestError for a guest without any memory that has tags (MteOffError: MTE is off)."""
-    if layout.taggable:
-        return
-    guest.read_tags(0, bytearray())  # a copy of nothing tells why
-    raise GuestError(
-        f"{name} has no memory that carries tags",
-        hint="see its memslots with: mtetool emu show, or tell them with --memslot IPA:SIZE",
-    )
+def check_mte_is_on(guest: Guest) -> None:
+    """Raise MteOffError for a guest without MTE, whatever its layout and its snapshot are.
+
+    Before anything else is asked of it: where nothing has to be read (memory that was never
+    touched, an empty snapshot) no copy would say so.
+    """
+    guest.read_tags(0, bytearray())  # a copy of nothing passes every check, or says why not
+
+
+def check_has_tags(layout: Layout, name: str) -> None:
+    """Raise GuestError for a guest without any memory that has tags."""
+    if not layout.taggable:
+        raise GuestError(
+            f"{name} has no memory that carries tags",
+            hint="see its memslots with: mtetool emu show, or name them with --memslot IPA:SIZE",
+        )
+
+
+def tagged_layout(guest: Guest, name: str, otherwise: Sequence[Memslot] | None = None) -> Layout:
+    """The layout of a guest that has tags; `otherwise` is that of `layout_of`.
+
+    Raises MteOffError, GuestError for a guest without memory, LayoutUnknownError.
+    """
+    check_mte_is_on(guest)
+    layout = layout_of(guest, otherwise)
+    check_has_tags(layout, name)
+    return layout
+
+
+def check_takes_tags(guest: Guest, ipa: int) -> None:
+    """Raise what a write of tags at `ipa` would raise for any memory; nothing is written.
+
+    PermissionRefusedError where this user may not write to the guest, BusyError while it logs
+    dirty pages, GuestError.
+    """
+    try:
+        guest.write_tags(ipa, bytearray())
+    except OSError as error:
+        number = error.errno or errno.EIO
+        _raise_for_whole_vm(number, ipa, writing=True)
+        raise GuestError(
+            f"no tags can be written: {os.strerror(number)} ({errno_name(number)})",
+            errno=errno_name(number),
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

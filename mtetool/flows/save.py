@@ -16,7 +16,7 @@ from mtetool.errors import (
     PartialError,
     UsageError,
 )
-from mtetool.flows.copying import Copied, Fill, Later, TagReader, check_has_tags
+from mtetool.flows.copying import Copied, Fill, Later, TagReader, check_has_tags, check_mte_is_on
 from mtetool.flows.freezing import DEFAULT_SPOOL_BYTES, Spool, held_still
 from mtetool.flows.layout import (
     UNREACHABLE,
@@ -104,9 +104,10 @@ def save(
     for the first page that cannot be read, with partial "fail"; GuestError when nothing at
     all can be read or the guest is gone. SnapshotError and BaseNeededError of the base.
     """
+    check_mte_is_on(guest)
     info = guest.info()
     layout = Layout(info.memslots, guest.page_size_bytes)
-    check_has_tags(guest, layout, info.source)
+    check_has_tags(layout, info.source)
     scope = decide_scope(layout, options, info.source)
     # What takes its time (the monitor, threads, memory for the tags) comes before the guest
     # stands still.
