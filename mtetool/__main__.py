@@ -12,7 +12,14 @@ from contextlib import contextmanager, suppress
 from itertools import pairwise
 from types import FrameType
 
-from mtetool.errors import STATUS_HOST, STATUS_OK, MtetoolError, NoMemoryError, host_error
+from mtetool.errors import (
+    DETAIL_KEYS,
+    STATUS_HOST,
+    STATUS_OK,
+    MtetoolError,
+    NoMemoryError,
+    host_error,
+)
 
 STATUS_CLOSED_PIPE = 128 + signal.SIGPIPE
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -189,7 +196,8 @@ def _as_json(error: MtetoolError) -> str:
     }
     import json
 
-    return json.dumps({**fixed, **error.details, **fixed}, default=str)
+    details = {**dict.fromkeys(DETAIL_KEYS), **error.details}
+    return json.dumps({**fixed, **details, **fixed}, default=str)
 
 
 def wants_json(arguments: Sequence[str]) -> bool:

@@ -12,10 +12,9 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
-from mtetool.attach import memory
+from mtetool.attach import memory, procfs
 from mtetool.attach.alarm import SIGNAL, IoctlAlarm
 from mtetool.attach.ptrace import (
     EVENT_EXEC,
@@ -255,7 +254,7 @@ def peek() -> tuple[int, int | None]:
 def process_of(tid: int) -> int:
     """The process that the thread belongs to. Raises ProcessLookupError where it is gone."""
     try:
-        lines = Path(f"/proc/{tid}/status").read_text(errors="replace").splitlines()
+        lines = procfs.lines(f"/proc/{tid}/status")
     except FileNotFoundError:
         raise ProcessLookupError from None
     return next(int(line.split()[1]) for line in lines if line.startswith("Tgid:"))

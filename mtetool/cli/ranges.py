@@ -31,14 +31,14 @@ def size(n_bytes: int) -> str:
     return f"{value:.1f} {unit} ({n_bytes} bytes)"
 
 
-def missing_json(name: str, tally: Tally[Missing]) -> dict[str, Any]:
-    """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report."""
-    return _counted(name, tally, [missing_row(item) for item in tally.items])
+def missing_json(name: str, tally: Tally[Missing] | None) -> dict[str, Any]:
+    """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report; null where there is none."""
+    return _counted(name, tally, [missing_row(item) for item in tally.items] if tally else [])
 
 
-def extents_json(name: str, tally: Tally[Extent]) -> dict[str, Any]:
-    """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report."""
-    return _counted(name, tally, extent_rows(tally.items))
+def extents_json(name: str, tally: Tally[Extent] | None) -> dict[str, Any]:
+    """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report; null where there is none."""
+    return _counted(name, tally, extent_rows(tally.items) if tally else [])
 
 
 def extent_rows(extents: Iterable[Extent]) -> list[dict[str, int]]:
@@ -81,7 +81,9 @@ def extent_lines(title: str, tally: Tally[Extent]) -> list[str]:
     return _listed(title, tally, [_span(item) for item in tally.items[:_TEXT_MAX]])
 
 
-def _counted(name: str, tally: Tally[Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _counted(name: str, tally: Tally[Any] | None, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if tally is None:
+        return dict.fromkeys((f"{name}_bytes", f"{name}_count", name))
     return {f"{name}_bytes": tally.size_bytes, f"{name}_count": tally.count, name: list(rows)}
 
 
