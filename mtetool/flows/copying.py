@@ -20,6 +20,7 @@ from mtetool.flows.layout import UNREACHABLE, Layout, layout_of
 from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Missing
 from mtetool.uapi import GRANULE_BYTES
+from mtetool.words import counted
 
 CHUNK_GRANULES = 4 << 20
 """4 MiB of tag bytes, 64 MiB of guest memory: the fastest size that was measured."""
@@ -375,7 +376,7 @@ def _way_around(
     reason = _reason(number, at, layout, writing)
     n_pages = (stop - at) // layout.page_size_bytes
     if tried < n_pages:
-        reason += f"; {tried:,} of these {n_pages:,} pages were tried"
+        reason += f"; {tried:,} of these {counted(n_pages, 'page')} were tried"
     return Missing(at, stop - at, number, reason)
 
 
