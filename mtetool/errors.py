@@ -195,6 +195,12 @@ class LayoutUnknownError(GuestError):
     id = "layout-unknown"
 
 
+class ForeignMonitorError(GuestError):
+    """The monitor given with --qmp is not proven to be that of the VM."""
+
+    id = "foreign-monitor"
+
+
 class WrongHostError(GuestError):
     """The host's architecture has no MTE (not arm64)."""
 

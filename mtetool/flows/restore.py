@@ -157,7 +157,7 @@ class _Restorer:
         self._layout = layout
         self._relocation = relocation
         self._options = options
-        self._reader = TagReader(guest, layout)
+        self._reader = TagReader(guest, layout, insist=options.every_page)
         self._comparer = Comparer(self._reader)
         self._begun: _Begun | None = None
         self.result = RestoreResult(header, guest.paused(), options.dry_run)
@@ -378,7 +378,8 @@ class _Restorer:
         """Begin to write; what was begun before is finished and compared meanwhile."""
         self._finish_overlapping(ipa, len(tags) * GRANULE_BYTES)
         verify = self._options.verify
-        steps = write_extent(self._guest, ipa, tags, self._layout, then_read=verify)
+        insist = self._options.every_page
+        steps = write_extent(self._guest, ipa, tags, self._layout, then_read=verify, insist=insist)
         before, self._begun = self._begun, _Begun(ipa, tags, steps, may_be_readonly)
         if before is not None:
             self._finish(before)

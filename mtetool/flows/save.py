@@ -15,6 +15,7 @@ from mtetool.errors import (
     GuestLostError,
     PartialError,
     UsageError,
+    errno_name,
 )
 from mtetool.flows.copying import Copied, Fill, Later, TagReader, check_has_tags, check_mte_is_on
 from mtetool.flows.freezing import DEFAULT_SPOOL_BYTES, Spool, held_still
@@ -123,7 +124,9 @@ def save(
         others = base is None and all(guest.any_thread_reads(e.ipa, e.size_bytes) for e in scope)
         if not others:
             writer.warm_up()
-        reader = TagReader(guest, layout, n_buffers=1 if others else writer.window + 1)
+        reader = TagReader(
+            guest, layout, n_buffers=1 if others else writer.window + 1, insist=options.every_page
+        )
         with held_still(guest, wanted=options.freeze) as thaw:
             started = time.perf_counter()
             _copy(reader, writer, result, options, base, progress)
@@ -204,7 +207,7 @@ def _copy(
             writer.add_missing(missing)
             result.missing.add(missing)
     if not result.saved_bytes:
-        raise _nothing(result)
+        raise _nothing(result, reader)
 
 
 def _on(base: Layers, header: Header) -> Header:
@@ -265,12 +268,25 @@ def _with_where(error: GuestError, result: SaveResult, ipa: int) -> GuestError:
     return error
 
 
-def _nothing(result: SaveResult) -> GuestError:
-    first = result.missing.items[0]
+def _nothing(result: SaveResult, reader: TagReader) -> GuestError:
+    """Nothing was read: what was tried for that, and whether that was all there is."""
+    (first,) = result.missing.first(1)
+    failed, untried = reader.failed_pages, reader.untried_pages
+    if untried:
+        return GuestError(
+            f"no tags were read: {failed:,} of {failed + untried:,} pages were tried, and none of"
+            f" them can be read ({errno_name(first.errno or 0)} at {first.ipa:#x})",
+            hint="to try every page: --every-page; nothing was saved",
+            ipa=first.ipa,
+            tried_pages=failed,
+            untried_pages=untried,
+        )
     return GuestError(
         f"no tags at all can be read: {first.ipa:#x}: {first.reason}",
         hint="nothing was saved; check the memslots, and with --memslot that they are right",
         ipa=first.ipa,
+        tried_pages=failed,
+        untried_pages=0,
     )
 
 
