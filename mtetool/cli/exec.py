@@ -6,8 +6,8 @@ import sys
 
 import click
 
-from mtetool.cli.render import printable
 from mtetool.errors import MtetoolError
+from mtetool.words import printable
 
 
 @click.command("exec", context_settings={"allow_interspersed_args": False})

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtetool.cli.options import report_option
+from mtetool.cli.options import quiet_option, report_option
 from mtetool.cli.ranges import size
 from mtetool.cli.render import describe_guest, print_json, say, table, warn
+from mtetool.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -28,7 +29,7 @@ _MTE = {True: "on", False: "off", None: "unknown"}
 
 @click.command("list")
 @click.option("--no-attach", is_flag=True, help="Attach to no VMM: say only what /proc shows.")
-@click.option("-q", "--quiet", is_flag=True, help="No warnings on standard error.")
+@quiet_option
 @report_option
 def command(no_attach: bool, quiet: bool, output: str) -> int:
     """List the VMs of this host: PID, VMM, name, vCPUs, memory, MTE, state, owner.
@@ -47,11 +48,11 @@ def command(no_attach: bool, quiet: bool, output: str) -> int:
             warn(line)
     if output == "json":
         vms = [_document(vm) for vm in listing.vms]
-        unseen = {"unseen_processes": len(listing.unseen)}
-        print_json({"schema": "mtetool.list/1", "vms": vms, **unseen})
+        head = {"schema": "mtetool.list/1", "vms": vms}
+        print_json({**head, "unseen_processes": len(listing.unseen)})
         return 0
     header = ("GUEST", "VMM", "NAME", "VCPUS", "MEMORY", "MTE", "STATE", "OWNER")
-    say(table(header, (_row(vm) for vm in listing.vms), right=("VCPUS",)))
+    say(*table(header, (_row(vm) for vm in listing.vms), right=("VCPUS",)))
     return 0
 
 
@@ -61,7 +62,7 @@ def _unseen(errors: Iterable[PermissionRefusedError]) -> Iterator[str]:
     for error in errors:
         by_reason.setdefault(error.details.get("reason"), []).append(error)
     for reason, found in by_reason.items():
-        subject = "1 process" if len(found) == 1 else f"{len(found)} processes"
+        subject = counted(len(found), "process", "processes")
         may_be = "a VMM" if len(found) == 1 else "VMMs"
         which = _UNSEEN.get(str(reason), "")
         hint = "run mtetool as root" if reason == "other-user" else found[0].hint
