@@ -25,6 +25,7 @@ from mtetool.attach.ptrace import (
     WALL,
     Tracee,
 )
+from mtetool.errors import AttachRefusedError
 
 _NR_IOCTL = 29  # include/uapi/asm-generic/unistd.h
 _SVC = bytes.fromhex("010000d4")
@@ -173,7 +174,7 @@ class Follower:
             self._seen[process] = self._look(process)
         found = self._compared(tracee)
         if event in (EVENT_EXEC, EVENT_STOP):
-            self._arm(tracee.tid, anew=event == EVENT_EXEC)
+            self._arm(tracee, anew=event == EVENT_EXEC)
         return found
 
     def _is_alarm(self, tracee: Tracee, number: int) -> bool:
@@ -183,7 +184,10 @@ class Follower:
     def _at_alarm(self, tracee: Tracee) -> Made | None:
         # A call changes no register but the one of its result. Where the alarm was late, the
         # thread has gone on, and the registers say nothing.
-        registers = tracee.registers()
+        try:
+            registers = tracee.registers()
+        except AttachRefusedError:
+            return None  # a 32-bit program, which KVM does not serve here
         x = registers.x
         if x[8] == _NR_IOCTL and x[1] & 0xFFFF_FFFF == self._request:
             process = self._process_of[tracee.tid]
@@ -213,11 +217,14 @@ class Follower:
         self._seen[process] = now
         return Made(tracee, process, tuple(sorted(new)), False, deliver) if new else None
 
-    def _arm(self, tid: int, *, anew: bool) -> None:
+    def _arm(self, tracee: Tracee, *, anew: bool) -> None:
         """Set the alarm of a process; anew when it executes a program: its thread may be new."""
+        tid = tracee.tid
         if anew:
             self._forget_alarm(tid)
-        if not self._every_call and tid not in self._alarms and self._process_of[tid] == tid:
+        if self._every_call or tid in self._alarms or self._process_of[tid] != tid:
+            return
+        if not tracee.signal_mask() >> (SIGNAL - 1) & 1:  # programs inherit what is blocked
             with suppress(OSError):
                 self._alarms[tid] = IoctlAlarm(tid)
 

@@ -353,6 +353,17 @@ def test_blocked_signals_stay_blocked_and_stop_no_timer(lab: Machine) -> None:
     assert result.stdout == b"SigBlk:\t0000000000006000\n"
 
 
+def test_vmm_that_is_started_with_all_signals_blocked(lab: Machine) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\n"
+        "os.execvp(sys.argv[1], sys.argv[1:])\n"
+    )
+    command = ["python3", "-c", script, "mtetool", "exec", "--", "/lab/newvms", "1"]
+    result = lab.run(command, timeout=60)
+    assert (result.stdout, result.stderr) == (b"vm 1 mte=1\nready\n", b"")
+
+
 def test_host_without_kvm(lab: Machine) -> None:
     hidden = "mv /dev/kvm /dev/no; {}; status=$?; mv /dev/no /dev/kvm; exit $status"
     result = lab.sh(hidden.format("mtetool exec -- echo started"), check=False)
