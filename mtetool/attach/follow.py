@@ -69,6 +69,7 @@ class Follower:
         self._look = look
         self._every_call = every_call
         self._alarms: dict[int, IoctlAlarm] = {}
+        self._blocking: set[int] = set()
         self._calling: set[int] = set()
         self._seen: dict[int, frozenset[int]] = {}
         self._process_of: dict[int, int] = {}
@@ -162,6 +163,8 @@ class Follower:
             if value == _NR_IOCTL and argument & 0xFFFF_FFFF == self._request:
                 self._calling.add(tracee.tid)
             return None
+        if tracee.tid in self._blocking:
+            self._arm(tracee, anew=False)
         if tracee.tid not in self._calling:
             return None
         self._calling.remove(tracee.tid)
@@ -224,9 +227,13 @@ class Follower:
             self._forget_alarm(tid)
         if self._every_call or tid in self._alarms or self._process_of[tid] != tid:
             return
-        if not tracee.signal_mask() >> (SIGNAL - 1) & 1:  # programs inherit what is blocked
-            with suppress(OSError):
-                self._alarms[tid] = IoctlAlarm(tid)
+        # A program inherits what is blocked; between fork and exec all may be, for a moment.
+        if tracee.signal_mask() >> (SIGNAL - 1) & 1:
+            self._blocking.add(tid)
+            return
+        self._blocking.discard(tid)
+        with suppress(OSError):
+            self._alarms[tid] = IoctlAlarm(tid)
 
     def _resume(self, tracee: Tracee, signal_number: int = 0) -> None:
         if tracee.tid in self._alarms:
@@ -238,6 +245,7 @@ class Follower:
         os.waitpid(tid, WALL)
         self._forget_alarm(tid)
         self._calling.discard(tid)
+        self._blocking.discard(tid)
         self._process_of.pop(tid, None)
         self._seen.pop(tid, None)
 
