@@ -2,7 +2,7 @@
 
 `python3 -m tests.lab.places PID` prints JSON: the places (ipa, size, address), those that QEMU's
 monitor at `--qmp PATH` tells, the number of questions, how many of them were guesses, and the
-time; and whether what the VMM has in memory stayed the same.
+time; and whether the same pages of the guest's memory existed before and after.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mtetool.backends import GuestOptions, asking
 from mtetool.backends.kvm import open_kvm
 from mtetool.vmm.monitors import open_given
 from mtetool.vmm.placing import Guess
-from tests.lab.asking import settled
+from tests.lab.existing import large_memory
 
 
 def main() -> None:
@@ -45,13 +45,13 @@ def main() -> None:
         session = guest._attached()
         Session.ioctl = counted  # type: ignore[method-assign]
         asking._Asking.confirms = noted  # type: ignore[method-assign]
-        before = settled(pid)
+        before = large_memory(pid)
         slots = asking.memslots_of(session, guest._fd)
         n_layout = len(questions)
         began = time.monotonic()
         places = asking.places_of(session, guest._fd, slots)
         seconds = time.monotonic() - began
-        after = settled(pid)
+        after = large_memory(pid)
         assert asking.memslots_of(session, guest._fd) == slots
     # Nothing that was asked was ever done.
     assert all(result < 0 for result in questions)
