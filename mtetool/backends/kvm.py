@@ -214,7 +214,7 @@ class KvmGuest:
         view = as_bytes(tags)
         self._check(ipa, len(view) * uapi.GRANULE_BYTES)
         if not view:
-            return self._answered(self._transfers().nothing(), ipa)
+            return self._answered(self._transfers().nothing(uapi.KVM_ARM_TAGS_TO_GUEST), ipa)
         done = 0
         while done < len(view):
             part = view[done : done + COPY_BYTES]
