@@ -153,5 +153,4 @@ def _foreign(pid: int, where: str, peer: unix_sockets.Peer) -> ForeignMonitorErr
         " VMs are listed by: mtetool list",
         pid=pid,
         path=where,
-        peer=peer.pid or None,
     )
