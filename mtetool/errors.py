@@ -173,6 +173,12 @@ class LayoutUnknownError(GuestError):
     id = "layout-unknown"
 
 
+class WouldAllocateError(GuestError):
+    """Reading the guest's tags would allocate memory that it does not have yet."""
+
+    id = "would-allocate"
+
+
 class WrongHostError(GuestError):
     """The host's architecture has no MTE (not arm64)."""
 

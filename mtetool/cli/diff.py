@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mtetool.backends import GuestOptions
-from mtetool.cli.options import RANGE, Range, report_option
+from mtetool.cli.options import EVERY_PAGE_OPTION, RANGE, Range, report_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import missing_json, why
 from mtetool.cli.render import printable
@@ -30,10 +30,16 @@ _BATCH_ROWS = 4096
 @click.option(
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
 )
+@EVERY_PAGE_OPTION
 @with_guest_options
 @report_option
 def command(
-    a: str, b: str, ranges: tuple[Range, ...], guest_options: GuestOptions, output: str
+    a: str,
+    b: str,
+    ranges: tuple[Range, ...],
+    every_page: bool,
+    guest_options: GuestOptions,
+    output: str,
 ) -> int:
     """Say where the tags of A and B (guests, snapshots, or -) differ.
 
@@ -47,7 +53,10 @@ def command(
     if a == b == "-":
         raise UsageError("standard input can only be one of the two")
     asked = [Extent(*one) for one in ranges]
-    with open_source(a, guest_options) as left, open_source(b, guest_options) as right:
+    with (
+        open_source(a, guest_options, every_page=every_page) as left,
+        open_source(b, guest_options, every_page=every_page) as right,
+    ):
         check_ranges(asked, left, right)
         out = _Output(a, b, as_json=output == "json")
         return out.write(diff(left, right, asked or None))

@@ -16,6 +16,7 @@ from mtetool.errors import (
     PartialError,
     UsageError,
 )
+from mtetool.flows.allocating import check_allocates_nothing
 from mtetool.flows.copying import Copied, Fill, Later, TagReader, check_has_tags
 from mtetool.flows.freezing import DEFAULT_SPOOL_BYTES, Spool, held_still
 from mtetool.flows.layout import (
@@ -100,14 +101,16 @@ def save(
 ) -> SaveResult:
     """Write a guest's tags to `out`, front to back; with `base` what has changed since.
 
-    Raises MisalignedError, RangeError and UsageError before anything is read; PartialError
-    for the first page that cannot be read, with partial "fail"; GuestError when nothing at
-    all can be read or the guest is gone. SnapshotError and BaseNeededError of the base.
+    Raises MisalignedError, RangeError, UsageError and WouldAllocateError before anything is
+    read; PartialError for the first page that cannot be read, with partial "fail"; GuestError
+    when nothing at all can be read or the guest is gone. SnapshotError and BaseNeededError of
+    the base.
     """
     info = guest.info()
     layout = Layout(info.memslots, guest.page_size_bytes)
     check_has_tags(guest, layout, info.source)
     scope = decide_scope(layout, options, info.source)
+    check_allocates_nothing(guest, scope, info.source, every_page=options.every_page)
     # What takes its time (the monitor, threads, memory for the tags) comes before the guest
     # stands still.
     paused_before = True if options.freeze else guest.paused()
