@@ -98,7 +98,7 @@ class FakeGuest:
         return False
 
     def would_make(self, ranges: Sequence[tuple[int, int]]) -> int:
-        return self.would_make_bytes
+        return min(self.would_make_bytes, sum(size_bytes for _, size_bytes in ranges))
 
     def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
         if not self.knows_untagged:
