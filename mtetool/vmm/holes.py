@@ -114,9 +114,11 @@ def _windows(pid: int) -> Iterator[_Window]:
                 kind, status = file_system(fd), os.fstat(fd)
             finally:
                 os.close(fd)
+            holes = status.st_size - status.st_blocks * _BLOCK_BYTES
             if kind in (TMPFS, HUGETLBFS):
-                holes = max(status.st_size - status.st_blocks * _BLOCK_BYTES, 0)
-                yield _Window(start, end, file, holes, kind == HUGETLBFS)
+                if holes > 0:  # private huge pages are not the file's, but in the page tables
+                    holes = min(holes, end - start - _present(pid, start, end))
+                yield _Window(start, end, file, max(holes, 0), kind == HUGETLBFS)
 
 
 def _present(pid: int, start: int, end: int) -> int:

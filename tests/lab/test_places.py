@@ -22,7 +22,7 @@ _NODES = "".join(
 
 def _places(lab: Machine, pid: int, *words: str) -> dict[str, Any]:
     command = ["python3", "-m", "tests.lab.places", str(pid), *words]
-    result = lab.run(command, env={"PYTHONPATH": "/opt/mtetool"}, check=True)
+    result = lab.run(command, env={"PYTHONPATH": "/opt/mtetool"}, check=True, timeout=600)
     found: dict[str, Any] = json.loads(result.stdout)
     print(found, flush=True)
     assert found["same"]
@@ -109,7 +109,8 @@ def test_a_monitor_that_tells_wrong_addresses(lab: Machine) -> None:
     save = f"save kvm:{guest.pid} --qmp {guest.qmp_path} -o"
     lab.sh(
         f"PYTHONPATH=/opt/mtetool python3 /tmp/lie.py 0x{empty[0]} {save} /tmp/s"
-        f" && mtetool {save} /tmp/every --every-page"
+        f" && mtetool {save} /tmp/every --every-page",
+        timeout=600,
     )
     tagged = json.loads(lab.sh("mtetool info --json /tmp/s").stdout)
     assert tagged["tagged_bytes"] > 0, tagged

@@ -49,7 +49,7 @@ def test_words_show_what_the_scan_shows(lab: Machine, memory: str) -> None:
     guest.wait_for_checks(1)
     guest.qmp("stop")
     command = ["python3", "-m", "tests.lab.words", str(guest.pid)]
-    found = json.loads(lab.run(command, env=_ENV, check=True).stdout)
+    found = json.loads(lab.run(command, env=_ENV, check=True, timeout=600).stdout)
     print(found)
     assert found["scanned"] > 1000
     assert (found["lost"], found["not_zeros"]) == (0, 0)
@@ -62,6 +62,7 @@ def test_words_show_what_the_scan_shows(lab: Machine, memory: str) -> None:
         ["python3", "/tmp/old.py", "save", f"kvm:{guest.pid}", "-o", "/tmp/old"],
         env=_ENV,
         check=True,
+        timeout=600,
     )
     assert file_bytes(lab, guest.pid) == before
     lab.sh(f"mtetool save kvm:{guest.pid} -o /tmp/s --every-page")

@@ -63,6 +63,7 @@ def process(*words: str) -> Iterator[tuple[int, list[int]]]:
         (["private:64:0", "memfd:32:0"], 64, 0),
         # And what may be a part of it.
         (["memfd:32:0", "memfd:32:8"], 64, 56),
+        (["memfd:32:32", "memfd:32:8"], 64, 24),
         # No more than is read.
         (["memfd:64:0"], 8, 8),
     ],
