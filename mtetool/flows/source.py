@@ -14,8 +14,8 @@ from mtetool.backends import GuestOptions, is_guest, open_guest
 from mtetool.backends.base import Guest
 from mtetool.errors import BaseNeededError, host_error
 from mtetool.flows.allocating import check_allocates_nothing
-from mtetool.flows.copying import Copied, Fill, Step, TagReader, check_has_tags, cut
-from mtetool.flows.layout import check_aligned, check_inside, common, layout_of, merged
+from mtetool.flows.copying import Copied, Fill, Step, TagReader, cut, tagged_layout
+from mtetool.flows.layout import check_aligned, check_inside, common, merged
 from mtetool.snapshot.index import Entry, IndexedSnapshot
 from mtetool.snapshot.model import Extent, Missing
 from mtetool.snapshot.opening import display_name, is_seekable, opened
@@ -112,8 +112,7 @@ class GuestSource:
         self.page_size_bytes = guest.page_size_bytes
         self._guest = guest
         self._every_page = every_page
-        self._layout = layout_of(guest)
-        check_has_tags(guest, self._layout, name)
+        self._layout = tagged_layout(guest, name)
         self._reader = TagReader(guest, self._layout)
 
     def extents(self) -> list[Extent]:

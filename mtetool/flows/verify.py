@@ -9,9 +9,9 @@ from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL
 from mtetool.flows.allocating import check_allocates_nothing
 from mtetool.flows.checking import Checked, check
 from mtetool.flows.comparing import Comparer
-from mtetool.flows.copying import Copied, Fill, TagReader, check_has_tags
+from mtetool.flows.copying import Copied, Fill, TagReader, tagged_layout
 from mtetool.flows.layers import Layers
-from mtetool.flows.layout import layout_of, slots_of, total_bytes
+from mtetool.flows.layout import slots_of, total_bytes
 from mtetool.flows.pieces import Progress, no_progress
 from mtetool.flows.stored import stored
 from mtetool.flows.tally import Tally
@@ -59,8 +59,7 @@ def verify_against(
     WouldAllocateError where memory would be made and `every_page` is false.
     """
     whole = stored(reader)
-    layout = layout_of(guest, slots_of(whole.header))
-    check_has_tags(guest, layout, name)
+    layout = tagged_layout(guest, name, slots_of(whole.header))
     check_allocates_nothing(guest, whole.header.scope, name, every_page=every_page)
     comparer = Comparer(TagReader(guest, layout))
     result = VerifyResult(Checked(whole.header), name, guest.paused())

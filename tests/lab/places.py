@@ -17,8 +17,8 @@ from mtetool.attach.session import Session
 from mtetool.backends import GuestOptions, asking
 from mtetool.backends.kvm import open_kvm
 from mtetool.guest import Memslot
+from mtetool.vmm.monitors import open_given
 from mtetool.vmm.placing import Guess, Place
-from mtetool.vmm.qemu import Monitor
 from tests.lab.asking import settled
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     told: list[Place] | None = None
     layout: tuple[Memslot, ...] = ()
     if len(sys.argv) > 2:
-        with Monitor(Path(sys.argv[2])) as monitor:
+        with open_given(pid, Path(sys.argv[2])) as monitor:
             told, layout = monitor.host_addresses(), monitor.memslots()
     questions: list[int] = []
     guesses: list[Guess] = []

@@ -159,7 +159,7 @@ def test_holes_of_shared_memory_in_huge_pages(lab: Machine) -> None:
 @pytest.mark.long
 @pytest.mark.kernel("7.3")
 def test_huge_pages_of_hugetlbfs_are_all_read(lab: Machine) -> None:
-    """It is unknown which of them exist: made only where that is wanted, as mtetool-save(1) says."""
+    """Which of them exist is unknown: made only where that is wanted, see mtetool-save(1)."""
     lab.sh("echo 150 >/proc/sys/vm/nr_hugepages")
     memory = MEMORIES["memfd"].replace("share=on", "share=on,hugetlb=on,hugetlbsize=2M")
     try:
