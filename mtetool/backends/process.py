@@ -159,7 +159,7 @@ class ProcessGuest:
         yield ipa, size_bytes
 
     def would_make(self, ranges: Sequence[tuple[int, int]]) -> int:
-        """See `Guest.would_make`: 0, as what was never touched is not read."""
+        """See `Guest.would_make`; not counted: mtetool(1) says what reading fills."""
         return 0
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
