@@ -195,6 +195,12 @@ class LayoutUnknownError(GuestError):
     id = "layout-unknown"
 
 
+class WouldAllocateError(GuestError):
+    """Reading the guest's tags would allocate memory that it does not have yet."""
+
+    id = "would-allocate"
+
+
 class ForeignMonitorError(GuestError):
     """The monitor given with --qmp is not proven to be that of the VM."""
 
