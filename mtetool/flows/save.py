@@ -103,6 +103,7 @@ def save(
     Raises MisalignedError, RangeError and UsageError before anything is read; PartialError
     for the first page that cannot be read, with partial "fail"; GuestError when nothing at
     all can be read or the guest is gone. SnapshotError and BaseNeededError of the base.
+    OutputStalledError where a frozen guest would have to wait for `out`.
     """
     info = guest.info()
     layout = Layout(info.memslots, guest.page_size_bytes)
@@ -124,6 +125,8 @@ def save(
             writer.warm_up()
         reader = TagReader(guest, layout, n_buffers=1 if others else writer.window + 1)
         with held_still(guest, wanted=options.freeze) as thaw:
+            if options.freeze:
+                spool.hurry()
             started = time.perf_counter()
             _copy(reader, writer, result, options, base, progress)
             result.copy_seconds = time.perf_counter() - started
