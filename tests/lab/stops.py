@@ -27,12 +27,12 @@ _SNAPSHOT = "/tmp/stops.out"
 
 
 class Guest:
-    """The threads of a VMM's vCPUs."""
+    """The threads of a VMM's vCPUs: those with such a name, as QEMU's have, or all."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        tasks = Path(f"/proc/{pid}/task").iterdir()
-        self._vcpus = [task for task in tasks if "KVM" in (task / "comm").read_text()]
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        self._vcpus = [t for t in tasks if "KVM" in (t / "comm").read_text()] or tasks
 
     def stands(self) -> bool:
         """Whether a vCPU is held."""
@@ -66,7 +66,7 @@ def until(condition: Callable[[], bool]) -> None:
 def save(guest: Guest, *more: str) -> list[str]:
     """The command that freezes the guest."""
     words = ["mtetool", "save", f"kvm:{guest.pid}", "--freeze", "--force", "-o", _SNAPSHOT]
-    return [*words, "--range", "0x40000000:64M", *more]
+    return [*words, "--memslot", "0x40000000:64M", *more]
 
 
 def fault(name: str) -> dict[str, str]:
