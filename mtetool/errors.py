@@ -287,6 +287,12 @@ class HostIoError(HostError):
     id = "io"
 
 
+class OutputStalledError(HostError):
+    """The output takes so little that a guest would have stood still for it."""
+
+    id = "output-stalled"
+
+
 class NoMemoryError(HostError):
     """This host has no memory left for what was asked."""
 
