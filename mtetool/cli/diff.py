@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import click
 
 from mtetool.backends import GuestOptions
-from mtetool.cli.options import RANGE, Range, report_option
+from mtetool.cli.naming import check_inputs
+from mtetool.cli.options import NAME, RANGE, Range, report_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import missing_json, why
 from mtetool.cli.render import printable
-from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL, UsageError
+from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL
 
 if TYPE_CHECKING:
     from mtetool.flows.diff import Difference
@@ -25,8 +26,8 @@ _BATCH_ROWS = 4096
 
 
 @click.command("diff")
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
+@click.argument("a", type=NAME, metavar="A")
+@click.argument("b", type=NAME, metavar="B")
 @click.option(
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
 )
@@ -44,8 +45,7 @@ def command(
     from mtetool.flows.source import open_source
     from mtetool.snapshot.model import Extent
 
-    if a == b == "-":
-        raise UsageError("standard input can only be one of the two")
+    check_inputs(sources=[a, b])
     asked = [Extent(*one) for one in ranges]
     with open_source(a, guest_options) as left, open_source(b, guest_options) as right:
         check_ranges(asked, left, right)

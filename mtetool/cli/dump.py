@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from mtetool.backends import GuestOptions
-from mtetool.cli.options import RANGE, Range, output_option
+from mtetool.cli.naming import check_inputs
+from mtetool.cli.options import NAME, RANGE, Range, output_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import extent_rows, missing_json, why
 from mtetool.cli.render import printable, warn
@@ -29,7 +30,7 @@ _BATCH_ROWS = 4096
 
 
 @click.command("dump")
-@click.argument("source", metavar="SOURCE")
+@click.argument("source", type=NAME, metavar="SOURCE")
 @click.option("--granules", "each", is_flag=True, help="A row for each granule (16 bytes).")
 @click.option(
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
@@ -56,6 +57,7 @@ def command(
         raise UsageError("raw tags are not for a terminal", hint="a pipe, or > FILE behind it")
     if output == "raw" and each:
         raise UsageError("--granules is for text and json: raw has one byte a granule anyway")
+    check_inputs(sources=[source])
     with open_source(source, guest_options) as opened:
         extents = asked(opened, [Extent(*one) for one in ranges])
         if output == "raw":

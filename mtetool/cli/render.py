@@ -7,8 +7,11 @@ is wrapped, truncated or read as markup.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
+
+from mtetool.errors import host_error
 
 if TYPE_CHECKING:
     from mtetool.guest import GuestInfo
@@ -30,6 +33,46 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """A warning; a command with `--quiet` does not call this."""
     sys.stderr.write(f"mtetool: warning: {printable(text)}\n")
+
+
+@contextmanager
+def printing(truth: str, **details: object) -> Iterator[None]:
+    """Print within this the report of what was done; `truth` is what holds though nobody reads it.
+
+    Raises HostError, with `truth` and `details`, where the report cannot be printed.
+    BrokenPipeError passes: whoever closed the pipe wanted no report.
+    """
+    stream = sys.stdout
+    try:
+        yield
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        name = "standard error" if stream is sys.stderr else "standard output"
+        told = host_error(error, f"the report cannot be printed to {name}", **details)
+        told.message = f"{told.message}; {truth}"
+        told.args = (told.message,)
+        raise told from error
+
+
+@contextmanager
+def reporting_on(target: str, status: int) -> Iterator[None]:
+    """`printing` for a command that wrote a snapshot to `target`, which ends with `status`.
+
+    The report goes to standard error where the snapshot has standard output for itself.
+    """
+    is_streamed = target == "-"
+    truth = "the snapshot went to standard output whole" if is_streamed else ""
+    truth = truth or f"the snapshot {target} is whole, and kept"
+    if status:
+        truth += f" (the status would have been {status})"
+    path = None if is_streamed else target
+    with (
+        redirect_stdout(sys.stderr if is_streamed else sys.stdout),
+        printing(truth, path=path, kept=True, result_status=status),
+    ):
+        yield
 
 
 def printable(text: str) -> str:
