@@ -136,19 +136,7 @@ def _guarded(run: Callable[[], int], arguments: Sequence[str]) -> int:
 def _from_os_error(error: OSError) -> MtetoolError:
     """A stray OSError, one that nobody below has made sense of."""
     named = isinstance(error.filename, str | bytes)
-    unnamed = "standard output" if _is_of_stdout(error) else "this host failed"
-    return host_error(error, os.fsdecode(error.filename) if named else unnamed)
-
-
-def _is_of_stdout(error: OSError) -> bool:
-    """Whether standard output is what failed: it keeps what it could not write, and fails again."""
-    try:
-        _flush()
-    except OSError as again:
-        return again.errno == error.errno
-    except ValueError:
-        return False
-    return False
+    return host_error(error, os.fsdecode(error.filename) if named else "this host failed")
 
 
 def _no_memory() -> NoMemoryError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from mtetool.cli.naming import check_inputs
 from mtetool.cli.options import NAME, RANGE, Range, report_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import missing_json, why
-from mtetool.cli.render import printable
+from mtetool.cli.render import printable, put
 from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL
 
 if TYPE_CHECKING:
@@ -70,11 +69,11 @@ class _Output:
         between = ",\n" if self._as_json else ""
         if self._as_json:
             head = {"schema": "mtetool.diff/1", **self._names}
-            sys.stdout.write(json.dumps(head)[:-1] + ', "ranges": [\n')
+            put(json.dumps(head)[:-1] + ', "ranges": [\n')
         parts = self._parts(rows)
         before = ""
         while batch := list(islice(parts, _BATCH_ROWS)):
-            sys.stdout.write(before + between.join(batch))
+            put(before + between.join(batch))
             before = between
         if self._as_json:
             tail = {
@@ -83,7 +82,7 @@ class _Output:
                 "differing_count": self._count,
                 **missing_json("missing", self._missing),
             }
-            sys.stdout.write("\n], " + json.dumps(tail)[1:] + "\n")
+            put("\n], " + json.dumps(tail)[1:] + "\n")
         if self._count:
             return STATUS_NO
         return STATUS_PARTIAL if self._missing else STATUS_OK

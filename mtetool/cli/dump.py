@@ -15,7 +15,7 @@ from mtetool.cli.naming import check_inputs
 from mtetool.cli.options import NAME, RANGE, Range, output_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import extent_rows, missing_json, why
-from mtetool.cli.render import printable, warn
+from mtetool.cli.render import printable, put, warn
 from mtetool.errors import STATUS_OK, STATUS_PARTIAL, UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def command(
     from mtetool.flows.dump import granules, tag_runs, write_raw
     from mtetool.flows.source import asked, open_source
     from mtetool.snapshot.model import Extent
+    from mtetool.snapshot.output import output_file
 
     if output == "raw" and sys.stdout.isatty():
         raise UsageError("raw tags are not for a terminal", hint="a pipe, or > FILE behind it")
@@ -61,7 +62,8 @@ def command(
     with open_source(source, guest_options) as opened:
         extents = asked(opened, [Extent(*one) for one in ranges])
         if output == "raw":
-            missing = write_raw(opened, extents, sys.stdout.buffer)
+            with output_file("-", force=False) as out:
+                missing = write_raw(opened, extents, out)
         else:
             rows = granules(opened, extents) if each else tag_runs(opened, extents)
             if output == "json":
@@ -120,14 +122,14 @@ def _json(
         "page_size_bytes": page_size_bytes,
         "scope": extent_rows(extents),
     }
-    sys.stdout.write(json.dumps(head)[:-1] + f', "{"granules" if each else "runs"}": [\n')
+    put(json.dumps(head)[:-1] + f', "{"granules" if each else "runs"}": [\n')
     _write_batches(items(), ",\n")
-    sys.stdout.write("\n], " + json.dumps(missing_json("missing", missing))[1:] + "\n")
+    put("\n], " + json.dumps(missing_json("missing", missing))[1:] + "\n")
     return missing
 
 
 def _write_batches(parts: Iterator[str], between: str) -> None:
     before = ""
     while batch := list(islice(parts, _BATCH_ROWS)):
-        sys.stdout.write(before + between.join(batch))
+        put(before + between.join(batch))
         before = between

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mtetool.errors import host_error
 
@@ -17,17 +17,31 @@ if TYPE_CHECKING:
     from mtetool.guest import GuestInfo
 
 
+def put(text: str) -> None:
+    """Write to standard output as it is. An OSError then names it (`filename`)."""
+    try:
+        sys.stdout.write(text)
+    except OSError as error:
+        error.filename = stream_name(sys.stdout)
+        raise
+
+
+def stream_name(stream: TextIO) -> str:
+    """What messages call the stream that a report goes to."""
+    return "standard error" if stream is sys.stderr else "standard output"
+
+
 def print_json(document: object) -> None:
     """One JSON document: a line in a pipe, indented on a terminal. Addresses are integers."""
     indent = 2 if sys.stdout.isatty() else None
     import json
 
-    sys.stdout.write(json.dumps(document, indent=indent) + "\n")
+    put(json.dumps(document, indent=indent) + "\n")
 
 
 def say(text: str) -> None:
     """A line of a result for people."""
-    sys.stdout.write(printable(text) + "\n")
+    put(printable(text) + "\n")
 
 
 def warn(text: str) -> None:
@@ -49,8 +63,8 @@ def printing(truth: str, **details: object) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        name = "standard error" if stream is sys.stderr else "standard output"
-        told = host_error(error, f"the report cannot be printed to {name}", **details)
+        what = f"the report cannot be printed to {stream_name(stream)}"
+        told = host_error(error, what, **details)
         told.message = f"{told.message}; {truth}"
         told.args = (told.message,)
         raise told from error
