@@ -13,7 +13,16 @@ from mtetool.errors import SourceError, shortened
 from mtetool.guest import GuestInfo, Memslot
 from mtetool.snapshot.kinds import FileKind, kind_of
 
-__all__ = ["Guest", "GuestInfo", "GuestOptions", "Memslot", "guest_files", "is_guest", "open_guest"]
+__all__ = [
+    "Guest",
+    "GuestInfo",
+    "GuestOptions",
+    "Memslot",
+    "guest_files",
+    "is_guest",
+    "open_files",
+    "open_guest",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,20 @@ def guest_files(*sources: str) -> list[str]:
     """The files that guests are kept in, of the sources that name such guests (`emu:PATH`)."""
     named = (source.partition(":") for source in sources)
     return [path for prefix, colon, path in named if prefix == "emu" and colon and path]
+
+
+def open_files(source: str) -> list[str]:
+    """The files that a live guest's process has open, as /proc/PID/fd/N; none where unreadable.
+
+    Disks and memory of a VM are among them: what no output may replace.
+    """
+    prefix, _, rest = source.partition(":")
+    if prefix not in ("kvm", "proc"):
+        return []
+    try:
+        return [str(path) for path in Path(f"/proc/{int(rest.partition(':')[0])}/fd").iterdir()]
+    except (OSError, ValueError):
+        return []
 
 
 def open_guest(source: str, options: GuestOptions | None = None) -> Guest:

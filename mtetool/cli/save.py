@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 import click
 
-from mtetool.backends import GuestOptions, open_guest
+from mtetool.backends import GuestOptions, open_files, open_guest
 from mtetool.cli.naming import check_inputs
 from mtetool.cli.options import (
     FILE,
@@ -108,7 +108,7 @@ def command(
     from mtetool.snapshot.output import output_file
 
     target = snapshot_target(out)
-    inputs = check_inputs(bases, [guest])
+    inputs = [*check_inputs(bases, [guest]), *open_files(guest)]
     options = SaveOptions(
         ranges=tuple(Extent(*asked) for asked in ranges),
         slots=slots,

@@ -35,15 +35,15 @@ def output_file(
     A regular file gets its name when the body is done: whatever ends the body otherwise,
     SIGKILL included, leaves what was there before. What exists and is not a regular file is
     written directly: /dev/null, what a descriptor of ours is (/dev/fd/N: a pipe), and with
-    `force` named pipes and devices. Modes are 0600. No byte goes to one of the files `inputs`
-    ("-" is standard input) under whatever name; with `may_replace_inputs`, one may be replaced.
+    `force` named pipes and devices. Modes are 0600. None of the files `inputs` ("-" is standard
+    input) is written, under whatever name; with `may_replace_inputs`, one may be replaced. (For
+    standard output see `keep_standard_output_off`.)
 
     Raises, before the body runs, OutputIsInputError, UsageError for a terminal or a directory,
     FileExistsAlreadyError, NoSuchFileError for a directory that does not exist, BadNameError,
     PermissionRefusedError; from the file's own methods and the end DiskFullError and HostIoError.
     BrokenPipeError passes.
     """
-    keep_standard_output_off(inputs)
     if path == "-":
         with _written(_standard_output(), "standard output") as out:
             yield out
@@ -147,8 +147,9 @@ def _keep_off(found: os.stat_result, path: str, inputs: Sequence[str]) -> None:
         if _is_same_file(found, _input_status(name)):
             what = "standard input" if name == "-" else shortened(name)
             same = "" if what == path else f" (it is the same file as {what})"
+            use = "open in the guest's process" if name.startswith("/proc/") else "read"
             raise OutputIsInputError(
-                f"{path} is read, so that it cannot be the output too{same}",
+                f"{path} is {use}, so that it cannot be the output too{same}",
                 hint="write to another file",
                 path=path,
                 input=name,

@@ -88,6 +88,22 @@ def test_an_output_that_is_an_input(files: Path, words: str, read: str, form: st
         assert contents(files) == before
 
 
+@pytest.mark.parametrize("kind", ["kvm", "proc"])
+def test_a_file_that_the_guests_process_has_open(files: Path, kind: str) -> None:
+    Path("disk").write_bytes(b"precious")
+    with (
+        Path("disk").open("r+b") as disk,
+        subprocess.Popen(["sleep", "60"], stdin=disk, stdout=subprocess.DEVNULL) as vmm,
+    ):
+        done = run("save", f"{kind}:{vmm.pid}", "-o", "disk", "--force", "--json")
+        other = run("save", f"{kind}:{vmm.pid}", "-o", "/dev/null", "--json")
+        vmm.kill()
+    assert (done.status, done.error["error"]) == (2, "output-is-input")
+    assert f"/proc/{vmm.pid}/fd/0" in done.error["message"]
+    assert other.status == 4
+    assert Path("disk").read_bytes() == b"precious"
+
+
 def test_an_input_that_is_standard_input(files: Path) -> None:
     with Path("h").open("rb") as stdin:
         words = command("save", "emu:g", "--base", "-", "-o", "h", "--force")
