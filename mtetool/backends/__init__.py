@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import cast
 
 from mtetool.backends.base import Guest
-from mtetool.errors import SourceError, shortened
+from mtetool.errors import SourceError
 from mtetool.guest import GuestInfo, Memslot
 from mtetool.snapshot.kinds import FileKind, kind_of
+from mtetool.words import quoted
 
 __all__ = [
     "Guest",
@@ -88,7 +89,7 @@ def _not_a_guest(source: str) -> SourceError:
     """The error for a name without a prefix, which says what was probably meant."""
     kinds = ", ".join(f"{known}:" for known in _OPENERS)
     hint = f"a guest's name starts with one of {kinds}; see mtetool(1), SOURCES"
-    message = f"{shortened(source)!r} does not name a guest"
+    message = f"{quoted(source)} does not name a guest"
     if source.isdecimal():
         hint = f"a process is kvm:{source} (its VM) or proc:{source} (its own memory)"
     elif (kind := kind_of(source)) is FileKind.EMULATED:

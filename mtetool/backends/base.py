@@ -94,7 +94,8 @@ class Guest(Protocol):
         """Copy `tags` (one byte a granule) onto the guest memory from `ipa` on.
 
         As `read_tags`; besides EFAULT for read-only memory and EBUSY while any memslot
-        logs dirty pages.
+        logs dirty pages. Of no tags at all it is refused where any write would be (EBUSY, no
+        permission), and changes nothing.
         """
         ...
 

@@ -260,8 +260,12 @@ class EmulatedGuest:
         """See `Guest.write_tags`. Raises also BusyError, PermissionRefusedError, DiskFullError."""
         view = as_bytes(tags)
         self._check_copy(ipa, len(view))
-        if view:
-            self._take_for_writing()
+        was_taken = self._exclusive
+        self._take_for_writing()
+        if not view:
+            if not was_taken:
+                self._share()  # whoever only asks keeps nobody from reading
+            return 0
         return self._copied(ipa, view, self._write_span, writing=True)
 
     def begin_write(
@@ -539,6 +543,10 @@ class EmulatedGuest:
                 lock(self._fd, self._path, fcntl.LOCK_SH)
             raise
         self._exclusive = True
+
+    def _share(self) -> None:
+        self._exclusive = False
+        lock(self._fd, self._path, fcntl.LOCK_SH)
 
     def close(self) -> None:
         """See `Guest.close`; ends the lock. Raises HostError where what was written is lost."""

@@ -58,6 +58,21 @@ class _InMemory:
         pass
 
 
+# What the kernel says of a whole VM, whichever page is written: of none, too.
+_OF_THE_WHOLE_VM = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+def _refuses_all_writes(faults: Faults) -> int | None:
+    """The errno that every write gets for now; asking for it counts as no copy."""
+    for index, fault in enumerate(faults.ordered):
+        if fault.on == "read" or fault.at or fault.every != 1 or fault.chance < 1.0:
+            continue
+        due = faults.counted[index].pages >= fault.after and not faults.is_spent(index)
+        if due and isinstance(fault.effect, Fail) and fault.effect.errno in _OF_THE_WHOLE_VM:
+            return fault.effect.errno
+    return None
+
+
 class FaultyGuest:
     """A `Guest` in front of another, which it closes; `faults` fire in copies of tags.
 
@@ -132,6 +147,12 @@ class FaultyGuest:
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`; with the faults for writes."""
+        if not len(as_bytes(tags)):
+            self._check_there()
+            with self._kept.held() as faults:
+                number = _refuses_all_writes(faults)
+            done = self._guest.write_tags(ipa, tags)
+            return done if number is None else self._answer(ipa, 0, Fault(Fail(number)))
         return self._copied("write", self._guest.write_tags, ipa, as_bytes(tags))
 
     def begin_write(

@@ -128,9 +128,12 @@ class Transfer:
 
         return finish
 
-    def nothing(self) -> int:
-        """A copy of nothing: it passes every check there is, or does not."""
-        return self._session.finish(self._begin(0, 0, 0, uapi.KVM_ARM_TAGS_FROM_GUEST).begun)
+    def nothing(self, flags: int = uapi.KVM_ARM_TAGS_FROM_GUEST) -> int:
+        """A copy of nothing: it passes every check there is, or does not.
+
+        One to the guest is refused while the VM logs dirty pages, too.
+        """
+        return self._session.finish(self._begin(0, 0, 0, flags).begun)
 
     def drop(self) -> None:
         """Forget what was read ahead or back: what comes next is to be of a later moment."""

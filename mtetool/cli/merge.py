@@ -12,13 +12,14 @@ from mtetool.cli.options import FILE, NAME, progress_options, report_option, sna
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import missing_json, missing_lines, size
 from mtetool.cli.render import print_json, reporting_on, say
+from mtetool.words import counted
 
 if TYPE_CHECKING:
     from mtetool.flows.merge import MergeResult
 
 
 @click.command("merge")
-@click.argument("files", type=NAME, metavar="BASE DELTA...", nargs=-1, required=True)
+@click.argument("files", type=NAME, metavar="BASE [DELTA]...", nargs=-1, required=True)
 @click.option(
     "-o", "--out", type=FILE, metavar="FILE", help="Where the result goes; - is standard output."
 )
@@ -41,7 +42,8 @@ def command(
 ) -> int:
     """Make one snapshot of BASE and the DELTAs to it, in the order in which they were saved.
 
-    Of deltas only, the result is a delta to the same base. Status 3 when some ranges are missing.
+    Of deltas only, the result is a delta to the same base; of BASE alone, the same snapshot,
+    written anew. Status 3 when some ranges are missing.
     """
     from mtetool.flows.layers import open_layers
     from mtetool.flows.merge import merge
@@ -83,7 +85,8 @@ def _document(
 def _tell(files: tuple[str, ...], target: str, elapsed: float, result: MergeResult) -> None:
     name = "standard output" if target == "-" else target
     held = size(result.checked.held_bytes)
-    say(f"merged {len(files)} snapshots into {name}: the tags of {held}, in {elapsed:.1f} s")
+    merged = f"merged {counted(len(files), 'snapshot')} into {name}"
+    say(f"{merged}: the tags of {held}, in {elapsed:.1f} s")
     if result.header.base_id is not None:
         say(f"it is a delta to the snapshot {result.header.base_id}")
     for line in missing_lines("missing", result.checked.missing):

@@ -27,7 +27,6 @@ def check_inputs(
             raise SourceError(
                 f"{file} is a guest, and a snapshot file is wanted",
                 hint=(instead or _save)(file),
-                source=file,
             )
     plain = [*files, *(source for source in sources if not is_guest(source))]
     if plain.count("-") > 1:

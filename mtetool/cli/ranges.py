@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mtetool.cli.render import one_line
 from mtetool.errors import errno_name
+from mtetool.words import counted
 
 if TYPE_CHECKING:
+    from mtetool.flows.diff import Difference
+    from mtetool.flows.dump import Run
     from mtetool.flows.tally import Tally
     from mtetool.guest import Memslot
     from mtetool.snapshot.model import Extent, Missing
@@ -18,27 +20,27 @@ _TEXT_MAX = 20
 
 
 def size(n_bytes: int) -> str:
-    """`64 MiB`; with the exact bytes behind it where the short form rounds."""
+    """`64 MiB`; followed by the exact bytes where the short form rounds."""
     value, unit = float(n_bytes), "bytes"
     for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
             break
         value /= 1024
     if unit == "bytes":
-        return f"{n_bytes} bytes"
+        return counted(n_bytes, "byte")
     if value == int(value):
         return f"{int(value)} {unit}"
     return f"{value:.1f} {unit} ({n_bytes} bytes)"
 
 
-def missing_json(name: str, tally: Tally[Missing]) -> dict[str, Any]:
-    """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report."""
-    return _counted(name, tally, [missing_row(item) for item in tally.items])
+def missing_json(name: str, tally: Tally[Missing] | None) -> dict[str, Any]:
+    """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report; null where there is none."""
+    return _counted(name, tally, [missing_row(item) for item in tally.items] if tally else [])
 
 
-def extents_json(name: str, tally: Tally[Extent]) -> dict[str, Any]:
-    """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report."""
-    return _counted(name, tally, extent_rows(tally.items))
+def extents_json(name: str, tally: Tally[Extent] | None) -> dict[str, Any]:
+    """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report; null where there is none."""
+    return _counted(name, tally, extent_rows(tally.items) if tally else [])
 
 
 def extent_rows(extents: Iterable[Extent]) -> list[dict[str, int]]:
@@ -81,15 +83,16 @@ def extent_lines(title: str, tally: Tally[Extent]) -> list[str]:
     return _listed(title, tally, [_span(item) for item in tally.items[:_TEXT_MAX]])
 
 
-def _counted(name: str, tally: Tally[Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _counted(name: str, tally: Tally[Any] | None, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if tally is None:
+        return dict.fromkeys((f"{name}_bytes", f"{name}_count", name))
     return {f"{name}_bytes": tally.size_bytes, f"{name}_count": tally.count, name: list(rows)}
 
 
 def _listed(title: str, tally: Tally[Any], rows: list[str]) -> list[str]:
     if not tally:
         return []
-    ranges = "range" if tally.count == 1 else "ranges"
-    lines = [f"{title}: {tally.count} {ranges}, {size(tally.size_bytes)}"]
+    lines = [f"{title}: {counted(tally.count, 'range')}, {size(tally.size_bytes)}"]
     lines += [f"  {row}" for row in rows]
     if tally.count > len(rows):
         lines.append(f"  … and {tally.count - len(rows)} more (--output json lists more of them)")
@@ -100,7 +103,11 @@ def _span(item: Extent | Missing) -> str:
     return f"{item.ipa:#x}:{item.size_bytes:#x}"
 
 
+def columns(item: Extent | Missing | Run | Difference) -> str:
+    """Address and size as columns: hexadecimal without leading zeros, as everywhere."""
+    return f"{item.ipa:>#14x}  {item.size_bytes:>#12x}"
+
+
 def why(item: Missing) -> str:
     """Why a range is not there: the errno by name, and the reason."""
-    reason = one_line(item.reason)
-    return f"{errno_name(item.errno)}: {reason}" if item.errno else reason
+    return f"{errno_name(item.errno)}: {item.reason}" if item.errno else item.reason

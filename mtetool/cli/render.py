@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mtetool.errors import host_error
+from mtetool.words import printable
 
 if TYPE_CHECKING:
     from mtetool.guest import GuestInfo
@@ -39,9 +40,9 @@ def print_json(document: object) -> None:
     put(json.dumps(document, indent=indent) + "\n")
 
 
-def say(text: str) -> None:
-    """A line of a result for people."""
-    put(printable(text) + "\n")
+def say(*lines: str) -> None:
+    """Lines of a result for people."""
+    put("".join(printable(line) + "\n" for line in lines))
 
 
 def warn(text: str) -> None:
@@ -89,26 +90,10 @@ def reporting_on(target: str, status: int) -> Iterator[None]:
         yield
 
 
-def printable(text: str) -> str:
-    """`text` without control characters, which are shown as `\\x1b`.
-
-    Names of files and processes are other people's text: none of their escape sequences may
-    reach the terminal.
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
-
-def one_line(text: str) -> str:
-    """`printable` text that stays in its line: other people's text must not look like a row."""
-    return printable(text).replace("\n", "\\n")
-
-
 def table(
     header: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()
-) -> str:
-    """Aligned columns, one line a row, without a newline at the end.
+) -> list[str]:
+    """Aligned columns: a line for the header and one for each row.
 
     `right` names the columns of the header that are aligned to the right (numbers). None is
     shown as `-`.
@@ -123,20 +108,20 @@ def table(
             for cell, width, right_aligned in zip(row, widths, to_right, strict=True)
         ]
         lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+    return lines
 
 
 def _cell(value: object) -> str:
-    return "-" if value is None else one_line(str(value))
+    return "-" if value is None else printable(str(value))
 
 
 def describe_guest(info: GuestInfo) -> dict[str, Any]:
     """A guest as JSON, the same in every report.
 
-    Keys: source, mte (true, false, or null where nobody may know), page_size_bytes, memslots
-    (id, ipa, size_bytes, readonly, kind); vmm, name, pid and vcpus where they are known.
+    Keys: source, mte, page_size_bytes, memslots (id, ipa, size_bytes, readonly, kind), vmm, name,
+    pid and vcpus; null for what is unknown.
     """
-    document: dict[str, Any] = {
+    return {
         "source": info.source,
         "mte": info.mte,
         "page_size_bytes": info.page_size_bytes,
@@ -150,7 +135,8 @@ def describe_guest(info: GuestInfo) -> dict[str, Any]:
             }
             for slot in info.memslots
         ],
+        "vmm": info.vmm,
+        "name": info.name,
+        "pid": info.pid,
+        "vcpus": info.vcpus,
     }
-    further = {"vmm": info.vmm, "name": info.name, "pid": info.pid, "vcpus": info.vcpus}
-    document.update((key, value) for key, value in further.items() if value is not None)
-    return document

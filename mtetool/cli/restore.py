@@ -21,6 +21,7 @@ from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import extent_lines, extents_json, missing_json, missing_lines, size
 from mtetool.cli.render import print_json, printing, say, warn
+from mtetool.words import quoted
 
 if TYPE_CHECKING:
     from mtetool.flows.restore import RestoreResult
@@ -30,7 +31,9 @@ def parse_move(text: str) -> tuple[int, int]:
     """`OLD=NEW`, two addresses. Raises ValueError."""
     old, equals, new = text.partition("=")
     if not equals:
-        raise ValueError(f"{text[:40]!r} is not of the form OLD=NEW, such as 0x40000000=0x80000000")
+        raise ValueError(
+            f"{quoted(text)} is not of the form OLD=NEW, such as 0x40000000=0x80000000"
+        )
     return parse_number(old), parse_number(new)
 
 
@@ -109,7 +112,7 @@ def command(
 def _document(
     file: str, guest: str, verify: bool, elapsed: float, result: RestoreResult
 ) -> dict[str, Any]:
-    document = {
+    return {
         "schema": "mtetool.restore/1",
         "file": file,
         "source": guest,
@@ -124,13 +127,11 @@ def _document(
         **missing_json("refused", result.refused),
         **extents_json("readonly_differing", result.readonly_differing),
         **extents_json("verify_differing", result.verify_differing),
+        **extents_json("changes", result.changes if result.dry_run else None),
         "stopped": result.stopped,
         "copy_seconds": round(result.copy_seconds, 4),
         "elapsed_seconds": round(elapsed, 3),
     }
-    if result.dry_run:
-        document.update(extents_json("changes", result.changes))
-    return document
 
 
 def _tell(file: str, guest: str, elapsed: float, result: RestoreResult) -> None:

@@ -71,7 +71,7 @@ _CONSISTENT = {
     metavar="FILE",
     help="Save what has changed since (repeatable: the oldest first).",
 )
-@click.option("--every-page", is_flag=True, help="Read also the pages that cannot have tags.")
+@click.option("--every-page", is_flag=True, help="Read and try every page; see mtetool-save(1).")
 @click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Threads that compress.")
 @click.option(
     "--level", type=click.IntRange(1, 19), default=1, metavar="N", help="The zstd level (1)."

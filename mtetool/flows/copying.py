@@ -1,41 +1,28 @@
-"""Copying tags out of a guest and into one, and finding the way around what cannot be copied.
+"""Copying tags out of a guest and into one, around what cannot be copied (`flows.around`).
 
 The kernel answers a copy with what it completed, and with an errno only when that is nothing
 (Documentation/virt/kvm/api.rst, KVM_ARM_MTE_COPY_TAGS). So a copy that came back short is
-asked again at the place where it stopped, which gives the errno, and the layout gives the
-likely cause in words.
+asked again at the place where it stopped, which gives the errno.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mtetool.backends.base import Guest
 from mtetool.buffers import prepared
-from mtetool.errors import BusyError, GuestError, errno_name
-from mtetool.flows.layout import UNREACHABLE, Layout
+from mtetool.errors import GuestError, errno_name
+from mtetool.flows.around import Transfer, raise_for_whole_vm, way_around
+from mtetool.flows.layout import Layout, layout_of
+from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Missing
 from mtetool.uapi import GRANULE_BYTES
 
 CHUNK_GRANULES = 4 << 20
 """4 MiB of tag bytes, 64 MiB of guest memory: the fastest size that was measured."""
-
-# Pages that are tried one after the other behind a page that failed, before galloping.
-_NEAR_PAGES = 4
-
-# Answers that are about the request or the whole VM, not about the page asked for:
-# going on to the next page would only collect them again.
-_WHOLE_VM = {
-    errno.EINVAL: "the kernel takes the request for a malformed one; is MTE on for this VM?",
-    errno.EIO: "the VM belongs to another process, or is dead",
-    errno.EBADF: "the VM's file descriptor is gone",
-    errno.ENOTTY: "what was asked is not a VM, or its kernel has no KVM_ARM_MTE_COPY_TAGS",
-    errno.EPERM: "the kernel does not permit it",
-    errno.EACCES: "the kernel does not permit it",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +43,50 @@ class Copied:
         return len(self.tags) * GRANULE_BYTES
 
 
-def check_has_tags(guest: Guest, layout: Layout, name: str) -> None:
-    """Raise GuestError for a guest without any memory that has tags (MteOffError: MTE is off)."""
-    if layout.taggable:
-        return
-    guest.read_tags(0, bytearray())  # a copy of nothing tells why
-    raise GuestError(
-        f"{name} has no memory that carries tags",
-        hint="see its memslots with: mtetool emu show, or tell them with --memslot IPA:SIZE",
-    )
+def check_mte_is_on(guest: Guest) -> None:
+    """Raise MteOffError for a guest without MTE, whatever its layout and its snapshot are.
+
+    Before anything else is asked of it: where nothing has to be read (memory that was never
+    touched, an empty snapshot) no copy would say so.
+    """
+    guest.read_tags(0, bytearray())  # a copy of nothing passes every check, or says why not
+
+
+def check_has_tags(layout: Layout, name: str) -> None:
+    """Raise GuestError for a guest without any memory that has tags."""
+    if not layout.taggable:
+        raise GuestError(
+            f"{name} has no memory that carries tags",
+            hint="see its memslots with: mtetool emu show, or name them with --memslot IPA:SIZE",
+        )
+
+
+def tagged_layout(guest: Guest, name: str, otherwise: Sequence[Memslot] | None = None) -> Layout:
+    """The layout of a guest that has tags; `otherwise` is that of `layout_of`.
+
+    Raises MteOffError, GuestError for a guest without memory, LayoutUnknownError.
+    """
+    check_mte_is_on(guest)
+    layout = layout_of(guest, otherwise)
+    check_has_tags(layout, name)
+    return layout
+
+
+def check_takes_tags(guest: Guest, ipa: int) -> None:
+    """Raise what a write of tags at `ipa` would raise for any memory; nothing is written.
+
+    PermissionRefusedError where this user may not write to the guest, BusyError while it logs
+    dirty pages, GuestError.
+    """
+    try:
+        guest.write_tags(ipa, bytearray())
+    except OSError as error:
+        number = error.errno or errno.EIO
+        raise_for_whole_vm(number, ipa, writing=True)
+        raise GuestError(
+            f"no tags can be written: {os.strerror(number)} ({errno_name(number)})",
+            errno=errno_name(number),
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +116,8 @@ Step = Copied | Fill | Missing
 class TagReader:
     """Reads a guest's tags in chunks, into `n_buffers` buffers that are used in turn.
 
-    (Fresh buffers a chunk cost more than the copy: they are faulted in each time.)
+    (Fresh buffers a chunk cost more than the copy: they are faulted in each time.) With `insist`
+    every page is tried of what cannot be read, however long that is.
     """
 
     def __init__(
@@ -104,8 +127,14 @@ class TagReader:
         *,
         chunk_granules: int = CHUNK_GRANULES,
         n_buffers: int = 1,
+        insist: bool = False,
     ) -> None:
         self._guest = guest
+        self._insist = insist
+        self.failed_pages = 0
+        """Pages that were tried and cannot be read."""
+        self.untried_pages = 0
+        """Pages that were taken for such without a try, beside those that failed."""
         self._layout = layout
         page = layout.page_size_bytes
         self._chunk_bytes = -(-chunk_granules * GRANULE_BYTES // page) * page
@@ -167,9 +196,17 @@ class TagReader:
             if error is not None:
                 part = parts.at_or_behind(at)
                 end = part.end if part is not None else extent.end
-                missing = _way_around(self._probe, at, end, error, self._layout, writing=False)
+                missing = self._around(at, end, error)
                 yield missing
                 at += missing.size_bytes
+
+    def _around(self, at: int, end: int, error: OSError) -> Missing:
+        gap = way_around(
+            self._probe, at, end, error, self._layout, writing=False, insist=self._insist
+        )
+        self.failed_pages += gap.failed_pages
+        self.untried_pages += gap.untried_pages
+        return gap.missing
 
     def _later(self, start: int, end: int, parts: _Ahead) -> Later:
         here: list[tuple[int, int]] = []
@@ -266,12 +303,19 @@ class _Ahead:
 
 
 def write_extent(
-    guest: Guest, ipa: int, tags: memoryview, layout: Layout, *, then_read: bool = False
+    guest: Guest,
+    ipa: int,
+    tags: memoryview,
+    layout: Layout,
+    *,
+    then_read: bool = False,
+    insist: bool = False,
 ) -> Iterator[Extent | Missing]:
     """Begin to write `tags` from `ipa` on (both page-aligned), as `Guest.begin_write` does.
 
     The steps of the result do the rest: what was written, and what could not be. With `then_read`
-    each of them is read back before the next. They raise BusyError while the VM logs dirty pages,
+    each of them is read back before the next. With `insist` every page is tried of what cannot be
+    written. They raise BusyError while the VM logs dirty pages,
     GuestError when the guest is gone.
     """
     chunk_bytes = CHUNK_GRANULES * GRANULE_BYTES
@@ -282,18 +326,17 @@ def write_extent(
 
     whole = Extent(ipa, len(tags) * GRANULE_BYTES)
     begun = guest.begin_write(ipa, tags[:CHUNK_GRANULES], then_read=then_read)
-    return _walk(write, whole, layout, chunk_bytes, begun)
-
-
-_Transfer = Callable[[int, int], int]
+    return _walk(write, whole, layout, chunk_bytes, begun, insist=insist)
 
 
 def _walk(
-    transfer: _Transfer,
+    transfer: Transfer,
     extent: Extent,
     layout: Layout,
     chunk_bytes: int,
     begun: Callable[[], int],
+    *,
+    insist: bool,
 ) -> Iterator[Extent | Missing]:
     """Write an extent chunk by chunk, the first of which was begun.
 
@@ -305,9 +348,9 @@ def _walk(
         try:
             done = begun() if at == extent.ipa else transfer(at, size_bytes)
         except OSError as error:
-            missing = _way_around(transfer, at, end, error, layout, writing=True)
-            yield missing
-            at += missing.size_bytes
+            gap = way_around(transfer, at, end, error, layout, writing=True, insist=insist)
+            yield gap.missing
+            at += gap.missing.size_bytes
             continue
         _check_completed(done, size_bytes, at, layout)
         yield Extent(at, done)
@@ -321,101 +364,3 @@ def _check_completed(done: int, size_bytes: int, at: int, layout: Layout) -> Non
             " length it can have completed",
             ipa=at,
         )
-
-
-def _way_around(
-    transfer: _Transfer, at: int, end: int, error: OSError, layout: Layout, *, writing: bool
-) -> Missing:
-    """What is missing from `at` on, where a copy failed with nothing done."""
-    number = error.errno or errno.EIO
-    _raise_for_whole_vm(number, at, writing=writing)
-    slot = layout.slot_at(at)
-    if layout.slots and (slot is None or slot.kind == "device"):
-        # The layout says where the next memory is: nothing needs to be tried.
-        stop = slot.end if slot else layout.next_start(at) or end
-        return Missing(at, min(stop, end) - at, number, _reason(number, at, layout, writing))
-    limit = min(slot.end if slot else end, end)
-    stop, tried = first_that_answers(transfer, at, limit, layout.page_size_bytes)
-    reason = _reason(number, at, layout, writing)
-    n_pages = (stop - at) // layout.page_size_bytes
-    if tried < n_pages:
-        reason += f"; {tried:,} of these {n_pages:,} pages were tried"
-    return Missing(at, stop - at, number, reason)
-
-
-def first_that_answers(
-    transfer: _Transfer, start: int, end: int, page_bytes: int
-) -> tuple[int, int]:
-    """The first page behind `start` that can be copied (else `end`), and how many cannot.
-
-    The page at `start` is known to fail. A memslot that ends early can hold 100,000s of
-    failing pages and each call costs a millisecond on a real VM, so: a few pages one by one,
-    then at doubling distances, then bisecting back. Good pages between two failing probes
-    can be missed; the count of pages tried lets the caller say so.
-    """
-    failed = 1
-
-    def answers(ipa: int) -> bool:
-        nonlocal failed
-        try:
-            return transfer(ipa, page_bytes) > 0
-        except OSError as error:
-            _raise_for_whole_vm(error.errno or errno.EIO, ipa, writing=False)
-            failed += 1
-            return False
-
-    bad = start
-    for _ in range(_NEAR_PAGES):
-        if bad + page_bytes >= end:
-            return end, failed
-        if answers(bad + page_bytes):
-            return bad + page_bytes, failed
-        bad += page_bytes
-    distance = bad - start
-    while True:
-        distance *= 2
-        good = min(start + distance, end - page_bytes)
-        if good <= bad:
-            return end, failed
-        if answers(good):
-            break
-        bad = good
-    while good - bad > page_bytes:
-        middle = bad + (good - bad) // page_bytes // 2 * page_bytes
-        if answers(middle):
-            good = middle
-        else:
-            bad = middle
-    return good, failed
-
-
-def _raise_for_whole_vm(number: int, ipa: int, *, writing: bool) -> None:
-    name = errno_name(number)
-    verb = "written" if writing else "read"
-    if number == errno.EBUSY:
-        raise BusyError(
-            f"tags cannot be {verb} at {ipa:#x}: {name}: the VM logs dirty pages",
-            hint="a migration, snapshot or dirty-rate measurement is under way in the VMM:"
-            " let it end (QMP: query-migrate, query-dirty-rate), then try again",
-            ipa=ipa,
-            errno=name,
-        )
-    if number in _WHOLE_VM:
-        raise GuestError(
-            f"tags cannot be {verb} at {ipa:#x}: {name}: {_WHOLE_VM[number]}",
-            ipa=ipa,
-            errno=name,
-        )
-
-
-def _reason(number: int, ipa: int, layout: Layout, writing: bool) -> str:
-    slot = layout.slot_at(ipa)
-    if layout.slots and slot is None:
-        return "no memslot there"
-    if slot is not None and slot.kind == "device":
-        return f"tags that cannot be reached: {UNREACHABLE}"
-    if writing and slot is not None and (slot.readonly or slot.kind == "rom"):
-        return "read-only"
-    if number == errno.EFAULT:
-        return "no memory that the host can reach"
-    return os.strerror(number)

@@ -47,6 +47,13 @@ class Layout:
         """The memory that can carry tags: that of all slots but the devices'."""
         return [Extent(s.ipa, s.size_bytes) for s in self.slots if s.kind != "device"]
 
+    @property
+    def writable(self) -> list[Extent]:
+        """Of `taggable` what takes tags, as far as is known."""
+        return [
+            Extent(s.ipa, s.size_bytes) for s in self.slots if s.kind == "ram" and not s.readonly
+        ]
+
 
 def layout_of(guest: Guest, otherwise: Sequence[Memslot] | None = None) -> Layout:
     """The layout of a guest; `otherwise` (a snapshot's memslots) where it cannot be learnt.

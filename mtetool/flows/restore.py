@@ -17,11 +17,12 @@ from mtetool.flows.copying import (
     Copied,
     Fill,
     TagReader,
-    check_has_tags,
+    check_takes_tags,
+    tagged_layout,
     write_extent,
 )
 from mtetool.flows.layers import Layers
-from mtetool.flows.layout import Layout, common, hex_range, layout_of, merged, slots_of, total_bytes
+from mtetool.flows.layout import Layout, common, hex_range, merged, slots_of, total_bytes
 from mtetool.flows.pieces import Progress, constant, no_progress
 from mtetool.flows.relocation import Relocation, check_fit
 from mtetool.flows.stored import Stored, stored
@@ -101,8 +102,7 @@ def restore(
     """
     reader = stored(open_reader())
     header = reader.header
-    layout = layout_of(guest, slots_of(header))
-    check_has_tags(guest, layout, "the guest")
+    layout = tagged_layout(guest, "the guest", slots_of(header))
     relocation = Relocation(options.moves, header.memslots)
     relocation.check_targets(layout.page_size_bytes)
     gone: list[Extent] = []
@@ -114,7 +114,11 @@ def restore(
         ram = [Extent(s.ipa, s.size_bytes) for s in header.memslots if s.kind != "device"]
         planned = common(header.scope, ram) if ram else list(header.scope)
     scope = relocation.moved(merged(header.scope))
-    check_fit(relocation.moved(planned), layout, scope, relocation.moved(merged(gone)))
+    targets = relocation.moved(planned)
+    check_fit(targets, layout, scope, relocation.moved(merged(gone)))
+    to_write = common(targets, layout.writable)
+    if to_write:
+        check_takes_tags(guest, to_write[0].ipa // layout.page_size_bytes * layout.page_size_bytes)
     if again:
         reader = stored(open_reader())
         checked.expect_same(reader.header)
@@ -153,7 +157,7 @@ class _Restorer:
         self._layout = layout
         self._relocation = relocation
         self._options = options
-        self._reader = TagReader(guest, layout)
+        self._reader = TagReader(guest, layout, insist=options.every_page)
         self._comparer = Comparer(self._reader)
         self._begun: _Begun | None = None
         self.result = RestoreResult(header, guest.paused(), options.dry_run)
@@ -374,7 +378,8 @@ class _Restorer:
         """Begin to write; what was begun before is finished and compared meanwhile."""
         self._finish_overlapping(ipa, len(tags) * GRANULE_BYTES)
         verify = self._options.verify
-        steps = write_extent(self._guest, ipa, tags, self._layout, then_read=verify)
+        insist = self._options.every_page
+        steps = write_extent(self._guest, ipa, tags, self._layout, then_read=verify, insist=insist)
         before, self._begun = self._begun, _Begun(ipa, tags, steps, may_be_readonly)
         if before is not None:
             self._finish(before)

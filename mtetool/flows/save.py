@@ -15,8 +15,9 @@ from mtetool.errors import (
     GuestLostError,
     PartialError,
     UsageError,
+    errno_name,
 )
-from mtetool.flows.copying import Copied, Fill, Later, TagReader, check_has_tags
+from mtetool.flows.copying import Copied, Fill, Later, TagReader, check_has_tags, check_mte_is_on
 from mtetool.flows.freezing import DEFAULT_SPOOL_BYTES, Spool, held_still
 from mtetool.flows.layout import (
     UNREACHABLE,
@@ -104,9 +105,10 @@ def save(
     for the first page that cannot be read, with partial "fail"; GuestError when nothing at
     all can be read or the guest is gone. SnapshotError and BaseNeededError of the base.
     """
+    check_mte_is_on(guest)
     info = guest.info()
     layout = Layout(info.memslots, guest.page_size_bytes)
-    check_has_tags(guest, layout, info.source)
+    check_has_tags(layout, info.source)
     scope = decide_scope(layout, options, info.source)
     # What takes its time (the monitor, threads, memory for the tags) comes before the guest
     # stands still.
@@ -122,7 +124,9 @@ def save(
         others = base is None and all(guest.any_thread_reads(e.ipa, e.size_bytes) for e in scope)
         if not others:
             writer.warm_up()
-        reader = TagReader(guest, layout, n_buffers=1 if others else writer.window + 1)
+        reader = TagReader(
+            guest, layout, n_buffers=1 if others else writer.window + 1, insist=options.every_page
+        )
         with held_still(guest, wanted=options.freeze) as thaw:
             started = time.perf_counter()
             _copy(reader, writer, result, options, base, progress)
@@ -203,7 +207,7 @@ def _copy(
             writer.add_missing(missing)
             result.missing.add(missing)
     if not result.saved_bytes:
-        raise _nothing(result)
+        raise _nothing(result, reader)
 
 
 def _on(base: Layers, header: Header) -> Header:
@@ -264,12 +268,25 @@ def _with_where(error: GuestError, result: SaveResult, ipa: int) -> GuestError:
     return error
 
 
-def _nothing(result: SaveResult) -> GuestError:
-    first = result.missing.items[0]
+def _nothing(result: SaveResult, reader: TagReader) -> GuestError:
+    """Nothing was read: what was tried for that, and whether that was all there is."""
+    (first,) = result.missing.first(1)
+    failed, untried = reader.failed_pages, reader.untried_pages
+    if untried:
+        return GuestError(
+            f"no tags were read: {failed:,} of {failed + untried:,} pages were tried, and none of"
+            f" them can be read ({errno_name(first.errno or 0)} at {first.ipa:#x})",
+            hint="to try every page: --every-page; nothing was saved",
+            ipa=first.ipa,
+            tried_pages=failed,
+            untried_pages=untried,
+        )
     return GuestError(
         f"no tags at all can be read: {first.ipa:#x}: {first.reason}",
         hint="nothing was saved; check the memslots, and with --memslot that they are right",
         ipa=first.ipa,
+        tried_pages=failed,
+        untried_pages=0,
     )
 
 

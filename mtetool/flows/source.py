@@ -13,8 +13,8 @@ from typing import BinaryIO, Protocol, cast
 from mtetool.backends import GuestOptions, is_guest, open_guest
 from mtetool.backends.base import Guest
 from mtetool.errors import BaseNeededError, host_error
-from mtetool.flows.copying import Copied, Fill, Step, TagReader, check_has_tags, cut
-from mtetool.flows.layout import check_aligned, check_inside, common, layout_of, merged
+from mtetool.flows.copying import Copied, Fill, Step, TagReader, cut, tagged_layout
+from mtetool.flows.layout import check_aligned, check_inside, common, merged
 from mtetool.snapshot.index import Entry, IndexedSnapshot
 from mtetool.snapshot.model import Extent, Missing
 from mtetool.snapshot.opening import display_name, is_seekable, opened
@@ -100,8 +100,7 @@ class GuestSource:
     def __init__(self, guest: Guest, name: str) -> None:
         self.name = name
         self.page_size_bytes = guest.page_size_bytes
-        self._layout = layout_of(guest)
-        check_has_tags(guest, self._layout, name)
+        self._layout = tagged_layout(guest, name)
         self._reader = TagReader(guest, self._layout)
 
     def extents(self) -> list[Extent]:

@@ -49,6 +49,10 @@ class Tally(Generic[R]):
         if self.count <= LISTED_MAX:
             self.items.append(item)
 
+    def first(self, count: int) -> list[R]:
+        """The first of them, at most `count`."""
+        return self.items[:count]
+
     @property
     def full(self) -> bool:
         """Whether further ranges are counted only."""

@@ -8,9 +8,9 @@ from mtetool.backends.base import Guest
 from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL
 from mtetool.flows.checking import Checked, check
 from mtetool.flows.comparing import Comparer
-from mtetool.flows.copying import Copied, Fill, TagReader, check_has_tags
+from mtetool.flows.copying import Copied, Fill, TagReader, tagged_layout
 from mtetool.flows.layers import Layers
-from mtetool.flows.layout import layout_of, slots_of, total_bytes
+from mtetool.flows.layout import slots_of, total_bytes
 from mtetool.flows.pieces import Progress, no_progress
 from mtetool.flows.stored import stored
 from mtetool.flows.tally import Tally
@@ -52,8 +52,7 @@ def verify_against(
     Raises SnapshotError, BaseNeededError, and GuestError where the guest refuses as a whole.
     """
     whole = stored(reader)
-    layout = layout_of(guest, slots_of(whole.header))
-    check_has_tags(guest, layout, name)
+    layout = tagged_layout(guest, name, slots_of(whole.header))
     comparer = Comparer(TagReader(guest, layout))
     result = VerifyResult(Checked(whole.header), name, guest.paused())
     differing, unreadable = result.differing, result.unreadable

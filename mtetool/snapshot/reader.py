@@ -45,6 +45,7 @@ from mtetool.snapshot.records import (
     read_record,
 )
 from mtetool.uapi import GRANULE_BYTES
+from mtetool.words import counted
 
 if TYPE_CHECKING:
     from mtetool.buffers import TagBuffer
@@ -334,7 +335,7 @@ def _read_prologue(source: ByteSource) -> bytes:
     prologue = source.read(PROLOGUE.size)
     if not prologue.startswith(MAGIC):
         if prologue and MAGIC.startswith(prologue):
-            raise TruncatedError(f"{source.name} ends after {len(prologue)} bytes")
+            raise TruncatedError(f"{source.name} ends after {counted(len(prologue), 'byte')}")
         what = _looks_like(prologue)
         hint = {
             "a gzip file": "unpack it first: gunzip",
@@ -344,7 +345,7 @@ def _read_prologue(source: ByteSource) -> bytes:
         }.get(what, "mtetool save writes snapshots")
         raise NotASnapshotError(f"{source.name} is not a snapshot: it is {what}", hint=hint)
     if len(prologue) < PROLOGUE.size:
-        raise TruncatedError(f"{source.name} ends after {len(prologue)} bytes")
+        raise TruncatedError(f"{source.name} ends after {counted(len(prologue), 'byte')}")
     _, version, flags = PROLOGUE.unpack(prologue)
     if version != VERSION:
         raise UnknownVersionError(

@@ -14,6 +14,7 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 
 from mtetool.errors import DamagedError, HostIoError, TruncatedError, host_error
 from mtetool.snapshot.kinds import SNAPSHOT_MAGIC
+from mtetool.words import counted
 
 MAGIC = SNAPSHOT_MAGIC
 END_MAGIC = b"\x89MTEEND\n"
@@ -138,7 +139,7 @@ class ByteSource:
         data = self.read(n_bytes)
         if len(data) < n_bytes:
             raise TruncatedError(
-                f"{self.name} ends after {self.offset} bytes, in the middle of {what}"
+                f"{self.name} ends after {counted(self.offset, 'byte')}, in the middle of {what}"
                 f" that starts at byte {start}",
                 hint="the copy of the snapshot was cut short, or it was never finished",
                 offset=self.offset,

@@ -121,10 +121,10 @@ def test_its_owner_meets_none(path: str) -> None:
 
 
 def test_a_guest_that_vanished_is_no_process_until_it_has_other_faults(path: str) -> None:
-    order(path, Fault(Vanish(), on="write"))
+    order(path, Fault(Vanish(), on="read"))
     with open_guest(f"emu:{path}") as guest, open_guest(f"emu:{path}") as other:
         with pytest.raises(GuestLostError):
-            other.write_tags(BASE, np.ones(256, dtype=np.uint8))
+            other.read_tags(BASE, np.ones(256, dtype=np.uint8))
         with pytest.raises(GuestLostError):
             guest.info()
     with pytest.raises(NoSuchProcessError):

@@ -193,12 +193,40 @@ def test_the_guests_own_answers_come_first() -> None:
     guest = faulty(Fault(Fail(errno.EBUSY)), guest=inner)
     with pytest.raises(OSError, match="misaligned"):
         guest.read_tags(BASE + 1, tags(1))
-    assert guest.write_tags(BASE, tags(0)) == 0
+    assert guest.read_tags(BASE, tags(0)) == 0
     inner.lost_after_reads = 0
     assert answer(guest, "read", 0, 1) == "lost"
     huge = np.broadcast_to(np.uint8(0), (COPY_LENGTH_MAX // GRANULE_BYTES + 1,))
     # This guest takes any length, and is the one to say so.
     assert guest.write_tags(BASE, huge) == N_PAGES * PAGE
+
+
+@pytest.mark.parametrize(
+    ("fault", "number"),
+    [
+        (Fault(Fail(errno.EBUSY)), errno.EBUSY),
+        (Fault(Fail(errno.EBUSY), on="write", times=1), errno.EBUSY),
+        (Fault(Fail(errno.EACCES), on="write"), errno.EACCES),
+        (Fault(Fail(errno.EBUSY), on="read"), None),
+        (Fault(Fail(errno.EBUSY), on="write", after=1), None),
+        (Fault(Fail(errno.EBUSY), on="write", chance=0.5), None),
+        (Fault(Fail(errno.EBUSY), at=(BASE, PAGE)), None),
+        (Fault(Fail(errno.EFAULT), on="write"), None),
+    ],
+)
+def test_a_write_of_nothing_is_refused_where_every_write_is(
+    fault: Fault, number: int | None
+) -> None:
+    """And counts as none: whoever only asks changes nothing."""
+    guest = faulty(fault)
+    for _ in range(2):
+        if number is None:
+            assert guest.write_tags(BASE, tags(0)) == 0
+        else:
+            with pytest.raises(OSError, match=errno.errorcode[number]):
+                guest.write_tags(BASE, tags(0))
+    (counted,) = guest.faults().counted
+    assert (counted.copies, counted.pages, counted.fired) == (0, 0, 0)
 
 
 def test_where_the_guest_itself_fails_nothing_fires() -> None:

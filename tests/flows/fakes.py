@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from mtetool.buffers import TagBuffer
+from mtetool.buffers import TagBuffer, as_bytes
 from mtetool.errors import GuestLostError, LayoutUnknownError
 from mtetool.guest import GuestInfo, Memslot
 from mtetool.tags import Tags
@@ -83,6 +83,10 @@ class FakeGuest:
         return self.page_size_bytes // GRANULE_BYTES
 
     def read_tags(self, ipa: int, out: TagBuffer, *, then_bytes: int = 0) -> int:
+        if not len(as_bytes(out)):
+            if self.lost_after_reads is not None and self.reads >= self.lost_after_reads:
+                raise GuestLostError("the VM is gone")
+            return 0
         self.reads += 1
         self.reads_while_running += not self.frozen
         if self.lost_after_reads is not None and self.reads > self.lost_after_reads:
@@ -114,6 +118,8 @@ class FakeGuest:
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         if self.busy_after_writes is not None and self.writes >= self.busy_after_writes:
             raise OSError(errno.EBUSY, "dirty logging")
+        if not len(as_bytes(tags)):
+            return 0
         self.writes += 1
 
         def write(page: Tags, part: Tags) -> None:

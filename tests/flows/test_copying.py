@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtetool.errors import BusyError, GuestError, GuestLostError
+from mtetool.flows.around import ONE_BY_ONE_PAGES
 from mtetool.flows.copying import Copied, Fill, TagReader, write_extent
 from mtetool.flows.layout import UNREACHABLE, Layout
 from mtetool.guest import Memslot
@@ -33,7 +34,12 @@ def read_of(step: Copied | Fill) -> Tags:
 
 
 def read_all(
-    guest: FakeGuest, extents: list[Extent], *, chunk_pages: int = 4, known: bool = True
+    guest: FakeGuest,
+    extents: list[Extent],
+    *,
+    chunk_pages: int = 4,
+    known: bool = True,
+    insist: bool = False,
 ) -> tuple[dict[int, Tags], list[Missing]]:
     """The pages read, by address, and the missing ranges; no address may come twice."""
     layout = Layout(guest.slots if known else (), guest.page_size_bytes)
@@ -41,7 +47,7 @@ def read_all(
     pages: dict[int, Tags] = {}
     missing: list[Missing] = []
     at = extents[0].ipa
-    for step in TagReader(guest, layout, chunk_granules=chunk).read(extents):
+    for step in TagReader(guest, layout, chunk_granules=chunk, insist=insist).read(extents):
         assert step.ipa >= at
         at = step.ipa + step.size_bytes
         if isinstance(step, Missing):
@@ -97,7 +103,7 @@ def test_a_slot_that_ends_early_takes_few_calls_and_says_so() -> None:
     _, missing = read_all(guest, [Extent(BASE, n_pages * PAGE)], chunk_pages=512)
     (gap,) = missing
     assert (gap.ipa, gap.size_bytes) == (BASE + 7 * PAGE, (n_pages - 7) * PAGE)
-    assert guest.reads < 32
+    assert guest.reads < ONE_BY_ONE_PAGES + 32
     assert "of these 262,137 pages were tried" in gap.reason
 
 
@@ -108,7 +114,7 @@ def test_behind_a_long_gap_the_first_good_page_is_found() -> None:
     (gap,) = missing
     assert (gap.ipa, gap.ipa + gap.size_bytes) == (BASE + first * PAGE, BASE + last * PAGE)
     assert len(pages) == (1 << 17) - (last - first)
-    assert guest.reads < 48
+    assert guest.reads < ONE_BY_ONE_PAGES + 48
 
 
 def test_only_good_page_is_the_last() -> None:
@@ -147,6 +153,64 @@ def test_every_page_is_read_or_missing_once(
     for ipa, tags in pages.items():
         at = (ipa - BASE) // GRANULE_BYTES
         assert np.array_equal(tags, guest.memory[BASE][at : at + 256])
+
+
+# Stretches of pages that can be read, and of such that cannot, in turn.
+_READABLE = st.integers(1, 3)
+_SHORT = st.integers(1, 9) | st.integers(ONE_BY_ONE_PAGES - 1, ONE_BY_ONE_PAGES)
+_LONG = st.integers(ONE_BY_ONE_PAGES + 1, 2 * ONE_BY_ONE_PAGES)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    stretches=st.lists(st.tuples(_SHORT, _READABLE), min_size=1, max_size=3),
+    long_ones=st.lists(st.tuples(_LONG, _READABLE), max_size=1),
+    insist=st.booleans(),
+    chunk_pages=st.sampled_from([1, 7, 512]),
+)
+def test_every_page_that_can_be_read_is_read(
+    stretches: list[tuple[int, int]],
+    long_ones: list[tuple[int, int]],
+    insist: bool,
+    chunk_pages: int,
+) -> None:
+    """In short stretches of pages that cannot, always; in long ones where that is insisted on."""
+    bad: set[int] = set()
+    n_pages = 0
+    for unreadable, readable in stretches + (long_ones if insist else []):
+        bad |= set(range(n_pages, n_pages + unreadable))
+        n_pages += unreadable + readable
+    guest = FakeGuest(one_slot(n_pages), bad=lambda ipa: (ipa - BASE) // PAGE in bad)
+    whole = [Extent(BASE, n_pages * PAGE)]
+    pages, missing = read_all(guest, whole, chunk_pages=chunk_pages, insist=insist)
+    assert {(ipa - BASE) // PAGE for ipa in pages} == set(range(n_pages)) - bad
+    assert not any("tried" in gap.reason for gap in missing)
+
+
+@settings(max_examples=10, deadline=None)
+@given(stretches=st.lists(st.tuples(_SHORT | _LONG, _READABLE), min_size=1, max_size=2))
+def test_every_page_that_can_be_written_is_written(stretches: list[tuple[int, int]]) -> None:
+    bad: set[int] = set()
+    n_pages = 0
+    for refused, writable in stretches:
+        bad |= set(range(n_pages, n_pages + refused))
+        n_pages += refused + writable
+    guest = FakeGuest(one_slot(n_pages), bad_write=lambda ipa: (ipa - BASE) // PAGE in bad)
+    tags = np.full(n_pages * 256, 5, dtype=np.uint8)
+    list(write_extent(guest, BASE, tags.data, Layout(guest.slots, PAGE), insist=True))
+    written = guest.memory[BASE].reshape(n_pages, 256).all(axis=1)
+    assert set(np.flatnonzero(~written).tolist()) == bad
+
+
+def test_who_insists_on_every_page_gets_it_by_steps() -> None:
+    """Of a long stretch, so that whoever waits sees that it goes on."""
+    n_pages = (1 << 15) + 3
+    guest = FakeGuest(one_slot(n_pages), bad=lambda ipa: ipa < BASE + (n_pages - 1) * PAGE)
+    whole = [Extent(BASE, n_pages * PAGE)]
+    pages, missing = read_all(guest, whole, insist=True)
+    assert list(pages) == [BASE + (n_pages - 1) * PAGE]
+    assert [gap.size_bytes // PAGE for gap in missing] == [1 << 14, 1 << 14, 2]
+    assert len({gap.reason for gap in missing}) == 1
 
 
 def test_a_lost_guest_is_no_missing_page() -> None:

@@ -27,6 +27,7 @@ from mtetool.errors import (
     TruncatedError,
     UsageError,
 )
+from mtetool.flows.around import ONE_BY_ONE_PAGES
 from mtetool.flows.restore import RestoreOptions, RestoreResult, restore
 from mtetool.flows.save import SaveOptions, SaveResult, save
 from mtetool.flows.verify import verify, verify_against
@@ -441,12 +442,38 @@ def test_frozen_guest_stands_still_for_the_reading_and_not_for_the_writing() -> 
     assert reader.header.paused is True
 
 
+def test_nothing_was_read_and_not_all_was_tried() -> None:
+    """No more is claimed than was tried; whoever wants to know for sure has every page tried."""
+    n_pages = 4 * ONE_BY_ONE_PAGES
+    good = BASE + (2 * ONE_BY_ONE_PAGES + 5) * PAGE
+    guest = FakeGuest((Memslot(0, BASE, n_pages * PAGE),), bad=lambda ipa: ipa != good)
+    with pytest.raises(GuestError, match=r"of 4,096 pages were tried, and none") as caught:
+        save(guest, io.BytesIO(), SaveOptions())
+    tried = caught.value.details["tried_pages"]
+    assert isinstance(tried, int)
+    assert ONE_BY_ONE_PAGES < tried < ONE_BY_ONE_PAGES + 32
+    assert f"{tried:,} of 4,096 pages" in caught.value.message
+    assert "at all" not in caught.value.message
+    assert caught.value.hint is not None
+    assert "--every-page" in caught.value.hint
+    result = save(guest, io.BytesIO(), SaveOptions(every_page=True))
+    assert (result.status, result.saved_bytes) == (3, PAGE)
+
+
+def test_nothing_can_be_read_and_all_was_tried() -> None:
+    guest = FakeGuest((Memslot(0, BASE, 100 * PAGE),), bad=lambda ipa: True)
+    with pytest.raises(GuestError, match="no tags at all can be read") as caught:
+        save(guest, io.BytesIO(), SaveOptions())
+    assert (caught.value.details["tried_pages"], caught.value.details["untried_pages"]) == (100, 0)
+
+
 def test_guest_runs_on_when_a_frozen_save_fails() -> None:
     guest = guest_with_tags()
     guest.lost_after_reads = 1
     with pytest.raises(GuestLostError):
         save(guest, io.BytesIO(), SaveOptions(freeze=True))
     assert (guest.freezes, guest.frozen) == (1, False)
+    guest.lost_after_reads = None
     with pytest.raises(RangeError):
         save(guest, io.BytesIO(), SaveOptions(freeze=True, ranges=(Extent(1 << 50, PAGE),)))
     assert guest.freezes == 1

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.jsonkeys import check_keys
 from tests.lab.guests import Qemu, fill_with_random_tags, start_test_vmm
 from tests.lab.machine import Machine
 
@@ -34,6 +35,7 @@ def _state(lab: Machine, pid: int) -> bytes:
 
 def _json(data: bytes) -> dict[str, object]:
     loaded: dict[str, object] = json.loads(data)
+    check_keys(loaded)
     return loaded
 
 
@@ -87,9 +89,19 @@ def test_enable_comes_too_late_for_a_vm_with_vcpus(lab: Machine) -> None:
 def test_enable_before_the_first_vcpu_and_again(lab: Machine) -> None:
     pid = start_test_vmm(lab, "--no-mte", "0x40000000:0x100000")
     slot = ["--memslot", "0x40000000:1M"]
-    off = lab.run(["mtetool", "save", f"kvm:{pid}", *slot, "-o", "/tmp/s"])
-    assert off.returncode == 4
-    assert b"MTE is off" in off.stderr
+    lab.sh("mtetool emu create /tmp/e --memory 1M; mtetool save emu:/tmp/e -o /tmp/zeros")
+    for words in (
+        f"save kvm:{pid} -o /tmp/s",
+        f"dump kvm:{pid}",
+        f"diff emu:/tmp/e kvm:{pid}",
+        f"verify /tmp/zeros --against kvm:{pid}",
+        f"restore /tmp/zeros kvm:{pid} --dry-run",
+        f"restore /tmp/zeros kvm:{pid}",
+    ):
+        for told in ([], slot):
+            off = lab.run(["mtetool", *words.split(), *told, "--json"])
+            assert off.returncode == 4, words
+            assert _json(off.stderr)["error"] == "mte-off", words
     assert lab.run(["ls", "/tmp/s"]).returncode != 0
     lab.run(["mtetool", "enable", f"kvm:{pid}"], check=True)
     again = lab.run(["mtetool", "enable", f"kvm:{pid}"], check=True)
@@ -139,9 +151,10 @@ def test_dirty_logging_makes_a_restore_wait(lab: Machine) -> None:
     lab.run(["mtetool", "save", f"kvm:{source.pid}", "-o", "/tmp/s"], check=True)
     source.qmp("migrate-set-parameters", '{"max-bandwidth": 4096}')
     source.qmp("migrate", '{"uri": "exec:cat >/dev/null"}')
-    result = lab.run(["mtetool", "restore", "/tmp/s", f"kvm:{source.pid}"])
-    assert result.returncode == 4, result.stdout + result.stderr
-    assert b"dirty" in result.stderr
+    for more in ([], ["--dry-run"]):
+        result = lab.run(["mtetool", "restore", "/tmp/s", f"kvm:{source.pid}", *more])
+        assert result.returncode == 4, result.stdout + result.stderr
+        assert b"dirty" in result.stderr
     source.qmp("migrate_cancel")
     assert [check.wrong for check in source.wait_for_checks()] == [0, 0]
 
