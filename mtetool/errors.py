@@ -210,6 +210,12 @@ class LayoutUnknownError(GuestError):
     id = "layout-unknown"
 
 
+class WouldAllocateError(GuestError):
+    """Reading the guest's tags would allocate memory that it does not have yet."""
+
+    id = "would-allocate"
+
+
 class ForeignMonitorError(GuestError):
     """The monitor given with --qmp is not proven to be that of the VM."""
 
@@ -294,6 +300,12 @@ class HostIoError(HostError):
     """Reading or writing a file failed."""
 
     id = "io"
+
+
+class OutputStalledError(HostError):
+    """The output takes so little that a guest would have stood still for it."""
+
+    id = "output-stalled"
 
 
 class NoMemoryError(HostError):

@@ -12,7 +12,7 @@ import click
 
 from mtetool.backends import GuestOptions
 from mtetool.cli.naming import check_inputs
-from mtetool.cli.options import NAME, RANGE, Range, output_option, quiet_option
+from mtetool.cli.options import EVERY_PAGE_OPTION, NAME, RANGE, Range, output_option, quiet_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import columns, extent_rows, missing_json, size, why
 from mtetool.cli.render import put, warn
@@ -36,6 +36,7 @@ _BATCH_ROWS = 4096
 @click.option(
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
 )
+@EVERY_PAGE_OPTION
 @with_guest_options
 @quiet_option
 @output_option("raw")
@@ -43,6 +44,7 @@ def command(
     source: str,
     each: bool,
     ranges: tuple[Range, ...],
+    every_page: bool,
     guest_options: GuestOptions,
     quiet: bool,
     output: str,
@@ -62,7 +64,7 @@ def command(
     if output == "raw" and each:
         raise UsageError("--granules is for text and json: raw has one byte a granule anyway")
     check_inputs(sources=[source])
-    with open_source(source, guest_options) as opened:
+    with open_source(source, guest_options, every_page=every_page) as opened:
         extents = asked(opened, [Extent(*one) for one in ranges])
         if output == "raw":
             with output_file("-", force=False) as out:
