@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mtetool.backends import GuestOptions
-from mtetool.cli.options import RANGE, Range, quiet_option, report_option
+from mtetool.cli.options import RANGE, Range, completes, quiet_option, report_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import columns, missing_json, size, why
 from mtetool.cli.render import warn
@@ -26,8 +26,8 @@ _BATCH_ROWS = 4096
 
 
 @click.command("diff")
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
+@click.argument("a", metavar="A", shell_complete=completes("sources"))
+@click.argument("b", metavar="B", shell_complete=completes("sources"))
 @click.option(
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mtetool.backends import GuestOptions
-from mtetool.cli.options import RANGE, Range, output_option, quiet_option
+from mtetool.cli.options import RANGE, Range, completes, output_option, quiet_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import columns, extent_rows, missing_json, size, why
 from mtetool.cli.render import warn
@@ -30,7 +30,7 @@ _BATCH_ROWS = 4096
 
 
 @click.command("dump")
-@click.argument("source", metavar="SOURCE")
+@click.argument("source", metavar="SOURCE", shell_complete=completes("sources"))
 @click.option("--granules", "each", is_flag=True, help="A row for each granule (16 bytes).")
 @click.option(
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."

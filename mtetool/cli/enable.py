@@ -5,13 +5,13 @@ from __future__ import annotations
 import click
 
 from mtetool.backends import GuestOptions, open_guest
+from mtetool.cli.options import completes, report_option
 from mtetool.cli.options import guest_options as with_guest_options
-from mtetool.cli.options import report_option
 from mtetool.cli.render import print_json, say
 
 
 @click.command("enable")
-@click.argument("guest", metavar="GUEST")
+@click.argument("guest", metavar="GUEST", shell_complete=completes("guests"))
 @with_guest_options
 @report_option
 def command(guest: str, guest_options: GuestOptions, output: str) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtetool.cli.options import report_option
+from mtetool.cli.options import completes, report_option
 from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size
 from mtetool.cli.render import describe_guest, print_json, say, table
 from mtetool.flows.tally import Tally
@@ -20,7 +20,7 @@ _CONSISTENT = {True: "yes", False: "no, the guest ran during the save", None: "u
 
 
 @click.command("info")
-@click.argument("file", metavar="FILE")
+@click.argument("file", metavar="FILE", shell_complete=completes("files"))
 @report_option
 def command(file: str, output: str) -> None:
     """Say what the snapshot FILE (- is standard input) holds.

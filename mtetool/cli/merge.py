@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtetool.cli.options import progress_options, report_option, snapshot_target
+from mtetool.cli.options import completes, progress_options, report_option, snapshot_target
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import missing_json, missing_lines, size
 from mtetool.cli.render import print_json, say
@@ -20,8 +20,16 @@ if TYPE_CHECKING:
 
 
 @click.command("merge")
-@click.argument("files", metavar="BASE [DELTA]...", nargs=-1, required=True)
-@click.option("-o", "--out", metavar="FILE", help="Where the result goes; - is standard output.")
+@click.argument(
+    "files", metavar="BASE [DELTA]...", nargs=-1, required=True, shell_complete=completes("files")
+)
+@click.option(
+    "-o",
+    "--out",
+    metavar="FILE",
+    shell_complete=completes("files"),
+    help="Where the result goes; - is standard output.",
+)
 @click.option("--force", is_flag=True, help="Overwrite FILE if it exists.")
 @click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Threads that encode.")
 @click.option(

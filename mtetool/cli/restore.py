@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mtetool.backends import GuestOptions, open_guest
-from mtetool.cli.options import BASE_OPTION, Parsed, parse_number, progress_options, report_option
+from mtetool.cli.options import (
+    BASE_OPTION,
+    Parsed,
+    completes,
+    parse_number,
+    progress_options,
+    report_option,
+)
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import extent_lines, extents_json, missing_json, missing_lines, size
@@ -30,8 +37,8 @@ def parse_move(text: str) -> tuple[int, int]:
 
 
 @click.command("restore")
-@click.argument("file", metavar="FILE")
-@click.argument("guest", metavar="GUEST")
+@click.argument("file", metavar="FILE", shell_complete=completes("files"))
+@click.argument("guest", metavar="GUEST", shell_complete=completes("guests"))
 @click.option(
     "--verify/--no-verify", default=True, help="Read back what was written (on by default)."
 )

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 import click
 
 from mtetool.backends import GuestOptions, open_guest
-from mtetool.cli.options import RANGE, SIZE, Range, progress_options, report_option, snapshot_target
+from mtetool.cli.options import (
+    RANGE,
+    SIZE,
+    Range,
+    completes,
+    progress_options,
+    report_option,
+    snapshot_target,
+)
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size, slot_rows
@@ -29,8 +37,14 @@ _CONSISTENT = {
 
 
 @click.command("save")
-@click.argument("guest", metavar="GUEST")
-@click.option("-o", "--out", metavar="FILE", help="Where the snapshot goes; - is standard output.")
+@click.argument("guest", metavar="GUEST", shell_complete=completes("guests"))
+@click.option(
+    "-o",
+    "--out",
+    metavar="FILE",
+    shell_complete=completes("files"),
+    help="Where the snapshot goes; - is standard output.",
+)
 @click.option("--force", is_flag=True, help="Overwrite FILE if it exists.")
 @click.option(
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
@@ -56,6 +70,7 @@ _CONSISTENT = {
     "--base",
     "bases",
     multiple=True,
+    shell_complete=completes("files"),
     metavar="FILE",
     help="Save what has changed since (repeatable: the oldest first).",
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mtetool.backends import GuestOptions, open_guest
-from mtetool.cli.options import BASE_OPTION, progress_options, report_option
+from mtetool.cli.options import BASE_OPTION, completes, progress_options, report_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import extent_lines, extents_json, missing_json, missing_lines, size
@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 
 
 @click.command("verify")
-@click.argument("file", metavar="FILE")
-@click.option("--against", metavar="GUEST", help="Compare every tag with this guest's.")
+@click.argument("file", metavar="FILE", shell_complete=completes("files"))
+@click.option(
+    "--against",
+    metavar="GUEST",
+    shell_complete=completes("guests"),
+    help="Compare every tag with this guest's.",
+)
 @BASE_OPTION
 @with_guest_options
 @progress_options

@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import shlex
 import struct
 import subprocess
@@ -90,6 +91,7 @@ def read_until(fd: int, pattern: bytes = b"(?!)") -> bytes:
     """What comes until `pattern` has come, or until the terminal is closed."""
     data = b""
     while not re.search(pattern, data):
+        assert select.select([fd], [], [], 20)[0], f"nothing more comes after {data!r}"
         try:
             part = os.read(fd, 4096)
         except OSError:  # EIO: nobody has it open any more
