@@ -30,11 +30,14 @@ DETAIL_KEYS = (
     "peer",
     "fds",
     "page_size_bytes",
+    "slot",
+    "would_allocate_bytes",
     "base_id",
     "offset",
     "version",
     "saved_bytes",
     "saved_up_to",
+    "written_bytes",
     "tried_pages",
     "untried_pages",
     "restored_bytes",
@@ -198,6 +201,12 @@ class LayoutUnknownError(GuestError):
     id = "layout-unknown"
 
 
+class WouldAllocateError(GuestError):
+    """Reading the guest's tags would allocate memory that it does not have yet."""
+
+    id = "would-allocate"
+
+
 class ForeignMonitorError(GuestError):
     """The monitor given with --qmp is not proven to be that of the VM."""
 
@@ -282,6 +291,12 @@ class HostIoError(HostError):
     """Reading or writing a file failed."""
 
     id = "io"
+
+
+class OutputStalledError(HostError):
+    """The output takes so little that a guest would have stood still for it."""
+
+    id = "output-stalled"
 
 
 class NoMemoryError(HostError):

@@ -12,6 +12,7 @@ import click
 
 from mtetool.backends import GuestOptions, open_guest
 from mtetool.cli.options import (
+    EVERY_PAGE_OPTION,
     RANGE,
     SIZE,
     Range,
@@ -74,7 +75,7 @@ _CONSISTENT = {
     metavar="FILE",
     help="Save what has changed since (repeatable: the oldest first).",
 )
-@click.option("--every-page", is_flag=True, help="Read and try every page; see mtetool-save(1).")
+@EVERY_PAGE_OPTION
 @click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Threads that compress.")
 @click.option(
     "--level", type=click.IntRange(1, 19), default=1, metavar="N", help="The zstd level (1)."

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mtetool.backends import GuestOptions, open_guest
-from mtetool.cli.options import BASE_OPTION, completes, progress_options, report_option
+from mtetool.cli.options import (
+    BASE_OPTION,
+    EVERY_PAGE_OPTION,
+    completes,
+    progress_options,
+    report_option,
+)
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import extent_lines, extents_json, missing_json, missing_lines, size
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
     help="Compare every tag with this guest's.",
 )
 @BASE_OPTION
+@EVERY_PAGE_OPTION
 @with_guest_options
 @progress_options
 @report_option
@@ -34,6 +41,7 @@ def command(
     file: str,
     against: str | None,
     bases: tuple[str, ...],
+    every_page: bool,
     guest_options: GuestOptions,
     quiet: bool,
     progress: str,
@@ -54,7 +62,9 @@ def command(
             result = verify(reader, progress=update)
         else:
             with open_guest(against, guest_options) as guest:
-                result = verify_against(reader, guest, against, progress=update)
+                result = verify_against(
+                    reader, guest, against, every_page=every_page, progress=update
+                )
     elapsed = time.monotonic() - started
     if result.paused is False and not quiet:
         warn(f"{against} is running: its tags change while they are compared")
