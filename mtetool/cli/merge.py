@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtetool.cli.options import completes, progress_options, report_option, snapshot_target
+from mtetool.cli.naming import check_inputs
+from mtetool.cli.options import (
+    FILE,
+    NAME,
+    completes,
+    progress_options,
+    report_option,
+    snapshot_target,
+)
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import missing_json, missing_lines, size
-from mtetool.cli.render import print_json, say
+from mtetool.cli.render import print_json, reporting_on, say
 from mtetool.words import counted
 
 if TYPE_CHECKING:
@@ -21,11 +27,17 @@ if TYPE_CHECKING:
 
 @click.command("merge")
 @click.argument(
-    "files", metavar="BASE [DELTA]...", nargs=-1, required=True, shell_complete=completes("files")
+    "files",
+    type=NAME,
+    metavar="BASE [DELTA]...",
+    shell_complete=completes("files"),
+    nargs=-1,
+    required=True,
 )
 @click.option(
     "-o",
     "--out",
+    type=FILE,
     metavar="FILE",
     shell_complete=completes("files"),
     help="Where the result goes; - is standard output.",
@@ -57,15 +69,16 @@ def command(
     from mtetool.snapshot.output import output_file
 
     target = snapshot_target(out)
+    inputs = check_inputs(files)
     started = time.monotonic()
     with (
         open_layers(files) as layers,
-        output_file(target, force=force) as stream,
+        output_file(target, force=force, inputs=inputs, may_replace_inputs=True) as stream,
         shown("merging", progress) as update,
     ):
         result = merge(layers, stream, level=level, jobs=jobs, progress=update)
     elapsed = time.monotonic() - started
-    with redirect_stdout(sys.stderr if target == "-" else sys.stdout):
+    with reporting_on(target, result.status):
         if output == "json":
             print_json(_document(files, target, elapsed, result))
         elif target != "-" or not quiet:

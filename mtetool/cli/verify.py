@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mtetool.backends import GuestOptions, open_guest
+from mtetool.cli.naming import check_inputs
 from mtetool.cli.options import (
     BASE_OPTION,
     EVERY_PAGE_OPTION,
+    FILE,
+    NAME,
     completes,
     progress_options,
     report_option,
@@ -25,9 +28,10 @@ if TYPE_CHECKING:
 
 
 @click.command("verify")
-@click.argument("file", metavar="FILE", shell_complete=completes("files"))
+@click.argument("file", type=NAME, metavar="FILE", shell_complete=completes("files"))
 @click.option(
     "--against",
+    type=FILE,
     metavar="GUEST",
     shell_complete=completes("guests"),
     help="Compare every tag with this guest's.",
@@ -55,6 +59,11 @@ def command(
     from mtetool.flows.opening import snapshot_input
     from mtetool.flows.verify import verify, verify_against
 
+    check_inputs(
+        [*bases, file],
+        [] if against is None else [against],
+        instead=lambda guest: f"mtetool verify FILE --against {guest}",
+    )
     started = time.monotonic()
     with snapshot_input(file, bases) as snapshot, shown(f"verifying {file}", progress) as update:
         reader = snapshot.reader()
