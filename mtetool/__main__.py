@@ -99,6 +99,10 @@ def _run(arguments: Sequence[str]) -> int:
 
     from mtetool.cli import ClosedPipeError, group
 
+    if "_MTETOOL_COMPLETE" in os.environ:
+        from mtetool.cli import completing
+
+        completing.register()
     # The default, strict, would end a listing with a traceback at the first odd file name.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -11,7 +11,15 @@ import click
 
 from mtetool.backends import GuestOptions
 from mtetool.cli.naming import check_inputs
-from mtetool.cli.options import EVERY_PAGE_OPTION, NAME, RANGE, Range, quiet_option, report_option
+from mtetool.cli.options import (
+    EVERY_PAGE_OPTION,
+    NAME,
+    RANGE,
+    Range,
+    completes,
+    quiet_option,
+    report_option,
+)
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import columns, missing_json, size, why
 from mtetool.cli.render import put, warn
@@ -26,8 +34,8 @@ _BATCH_ROWS = 4096
 
 
 @click.command("diff")
-@click.argument("a", type=NAME, metavar="A")
-@click.argument("b", type=NAME, metavar="B")
+@click.argument("a", type=NAME, metavar="A", shell_complete=completes("sources"))
+@click.argument("b", type=NAME, metavar="B", shell_complete=completes("sources"))
 @click.option(
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mtetool.cli.naming import check_inputs
-from mtetool.cli.options import NAME, report_option
+from mtetool.cli.options import NAME, completes, report_option
 from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size
 from mtetool.cli.render import describe_guest, print_json, say, table
 from mtetool.flows.tally import Tally
@@ -21,7 +21,7 @@ _CONSISTENT = {True: "yes", False: "no, the guest ran during the save", None: "u
 
 
 @click.command("info")
-@click.argument("file", type=NAME, metavar="FILE")
+@click.argument("file", type=NAME, metavar="FILE", shell_complete=completes("files"))
 @report_option
 def command(file: str, output: str) -> None:
     """Say what the snapshot FILE (- is standard input) holds.

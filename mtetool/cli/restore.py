@@ -13,6 +13,7 @@ from mtetool.cli.options import (
     BASE_OPTION,
     NAME,
     Parsed,
+    completes,
     parse_number,
     progress_options,
     report_option,
@@ -38,8 +39,8 @@ def parse_move(text: str) -> tuple[int, int]:
 
 
 @click.command("restore")
-@click.argument("file", type=NAME, metavar="FILE")
-@click.argument("guest", type=NAME, metavar="GUEST")
+@click.argument("file", type=NAME, metavar="FILE", shell_complete=completes("files"))
+@click.argument("guest", type=NAME, metavar="GUEST", shell_complete=completes("guests"))
 @click.option(
     "--verify/--no-verify", default=True, help="Read back what was written (on by default)."
 )

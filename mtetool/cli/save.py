@@ -18,6 +18,7 @@ from mtetool.cli.options import (
     RANGE,
     SIZE,
     Range,
+    completes,
     progress_options,
     report_option,
     snapshot_target,
@@ -39,9 +40,14 @@ _CONSISTENT = {
 
 
 @click.command("save")
-@click.argument("guest", type=NAME, metavar="GUEST")
+@click.argument("guest", type=NAME, metavar="GUEST", shell_complete=completes("guests"))
 @click.option(
-    "-o", "--out", type=FILE, metavar="FILE", help="Where the snapshot goes; - is standard output."
+    "-o",
+    "--out",
+    type=FILE,
+    metavar="FILE",
+    shell_complete=completes("files"),
+    help="Where the snapshot goes; - is standard output.",
 )
 @click.option("--force", is_flag=True, help="Overwrite FILE if it exists.")
 @click.option(
@@ -69,6 +75,7 @@ _CONSISTENT = {
     "bases",
     type=FILE,
     multiple=True,
+    shell_complete=completes("files"),
     metavar="FILE",
     help="Save what has changed since (repeatable: the oldest first).",
 )

@@ -14,6 +14,7 @@ from mtetool.cli.options import (
     EVERY_PAGE_OPTION,
     FILE,
     NAME,
+    completes,
     progress_options,
     report_option,
 )
@@ -27,8 +28,14 @@ if TYPE_CHECKING:
 
 
 @click.command("verify")
-@click.argument("file", type=NAME, metavar="FILE")
-@click.option("--against", type=FILE, metavar="GUEST", help="Compare every tag with this guest's.")
+@click.argument("file", type=NAME, metavar="FILE", shell_complete=completes("files"))
+@click.option(
+    "--against",
+    type=FILE,
+    metavar="GUEST",
+    shell_complete=completes("guests"),
+    help="Compare every tag with this guest's.",
+)
 @BASE_OPTION
 @EVERY_PAGE_OPTION
 @with_guest_options
