@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from types import FrameType
@@ -158,10 +158,11 @@ def _report(error: MtetoolError, arguments: Sequence[str]) -> int:
         import traceback
 
         traceback.print_exc()
-    text = _as_json(error) if wants_json(arguments) else _as_text(error)
+    parts = _as_json(error) if wants_json(arguments) else [_as_text(error)]
     # Nobody may listen any more; the status still tells.
     with suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(text + "\n")
+        sys.stderr.writelines(parts)
+        sys.stderr.write("\n")
         sys.stderr.flush()
     return error.status
 
@@ -179,7 +180,7 @@ def _printable(line: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in line)
 
 
-def _as_json(error: MtetoolError) -> str:
+def _as_json(error: MtetoolError) -> Iterable[str]:
     fixed = {
         "schema": "mtetool.error/1",
         "error": error.id,
@@ -187,9 +188,9 @@ def _as_json(error: MtetoolError) -> str:
         "hint": error.hint,
         "status": error.status,
     }
-    import json
+    from mtetool.streaming import json_parts
 
-    return json.dumps({**fixed, **error.details, **fixed}, default=str)
+    return json_parts({**fixed, **error.details, **fixed})
 
 
 def wants_json(arguments: Sequence[str]) -> bool:

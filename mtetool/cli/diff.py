@@ -14,7 +14,7 @@ from mtetool.backends import GuestOptions
 from mtetool.cli.options import RANGE, Range, report_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import missing_json, why
-from mtetool.cli.render import printable
+from mtetool.cli.render import print_tail, printable
 from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL, UsageError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class _Output:
                 "differing_count": self._count,
                 **missing_json("missing", self._missing),
             }
-            sys.stdout.write("\n], " + json.dumps(tail)[1:] + "\n")
+            print_tail(tail)
         if self._count:
             return STATUS_NO
         return STATUS_PARTIAL if self._missing else STATUS_OK

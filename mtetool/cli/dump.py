@@ -14,7 +14,7 @@ from mtetool.backends import GuestOptions
 from mtetool.cli.options import RANGE, Range, output_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import extent_rows, missing_json, why
-from mtetool.cli.render import printable, warn
+from mtetool.cli.render import print_tail, printable, warn
 from mtetool.errors import STATUS_OK, STATUS_PARTIAL, UsageError
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _json(
     }
     sys.stdout.write(json.dumps(head)[:-1] + f', "{"granules" if each else "runs"}": [\n')
     _write_batches(items(), ",\n")
-    sys.stdout.write("\n], " + json.dumps(missing_json("missing", missing))[1:] + "\n")
+    print_tail(missing_json("missing", missing))
     return missing
 
 

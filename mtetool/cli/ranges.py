@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from mtetool.cli.render import one_line
+from mtetool.cli.render import one_line, warn
 from mtetool.errors import errno_name
+from mtetool.streaming import Rows, extent_row
 
 if TYPE_CHECKING:
     from mtetool.flows.tally import Tally
     from mtetool.guest import Memslot
     from mtetool.snapshot.model import Extent, Missing
 
-# A report is read by a person: the whole list is in the JSON form.
-_TEXT_MAX = 20
+TEXT_ROWS = 20
+"""How many ranges are listed for people; all of them are in the JSON form."""
+
+
+def listed_in(output: str) -> int | None:
+    """How many ranges of a kind a report of this form lists; None: all."""
+    return None if output == "json" else TEXT_ROWS
 
 
 def size(n_bytes: int) -> str:
@@ -33,17 +39,17 @@ def size(n_bytes: int) -> str:
 
 def missing_json(name: str, tally: Tally[Missing]) -> dict[str, Any]:
     """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report."""
-    return _counted(name, tally, [missing_row(item) for item in tally.items])
+    return _counted(name, tally, map(missing_row, tally))
 
 
 def extents_json(name: str, tally: Tally[Extent]) -> dict[str, Any]:
     """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report."""
-    return _counted(name, tally, extent_rows(tally.items))
+    return _counted(name, tally, map(extent_row, tally))
 
 
 def extent_rows(extents: Iterable[Extent]) -> list[dict[str, int]]:
     """Extents as JSON."""
-    return [{"ipa": item.ipa, "size_bytes": item.size_bytes} for item in extents]
+    return [extent_row(extent) for extent in extents]
 
 
 def missing_row(item: Missing) -> dict[str, Any]:
@@ -72,17 +78,22 @@ def slot_rows(slots: Iterable[Memslot]) -> list[dict[str, Any]]:
 
 def missing_lines(title: str, tally: Tally[Missing]) -> list[str]:
     """What is not there, for people; nothing where nothing is missing."""
-    rows = [f"{_span(item)}  {why(item)}" for item in tally.items[:_TEXT_MAX]]
+    rows = [f"{_span(item)}  {why(item)}" for item in tally.first(TEXT_ROWS)]
     return _listed(title, tally, rows)
 
 
 def extent_lines(title: str, tally: Tally[Extent]) -> list[str]:
     """Ranges, for people; nothing where there are none."""
-    return _listed(title, tally, [_span(item) for item in tally.items[:_TEXT_MAX]])
+    return _listed(title, tally, [_span(item) for item in tally.first(TEXT_ROWS)])
 
 
-def _counted(name: str, tally: Tally[Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {f"{name}_bytes": tally.size_bytes, f"{name}_count": tally.count, name: list(rows)}
+def _counted(name: str, tally: Tally[Any], rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    if tally.truncated:
+        warn(
+            f"{name!r} does not list all of {tally.count} ranges: the directory for temporary files"
+            " is full; another one: TMPDIR=DIRECTORY mtetool ..."
+        )
+    return {f"{name}_bytes": tally.size_bytes, f"{name}_count": tally.count, name: Rows(rows)}
 
 
 def _listed(title: str, tally: Tally[Any], rows: list[str]) -> list[str]:
@@ -92,7 +103,7 @@ def _listed(title: str, tally: Tally[Any], rows: list[str]) -> list[str]:
     lines = [f"{title}: {tally.count} {ranges}, {size(tally.size_bytes)}"]
     lines += [f"  {row}" for row in rows]
     if tally.count > len(rows):
-        lines.append(f"  … and {tally.count - len(rows)} more (--output json lists more of them)")
+        lines.append(f"  … and {tally.count - len(rows)} more (--output json lists all)")
     return lines
 
 

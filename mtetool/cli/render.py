@@ -7,19 +7,33 @@ is wrapped, truncated or read as markup.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtetool.guest import GuestInfo
 
 
-def print_json(document: object) -> None:
-    """One JSON document: a line in a pipe, indented on a terminal. Addresses are integers."""
-    indent = 2 if sys.stdout.isatty() else None
-    import json
+def print_json(document: Mapping[str, object]) -> None:
+    """One JSON document: a line in a pipe, indented on a terminal. Addresses are integers.
 
-    sys.stdout.write(json.dumps(document, indent=indent) + "\n")
+    Its values may be `mtetool.streaming.Rows`.
+    """
+    from mtetool.streaming import json_parts
+
+    sys.stdout.writelines(json_parts(document, 2 if sys.stdout.isatty() else None))
+    sys.stdout.write("\n")
+
+
+def print_tail(members: Mapping[str, object]) -> None:
+    """The end of a JSON document whose first members, the last of them an array, were printed."""
+    from mtetool.streaming import json_parts
+
+    parts = json_parts(members)
+    next(parts)
+    sys.stdout.write("\n], ")
+    sys.stdout.writelines(parts)
+    sys.stdout.write("\n")
 
 
 def say(text: str) -> None:

@@ -11,7 +11,14 @@ from mtetool.backends import GuestOptions, open_guest
 from mtetool.cli.options import BASE_OPTION, Parsed, parse_number, progress_options, report_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
-from mtetool.cli.ranges import extent_lines, extents_json, missing_json, missing_lines, size
+from mtetool.cli.ranges import (
+    extent_lines,
+    extents_json,
+    listed_in,
+    missing_json,
+    missing_lines,
+    size,
+)
 from mtetool.cli.render import print_json, say, warn
 
 if TYPE_CHECKING:
@@ -76,7 +83,7 @@ def command(
         result = restore(
             snapshot.reader,
             opened,
-            RestoreOptions(verify=verify, dry_run=dry_run, every_page=every_page, moves=moves),
+            RestoreOptions(verify, dry_run, every_page, moves, listed_in(output)),
             again=snapshot.seekable,
             progress=update,
         )

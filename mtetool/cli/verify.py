@@ -11,7 +11,14 @@ from mtetool.backends import GuestOptions, open_guest
 from mtetool.cli.options import BASE_OPTION, progress_options, report_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
-from mtetool.cli.ranges import extent_lines, extents_json, missing_json, missing_lines, size
+from mtetool.cli.ranges import (
+    extent_lines,
+    extents_json,
+    listed_in,
+    missing_json,
+    missing_lines,
+    size,
+)
 from mtetool.cli.render import print_json, say, warn
 
 if TYPE_CHECKING:
@@ -49,7 +56,9 @@ def command(
             result = verify(reader, progress=update)
         else:
             with open_guest(against, guest_options) as guest:
-                result = verify_against(reader, guest, against, progress=update)
+                result = verify_against(
+                    reader, guest, against, listed=listed_in(output), progress=update
+                )
     elapsed = time.monotonic() - started
     if result.paused is False and not quiet:
         warn(f"{against} is running: its tags change while they are compared")

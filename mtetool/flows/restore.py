@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import heapq
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 from mtetool import loops
 from mtetool.backends.base import Guest
@@ -30,6 +31,7 @@ from mtetool.flows.tally import Tally
 from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Header, Missing
 from mtetool.snapshot.reader import SnapshotReader
+from mtetool.streaming import Rows, extent_row
 from mtetool.uapi import GRANULE_BYTES
 
 
@@ -37,13 +39,15 @@ from mtetool.uapi import GRANULE_BYTES
 class RestoreOptions:
     """What the user asked for; `moves` are pairs of a slot's IPA then and now.
 
-    `every_page` writes tags of 0 also where the guest cannot have others.
+    `every_page` writes tags of 0 also where the guest cannot have others. Only the first `listed`
+    ranges of a kind are listed in the result (None: all).
     """
 
     verify: bool = True
     dry_run: bool = False
     every_page: bool = False
     moves: tuple[tuple[int, int], ...] = ()
+    listed: int | None = None
 
 
 @dataclass
@@ -58,17 +62,23 @@ class RestoreResult:
     header: Header
     paused: bool | None
     dry_run: bool
+    listed: InitVar[int | None] = None
     restored_bytes: int = 0
     restored_up_to: int | None = None
     verified_bytes: int = 0
     readonly_bytes: int = 0
-    missing: Tally[Missing] = field(default_factory=Tally)
-    refused: Tally[Missing] = field(default_factory=Tally)
-    readonly_differing: Tally[Extent] = field(default_factory=Tally)
-    verify_differing: Tally[Extent] = field(default_factory=Tally)
-    changes: Tally[Extent] = field(default_factory=Tally)
+    missing: Tally[Missing] = field(init=False)
+    refused: Tally[Missing] = field(init=False)
+    readonly_differing: Tally[Extent] = field(init=False)
+    verify_differing: Tally[Extent] = field(init=False)
+    changes: Tally[Extent] = field(init=False)
     stopped: str | None = None
     copy_seconds: float = 0.0
+
+    def __post_init__(self, listed: int | None) -> None:
+        self.missing, self.refused = Tally(listed), Tally(listed)
+        self.readonly_differing, self.verify_differing = Tally(listed), Tally(listed)
+        self.changes = Tally(listed)
 
     @property
     def status(self) -> int:
@@ -76,10 +86,20 @@ class RestoreResult:
         short = (self.missing, self.refused, self.readonly_differing, self.verify_differing)
         return STATUS_PARTIAL if any(short) or self.stopped else STATUS_OK
 
-    def not_as_wanted(self) -> list[Extent]:
+    def not_as_wanted(self) -> Iterator[Extent]:
         """Where the guest was found not to have the snapshot's tags, as far as it is listed."""
-        found = [Extent(item.ipa, item.size_bytes) for item in self.refused.items]
-        return merged([*found, *self.readonly_differing.items, *self.verify_differing.items])
+        refused = (Extent(item.ipa, item.size_bytes) for item in self.refused)
+        found = (refused, self.readonly_differing, self.verify_differing)
+        last: Extent | None = None
+        for extent in heapq.merge(*found, key=lambda extent: extent.ipa):
+            if last is not None and extent.ipa <= last.end:
+                last = Extent(last.ipa, max(last.end, extent.end) - last.ipa)
+                continue
+            if last is not None:
+                yield last
+            last = extent
+        if last is not None:
+            yield last
 
 
 def restore(
@@ -160,7 +180,7 @@ class _Restorer:
         self._reader = TagReader(guest, layout, insist=options.every_page)
         self._comparer = Comparer(self._reader)
         self._begun: _Begun | None = None
-        self.result = RestoreResult(header, guest.paused(), options.dry_run)
+        self.result = RestoreResult(header, guest.paused(), options.dry_run, options.listed)
 
     def run(self, reader: Stored, progress: Progress) -> RestoreResult:
         total, done = total_bytes(reader.header.scope), 0
@@ -194,15 +214,15 @@ class _Restorer:
         with suppress(MtetoolError):
             self._finish_writing()
         result = self.result
-        left = result.not_as_wanted()
-        if left:
+        left = next(result.not_as_wanted(), None)
+        if left is not None:
+            found = (result.refused, result.readonly_differing, result.verify_differing)
             error.message += (
-                f"; {total_bytes(left)} bytes before that did not get the snapshot's tags,"
-                f" the first at {left[0].ipa:#x}"
+                f"; {sum(tally.size_bytes for tally in found)} bytes before that did not get the"
+                f" snapshot's tags, the first at {left.ipa:#x}"
             )
             error.args = (error.message,)
-            rows = [{"ipa": extent.ipa, "size_bytes": extent.size_bytes} for extent in left]
-            error.details.setdefault("not_restored", rows)
+        error.details.setdefault("not_restored", Rows(map(extent_row, result.not_as_wanted())))
         if result.restored_bytes and result.restored_up_to is not None:
             error.message += (
                 f"; {result.restored_bytes} bytes of guest memory had their tags written"

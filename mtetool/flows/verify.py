@@ -45,17 +45,27 @@ def verify(reader: SnapshotReader | Layers, *, progress: Progress = no_progress)
 
 
 def verify_against(
-    reader: SnapshotReader | Layers, guest: Guest, name: str, *, progress: Progress = no_progress
+    reader: SnapshotReader | Layers,
+    guest: Guest,
+    name: str,
+    *,
+    listed: int | None = None,
+    progress: Progress = no_progress,
 ) -> VerifyResult:
     """Check a snapshot and compare each of its tags with the guest's.
+
+    Only the first `listed` ranges of a kind are listed in the result (None: all).
 
     Raises SnapshotError, BaseNeededError, and GuestError where the guest refuses as a whole.
     """
     whole = stored(reader)
     layout = tagged_layout(guest, name, slots_of(whole.header))
     comparer = Comparer(TagReader(guest, layout))
-    result = VerifyResult(Checked(whole.header), name, guest.paused())
-    differing, unreadable = result.differing, result.unreadable
+    differing: Tally[Extent] = Tally(listed)
+    unreadable: Tally[Missing] = Tally(listed)
+    result = VerifyResult(
+        Checked(whole.header), name, guest.paused(), differing=differing, unreadable=unreadable
+    )
     if isinstance(reader, Layers):
         result.checked = reader.check()
         total, done = total_bytes(whole.header.scope), 0
