@@ -12,7 +12,14 @@ from contextlib import contextmanager, suppress
 from itertools import pairwise
 from types import FrameType
 
-from mtetool.errors import STATUS_HOST, STATUS_OK, MtetoolError, NoMemoryError, host_error
+from mtetool.errors import (
+    DETAIL_KEYS,
+    STATUS_HOST,
+    STATUS_OK,
+    MtetoolError,
+    NoMemoryError,
+    host_error,
+)
 
 STATUS_CLOSED_PIPE = 128 + signal.SIGPIPE
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -190,7 +197,8 @@ def _as_json(error: MtetoolError) -> Iterable[str]:
     }
     from mtetool.streaming import json_parts
 
-    return json_parts({**fixed, **error.details, **fixed})
+    details = {**dict.fromkeys(DETAIL_KEYS), **error.details}
+    return json_parts({**fixed, **details, **fixed})
 
 
 def wants_json(arguments: Sequence[str]) -> bool:

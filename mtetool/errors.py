@@ -19,6 +19,30 @@ STATUS_SNAPSHOT = 5
 STATUS_HOST = 6
 
 
+DETAIL_KEYS = (
+    "path",
+    "pid",
+    "ipa",
+    "size_bytes",
+    "errno",
+    "reason",
+    "tracer",
+    "fds",
+    "page_size_bytes",
+    "base_id",
+    "offset",
+    "version",
+    "saved_bytes",
+    "saved_up_to",
+    "tried_pages",
+    "untried_pages",
+    "restored_bytes",
+    "restored_up_to",
+    "not_restored",
+)
+"""The keys that the `details` of errors may have, as mtetool(1) explains them."""
+
+
 def errno_name(number: int) -> str:
     """The name of an errno, `EFAULT` for 14; the number itself where it has none."""
     return errno_module.errorcode.get(number, str(number))
@@ -27,8 +51,8 @@ def errno_name(number: int) -> str:
 class MtetoolError(Exception):
     """The base of all errors that mtetool reports on purpose.
 
-    `details` holds what a program may want besides the text (`ipa`, `errno`, ...); its
-    keys join the JSON form of the error.
+    `details` holds what a program may want besides the text: some of DETAIL_KEYS, which are
+    all in the JSON form of the error, null where it has none.
     """
 
     id: ClassVar[str] = "error"
@@ -171,6 +195,12 @@ class LayoutUnknownError(GuestError):
     """The guest's memslots could not be learnt."""
 
     id = "layout-unknown"
+
+
+class ForeignMonitorError(GuestError):
+    """The monitor given with --qmp is not proven to be that of the VM."""
+
+    id = "foreign-monitor"
 
 
 class WrongHostError(GuestError):

@@ -11,8 +11,8 @@ import os
 import signal
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
+from mtetool.attach import procfs
 from mtetool.attach.alarm import SIGNAL, IoctlAlarm
 from mtetool.attach.ptrace import (
     EVENT_EXEC,
@@ -160,7 +160,7 @@ def peek() -> tuple[int, int | None]:
 
 def process_of(tid: int) -> int:
     """The process that the thread belongs to. Raises OSError where it is gone."""
-    lines = Path(f"/proc/{tid}/status").read_text(errors="replace").splitlines()
+    lines = procfs.lines(f"/proc/{tid}/status")
     return next(int(line.split()[1]) for line in lines if line.startswith("Tgid:"))
 
 

@@ -6,6 +6,7 @@ that keep running. Adding executable memory is no better in a hardened one.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 
 from mtetool.attach import memory
@@ -24,6 +25,11 @@ _EXITS = tuple(
         "00008052 a80b80d2 010000d4",
     )
 )
+
+
+# Real ones: a vDSO of at most 16 KiB, and 1.5 MiB of text in the C library.
+_VDSO_BYTES = 1 << 20
+_LIBRARY_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +56,7 @@ def find(pid: int) -> Gadgets:
     """
     maps = memory.mappings(pid)
     vdso = next((m for m in maps if m.name == "[vdso]"), None)
-    code = memory.read(pid, vdso.start, vdso.end - vdso.start) if vdso else b""
+    code = _code(pid, vdso, _VDSO_BYTES) if vdso else b""
     svc_ret = find_aligned(code, _SVC_RET)
     sigreturn = find_aligned(code, _SIGRETURN)
     if vdso is None or svc_ret is None or sigreturn is None:
@@ -62,13 +68,27 @@ def find(pid: int) -> Gadgets:
 
 
 def _find_exit(pid: int, maps: list[memory.Mapping]) -> int | None:
-    # The C library ends its threads this way; only file-backed text is searched.
+    # The C library ends its threads this way; only file-backed text is searched. What bears such a
+    # name need not be one: a process can map a file of any size, as often as it likes.
+    left = _LIBRARY_BYTES
     for mapping in maps:
         name = mapping.name.rpartition("/")[2]
         if not mapping.flags.startswith("r-x") or not name.startswith(("libc.", "libc-", "ld-")):
             continue
-        code = memory.read(pid, mapping.start, mapping.end - mapping.start)
+        code = _code(pid, mapping, left)
+        left -= len(code)
         for pattern in _EXITS:
             if (at := find_aligned(code, pattern)) is not None:
                 return mapping.start + at
     return None
+
+
+def _code(pid: int, mapping: memory.Mapping, limit_bytes: int) -> bytes:
+    """What is in the mapping; nothing where that is more, or is not there (behind a file's end)."""
+    size = mapping.end - mapping.start
+    try:
+        return memory.read(pid, mapping.start, size) if size <= limit_bytes else b""
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+        return b""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from mtetool.attach import steps
+from mtetool.attach import procfs, steps
 
 
 class _Iovec(ctypes.Structure):
@@ -86,13 +86,13 @@ class Mapping:
 
 def mappings(pid: int) -> list[Mapping]:
     """The process's mappings in order of address. Raises OSError."""
-    return parsed(Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape"))
+    return parsed(procfs.lines(f"/proc/{pid}/maps"))
 
 
-def parsed(maps: str) -> list[Mapping]:
-    """The mappings that a text as that of /proc/PID/maps names."""
+def parsed(lines: Iterable[str]) -> list[Mapping]:
+    """The mappings in lines as those of /proc/PID/maps."""
     result = []
-    for line in maps.splitlines():
+    for line in filter(None, lines):
         fields = line.split(None, 5)
         start, _, end = fields[0].partition("-")
         name = fields[5] if len(fields) > 5 else ""

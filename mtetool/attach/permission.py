@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from mtetool.attach import procfs
 from mtetool.errors import (
     BusyError,
     NoSuchProcessError,
@@ -74,7 +75,7 @@ def own_rights(proc: Path = Path("/proc")) -> Rights:
 def status_of(pid: int | str, proc: Path = Path("/proc")) -> dict[str, str]:
     """The fields of /proc/PID/status; empty where it cannot be read."""
     try:
-        lines = (proc / str(pid) / "status").read_text(errors="replace").splitlines()
+        lines = procfs.lines(proc / str(pid) / "status")
     except OSError:
         return {}
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}

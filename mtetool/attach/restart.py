@@ -16,9 +16,8 @@ from __future__ import annotations
 import errno
 import struct
 from dataclasses import replace
-from pathlib import Path
 
-from mtetool.attach import memory
+from mtetool.attach import memory, procfs
 from mtetool.attach.ptrace import Registers, Tracee
 
 # include/uapi/asm-generic/unistd.h
@@ -107,7 +106,7 @@ def _breaks_off(registers: Registers) -> bool:
 
 def _caught(pid: int, tid: int, signal: int) -> bool:
     """Whether the process has a handler for the signal."""
-    for line in Path(f"/proc/{pid}/task/{tid}/status").read_text(errors="replace").splitlines():
+    for line in procfs.lines(f"/proc/{pid}/task/{tid}/status"):
         if line.startswith("SigCgt:"):
             return bool(int(line.split()[1], 16) >> (signal - 1) & 1)
     return False

@@ -11,8 +11,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from mtetool.attach import procfs
 from mtetool.attach.ptrace import Tracee
 from mtetool.errors import AttachRefusedError
 
@@ -135,6 +135,6 @@ def _compare(operation: int, a: int, b: int) -> bool:
 
 
 def _mode(pid: int, tid: int) -> int:
-    status = Path(f"/proc/{pid}/task/{tid}/status").read_text(errors="replace")
-    lines = (line.split() for line in status.splitlines() if line.startswith("Seccomp:"))
+    status = procfs.lines(f"/proc/{pid}/task/{tid}/status")
+    lines = (line.split() for line in status if line.startswith("Seccomp:"))
     return next((int(line[1]) for line in lines), 0)

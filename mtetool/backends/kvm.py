@@ -38,7 +38,7 @@ from mtetool.errors import (
     errno_name,
 )
 from mtetool.guest import GuestInfo, Memslot
-from mtetool.vmm import proc, qemu
+from mtetool.vmm import monitors, proc, qemu
 from mtetool.vmm.pagemap import HostMemory, Pagemap, UnknownError
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def open_kvm(rest: str, options: GuestOptions) -> KvmGuest:
     """Open `PID` or `PID:FD`, the VM of a running VMM.
 
     Raises WrongHostError, SourceError, NoSuchProcessError, NotAVmmError, SeveralVmsError,
-    PermissionRefusedError. Nothing is attached to before the first call that needs it.
+    PermissionRefusedError, ForeignMonitorError. Nothing is attached to before the first call that
+    needs it.
     """
     if platform.machine() != "aarch64":
         raise WrongHostError(
@@ -73,7 +74,10 @@ def open_kvm(rest: str, options: GuestOptions) -> KvmGuest:
     _check_told(options.memslots)
     process = proc.find(int(pid_text))
     fd = proc.choose_vm(process, int(fd_text) if colon else None)
-    return KvmGuest(process, fd, options)
+    guest = KvmGuest(process, fd, options)
+    if options.qmp:
+        guest.check_monitor()
+    return guest
 
 
 class KvmGuest:
@@ -336,30 +340,30 @@ class KvmGuest:
                 self._slots = self._asked = memslots_of(self._attached(), self._fd)
         return self._slots
 
+    def check_monitor(self) -> None:
+        """See that the monitor that was given is not another VM's. Raises ForeignMonitorError."""
+        with suppress(LayoutUnknownError):
+            self._ask_monitor()
+
     def _ask_monitor(self) -> qemu.Monitor:
         """The monitor; one that did not answer once is not asked again."""
         if self._silent is not None:
             raise self._silent
         if self._monitor is None:
-            path = self._options.qmp or qemu.find_monitor(self._process.pid)
+            pid, given = self._process.pid, self._options.qmp
             try:
-                if path is None:
-                    raise LayoutUnknownError(
-                        f"process {self._process.pid} ({self._process.program}) has no QMP monitor"
-                        " on a unix socket that could tell its memory layout",
-                        hint="name the memory by hand: --memslot IPA:SIZE (repeatable)",
-                    )
-                self._monitor = self._stack.enter_context(qemu.Monitor(path))
+                found = monitors.open_given(pid, given) if given else monitors.open_found(pid)
             except LayoutUnknownError as error:
                 self._silent = error
                 raise
+            self._monitor = self._stack.enter_context(found)
         return self._monitor
 
     def _name(self) -> str | None:
         try:
             return self._ask_monitor().name()
         except LayoutUnknownError:
-            return qemu.name_of(self._process.pid)
+            return monitors.name_of(self._process.pid)
 
 
 def _check_told(memslots: tuple[Memslot, ...]) -> None:

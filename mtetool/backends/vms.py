@@ -10,7 +10,7 @@ from typing import Literal
 from mtetool.attach.helper import PAGE_BYTES
 from mtetool.backends import GuestOptions
 from mtetool.backends.kvm import KvmGuest
-from mtetool.errors import GuestError
+from mtetool.errors import MtetoolError, host_error
 from mtetool.guest import GuestInfo
 from mtetool.vmm import proc
 
@@ -25,7 +25,7 @@ class ListedVm:
     fd: int
     state: State | None
     owner: str | None
-    reason: GuestError | None
+    reason: MtetoolError | None
 
     @property
     def memory_bytes(self) -> int | None:
@@ -57,20 +57,32 @@ def _of_process(process: proc.VmmProcess, *, attach: bool) -> Iterator[ListedVm]
     for fd in process.vm_fds:
         owner = proc.owner(process.pid)
         if platform.machine() != "aarch64":
-            yield ListedVm(_without_mte(process, fd), fd, None, owner, None)
+            yield ListedVm(_unseen(process, fd, mte=False), fd, None, owner, None)
             continue
+        vm = _looked_at(process, fd, owner, attach=attach)
+        if proc.owner(process.pid) is not None:
+            yield vm
+
+
+def _looked_at(process: proc.VmmProcess, fd: int, owner: str | None, *, attach: bool) -> ListedVm:
+    """One VM; whatever goes wrong with it is the reason in its row, and costs no other row."""
+    try:
         with KvmGuest(process, fd, GuestOptions()) as guest:
             info, reason = guest.glance(attach=attach)
             paused = guest.paused()
-        state: State | None = None if paused is None else "paused" if paused else "running"
-        if proc.owner(process.pid) is not None:
-            yield ListedVm(info, fd, state, owner, reason)
+    except MtetoolError as error:
+        return ListedVm(_unseen(process, fd, mte=None), fd, None, owner, error)
+    except OSError as error:
+        failed = host_error(error, f"looking at process {process.pid}", pid=process.pid)
+        return ListedVm(_unseen(process, fd, mte=None), fd, None, owner, failed)
+    state: State | None = None if paused is None else "paused" if paused else "running"
+    return ListedVm(info, fd, state, owner, reason)
 
 
-def _without_mte(process: proc.VmmProcess, fd: int) -> GuestInfo:
+def _unseen(process: proc.VmmProcess, fd: int, *, mte: bool | None) -> GuestInfo:
     return GuestInfo(
         source=f"kvm:{process.pid}:{fd}",
-        mte=False,
+        mte=mte,
         page_size_bytes=PAGE_BYTES,
         memslots=(),
         vmm=process.program,

@@ -69,7 +69,9 @@ class LazyGroup(click.Group):
         """The attribute `command` of the command's module, which is imported now."""
         if cmd_name not in COMMANDS:
             return None
-        return cast(click.Command, import_module(COMMANDS[cmd_name][0]).command)
+        command = cast(click.Command, import_module(COMMANDS[cmd_name][0]).command)
+        _name_page(command, f"mtetool-{cmd_name}(1)")
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands in the help; click's own would load every one of them."""
@@ -77,12 +79,20 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
+def _name_page(command: click.Command, page: str) -> None:
+    """Have the help of a command, and of those in a group, end with its manual page."""
+    command.epilog = f"Manual page: {page}."
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            _name_page(inner, page)
+
+
 @click.command(
     "mtetool",
     cls=LazyGroup,
     no_args_is_help=False,  # a missing command is an error like any other
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Manual pages: mtetool(1), and mtetool-save(1), -restore(1), -exec(1).",
+    epilog="Manual pages: mtetool(1), and one a command: mtetool-save(1), ...",
 )
 @click.version_option(__version__, message="mtetool %(version)s")
 def group() -> None:

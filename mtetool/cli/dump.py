@@ -117,6 +117,7 @@ def _json(
         "source": source,
         "page_size_bytes": page_size_bytes,
         "scope": extent_rows(extents),
+        "runs" if each else "granules": None,
     }
     sys.stdout.write(json.dumps(head)[:-1] + f', "{"granules" if each else "runs"}": [\n')
     _write_batches(items(), ",\n")

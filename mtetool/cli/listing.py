@@ -66,7 +66,6 @@ def _document(vm: ListedVm) -> dict[str, Any]:
     reason = vm.reason
     return {
         **describe_guest(vm.info),
-        "name": vm.info.name,
         "fd": vm.fd,
         "memory_bytes": vm.memory_bytes,
         "state": vm.state,

@@ -54,21 +54,23 @@ def _prove(facts: HostFacts) -> Report:
 def _document(
     facts: HostFacts, rows: list[Row], good: bool, report: Report | None
 ) -> dict[str, Any]:
-    document: dict[str, Any] = {
+    return {
         "schema": "mtetool.probe/1",
         "able": good,
         "mte": facts.mte if facts.machine == "aarch64" else False,
         "page_size_bytes": facts.page_size_bytes,
         "rows": [asdict(row) for row in rows],
+        "selftest": None if report is None else _selftest(report),
     }
-    if report is not None:
-        document["selftest"] = {
-            "passed": report.passed,
-            "not_run": report.not_run,
-            "defects": [asdict(defect) for defect in report.defects],
-            "rows": [asdict(row) for row in report.rows],
-        }
-    return document
+
+
+def _selftest(report: Report) -> dict[str, Any]:
+    return {
+        "passed": report.passed,
+        "not_run": report.not_run,
+        "defects": [asdict(defect) for defect in report.defects],
+        "rows": [asdict(row) for row in report.rows],
+    }
 
 
 def _tell(rows: list[Row]) -> None:

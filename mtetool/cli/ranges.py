@@ -37,14 +37,14 @@ def size(n_bytes: int) -> str:
     return f"{value:.1f} {unit} ({n_bytes} bytes)"
 
 
-def missing_json(name: str, tally: Tally[Missing]) -> dict[str, Any]:
-    """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report."""
-    return _counted(name, tally, map(missing_row, tally))
+def missing_json(name: str, tally: Tally[Missing] | None) -> dict[str, Any]:
+    """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report; null where there is none."""
+    return _counted(name, tally, map(missing_row, tally or ()))
 
 
-def extents_json(name: str, tally: Tally[Extent]) -> dict[str, Any]:
-    """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report."""
-    return _counted(name, tally, map(extent_row, tally))
+def extents_json(name: str, tally: Tally[Extent] | None) -> dict[str, Any]:
+    """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report; null where there is none."""
+    return _counted(name, tally, map(extent_row, tally or ()))
 
 
 def extent_rows(extents: Iterable[Extent]) -> list[dict[str, int]]:
@@ -87,7 +87,9 @@ def extent_lines(title: str, tally: Tally[Extent]) -> list[str]:
     return _listed(title, tally, [_span(item) for item in tally.first(TEXT_ROWS)])
 
 
-def _counted(name: str, tally: Tally[Any], rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def _counted(name: str, tally: Tally[Any] | None, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    if tally is None:
+        return dict.fromkeys((f"{name}_bytes", f"{name}_count", name))
     if tally.truncated:
         warn(
             f"{name!r} does not list all of {tally.count} ranges: the directory for temporary files"

@@ -90,10 +90,10 @@ def _cell(value: object) -> str:
 def describe_guest(info: GuestInfo) -> dict[str, Any]:
     """A guest as JSON, the same in every report.
 
-    Keys: source, mte (true, false, or null where nobody may know), page_size_bytes, memslots
-    (id, ipa, size_bytes, readonly, kind); vmm, name, pid and vcpus where they are known.
+    Keys: source, mte, page_size_bytes, memslots (id, ipa, size_bytes, readonly, kind), vmm, name,
+    pid and vcpus; null for what is unknown.
     """
-    document: dict[str, Any] = {
+    return {
         "source": info.source,
         "mte": info.mte,
         "page_size_bytes": info.page_size_bytes,
@@ -107,7 +107,8 @@ def describe_guest(info: GuestInfo) -> dict[str, Any]:
             }
             for slot in info.memslots
         ],
+        "vmm": info.vmm,
+        "name": info.name,
+        "pid": info.pid,
+        "vcpus": info.vcpus,
     }
-    further = {"vmm": info.vmm, "name": info.name, "pid": info.pid, "vcpus": info.vcpus}
-    document.update((key, value) for key, value in further.items() if value is not None)
-    return document

@@ -100,7 +100,7 @@ def command(
 def _document(
     file: str, guest: str, verify: bool, elapsed: float, result: RestoreResult
 ) -> dict[str, Any]:
-    document = {
+    return {
         "schema": "mtetool.restore/1",
         "file": file,
         "source": guest,
@@ -115,13 +115,11 @@ def _document(
         **missing_json("refused", result.refused),
         **extents_json("readonly_differing", result.readonly_differing),
         **extents_json("verify_differing", result.verify_differing),
+        **extents_json("changes", result.changes if result.dry_run else None),
         "stopped": result.stopped,
         "copy_seconds": round(result.copy_seconds, 4),
         "elapsed_seconds": round(elapsed, 3),
     }
-    if result.dry_run:
-        document.update(extents_json("changes", result.changes))
-    return document
 
 
 def _tell(file: str, guest: str, elapsed: float, result: RestoreResult) -> None:

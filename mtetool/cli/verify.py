@@ -71,7 +71,8 @@ def command(
 
 def _document(file: str, elapsed: float, result: VerifyResult) -> dict[str, Any]:
     checked = result.checked
-    document = {
+    compared = result.against is not None
+    return {
         "schema": "mtetool.verify/1",
         "file": file,
         "snapshot_id": checked.header.snapshot_id,
@@ -81,16 +82,12 @@ def _document(file: str, elapsed: float, result: VerifyResult) -> dict[str, Any]
         "stored_bytes": checked.stored_bytes,
         **missing_json("missing", checked.missing),
         "against": result.against,
+        "same": not result.differing if compared else None,
+        "compared_bytes": result.compared_bytes if compared else None,
+        **extents_json("differing", result.differing if compared else None),
+        **missing_json("unreadable", result.unreadable if compared else None),
         "elapsed_seconds": round(elapsed, 3),
     }
-    if result.against is not None:
-        document.update(
-            same=not result.differing,
-            compared_bytes=result.compared_bytes,
-            **extents_json("differing", result.differing),
-            **missing_json("unreadable", result.unreadable),
-        )
-    return document
 
 
 def _tell(file: str, elapsed: float, result: VerifyResult) -> None:

@@ -267,7 +267,7 @@ def _has_userfaultfd(pid: int) -> bool:
 
 def _parsed(text: str) -> list[_Mapping]:
     found = []
-    for line in text.splitlines():
+    for line in filter(None, text.split("\n")):  # a name may hold any other end of a line
         addresses, _, offset, device, inode, *name = line.split(None, 5)
         start, end = (int(word, 16) for word in addresses.split("-"))
         major, minor = (int(word, 16) for word in device.split(":"))

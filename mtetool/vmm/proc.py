@@ -26,6 +26,9 @@ _VM_LINK = "anon_inode:kvm-vm"
 _VCPU_LINK = "anon_inode:kvm-vcpu:"
 _PF_KTHREAD = 0x0020_0000  # include/linux/sched.h
 
+# Linux takes 6 MiB of arguments and environment at most: fs/exec.c, bprm_stack_limits.
+_COMMAND_LINE_BYTES = 6 << 20
+
 # How often, and how far apart, a thread is looked at that is never seen to wait.
 _LOOKS = 6
 _LOOK_SECONDS = 0.005
@@ -254,12 +257,28 @@ def threads_to_borrow(pid: int) -> list[int]:
 
 
 def command_line(pid: int) -> list[str]:
-    """The process's arguments; empty where they cannot be read."""
+    """The process's arguments; empty where they cannot be read, or are longer than execve takes."""
     try:
-        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+        with Path(f"/proc/{pid}/cmdline").open("rb") as file:
+            raw = file.read(_COMMAND_LINE_BYTES + 1)
     except OSError:
         return []
+    if len(raw) > _COMMAND_LINE_BYTES:
+        return []  # a process can name any of its memory as its arguments: PR_SET_MM
     return [os.fsdecode(word) for word in raw.split(b"\0")[:-1]]
+
+
+def inner_tids(pid: int) -> frozenset[int]:
+    """The ids of the process's threads as it sees them itself, in its own PID namespace."""
+    statuses = (permission.status_of(task.name, task.parent) for task in _tasks(pid))
+    ids = (status.get("NSpid", "").split() for status in statuses)
+    return frozenset(int(each[-1]) for each in ids if each and each[-1].isdecimal())
+
+
+def uid_of(pid: int) -> int | None:
+    """The user that the process runs as; None where it is gone."""
+    uids = permission.status_of(pid).get("Uid", "").split()
+    return int(uids[1]) if len(uids) > 1 and uids[1].isdecimal() else None
 
 
 def _tasks(pid: int) -> list[Path]:

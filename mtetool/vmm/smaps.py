@@ -60,7 +60,9 @@ class AddressSpace:
     def tagged_mappings(self) -> list[TaggedMapping]:
         """Its PROT_MTE mappings. Raises GuestLostError, PermissionRefusedError."""
         try:
-            with Path(f"/proc/{self._pid}/smaps").open(errors="surrogateescape") as smaps:
+            with Path(f"/proc/{self._pid}/smaps").open(
+                errors="surrogateescape", newline="\n"
+            ) as smaps:
                 found = list(tagged_mappings(smaps))
         except (FileNotFoundError, ProcessLookupError):
             raise self._lost() from None
@@ -98,7 +100,7 @@ class AddressSpace:
         if not text:
             raise self._lost()
         if text != self._text:
-            self._text, self._parsed = text, parsed(os.fsdecode(text))
+            self._text, self._parsed = text, parsed(os.fsdecode(text).split("\n"))
         return self._parsed
 
     def _refused(self, error: OSError) -> GuestError:
@@ -152,7 +154,7 @@ def tagged_mappings(smaps: Iterable[str]) -> Iterator[TaggedMapping]:
 
 def _tagged(head: str, flags: frozenset[str]) -> TaggedMapping:
     # fs/proc/task_mmu.c, show_smap_vma_flags; "sh" is VM_SHARED, "mw" VM_MAYWRITE, "ht" hugetlb.
-    (mapping,) = parsed(head)
+    (mapping,) = parsed([head])
     forced = "mw" in flags and not flags & {"sh", "ht"}
     return TaggedMapping(
         start=mapping.start,

@@ -21,6 +21,7 @@ from mtetool.backends.emulator import create_emulated
 from mtetool.guest import Memslot
 from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES
+from tests.jsonkeys import check_keys
 
 BASE = 0x4000_0000
 ROM = 0x1000_0000
@@ -46,12 +47,17 @@ class Outcome:
 
     @property
     def json(self) -> Any:
-        return json.loads(self.raw)
+        """The report of a run with --json; its keys are those that its page documents."""
+        report = json.loads(self.raw)
+        check_keys(report)
+        return report
 
     @property
     def error(self) -> Any:
-        """The error of a run with --json."""
-        return json.loads(self.err.splitlines()[-1])
+        """The error of a run with --json; its keys are those that mtetool(1) documents."""
+        error = json.loads(self.err.splitlines()[-1])
+        check_keys(error)
+        return error
 
 
 class _Stream(io.TextIOWrapper):

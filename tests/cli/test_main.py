@@ -60,6 +60,7 @@ def test_an_error_is_a_line_of_json(failing: Callable[..., Outcome], form: list[
     assert outcome.raw == b""
     assert outcome.err.count("\n") == 1
     assert outcome.error == {
+        **dict.fromkeys(errors.DETAIL_KEYS),
         "schema": "mtetool.error/1",
         "error": "busy",
         "message": "in\nuse",

@@ -16,7 +16,7 @@ from mtetool.attach.session import Session
 from mtetool.backends import GuestOptions, asking
 from mtetool.backends.kvm import open_kvm
 from mtetool.guest import Memslot
-from mtetool.vmm.qemu import Monitor
+from mtetool.vmm.monitors import open_given
 
 
 def resident(pid: int) -> list[str]:
@@ -53,7 +53,7 @@ def main() -> None:
     pid = int(sys.argv[1])
     told = None
     if len(sys.argv) > 2:
-        with Monitor(Path(sys.argv[2])) as monitor:
+        with open_given(pid, Path(sys.argv[2])) as monitor:
             told = joined(monitor.memslots())
     count = 0
     ioctl = Session.ioctl

@@ -15,8 +15,8 @@ from pathlib import Path
 from mtetool.attach.session import Session
 from mtetool.backends import GuestOptions, asking
 from mtetool.backends.kvm import open_kvm
+from mtetool.vmm.monitors import open_given
 from mtetool.vmm.placing import Guess
-from mtetool.vmm.qemu import Monitor
 from tests.lab.asking import settled
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     pid = int(sys.argv[1])
     told = None
     if len(sys.argv) > 2:
-        with Monitor(Path(sys.argv[2])) as monitor:
+        with open_given(pid, Path(sys.argv[2])) as monitor:
             told = monitor.host_addresses()
     questions: list[int] = []
     guesses: list[Guess] = []

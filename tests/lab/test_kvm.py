@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.jsonkeys import check_keys
 from tests.lab.guests import Qemu, fill_with_random_tags, start_test_vmm
 from tests.lab.machine import Machine
 
@@ -34,6 +35,7 @@ def _state(lab: Machine, pid: int) -> bytes:
 
 def _json(data: bytes) -> dict[str, object]:
     loaded: dict[str, object] = json.loads(data)
+    check_keys(loaded)
     return loaded
 
 

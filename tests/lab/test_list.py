@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tests.jsonkeys import check_keys
 from tests.lab.guests import Qemu, page_bytes, start_test_vmm
 from tests.lab.machine import Machine
 
@@ -14,7 +15,7 @@ MIB = 1 << 20
 def _list(lab: Machine, *words: str) -> dict[int, dict[str, Any]]:
     result = lab.run(["mtetool", "list", "--json", *words], check=True)
     found = json.loads(result.stdout)
-    assert found["schema"] == "mtetool.list/1"
+    check_keys(found)
     return {vm["pid"]: vm for vm in found["vms"]}
 
 

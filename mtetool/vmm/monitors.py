@@ -1,0 +1,157 @@
+"""The monitor of a QEMU: found where QEMU sees it, and believed once it is proven to be QEMU's.
+
+A path means what the mount namespace of a process makes of it, and a socket outlives the process
+that made it: another VM may answer there. What it says of its memory would be taken for the
+guest's, and tags would be lost in silence.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from mtetool.errors import ForeignMonitorError, LayoutUnknownError
+from mtetool.vmm import proc, qemu_options, unix_sockets
+from mtetool.vmm.qemu import NAME_LENGTH, Monitor
+from mtetool.vmm.qemu_options import SocketAddress
+from mtetool.vmm.qmp import GREETING_SECONDS, Conversation, Patience, unusable
+
+# A command line can name thousands.
+_MOST_MONITORS = 8
+_CONFIG_BYTES = 1 << 20
+
+
+def open_given(pid: int, path: Path) -> Monitor:
+    """Connect to the monitor at a path of our own, proven to be that of the process.
+
+    Raises ForeignMonitorError, LayoutUnknownError.
+    """
+    try:
+        file = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        raise unusable(str(path), error.strerror or str(error)) from error
+    return _proven(pid, str(path), _connected(str(path), file), Patience())
+
+
+def open_found(pid: int) -> Monitor:
+    """Connect to the first monitor on the process's command line that is proven to be its own.
+
+    Raises LayoutUnknownError, which says why for each.
+    """
+    patience = Patience()
+    refusals = []
+    for address in _addresses(pid)[:_MOST_MONITORS]:
+        try:
+            return _proven(pid, str(address), _reached(pid, address), patience)
+        except (LayoutUnknownError, ForeignMonitorError) as error:
+            refusals.append(error)
+    if len(refusals) == 1:
+        raise LayoutUnknownError(refusals[0].message, hint=refusals[0].hint) from refusals[0]
+    if refusals:
+        raise LayoutUnknownError(
+            f"none of the monitors of process {pid} can be used:"
+            f" {'; '.join(error.message for error in refusals)}",
+            hint=refusals[0].hint,
+        ) from refusals[0]
+    raise LayoutUnknownError(
+        f"process {pid} ({proc.program(pid)}) has no QMP monitor on a unix socket that could"
+        " describe its memory layout",
+        hint="name the memory by hand: --memslot IPA:SIZE (repeatable)",
+    )
+
+
+def name_of(pid: int) -> str | None:
+    """The guest's name on a QEMU's command line; None where there is none."""
+    name = qemu_options.guest_name(proc.command_line(pid), lambda path: _config(pid, path))
+    return None if name is None else name[:NAME_LENGTH]
+
+
+def _addresses(pid: int) -> list[SocketAddress]:
+    return qemu_options.monitors(proc.command_line(pid), lambda path: _config(pid, path))
+
+
+def _config(pid: int, path: str) -> str:
+    """The text of a QEMU's `-readconfig` file; empty where it cannot be read."""
+    try:
+        file = unix_sockets.find(pid, path)
+    except OSError:
+        return ""
+    try:
+        return os.fsdecode(unix_sockets.read_regular(file, _CONFIG_BYTES))
+    except OSError:
+        return ""
+    finally:
+        os.close(file)
+
+
+def _reached(pid: int, address: SocketAddress) -> socket.socket:
+    where = str(address)
+    try:
+        if address.abstract:
+            name = os.fsencode(address.path)
+            return unix_sockets.connect_abstract(name, GREETING_SECONDS, padded=address.padded)
+        file = unix_sockets.find(pid, address.path)
+    except OSError as error:
+        raise unusable(where, error.strerror or str(error)) from error
+    return _connected(where, file)
+
+
+def _connected(where: str, file: int) -> socket.socket:
+    try:
+        return unix_sockets.connect(file, GREETING_SECONDS)
+    except BlockingIOError as error:
+        raise unusable(where, "other clients are waiting for it already") from error
+    except OSError as error:
+        raise unusable(where, error.strerror or "it does not answer") from error
+    finally:
+        os.close(file)
+
+
+def _proven(pid: int, where: str, connection: socket.socket, patience: Patience) -> Monitor:
+    """The monitor at the other end; nothing is asked of one that cannot be this process's."""
+    try:
+        peer = unix_sockets.peer_of(connection)
+        if peer.pid != pid and not _may_speak_for(peer, pid):
+            raise _foreign(pid, where, peer)
+        conversation = Conversation(connection, where, patience)
+        conversation.open()
+        monitor = Monitor(conversation)
+        if peer.pid != pid and not _has_threads(pid, monitor.vcpu_threads()):
+            raise _foreign(pid, where, peer)
+    except BaseException:
+        connection.close()
+        raise
+    return monitor
+
+
+def _may_speak_for(peer: unix_sockets.Peer, pid: int) -> bool:
+    """Whether a manager that made the socket may be one of the process's.
+
+    libvirt and Kata listen themselves, and hand the socket to QEMU. QEMU then names its threads by
+    their ids in its own PID namespace, which are the same in many containers: so the peer has to
+    be in that namespace too. The ids of threads are no secret: so it has to be root, or the
+    process's own user.
+    """
+    with suppress(OSError):
+        own, others = (os.stat(f"/proc/{each}/ns/pid") for each in (pid, peer.pid))  # noqa: PTH116
+        return os.path.samestat(own, others) and peer.uid in (0, proc.uid_of(pid))
+    return False
+
+
+def _has_threads(pid: int, tids: frozenset[int]) -> bool:
+    """Whether all these are threads of the process, by their ids in its own PID namespace."""
+    return bool(tids) and tids <= proc.inner_tids(pid)
+
+
+def _foreign(pid: int, where: str, peer: unix_sockets.Peer) -> ForeignMonitorError:
+    who = f"process {peer.pid} ({proc.program(peer.pid)})" if peer.pid else "a process unseen here"
+    return ForeignMonitorError(
+        f"the monitor at {where} is not proven to be that of process {pid}: {who} listens there",
+        hint="leave --qmp away, so that mtetool finds the VM's own monitor or asks the kernel;"
+        " VMs are listed by: mtetool list",
+        pid=pid,
+        path=where,
+        peer=peer.pid or None,
+    )

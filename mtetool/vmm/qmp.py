@@ -1,0 +1,194 @@
+"""A conversation in QMP with somebody who may be anybody.
+
+The protocol is QEMU's docs/interop/qmp-spec.rst: JSON objects one after the other, each on one
+line or, from a monitor that prints prettily, on many. What comes is bounded in every way: bytes
+and depth of a message, events, and the time that all of it may take.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mtetool.errors import LayoutUnknownError
+
+# A monitor that somebody else holds accepts the connection and says nothing.
+GREETING_SECONDS = 4.0
+CONVERSATION_SECONDS = 24.0
+
+# The longest answer is the text of `info mtree`: some hundred KiB for hundreds of devices.
+MESSAGE_BYTES = 4 << 20
+_DEPTH = 64
+_EVENTS = 10_000
+_PIECE_BYTES = 64 << 10
+
+_MARK = re.compile(rb'\\.|["{}\[\]]', re.DOTALL)
+
+
+class Patience:
+    """The seconds that may still be spent on waiting, for all that shares them."""
+
+    def __init__(self, seconds: float = CONVERSATION_SECONDS) -> None:
+        self._left = seconds
+
+    @contextmanager
+    def spent(self, at_most: float = CONVERSATION_SECONDS) -> Iterator[float]:
+        """Gives the time.monotonic() at which the caller has to be done."""
+        since = time.monotonic()
+        try:
+            yield since + min(self._left, at_most)
+        finally:
+            self._left -= time.monotonic() - since
+
+
+class Messages:
+    """Cuts a stream of bytes into JSON objects. Raises ValueError for what cannot be one."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self._seen = 0
+        self._depth = 0
+        self._quoted = False
+
+    def feed(self, data: bytes) -> None:
+        """More of the stream."""
+        self._buffer += data
+
+    def take(self) -> bytes | None:
+        """The next whole object, unparsed; None where it has not come in full."""
+        if not self._depth:
+            self._buffer = self._buffer.lstrip()
+            if self._buffer[:1] not in (b"", b"{"):
+                raise ValueError("not an object")
+        # Only what is new is looked at; half an escape waits for its other half.
+        end = self._seen
+        for mark in _MARK.finditer(self._buffer, self._seen):
+            end = mark.end()
+            self._look_at(mark[0])
+            if not self._depth:
+                return self._cut(end)
+        rest = len(self._buffer)
+        self._seen = rest - 1 if rest > end and self._buffer.endswith(b"\\") else rest
+        if rest > MESSAGE_BYTES:
+            raise ValueError("too long")
+        return None
+
+    def _look_at(self, mark: bytes) -> None:
+        if mark == b'"':
+            self._quoted = not self._quoted
+        elif not self._quoted and mark in b"{[":
+            self._depth += 1
+            if self._depth > _DEPTH:
+                raise ValueError("too deep")
+        elif not self._quoted and mark in b"}]":
+            self._depth -= 1
+
+    def _cut(self, end: int) -> bytes:
+        message, self._buffer = self._buffer[:end], self._buffer[end:]
+        self._seen = 0
+        return message
+
+
+class Conversation:
+    """Commands and answers over a connected socket, which is closed with it.
+
+    `where` names the monitor in messages. Every failure is a LayoutUnknownError; what has failed
+    once is not spoken to again, as an answer that comes late would be taken for another one's.
+    """
+
+    def __init__(self, connection: socket.socket, where: str, patience: Patience) -> None:
+        self.where = where
+        self._socket = connection
+        self._patience = patience
+        self._messages = Messages()
+        self._failed: LayoutUnknownError | None = None
+
+    def open(self) -> None:
+        """Wait for the greeting, and leave the mode in which nothing can be asked."""
+        with self._patience.spent(GREETING_SECONDS) as deadline:
+            if "QMP" not in self._receive(deadline):
+                raise self._fail("it is not a QMP monitor")
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str, **arguments: object) -> object:
+        """Run a command; its `return`. Events that come between are passed over."""
+        if self._failed is not None:
+            raise self._failed
+        message: dict[str, object] = {"execute": command}
+        if arguments:
+            message["arguments"] = arguments
+        with self._patience.spent() as deadline:
+            self._send(json.dumps(message).encode() + b"\n", deadline)
+            for _ in range(_EVENTS):
+                answer = self._receive(deadline)
+                if "return" in answer:
+                    return answer["return"]
+                if "error" in answer:
+                    raise self.error(_description(answer["error"], command))
+        raise self._fail("it sends events without end")
+
+    def text(self, command_line: str) -> str:
+        """What the human monitor prints for a command."""
+        answer = self.execute("human-monitor-command", **{"command-line": command_line})
+        if not isinstance(answer, str):
+            raise self.error(f"its answer to {command_line!r} is not text")
+        return answer
+
+    def error(self, why: str) -> LayoutUnknownError:
+        """The error for a monitor that answers, and not what is needed."""
+        return unusable(self.where, why)
+
+    def close(self) -> None:
+        """Hang up. Idempotent."""
+        self._socket.close()
+
+    def _send(self, data: bytes, deadline: float) -> None:
+        try:
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            self._socket.sendall(data)
+        except OSError as error:
+            raise self._fail(error.strerror or "it does not read") from error
+
+    def _receive(self, deadline: float) -> dict[str, object]:
+        try:
+            while (message := self._messages.take()) is None:
+                if not (data := self._piece(deadline)):
+                    raise self._fail("it hung up")
+                self._messages.feed(data)
+            answer = json.loads(message.decode())
+        except (ValueError, RecursionError) as error:
+            raise self._fail("it does not speak QMP") from error
+        except OSError as error:
+            why = "it does not answer; another client may be connected to it"
+            raise self._fail(error.strerror or why) from error
+        assert isinstance(answer, dict)  # it begins with a brace
+        return answer
+
+    def _piece(self, deadline: float) -> bytes:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+        return self._socket.recv(_PIECE_BYTES)
+
+    def _fail(self, why: str) -> LayoutUnknownError:
+        self._failed = unusable(self.where, why)
+        return self._failed
+
+
+def unusable(where: str, why: str) -> LayoutUnknownError:
+    """The error for a monitor that cannot be used."""
+    return LayoutUnknownError(
+        f"QEMU's monitor at {where} cannot be used: {why}",
+        hint="disconnect its other client, or give another monitor with --qmp SOCKET,"
+        " or name the memory by hand: --memslot IPA:SIZE",
+    )
+
+
+def _description(error: object, command: str) -> str:
+    text = error.get("desc") if isinstance(error, dict) else None
+    return text[:500] if isinstance(text, str) else f"it refuses {command}"
