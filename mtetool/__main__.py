@@ -18,6 +18,7 @@ from mtetool.errors import (
     STATUS_OK,
     MtetoolError,
     NoMemoryError,
+    SignalError,
     host_error,
 )
 
@@ -26,14 +27,6 @@ _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A terminal that closes, or `timeout`, sends several signals at once: the later ones must
 # not tear the unwinding that the first began. After this long they count again.
 _UNWINDING_SECONDS = 2.0
-
-
-class SignalError(BaseException):
-    """A signal asks this process to end; raised so that `with` blocks are unwound first."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 class InternalError(MtetoolError):
@@ -57,8 +50,10 @@ def main() -> int:
             _drop_unwritten()
             return status
     except SignalError as caught:
-        number = caught.number
+        number, word = caught.number, caught.word
     # With the exception gone, so is what its frames still held open: that tidies up now.
+    if word is not None:
+        _report(word, arguments)
     return _die_by(number)
 
 
@@ -171,7 +166,7 @@ def _report(error: MtetoolError, arguments: Sequence[str]) -> int:
         sys.stderr.writelines(parts)
         sys.stderr.write("\n")
         sys.stderr.flush()
-    return error.status
+    return error.exit_status
 
 
 def _as_text(error: MtetoolError) -> str:
@@ -193,7 +188,7 @@ def _as_json(error: MtetoolError) -> Iterable[str]:
         "error": error.id,
         "message": error.message,
         "hint": error.hint,
-        "status": error.status,
+        "status": error.exit_status,
     }
     from mtetool.streaming import json_parts
 

@@ -11,7 +11,15 @@ from dataclasses import InitVar, dataclass, field
 
 from mtetool import loops
 from mtetool.backends.base import Guest
-from mtetool.errors import STATUS_OK, STATUS_PARTIAL, BusyError, LayoutError, MtetoolError
+from mtetool.errors import (
+    STATUS_OK,
+    STATUS_PARTIAL,
+    BusyError,
+    InterruptedWorkError,
+    LayoutError,
+    MtetoolError,
+    SignalError,
+)
 from mtetool.flows.comparing import Comparer
 from mtetool.flows.copying import (
     CHUNK_GRANULES,
@@ -120,6 +128,28 @@ def restore(
     when the guest logs dirty pages and nothing was written. An error that comes after something
     was written says so.
     """
+    try:
+        work, reader = _prepared(open_reader, guest, options, again=again)
+    except SignalError as caught:
+        if not options.dry_run:
+            caught.word = _interrupted(caught.number, "nothing was written", restored_bytes=0)
+        raise
+    return work.run(reader, progress)
+
+
+def _interrupted(number: int, message: str, **details: object) -> InterruptedWorkError:
+    hint = "run the same restore again: it ends with every tag in its place"
+    return InterruptedWorkError(message, number, hint=hint, **details)
+
+
+def _prepared(
+    open_reader: Callable[[], SnapshotReader | Layers],
+    guest: Guest,
+    options: RestoreOptions,
+    *,
+    again: bool,
+) -> tuple[_Restorer, Stored]:
+    """All that comes before the first tag is written."""
     reader = stored(open_reader())
     header = reader.header
     layout = tagged_layout(guest, "the guest", slots_of(header))
@@ -142,8 +172,7 @@ def restore(
     if again:
         reader = stored(open_reader())
         checked.expect_same(reader.header)
-    work = _Restorer(guest, layout, relocation, header, options)
-    return work.run(reader, progress)
+    return _Restorer(guest, layout, relocation, header, options), reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +232,16 @@ class _Restorer:
                 raise
             self.result.stopped = error.message
         except MtetoolError as error:
+            with suppress(MtetoolError):
+                self._finish_writing()
             raise self._with_what_was_done(error) from error.__cause__
+        except SignalError as caught:
+            # What was begun is not waited for: it counts for nothing.
+            if not self._options.dry_run:
+                word = _interrupted(caught.number, "the restore is not complete")
+                self._with_what_was_done(word)
+                caught.word = word
+            raise
         finally:
             self.result.copy_seconds = time.perf_counter() - started
         for missing in reader.missing:
@@ -211,8 +249,6 @@ class _Restorer:
         return self.result
 
     def _with_what_was_done(self, error: MtetoolError) -> MtetoolError:
-        with suppress(MtetoolError):
-            self._finish_writing()
         result = self.result
         left = next(result.not_as_wanted(), None)
         if left is not None:
@@ -223,14 +259,18 @@ class _Restorer:
             )
             error.args = (error.message,)
         error.details.setdefault("not_restored", Rows(map(extent_row, result.not_as_wanted())))
+        if self._options.dry_run:
+            return error
         if result.restored_bytes and result.restored_up_to is not None:
             error.message += (
                 f"; {result.restored_bytes} bytes of guest memory had their tags written"
                 f" already, the last at {result.restored_up_to - GRANULE_BYTES:#x}"
             )
-            error.args = (error.message,)
-            error.details.setdefault("restored_bytes", result.restored_bytes)
-            error.details.setdefault("restored_up_to", result.restored_up_to)
+        else:
+            error.message += "; nothing was written before that"
+        error.args = (error.message,)
+        error.details.setdefault("restored_bytes", result.restored_bytes)
+        error.details.setdefault("restored_up_to", result.restored_up_to)
         return error
 
     def _leave_out(self, missing: Missing) -> None:

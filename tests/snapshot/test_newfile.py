@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from mtetool.__main__ import SignalError
-from mtetool.errors import HostError, HostIoError
+from mtetool.errors import HostError, HostIoError, SignalError
 from mtetool.snapshot.newfile import new_file
 from mtetool.snapshot.output import output_file
 from tests.snapshot.test_output import without_nameless_files, write
