@@ -21,6 +21,7 @@ from mtetool.errors import (
     SignalError,
     host_error,
 )
+from mtetool.words import printable
 
 STATUS_CLOSED_PIPE = 128 + signal.SIGPIPE
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -109,11 +110,15 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _usage_error(error: Exception) -> MtetoolError:
+    import re
+
     from click import ClickException, UsageError
 
     from mtetool import errors
 
     message = error.format_message() if isinstance(error, ClickException) else str(error)
+    # Words of the command line are in it as `repr` shows them.
+    message = re.sub(r"(?<!\\)\\udc([89a-f][0-9a-f])", r"\\x\1", message)
     context = error.ctx if isinstance(error, UsageError) else None
     path = context.command_path if context else "mtetool"
     return errors.UsageError(message, hint=f"{path} --help")
@@ -173,13 +178,7 @@ def _as_text(error: MtetoolError) -> str:
     lines = [f"mtetool: error: {error.message}"]
     if error.hint:
         lines.append(f"  try: {error.hint}")
-    return "\n".join(_printable(line) for line in lines)
-
-
-def _printable(line: str) -> str:
-    # File and process names are other people's text: no escape sequence of theirs may reach
-    # the terminal.
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in line)
+    return "\n".join(printable(line) for line in lines)
 
 
 def _as_json(error: MtetoolError) -> Iterable[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from mtetool.attach import procfs, steps
@@ -92,9 +93,10 @@ def mappings(pid: int) -> list[Mapping]:
 def parsed(lines: Iterable[str]) -> list[Mapping]:
     """The mappings in lines as those of /proc/PID/maps."""
     result = []
-    for line in filter(None, lines):
+    for line in lines:
         fields = line.split(None, 5)
-        start, _, end = fields[0].partition("-")
-        name = fields[5] if len(fields) > 5 else ""
-        result.append(Mapping(int(start, 16), int(end, 16), fields[1], int(fields[4]), name))
+        with suppress(ValueError, IndexError):  # an empty line at the end, and what is no mapping
+            start, end = (int(word, 16) for word in fields[0].split("-"))
+            name = fields[5] if len(fields) > 5 else ""
+            result.append(Mapping(start, end, fields[1], int(fields[4]), name))
     return result

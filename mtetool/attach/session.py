@@ -6,7 +6,8 @@ a long copy. The helper has no state of its own. If mtetool vanishes, it finishe
 unmaps the buffer and exits.
 
 Whatever the rest of mtetool does meanwhile, a process that ends is noticed and reaped by the
-tracing thread (`mtetool.attach.tracer`) within a moment.
+tracing thread (`mtetool.attach.tracer`) within a moment. If mtetool is stopped, a guard ends it
+(`mtetool.attach.guard`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TypeVar
 from mtetool.attach import memory, seccomp, steps
 from mtetool.attach.borrow import BorrowedThread
 from mtetool.attach.exclusion import alone
+from mtetool.attach.guard import Level, Watch
 from mtetool.attach.held import HeldThreads
 from mtetool.attach.helper import (
     Helper,
@@ -64,8 +66,8 @@ class Session:
     """Calls inside the process through a helper thread, until `close`.
 
     `buffer_bytes` is the size of the transfer buffer. Usable from any thread of ours, one call
-    at a time. Raises GuestError subclasses where the process cannot be borrowed from; nothing
-    was touched then.
+    at a time. Raises GuestError subclasses where the process cannot be borrowed from, and HostError
+    where this host has no process or thread for us; nothing was touched then.
     """
 
     def __init__(self, target: Target, *, buffer_bytes: int) -> None:
@@ -78,7 +80,13 @@ class Session:
         self._filters: tuple[seccomp.Program, ...] = ()
         self._allowed: set[tuple[int, int, int]] = set()
         self._lost: GuestLostError | None = None
-        self._tracer = Tracer(target.pid, idle=self._reap)
+        self._watch = Watch()
+        try:
+            self._tracer = Tracer(target.pid, idle=self._reap)
+        except BaseException:
+            self._watch.close()
+            raise
+        self._watch.level = Level.ATTACHED
         try:
             self._call(self._attach, ATTACH_PATIENCE_SECONDS)
         except BaseException:
@@ -149,6 +157,9 @@ class Session:
             self._call(self._let_go)
         finally:
             self._tracer.close()
+            # A thread that is stuck lets go when we end, and is watched until then.
+            if not self._tracer.alive:
+                self._watch.close()
 
     # --- on the caller's side ---------------------------------------------------------
 
@@ -199,7 +210,7 @@ class Session:
 
     def _attach(self) -> None:
         try:
-            with alone(self.pid), ExitStack() as stack:
+            with alone(self.pid), self._watch.holding(), ExitStack() as stack:
                 thread = self._borrow(stack)
                 remove_leftovers(thread, map_bytes(self.buffer_bytes))
                 self._helper = start_helper(thread, map_bytes(self.buffer_bytes))
@@ -246,6 +257,7 @@ class Session:
     def _hold(self, tids: Iterable[int]) -> dict[int, Registers]:
         self._alive()
         steps.enter("freeze")
+        self._watch.level = Level.HOLDING
         registers = {}
         for tracee in self._held.hold(tids):
             with suppress(ProcessLookupError):
@@ -255,6 +267,8 @@ class Session:
     def _release(self, tids: Iterable[int] | None) -> None:
         steps.enter("thaw")
         self._held.release(tids)
+        if not self._held.tracees:
+            self._watch.level = Level.ATTACHED
 
     def _let_go(self) -> None:
         self._release(None)
@@ -265,7 +279,7 @@ class Session:
         with suppress(OSError, GuestError):
             try:
                 if not helper.aim_at_its_end():
-                    with alone(self.pid), ExitStack() as stack:
+                    with alone(self.pid), self._watch.holding(), ExitStack() as stack:
                         helper.unmap_through(self._borrow(stack, but=helper.tracee.tid))
             finally:
                 helper.leave()

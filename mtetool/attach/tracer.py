@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar, cast
 
-from mtetool.errors import BusyError
+from mtetool.errors import BusyError, no_thread
 
 T = TypeVar("T")
 
@@ -28,7 +28,8 @@ _SWITCH_SECONDS = 0.0005
 class Tracer:
     """Runs functions in the thread that traces process `pid`, one at a time.
 
-    `idle` is run there every tenth of a second in which nothing was asked.
+    `idle` is run there every tenth of a second in which nothing was asked. Raises HostError where
+    there can be no more threads.
     """
 
     def __init__(self, pid: int, *, idle: Callable[[], None]) -> None:
@@ -41,7 +42,10 @@ class Tracer:
         # Between two copies the guest waits for this thread, whatever others compute.
         sys.setswitchinterval(_SWITCH_SECONDS)
         self._thread = threading.Thread(target=self._run, name="tracer", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise no_thread(f"attaching to process {pid}", error) from error
 
     @property
     def alive(self) -> bool:

@@ -3,7 +3,8 @@
 One thread is stopped for as long as such a request takes, and let go; between two of them nothing
 is attached. No register and no memory of the process is used, so that a death of ours at any
 instant leaves nothing behind: the kernel detaches, and the thread runs on (one that a signal had
-stopped stays stopped).
+stopped stays stopped). If mtetool is stopped with one in its hands, a guard ends it
+(`mtetool.attach.guard`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TypeVar
 
 from mtetool.attach import steps
 from mtetool.attach.exclusion import alone
+from mtetool.attach.guard import Level, Watch
 from mtetool.attach.held import HeldThreads
 from mtetool.attach.permission import refusal, thread_has_ended
 from mtetool.attach.ptrace import Tracee
@@ -34,7 +36,8 @@ class Visitor:
 
     `living` gives its threads, `ranked` those first that are best stopped. `check` is asked once a
     thread stands still, and raises where the process is not the one that was meant any more.
-    Usable from any thread of ours, one call at a time. Everything raises GuestError subclasses.
+    Usable from any thread of ours, one call at a time. Everything raises GuestError subclasses, the
+    constructor HostError where this host has no process or thread for us.
     """
 
     def __init__(
@@ -54,7 +57,12 @@ class Visitor:
         self._best: int | None = None
         self._held = HeldThreads(pid)
         self._frozen = ExitStack()
-        self._tracer = Tracer(pid, idle=self._reap)
+        self._watch = Watch()
+        try:
+            self._tracer = Tracer(pid, idle=self._reap)
+        except BaseException:
+            self._watch.close()
+            raise
 
     def visit(self, function: Callable[[Tracee], T]) -> T:
         """What `function` returns, or raises, given a thread that is stopped meanwhile."""
@@ -76,6 +84,8 @@ class Visitor:
             self._tracer.call(self._thaw)
         finally:
             self._tracer.close()
+            if not self._tracer.alive:
+                self._watch.close()
 
     # --- in the tracing thread -----------------------------------------------------------
 
@@ -85,6 +95,7 @@ class Visitor:
             return self._among_held(function)
         with ExitStack() as stack:
             self._be_alone(stack)
+            stack.enter_context(self._watch.holding())
             for tid in self._candidates():
                 if (tracee := self._seize(tid)) is not None:
                     with suppress(ProcessLookupError), self._stopped(tracee):
@@ -136,6 +147,7 @@ class Visitor:
     def _freeze(self) -> None:
         steps.enter("freeze")
         self._be_alone(self._frozen)
+        self._watch.level = Level.HOLDING
         try:
             for _ in range(_ROUNDS):
                 if not self._held.hold(self._living()):
@@ -156,6 +168,7 @@ class Visitor:
     def _thaw(self) -> None:
         steps.enter("thaw")
         self._held.release()
+        self._watch.level = Level.NOTHING
         self._frozen.close()
 
     def _be_alone(self, stack: ExitStack) -> None:

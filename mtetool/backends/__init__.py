@@ -11,6 +11,7 @@ from typing import cast
 from mtetool.backends.base import Guest
 from mtetool.errors import SourceError
 from mtetool.guest import GuestInfo, Memslot
+from mtetool.words import quoted
 
 __all__ = ["Guest", "GuestInfo", "GuestOptions", "Memslot", "is_guest", "open_guest"]
 
@@ -50,7 +51,7 @@ def open_guest(source: str, options: GuestOptions | None = None) -> Guest:
     if not colon or prefix not in _OPENERS:
         kinds = ", ".join(f"{known}:" for known in _OPENERS)
         raise SourceError(
-            f"{source!r} does not name a guest",
+            f"{quoted(source)} does not name a guest",
             hint=f"a guest's name starts with one of {kinds}; see mtetool(1), SOURCES",
         )
     module, function = _OPENERS[prefix]

@@ -44,6 +44,7 @@ from mtetool.guest import Memslot, SlotKind
 from mtetool.snapshot.maps import Fields, pack_map, unpack_map
 from mtetool.snapshot.newfile import new_file
 from mtetool.uapi import GRANULE_BYTES
+from mtetool.words import counted
 
 PAGE_SIZES = (4096, 16384, 65536)
 """The page sizes that arm64 kernels are built with, in bytes."""
@@ -85,7 +86,7 @@ def check_description(described: Description) -> None:
             f"a page size of {described.page_size_bytes} bytes: it is 4096, 16384 or 65536"
         )
     if not 0 <= described.vcpus <= _COUNT_MAX:
-        raise UsageError(f"{described.vcpus} vCPUs")
+        raise UsageError(f"{described.vcpus} vCPUs: it is 0 to {_COUNT_MAX}")
     if not described.memslots:
         raise UsageError("a guest needs a memslot")
     for slot in described.memslots:
@@ -133,7 +134,7 @@ def header(described: Description) -> bytes:
     """The header of a guest's file; as long as that of the same guest with MTE on or off."""
     packed = _packed(described)
     if len(packed) > _DESCRIPTION_MAX_BYTES:
-        raise UsageError(f"{len(described.memslots)} memslots are too many for one guest")
+        raise UsageError(f"too many memslots for one guest: {len(described.memslots)}")
     head = _HEAD.pack(_MAGIC, _VERSION, len(packed), file_size(described))
     return head + _CHECKSUM.pack(zlib.crc32(packed, zlib.crc32(head))) + packed
 
@@ -264,7 +265,7 @@ def _described(packed: bytes, path: str, size: int, actual: int) -> Description:
     except MtetoolError as error:
         raise damaged(path, f"its description makes no sense: {error.message}") from error
     if actual not in (size, size + FAULTS_BYTES) or size != file_size(described):
-        raise damaged(path, f"its size, {actual} bytes, does not fit its description")
+        raise damaged(path, f"its size, {counted(actual, 'byte')}, does not fit its description")
     return described
 
 

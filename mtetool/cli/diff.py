@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import click
 
 from mtetool.backends import GuestOptions
-from mtetool.cli.options import RANGE, Range, report_option
+from mtetool.cli.options import RANGE, Range, quiet_option, report_option
 from mtetool.cli.options import guest_options as with_guest_options
-from mtetool.cli.ranges import missing_json, why
-from mtetool.cli.render import print_tail, printable
+from mtetool.cli.ranges import columns, missing_json, size, why
+from mtetool.cli.render import print_tail, warn
 from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL, UsageError
+from mtetool.words import counted, printable
 
 if TYPE_CHECKING:
     from mtetool.flows.diff import Difference
@@ -31,9 +32,15 @@ _BATCH_ROWS = 4096
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
 )
 @with_guest_options
+@quiet_option
 @report_option
 def command(
-    a: str, b: str, ranges: tuple[Range, ...], guest_options: GuestOptions, output: str
+    a: str,
+    b: str,
+    ranges: tuple[Range, ...],
+    guest_options: GuestOptions,
+    quiet: bool,
+    output: str,
 ) -> int:
     """Say where the tags of A and B (guests, snapshots, or -) differ.
 
@@ -50,7 +57,11 @@ def command(
     with open_source(a, guest_options) as left, open_source(b, guest_options) as right:
         check_ranges(asked, left, right)
         out = _Output(a, b, as_json=output == "json")
-        return out.write(diff(left, right, asked or None))
+        status = out.write(diff(left, right, asked or None))
+    if out.missing and not quiet:
+        where = counted(out.missing.count, "range")
+        warn(f"the tags of {size(out.missing.size_bytes)} in {where} could not be compared")
+    return status
 
 
 class _Output:
@@ -63,7 +74,7 @@ class _Output:
         self._as_json = as_json
         self._count = 0
         self._size_bytes = 0
-        self._missing: Tally[Missing] = Tally()
+        self.missing: Tally[Missing] = Tally()
 
     def write(self, rows: Iterator[Difference | Missing]) -> int:
         """Write all rows; returns the exit status."""
@@ -81,29 +92,28 @@ class _Output:
                 "same": not self._count,
                 "differing_bytes": self._size_bytes,
                 "differing_count": self._count,
-                **missing_json("missing", self._missing),
+                **missing_json("missing", self.missing),
             }
             print_tail(tail)
         if self._count:
             return STATUS_NO
-        return STATUS_PARTIAL if self._missing else STATUS_OK
+        return STATUS_PARTIAL if self.missing else STATUS_OK
 
     def _parts(self, rows: Iterator[Difference | Missing]) -> Iterator[str]:
         from mtetool.snapshot.model import Missing
 
         for row in rows:
             if isinstance(row, Missing):
-                self._missing.add(row)
+                self.missing.add(row)
                 if not self._as_json:
-                    text = f"{row.ipa:#014x}  {row.size_bytes:#12x}  not comparable: {why(row)}"
-                    yield printable(text) + "\n"
+                    yield printable(f"{columns(row)}  not comparable: {why(row)}") + "\n"
                 continue
             self._count += 1
             self._size_bytes += row.size_bytes
             if self._as_json:
                 yield json.dumps(row._asdict())
             else:
-                yield f"{row.ipa:#014x}  {row.size_bytes:#12x}  {_tag(row.a)}  {_tag(row.b)}\n"
+                yield f"{columns(row)}  {_tag(row.a)}  {_tag(row.b)}\n"
 
 
 def _tag(tag: int | None) -> str:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import click
 
 from mtetool.backends import GuestOptions
-from mtetool.cli.options import RANGE, Range, output_option
+from mtetool.cli.options import RANGE, Range, output_option, quiet_option
 from mtetool.cli.options import guest_options as with_guest_options
-from mtetool.cli.ranges import extent_rows, missing_json, why
-from mtetool.cli.render import print_tail, printable, warn
+from mtetool.cli.ranges import columns, extent_rows, missing_json, size, why
+from mtetool.cli.render import print_tail, warn
 from mtetool.errors import STATUS_OK, STATUS_PARTIAL, UsageError
+from mtetool.words import counted, printable
 
 if TYPE_CHECKING:
     from mtetool.flows.dump import Run
@@ -35,12 +36,14 @@ _BATCH_ROWS = 4096
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
 )
 @with_guest_options
+@quiet_option
 @output_option("raw")
 def command(
     source: str,
     each: bool,
     ranges: tuple[Range, ...],
     guest_options: GuestOptions,
+    quiet: bool,
     output: str,
 ) -> int:
     """Print the tags of SOURCE (a guest, a snapshot, or -): runs of equal ones.
@@ -66,8 +69,9 @@ def command(
                 missing = _json(source, opened.page_size_bytes, extents, rows, each=each)
             else:
                 missing = _text(rows, each=each)
-    if missing and output != "json":
-        warn(f"{missing.size_bytes} bytes of guest memory in {missing.count} ranges have no tags")
+    if missing and not quiet:
+        where = counted(missing.count, "range")
+        warn(f"the tags of {size(missing.size_bytes)} in {where} could not be read")
     return STATUS_PARTIAL if missing else STATUS_OK
 
 
@@ -82,13 +86,11 @@ def _text(rows: Rows, *, each: bool) -> Tally[Missing]:
         for row in rows:
             if isinstance(row, Missing):
                 missing.add(row)
-                yield (
-                    printable(f"{row.ipa:#014x}  {row.size_bytes:#12x}  missing: {why(row)}") + "\n"
-                )
+                yield printable(f"{columns(row)}  missing: {why(row)}") + "\n"
             elif each:
-                yield f"{row.ipa:#014x}  {row.tag:x}\n"
+                yield f"{row.ipa:>#14x}  {row.tag:x}\n"
             else:
-                yield f"{row.ipa:#014x}  {row.size_bytes:#12x}  {row.tag:x}\n"
+                yield f"{columns(row)}  {row.tag:x}\n"
 
     _write_batches(lines(), "")
     return missing

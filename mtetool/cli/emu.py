@@ -26,6 +26,7 @@ from mtetool.cli.render import describe_guest, print_json, say, table
 from mtetool.emulator.behaviours import Behaviour
 from mtetool.errors import InterruptedWorkError, SignalError, UsageError
 from mtetool.guest import Memslot
+from mtetool.words import counted, quoted
 
 if TYPE_CHECKING:
     from mtetool.backends.emulator import EmulatedGuest
@@ -63,13 +64,13 @@ def _parse_behaviour(text: str) -> Behaviour:
         return Behaviour(text)
     except ValueError:
         names = ", ".join(behaviour.value for behaviour in Behaviour)
-        raise ValueError(f"{text!r} is no behaviour that is known: {names}") from None
+        raise ValueError(f"{quoted(text)} is not a known behaviour: {names}") from None
 
 
 def _parse_setting(text: str) -> _Setting:
     range_text, equals, tag_text = text.partition("=")
     if not equals:
-        raise ValueError(f"{text!r} is not of the form IPA:SIZE=TAG, such as 0x40000000:64=5")
+        raise ValueError(f"{quoted(text)} is not of the form IPA:SIZE=TAG, such as 0x40000000:64=5")
     return _Setting(parse_range(range_text), parse_tag(tag_text))
 
 
@@ -342,13 +343,12 @@ def _show(path: str, output: str, schema: str) -> None:
 
 
 def _say_guest(info: GuestInfo) -> None:
-    vcpus = "1 vCPU" if info.vcpus == 1 else f"{info.vcpus} vCPUs"
     say(
-        f"{info.source}: MTE {'on' if info.mte else 'off'}, {vcpus},"
+        f"{info.source}: MTE {'on' if info.mte else 'off'}, {counted(info.vcpus or 0, 'vCPU')},"
         f" pages of {size(info.page_size_bytes)}"
     )
     rows = [
         (slot.id, f"{slot.ipa:#x}", size(slot.size_bytes), "ro" if slot.readonly else "rw")
         for slot in info.memslots
     ]
-    say(table(("slot", "ipa", "size", "access"), rows, right=("slot", "ipa")))
+    say(*table(("slot", "ipa", "size", "access"), rows, right=("slot", "ipa")))

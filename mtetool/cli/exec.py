@@ -7,8 +7,8 @@ from contextlib import suppress
 
 import click
 
-from mtetool.cli.render import printable
 from mtetool.errors import MtetoolError
+from mtetool.words import printable
 
 
 @click.command("exec", context_settings={"allow_interspersed_args": False})

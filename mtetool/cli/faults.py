@@ -11,6 +11,7 @@ import click
 
 from mtetool.cli.options import Parsed, parse_number, parse_range
 from mtetool.cli.render import say, table
+from mtetool.words import quoted
 
 if TYPE_CHECKING:
     from mtetool.emulator.faults import Effect, Fault, Faults
@@ -19,7 +20,6 @@ _FORM = "EFFECT[,CONDITION=VALUE]..., such as EFAULT,on=read,at=0x40010000 or va
 _TIME = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?(s|ms|us|ns)")
 _NANOSECONDS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
 _CHANCE = re.compile(r"[01](?:\.[0-9]{1,15})?")
-_WORD_MAX = 40
 
 
 def parse_fault(text: str) -> Fault:
@@ -33,7 +33,7 @@ def parse_fault(text: str) -> Fault:
         key, equals, value = word.partition("=")
         if not equals or key not in _CONDITIONS:
             known = ", ".join(_CONDITIONS)
-            raise ValueError(f"{_short(word)} is no condition ({known}): a fault is {_FORM}")
+            raise ValueError(f"{quoted(word)} is no condition ({known}): a fault is {_FORM}")
         if key in conditions:
             raise ValueError(f"{key}= stands twice: a fault is {_FORM}")
         try:
@@ -54,7 +54,7 @@ def _parse_effect(text: str) -> Effect:
     if isinstance(number, int):
         return Fail(number)
     raise ValueError(
-        f"{_short(text)} is no effect (an errno by name, vanish, slow=1ms, slow=64M/s):"
+        f"{quoted(text)} is no effect (an errno by name, vanish, slow=1ms, slow=64M/s):"
         f" a fault is {_FORM}"
     )
 
@@ -67,7 +67,7 @@ def _parse_slowness(text: str) -> Effect:
     match = _TIME.fullmatch(text)
     if match is None:
         raise ValueError(
-            f"slow={_short(text)}: it is the time that a page takes longer, such as 1ms or 250us,"
+            f"slow={quoted(text)}: it is the time that a page takes longer, such as 1ms or 250us,"
             " or a rate in bytes of guest memory, such as 64M/s"
         )
     whole, fraction, unit = match.groups()
@@ -84,18 +84,14 @@ def _parse_at(text: str) -> tuple[int, int]:
 
 def _parse_on(text: str) -> str:
     if text not in ("read", "write"):
-        raise ValueError(f"{_short(text)} is neither read nor write")
+        raise ValueError(f"{quoted(text)} is neither read nor write")
     return text
 
 
 def _parse_chance(text: str) -> float:
     if not _CHANCE.fullmatch(text):
-        raise ValueError(f"{_short(text)} is no probability such as 0.01")
+        raise ValueError(f"{quoted(text)} is no probability such as 0.01")
     return float(text)
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= _WORD_MAX else text[:_WORD_MAX] + "…")
 
 
 _CONDITIONS: dict[str, Callable[[str], Any]] = {
@@ -138,4 +134,4 @@ def say_faults(faults: Faults) -> None:
                 zip(faults.ordered, faults.counted, strict=True)
             )
         ]
-        say(table(("fault", "fired", ""), rows, right=("fired",)))
+        say(*table(("fault", "fired", ""), rows, right=("fired",)))

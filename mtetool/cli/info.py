@@ -8,9 +8,10 @@ import click
 
 from mtetool.cli.options import report_option
 from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size
-from mtetool.cli.render import describe_guest, one_line, print_json, say, table
+from mtetool.cli.render import describe_guest, print_json, say, table
 from mtetool.flows.tally import Tally
 from mtetool.guest import GuestInfo, Memslot
+from mtetool.words import counted
 
 if TYPE_CHECKING:
     from mtetool.snapshot.model import Missing, Summary
@@ -76,7 +77,7 @@ def _document(file: str, summary: Summary, missing: Tally[Missing]) -> dict[str,
 
 def _tell(file: str, summary: Summary, missing: Tally[Missing]) -> None:
     header, footer = summary.header, summary.footer
-    held = footer.granules * 16
+    held, tagged = footer.granules * 16, footer.tagged_granules * 16
     rows = [
         ("file", file),
         ("size", None if summary.file_bytes is None else size(summary.file_bytes)),
@@ -89,17 +90,17 @@ def _tell(file: str, summary: Summary, missing: Tally[Missing]) -> None:
         ("name", header.name),
         ("page size", size(header.page_size_bytes)),
         ("consistent", _CONSISTENT[footer.consistent]),
-        ("memory", f"{size(held)} in {footer.records} records"),
-        ("tagged", f"{size(footer.tagged_granules * 16)} in {footer.tagged_pages} pages"),
+        ("memory", f"{size(held)} in {counted(footer.records, 'record')}"),
+        ("tagged", f"{size(tagged)} in {counted(footer.tagged_pages, 'page')}"),
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         if value is not None:
-            say(f"{name:<{width}}  {one_line(value)}")
+            say(f"{name:<{width}}  {value}")
     say("memslots:" if header.memslots else "memslots: not known")
     if header.memslots:
         slots = [_slot_row(slot) for slot in header.memslots]
-        say(table(("  id", "ipa", "size", "kind", "access"), slots, right=("  id",)))
+        say(*table(("  id", "ipa", "size", "kind", "access"), slots, right=("  id",)))
     for line in missing_lines("missing", missing):
         say(line)
 

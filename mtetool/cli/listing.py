@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtetool.cli.options import report_option
+from mtetool.cli.options import quiet_option, report_option
 from mtetool.cli.ranges import size
 from mtetool.cli.render import describe_guest, print_json, say, table, warn
+from mtetool.words import counted
 
 if TYPE_CHECKING:
     from mtetool.backends.vms import ListedVm
@@ -18,7 +19,7 @@ _MTE = {True: "on", False: "off", None: "unknown"}
 
 @click.command("list")
 @click.option("--no-attach", is_flag=True, help="Attach to no VMM: say only what /proc shows.")
-@click.option("-q", "--quiet", is_flag=True, help="No warnings on standard error.")
+@quiet_option
 @report_option
 def command(no_attach: bool, quiet: bool, output: str) -> int:
     """List the VMs of this host: PID, VMM, name, vCPUs, memory, MTE, state, owner.
@@ -34,17 +35,18 @@ def command(no_attach: bool, quiet: bool, output: str) -> int:
             if vm.reason is not None:
                 warn(f"{vm.info.source}: {vm.reason.message}")
         if listing.n_unseen:
+            unseen = counted(listing.n_unseen, "process", "processes")
             warn(
-                f"{listing.n_unseen} processes of other users could not be looked at, and may be"
+                f"{unseen} of other users could not be looked at, and may be"
                 " VMMs; run as root to see them"
             )
     if output == "json":
         vms = [_document(vm) for vm in listing.vms]
-        unseen = {"unseen_processes": listing.n_unseen}
-        print_json({"schema": "mtetool.list/1", "vms": vms, **unseen})
+        head = {"schema": "mtetool.list/1", "vms": vms}
+        print_json({**head, "unseen_processes": listing.n_unseen})
         return 0
     header = ("GUEST", "VMM", "NAME", "VCPUS", "MEMORY", "MTE", "STATE", "OWNER")
-    say(table(header, (_row(vm) for vm in listing.vms), right=("VCPUS",)))
+    say(*table(header, (_row(vm) for vm in listing.vms), right=("VCPUS",)))
     return 0
 
 

@@ -13,13 +13,14 @@ from mtetool.cli.options import progress_options, report_option, snapshot_target
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import missing_json, missing_lines, size
 from mtetool.cli.render import print_json, say
+from mtetool.words import counted
 
 if TYPE_CHECKING:
     from mtetool.flows.merge import MergeResult
 
 
 @click.command("merge")
-@click.argument("files", metavar="BASE DELTA...", nargs=-1, required=True)
+@click.argument("files", metavar="BASE [DELTA]...", nargs=-1, required=True)
 @click.option("-o", "--out", metavar="FILE", help="Where the result goes; - is standard output.")
 @click.option("--force", is_flag=True, help="Overwrite FILE if it exists.")
 @click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Threads that encode.")
@@ -40,7 +41,8 @@ def command(
 ) -> int:
     """Make one snapshot of BASE and the DELTAs to it, in the order in which they were saved.
 
-    Of deltas only, the result is a delta to the same base. Status 3 when some ranges are missing.
+    Of deltas only, the result is a delta to the same base; of BASE alone, the same snapshot,
+    written anew. Status 3 when some ranges are missing.
     """
     from mtetool.flows.layers import open_layers
     from mtetool.flows.merge import merge
@@ -81,7 +83,8 @@ def _document(
 def _tell(files: tuple[str, ...], target: str, elapsed: float, result: MergeResult) -> None:
     name = "standard output" if target == "-" else target
     held = size(result.checked.held_bytes)
-    say(f"merged {len(files)} snapshots into {name}: the tags of {held}, in {elapsed:.1f} s")
+    merged = f"merged {counted(len(files), 'snapshot')} into {name}"
+    say(f"{merged}: the tags of {held}, in {elapsed:.1f} s")
     if result.header.base_id is not None:
         say(f"it is a delta to the snapshot {result.header.base_id}")
     for line in missing_lines("missing", result.checked.missing):

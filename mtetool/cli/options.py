@@ -16,6 +16,7 @@ from mtetool.backends import GuestOptions
 from mtetool.errors import UsageError
 from mtetool.guest import Memslot
 from mtetool.uapi import TAG_MAX
+from mtetool.words import quoted
 
 if TYPE_CHECKING:
     # Generic in click's newest stubs only: older releases cannot be subscripted at run time.
@@ -26,6 +27,7 @@ else:
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _ADDRESS_END = 1 << 64
+_HEX_DIGITS = tuple("0123456789abcdefABCDEF")
 # Not int(text, 0): that takes "1_000", " 12" and digits of other scripts, and refuses "010".
 _NUMBER = re.compile(r"(?:0[xX](?P<hex>[0-9a-fA-F]+)|(?P<decimal>[0-9]+))(?P<suffix>[kmgtKMGT]?)")
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -45,12 +47,12 @@ def parse_number(text: str) -> int:
     """
     match = _NUMBER.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is not a number such as 4096, 0x1000, 64K or 1G")
+        raise ValueError(f"{quoted(text)} is not a number such as 4096, 0x1000, 64K or 1G")
     digits = match["hex"] or match["decimal"]
     # Python refuses to convert endless digits, and nothing so long is an address.
     value = int(digits[-40:], 16 if match["hex"] else 10) * _SUFFIXES[match["suffix"].upper()]
     if digits[:-40].strip("0") or value >= _ADDRESS_END:
-        raise ValueError(f"{_shortened(text)} does not fit into 64 bits")
+        raise ValueError(f"{quoted(text)} does not fit into 64 bits")
     return value
 
 
@@ -66,10 +68,10 @@ def parse_range(text: str) -> Range:
     """`IPA:SIZE`. Raises ValueError."""
     ipa_text, colon, size_text = text.partition(":")
     if not colon:
-        raise ValueError(f"{_shortened(text)} is not of the form IPA:SIZE, such as 0x40000000:64K")
+        raise ValueError(f"{quoted(text)} is not of the form IPA:SIZE, such as 0x40000000:64K")
     found = Range(parse_number(ipa_text), parse_size(size_text))
     if found.ipa + found.size_bytes > _ADDRESS_END:
-        raise ValueError(f"{text!r} ends beyond 64 bits")
+        raise ValueError(f"{quoted(text)} ends beyond 64 bits")
     return found
 
 
@@ -84,15 +86,13 @@ def parse_memslot(text: str) -> Memslot:
 
 
 def parse_tag(text: str) -> int:
-    """A tag, 0 to 15, decimal or hex. Raises ValueError."""
+    """A tag: a hex digit, as tags are shown; or a number, 0 to 15. Raises ValueError."""
+    if text in _HEX_DIGITS:
+        return int(text, 16)
     value = parse_number(text)
     if value > TAG_MAX or text[-1] in "kmgtKMGT":
-        raise ValueError(f"{_shortened(text)} is not a tag: tags go from 0 to {TAG_MAX} (0xf)")
+        raise ValueError(f"{quoted(text)} is not a tag: 0 to {TAG_MAX}, or a hex digit")
     return value
-
-
-def _shortened(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:40] + "…")
 
 
 class Parsed(_ParamType):
@@ -179,6 +179,11 @@ def output_option(*more: str) -> Callable[[_F], _F]:
 report_option = output_option()
 
 
+quiet_option = click.option(
+    "-q", "--quiet", is_flag=True, help="Nothing on standard error but errors."
+)
+
+
 def progress_options(command: _F) -> _F:
     """`--quiet` and `--progress`, as the keywords `quiet` (bool) and `progress`.
 
@@ -190,14 +195,13 @@ def progress_options(command: _F) -> _F:
         mode = "none" if quiet else progress
         return command(*args, quiet=quiet, progress=mode, **kwargs)
 
-    quiet = click.option("-q", "--quiet", is_flag=True, help="No progress and no warnings.")
     progress = click.option(
         "--progress",
         type=click.Choice(["auto", "json", "none"]),
         default="auto",
         help="A bar on a terminal (auto), a line of JSON a second, or nothing.",
     )
-    return quiet(progress(with_options))  # type: ignore[return-value]
+    return quiet_option(progress(with_options))  # type: ignore[return-value]
 
 
 BASE_OPTION = click.option(

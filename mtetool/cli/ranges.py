@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from mtetool.cli.render import one_line, warn
+from mtetool.cli.render import warn
 from mtetool.errors import errno_name
 from mtetool.streaming import Rows, extent_row
+from mtetool.words import counted
 
 if TYPE_CHECKING:
+    from mtetool.flows.diff import Difference
+    from mtetool.flows.dump import Run
     from mtetool.flows.tally import Tally
     from mtetool.guest import Memslot
     from mtetool.snapshot.model import Extent, Missing
@@ -24,14 +27,14 @@ def listed_in(output: str) -> int | None:
 
 
 def size(n_bytes: int) -> str:
-    """`64 MiB`; with the exact bytes behind it where the short form rounds."""
+    """`64 MiB`; followed by the exact bytes where the short form rounds."""
     value, unit = float(n_bytes), "bytes"
     for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
             break
         value /= 1024
     if unit == "bytes":
-        return f"{n_bytes} bytes"
+        return counted(n_bytes, "byte")
     if value == int(value):
         return f"{int(value)} {unit}"
     return f"{value:.1f} {unit} ({n_bytes} bytes)"
@@ -101,8 +104,7 @@ def _counted(name: str, tally: Tally[Any] | None, rows: Iterable[dict[str, Any]]
 def _listed(title: str, tally: Tally[Any], rows: list[str]) -> list[str]:
     if not tally:
         return []
-    ranges = "range" if tally.count == 1 else "ranges"
-    lines = [f"{title}: {tally.count} {ranges}, {size(tally.size_bytes)}"]
+    lines = [f"{title}: {counted(tally.count, 'range')}, {size(tally.size_bytes)}"]
     lines += [f"  {row}" for row in rows]
     if tally.count > len(rows):
         lines.append(f"  … and {tally.count - len(rows)} more (--output json lists all)")
@@ -113,7 +115,11 @@ def _span(item: Extent | Missing) -> str:
     return f"{item.ipa:#x}:{item.size_bytes:#x}"
 
 
+def columns(item: Extent | Missing | Run | Difference) -> str:
+    """Address and size as columns: hexadecimal without leading zeros, as everywhere."""
+    return f"{item.ipa:>#14x}  {item.size_bytes:>#12x}"
+
+
 def why(item: Missing) -> str:
     """Why a range is not there: the errno by name, and the reason."""
-    reason = one_line(item.reason)
-    return f"{errno_name(item.errno)}: {reason}" if item.errno else reason
+    return f"{errno_name(item.errno)}: {item.reason}" if item.errno else item.reason

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mtetool.words import printable
+
 if TYPE_CHECKING:
     from mtetool.guest import GuestInfo
 
@@ -36,9 +38,9 @@ def print_tail(members: Mapping[str, object]) -> None:
     sys.stdout.write("\n")
 
 
-def say(text: str) -> None:
-    """A line of a result for people."""
-    sys.stdout.write(printable(text) + "\n")
+def say(*lines: str) -> None:
+    """Lines of a result for people."""
+    sys.stdout.writelines(printable(line) + "\n" for line in lines)
 
 
 def warn(text: str) -> None:
@@ -46,26 +48,10 @@ def warn(text: str) -> None:
     sys.stderr.write(f"mtetool: warning: {printable(text)}\n")
 
 
-def printable(text: str) -> str:
-    """`text` without control characters, which are shown as `\\x1b`.
-
-    Names of files and processes are other people's text: none of their escape sequences may
-    reach the terminal.
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
-
-def one_line(text: str) -> str:
-    """`printable` text that stays in its line: other people's text must not look like a row."""
-    return printable(text).replace("\n", "\\n")
-
-
 def table(
     header: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()
-) -> str:
-    """Aligned columns, one line a row, without a newline at the end.
+) -> list[str]:
+    """Aligned columns: a line for the header and one for each row.
 
     `right` names the columns of the header that are aligned to the right (numbers). None is
     shown as `-`.
@@ -80,11 +66,11 @@ def table(
             for cell, width, right_aligned in zip(row, widths, to_right, strict=True)
         ]
         lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+    return lines
 
 
 def _cell(value: object) -> str:
-    return "-" if value is None else one_line(str(value))
+    return "-" if value is None else printable(str(value))
 
 
 def describe_guest(info: GuestInfo) -> dict[str, Any]:

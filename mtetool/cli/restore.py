@@ -20,6 +20,7 @@ from mtetool.cli.ranges import (
     size,
 )
 from mtetool.cli.render import print_json, say, warn
+from mtetool.words import quoted
 
 if TYPE_CHECKING:
     from mtetool.flows.restore import RestoreResult
@@ -29,7 +30,9 @@ def parse_move(text: str) -> tuple[int, int]:
     """`OLD=NEW`, two addresses. Raises ValueError."""
     old, equals, new = text.partition("=")
     if not equals:
-        raise ValueError(f"{text[:40]!r} is not of the form OLD=NEW, such as 0x40000000=0x80000000")
+        raise ValueError(
+            f"{quoted(text)} is not of the form OLD=NEW, such as 0x40000000=0x80000000"
+        )
     return parse_number(old), parse_number(new)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES, TAG_MAX
+from mtetool.words import counted
 
 _N_TAGS = TAG_MAX + 1
 _EMULATED_PAGE_GRANULES = 4096 // GRANULE_BYTES
@@ -83,7 +84,7 @@ def compare(reads: Sequence[Tags], granules_per_page: int, ipa: int) -> str | No
     at, wrote, got = first
     pages = int(wrong.reshape(-1, granules_per_page).any(axis=1).sum())
     return (
-        f"{int(wrong.sum())} granules in {pages} pages do not;"
+        f"wrong: {counted(int(wrong.sum()), 'granule')} in {counted(pages, 'page')};"
         f" at {ipa + at * GRANULE_BYTES:#x} {wrote} was written and {got} read"
     )
 

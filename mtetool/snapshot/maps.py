@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import msgpack  # type: ignore[import-untyped]
 
 from mtetool.errors import DamagedError, UnknownVersionError
+from mtetool.words import encodable
 
 MAX_TEXT_BYTES = 4096
 
@@ -22,7 +23,7 @@ def pack_map(values: Mapping[str, object]) -> bytes:
 
 def storable_text(text: str) -> str:
     """Text as a snapshot can hold it: no lone surrogates (odd file names), bounded."""
-    data = text.encode("utf-8", "backslashreplace")
+    data = encodable(text).encode()
     return data[:MAX_TEXT_BYTES].decode("utf-8", "ignore")
 
 

@@ -44,6 +44,7 @@ from mtetool.snapshot.records import (
     read_record,
 )
 from mtetool.uapi import GRANULE_BYTES
+from mtetool.words import counted
 
 if TYPE_CHECKING:
     from mtetool.buffers import TagBuffer
@@ -328,7 +329,7 @@ def _read_prologue(source: ByteSource) -> bytes:
     prologue = source.read(PROLOGUE.size)
     if not prologue.startswith(MAGIC):
         if prologue and MAGIC.startswith(prologue):
-            raise TruncatedError(f"{source.name} ends after {len(prologue)} bytes")
+            raise TruncatedError(f"{source.name} ends after {counted(len(prologue), 'byte')}")
         what = _looks_like(prologue)
         hint = {
             "a gzip file": "unpack it first: gunzip",
@@ -337,7 +338,7 @@ def _read_prologue(source: ByteSource) -> bytes:
         }.get(what, "mtetool save writes snapshots")
         raise NotASnapshotError(f"{source.name} is no snapshot: it is {what}", hint=hint)
     if len(prologue) < PROLOGUE.size:
-        raise TruncatedError(f"{source.name} ends after {len(prologue)} bytes")
+        raise TruncatedError(f"{source.name} ends after {counted(len(prologue), 'byte')}")
     _, version, flags = PROLOGUE.unpack(prologue)
     if version != VERSION:
         raise UnknownVersionError(

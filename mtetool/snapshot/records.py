@@ -13,6 +13,7 @@ from typing import BinaryIO
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from mtetool.errors import DamagedError, HostIoError, TruncatedError, host_error
+from mtetool.words import counted
 
 MAGIC = b"\x89MTESNP\n"
 END_MAGIC = b"\x89MTEEND\n"
@@ -137,7 +138,7 @@ class ByteSource:
         data = self.read(n_bytes)
         if len(data) < n_bytes:
             raise TruncatedError(
-                f"{self.name} ends after {self.offset} bytes, in the middle of {what}"
+                f"{self.name} ends after {counted(self.offset, 'byte')}, in the middle of {what}"
                 f" that starts at byte {start}",
                 hint="the copy of the snapshot was cut short, or it was never finished",
                 offset=self.offset,

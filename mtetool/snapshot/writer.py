@@ -58,6 +58,7 @@ from mtetool.snapshot.records import (
     checksum_of,
 )
 from mtetool.uapi import GRANULE_BYTES, TAG_MAX
+from mtetool.words import counted
 
 if TYPE_CHECKING:
     from mtetool.buffers import TagBuffer
@@ -369,8 +370,8 @@ class _Log:
         head = encode_header(header)
         if len(head) > MAX_HEADER_BYTES:
             raise LayoutError(
-                f"the guest's layout cannot be saved: {len(header.memslots)} memslots and"
-                f" {len(header.scope)} ranges are more than a header holds"
+                f"the guest's layout cannot be saved: {counted(len(header.memslots), 'memslot')}"
+                f" and {counted(len(header.scope), 'range')} are more than a header holds"
             )
         prologue = PROLOGUE.pack(MAGIC, VERSION, 0)
         self._put(prologue)

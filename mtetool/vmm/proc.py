@@ -26,8 +26,9 @@ _VM_LINK = "anon_inode:kvm-vm"
 _VCPU_LINK = "anon_inode:kvm-vcpu:"
 _PF_KTHREAD = 0x0020_0000  # include/linux/sched.h
 
-# Linux takes 6 MiB of arguments and environment at most: fs/exec.c, bprm_stack_limits.
-_COMMAND_LINE_BYTES = 6 << 20
+# Of a QEMU with hundreds of devices it is some 100 KiB. A process can name any of its memory as its
+# arguments (PR_SET_MM).
+_COMMAND_LINE_BYTES = 1 << 20
 
 # How often, and how far apart, a thread is looked at that is never seen to wait.
 _LOOKS = 6
@@ -257,14 +258,14 @@ def threads_to_borrow(pid: int) -> list[int]:
 
 
 def command_line(pid: int) -> list[str]:
-    """The process's arguments; empty where they cannot be read, or are longer than execve takes."""
+    """The process's arguments; empty where they cannot be read, or are absurdly long."""
     try:
         with Path(f"/proc/{pid}/cmdline").open("rb") as file:
             raw = file.read(_COMMAND_LINE_BYTES + 1)
     except OSError:
         return []
     if len(raw) > _COMMAND_LINE_BYTES:
-        return []  # a process can name any of its memory as its arguments: PR_SET_MM
+        return []
     return [os.fsdecode(word) for word in raw.split(b"\0")[:-1]]
 
 

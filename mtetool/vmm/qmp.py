@@ -26,7 +26,8 @@ _DEPTH = 64
 _EVENTS = 10_000
 _PIECE_BYTES = 64 << 10
 
-_MARK = re.compile(rb'\\.|["{}\[\]]', re.DOTALL)
+_MARK = re.compile(rb'["{}\[\]]')
+_INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)  # a string, up to its end or the buffer's
 
 
 class Patience:
@@ -64,28 +65,34 @@ class Messages:
             self._buffer = self._buffer.lstrip()
             if self._buffer[:1] not in (b"", b"{"):
                 raise ValueError("not an object")
-        # Only what is new is looked at; half an escape waits for its other half.
-        end = self._seen
-        for mark in _MARK.finditer(self._buffer, self._seen):
-            end = mark.end()
-            self._look_at(mark[0])
-            if not self._depth:
-                return self._cut(end)
-        rest = len(self._buffer)
-        self._seen = rest - 1 if rest > end and self._buffer.endswith(b"\\") else rest
-        if rest > MESSAGE_BYTES:
+        at = self._seen  # only what is new is looked at
+        while at < len(self._buffer):
+            if self._quoted:
+                inside = _INSIDE.match(self._buffer, at)
+                at = inside.end() if inside else at
+                if self._buffer[at : at + 1] != b'"':
+                    break  # not whole, or half an escape, which waits for its other half
+                at += 1
+                self._quoted = False
+            elif mark := _MARK.search(self._buffer, at):
+                at = mark.end()
+                self._look_at(mark[0])
+                if not self._depth:
+                    return self._cut(at)
+            else:
+                at = len(self._buffer)
+        self._seen = at
+        if at > MESSAGE_BYTES:
             raise ValueError("too long")
         return None
 
     def _look_at(self, mark: bytes) -> None:
         if mark == b'"':
-            self._quoted = not self._quoted
-        elif not self._quoted and mark in b"{[":
-            self._depth += 1
-            if self._depth > _DEPTH:
-                raise ValueError("too deep")
-        elif not self._quoted and mark in b"}]":
-            self._depth -= 1
+            self._quoted = True
+        else:
+            self._depth += 1 if mark in b"{[" else -1
+        if self._depth > _DEPTH:
+            raise ValueError("too deep")
 
     def _cut(self, end: int) -> bytes:
         message, self._buffer = self._buffer[:end], self._buffer[end:]

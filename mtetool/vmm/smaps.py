@@ -149,12 +149,12 @@ def tagged_mappings(smaps: Iterable[str]) -> Iterator[TaggedMapping]:
             # "ffff9752f000-ffff9753f000 rw-p …", where every other line is "Name:  value".
             head = line
         elif name == "VmFlags" and "mt" in (flags := rest.split()):
-            yield _tagged(head, frozenset(flags))
+            for mapping in parsed([head]):
+                yield _tagged(mapping, frozenset(flags))
 
 
-def _tagged(head: str, flags: frozenset[str]) -> TaggedMapping:
+def _tagged(mapping: Mapping, flags: frozenset[str]) -> TaggedMapping:
     # fs/proc/task_mmu.c, show_smap_vma_flags; "sh" is VM_SHARED, "mw" VM_MAYWRITE, "ht" hugetlb.
-    (mapping,) = parsed([head])
     forced = "mw" in flags and not flags & {"sh", "ht"}
     return TaggedMapping(
         start=mapping.start,

@@ -58,9 +58,9 @@ def test_for_people(a: Path, b: Path) -> None:
     done = run("diff", f"emu:{b}", f"emu:{a}")
     assert done.status == 1
     assert [line.split() for line in done.out.splitlines()] == [
-        ["0x000040000020", "0x40", "7", "0"],
-        ["0x000040000060", "0x10", "8", "0"],
-        ["0x000080000000", "0x10", "1", "0"],
+        ["0x40000020", "0x40", "7", "0"],
+        ["0x40000060", "0x10", "8", "0"],
+        ["0x80000000", "0x10", "1", "0"],
     ]
 
 

@@ -33,18 +33,18 @@ def test_runs_for_people(quiet_guest: Path) -> None:
     done = run("dump", f"emu:{quiet_guest}")
     assert done.status == 0
     assert [line.split() for line in done.out.splitlines()] == [
-        ["0x000040000000", "0x1010", "0"],
-        ["0x000040001010", "0x30", "a"],
-        ["0x000040001040", "0xefc0", "0"],
+        ["0x40000000", "0x1010", "0"],
+        ["0x40001010", "0x30", "a"],
+        ["0x40001040", "0xefc0", "0"],
     ]
 
 
 def test_granules_of_a_range(quiet_guest: Path) -> None:
     done = run("dump", f"emu:{quiet_guest}", "--granules", "--range", f"{BASE + 0x1000:#x}:0x30")
     assert [line.split() for line in done.out.splitlines()] == [
-        ["0x000040001000", "0"],
-        ["0x000040001010", "a"],
-        ["0x000040001020", "a"],
+        ["0x40001000", "0"],
+        ["0x40001010", "a"],
+        ["0x40001020", "a"],
     ]
 
 
@@ -90,7 +90,8 @@ def test_what_cannot_be_read(guest: Path, tmp_path: Path) -> None:
     around = ["--range", f"{hole - 32:#x}:64"]
     done = run("dump", f"emu:{guest}", *around, "--output", "raw")
     assert (done.status, done.raw[2:]) == (3, b"\xff\xff")
-    assert "no tags" in done.err
+    assert "32 bytes in 1 range could not be read" in done.err
+    assert run("dump", f"emu:{guest}", *around, "--quiet").err == ""
     text = run("dump", f"emu:{guest}", *around)
     assert text.status == 3
     assert "missing: EFAULT: no memslot there" in text.out
@@ -138,7 +139,7 @@ def test_a_reader_that_goes_away(tmp_path: Path) -> None:
     guest = make_guest(tmp_path / "g", seed=5, slots=slots)
     child = spawn("dump", guest, "--granules", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout is not None
-    assert child.stdout.readline().startswith(b"0x000040000000")
+    assert child.stdout.readline().lstrip().startswith(b"0x40000000")
     child.stdout.close()
     assert child.stderr is not None
     assert child.stderr.read() == b""
@@ -146,4 +147,4 @@ def test_a_reader_that_goes_away(tmp_path: Path) -> None:
 
 
 def test_the_rom_comes_first(guest: Path) -> None:
-    assert run("dump", f"emu:{guest}").out.startswith(f"{ROM:#014x}")
+    assert run("dump", f"emu:{guest}").out.lstrip().startswith(f"{ROM:#x}")

@@ -119,7 +119,9 @@ def test_memslots() -> None:
 
 def test_tags() -> None:
     assert [parse_tag(text) for text in ("0", "15", "0xf", "0xA")] == [0, 15, 15, 10]
-    for bad in ("16", "0x10", "-1", "f", "0K", ""):
+    # As dump shows them.
+    assert [parse_tag(f"{tag:x}") for tag in range(16)] == list(range(16))
+    for bad in ("16", "0x10", "-1", "g", "0f", "fK", "0K", ""):
         with pytest.raises(ValueError, match=r"."):
             parse_tag(bad)
 

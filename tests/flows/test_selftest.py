@@ -330,7 +330,7 @@ def test_any_one_changed_tag_is_found(at: int, pattern: int, change: int) -> Non
     reads = [tags.copy() for tags in patterns(4096)]
     pattern %= len(reads)
     reads[pattern][at] ^= change
-    assert f"1 granules in 1 pages do not; at {at * 16:#x} " in (compare(reads, GRANULES, 0) or "")
+    assert f"wrong: 1 granule in 1 page; at {at * 16:#x} " in (compare(reads, GRANULES, 0) or "")
     # The change of a higher digit looks like the tags of another granule.
     assert diagnose(reads) == (CHANGED if pattern < 16 else OVERWRITE)
 

@@ -196,15 +196,17 @@ def test_names_are_cut_and_kept_as_they_are(tmp_path: Path) -> None:
     assert _asked(tmp_path, "name", sent) == name[:1024]
 
 
-@given(st.lists(st.dictionaries(st.text(), st.text()), max_size=5), st.data())
+@given(
+    st.lists(st.dictionaries(st.text(), st.text()), max_size=5),
+    st.sampled_from([None, 2]),
+    st.integers(1, 20),
+)
 def test_messages_are_cut_wherever_the_pieces_end(
-    objects: list[dict[str, str]], data: st.DataObject
+    objects: list[dict[str, str]], indent: int | None, size: int
 ) -> None:
-    indent = data.draw(st.sampled_from([None, 2]))
     stream = "\r\n".join(json.dumps(o, indent=indent, ensure_ascii=False) for o in objects).encode()
     messages, found = qmp.Messages(), []
     while stream:
-        size = data.draw(st.integers(1, len(stream)))
         messages.feed(stream[:size])
         stream = stream[size:]
         while (message := messages.take()) is not None:

@@ -1,0 +1,165 @@
+"""A monitor that is believed is the VMM's own, whatever is found at its path.
+
+In each of these a QEMU of another size answers where the first one's monitor is looked for: what
+it says would be taken for the guest's memory, and tags would be lost in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.lab.guests import Qemu
+from tests.lab.machine import Machine
+
+MIB = 1 << 20
+PATH = "/tmp/vm/run/monitor"
+
+# A container: a mount namespace of its own, in which the path is another file. The link in it is
+# absolute, and leads nowhere outside.
+_CONTAINER = """
+import os, subprocess, sys
+os.unshare(os.CLONE_NEWNS)
+subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "none", "/tmp/vm"], check=True)
+os.mkdir("/tmp/vm/inside")
+os.symlink("/tmp/vm/inside", "/tmp/vm/run")
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+# A manager, as libvirt and Kata: it listens, and QEMU is given the socket. With "pids" they are in
+# a PID namespace, where QEMU's threads have the same ids as those in any other one.
+_MANAGER = """
+import os, socket, sys
+path, namespace, command = sys.argv[1], sys.argv[2], sys.argv[3:]
+if namespace == "pids":
+    os.unshare(os.CLONE_NEWPID)
+    if os.fork():
+        os.wait()
+        sys.exit()
+server = socket.socket(socket.AF_UNIX)
+server.bind(path)
+server.listen(1)
+server.set_inheritable(True)
+chardev = f"socket,id=c,fd={server.fileno()},server=on,wait=off"
+if os.fork():
+    os.wait()
+else:
+    os.execvp(command[0], [*command, "-chardev", chardev, "-mon", "chardev=c,mode=control"])
+"""
+
+
+@dataclass
+class Contained(Qemu):
+    """A QEMU with the tagger in a container, whose monitor is at PATH in there."""
+
+    @property
+    def qmp_path(self) -> str:
+        return PATH
+
+    def start(self) -> Contained:
+        self.lab.put("/tmp/container.py", _CONTAINER.encode())
+        self.wrapper = "python3 /tmp/container.py"
+        self.pid = _started(self.lab, self.command(), "/proc/$!/root/tmp/vm/inside/monitor")
+        return self
+
+
+def _started(lab: Machine, command: str, socket: str) -> int:
+    """The PID of a command that was started, once there is its socket."""
+    wait = f"until [ -S {socket} ]; do kill -0 $! || exit 1; sleep 0.05; done"
+    return int(lab.sh(f"mkdir -p /tmp/vm/run; {command} >/tmp/out 2>&1 & echo $!; {wait}").stdout)
+
+
+def _paused(lab: Machine, memory: str, path: str = PATH) -> int:
+    """A QEMU of this namespace that has not let its guest run; its PID."""
+    lab.sh(f"rm -f {path}")
+    return _started(lab, f"{_qemu(memory)} -qmp unix:{path},server=on,wait=off", path)
+
+
+def _qemu(memory: str) -> str:
+    return (
+        "qemu-system-aarch64 -M virt,gic-version=3,mte=on -accel kvm -cpu host -S"
+        f" -m {memory} -nodefaults -display none"
+    )
+
+
+def _managed(lab: Machine, memory: str, path: str, namespace: str) -> int:
+    """Such a QEMU with a manager that listens at `path`; its PID."""
+    lab.put("/tmp/manager.py", _MANAGER.encode())
+    _started(lab, f"python3 /tmp/manager.py {path} {namespace} {_qemu(memory)}", path)
+    script = f"until pgrep -f 'qemu-[s].* -m {memory} .*id=c,fd='; do sleep 0.05; done"
+    return int(lab.sh(script).stdout.split()[0])
+
+
+def _ask(lab: Machine, *words: str, status: int = 0) -> dict[str, Any]:
+    result = lab.run(["mtetool", *words, "--json"])
+    assert result.returncode == status, (result.stdout, result.stderr)
+    answer: dict[str, Any] = json.loads(result.stderr.splitlines()[-1] if status else result.stdout)
+    return answer
+
+
+def _main_memory(document: dict[str, Any]) -> int:
+    size: int = max(document["memslots"], key=lambda slot: slot["ipa"])["size_bytes"]
+    return size
+
+
+def test_the_same_path_in_a_container_and_outside(lab: Machine) -> None:
+    paused = _paused(lab, "256M")
+    guest = Contained(lab, "guest", memory="512M").start()
+    guest.wait_for_checks()
+
+    saved = _ask(lab, "save", f"kvm:{guest.pid}", "-o", "/tmp/s")
+    assert saved["consistent"] is False  # the one that runs
+    assert saved["tagged_bytes"] > 0
+    assert _main_memory(_ask(lab, "info", "/tmp/s")) == 512 * MIB
+    listed = {vm["pid"]: vm for vm in _ask(lab, "list")["vms"]}
+    assert [listed[pid]["state"] for pid in (paused, guest.pid)] == ["paused", "running"]
+    assert [_main_memory(listed[pid]) for pid in (paused, guest.pid)] == [256 * MIB, 512 * MIB]
+
+    # Ours is the other's; its own has a path here, too.
+    words = ("save", f"kvm:{guest.pid}", "-o", "/tmp/none")
+    for more in ((), ("--memslot", "0x40000000:256M")):
+        refused = _ask(lab, *words, "--qmp", PATH, *more, status=4)
+        assert (refused["error"], refused["peer"]) == ("foreign-monitor", paused)
+    assert lab.run(["ls", "/tmp/none"]).returncode
+    own = f"/proc/{guest.pid}/root/tmp/vm/inside/monitor"
+    assert _main_memory(_ask(lab, "info", f"kvm:{guest.pid}", "--qmp", own)) == 512 * MIB
+
+
+def test_a_path_that_another_vm_has_taken_over(lab: Machine) -> None:
+    """The kernel is asked then: it knows nothing that is read-only."""
+    first = _paused(lab, "256M")
+    second = _paused(lab, "128M")
+    for pid, size, told in ((first, 256 * MIB, False), (second, 128 * MIB, True)):
+        info = _ask(lab, "info", f"kvm:{pid}")
+        assert _main_memory(info) == size
+        assert any(slot["readonly"] for slot in info["memslots"]) is told
+
+
+@pytest.mark.parametrize("namespace", ["host", "pids"])
+def test_a_socket_that_a_manager_made(lab: Machine, namespace: str) -> None:
+    """Its maker is not QEMU: the ids of its threads are what proves it."""
+    paths = ("/tmp/one", "/tmp/other")
+    one, other = (
+        _managed(lab, memory, path, namespace)
+        for memory, path in zip(("256M", "128M"), paths, strict=True)
+    )
+    info = _ask(lab, "info", f"kvm:{one}", "--qmp", paths[0])
+    assert _main_memory(info) == 256 * MIB
+    assert any(slot["readonly"] for slot in info["memslots"])  # QEMU's own word
+    ids = lab.sh(f"cat /proc/{one}/task/*/status /proc/{other}/task/*/status | grep NSpid").stdout
+    inner = [line.split()[-1] for line in ids.splitlines()]
+    assert (len(set(inner)) < len(inner)) is (namespace == "pids")
+    refused = _ask(lab, "info", f"kvm:{one}", "--qmp", paths[1], status=4)
+    assert refused["error"] == "foreign-monitor"
+
+
+def test_a_vm_before_its_vcpus(lab: Machine) -> None:
+    """It answers no question about its threads: that it made the socket proves it."""
+    one, other = (Qemu(lab, name, mte=False).start() for name in ("one", "other"))
+    refused = _ask(lab, "enable", f"kvm:{one.pid}", "--qmp", other.qmp_path, status=4)
+    assert refused["error"] == "foreign-monitor"
+    assert _ask(lab, "info", f"kvm:{one.pid}", "--qmp", other.qmp_path, status=4) == refused
+    _ask(lab, "enable", f"kvm:{one.pid}", "--qmp", one.qmp_path)
