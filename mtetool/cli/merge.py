@@ -11,7 +11,7 @@ import click
 
 from mtetool.cli.options import progress_options, report_option, snapshot_target
 from mtetool.cli.progress import shown
-from mtetool.cli.ranges import missing_json, missing_lines, size
+from mtetool.cli.ranges import missing_json, missing_lines, size, warn_partial
 from mtetool.cli.render import print_json, say
 from mtetool.words import counted
 
@@ -57,6 +57,7 @@ def command(
     ):
         result = merge(layers, stream, level=level, jobs=jobs, progress=update)
     elapsed = time.monotonic() - started
+    warn_partial((result.checked.missing, "are missing in the end"), quiet=quiet)
     with redirect_stdout(sys.stderr if target == "-" else sys.stdout):
         if output == "json":
             print_json(_document(files, target, elapsed, result))

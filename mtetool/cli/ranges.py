@@ -79,6 +79,23 @@ def slot_rows(slots: Iterable[Memslot]) -> list[dict[str, Any]]:
     ]
 
 
+def warn_partial(
+    *parts: tuple[Tally[Any] | None, str], stopped: str | None = None, quiet: bool
+) -> None:
+    """One line for whoever looks at standard error only, where a command did not do all.
+
+    `parts` are ranges and what became of their tags; `stopped` is why it ended early.
+    """
+    words = [
+        f"the tags of {size(tally.size_bytes)} in {counted(tally.count, 'range')} {became}"
+        for tally, became in parts
+        if tally
+    ]
+    words += [stopped] if stopped else []
+    if words and not quiet:
+        warn(f"partial: {'; '.join(words)}")
+
+
 def missing_lines(title: str, tally: Tally[Missing]) -> list[str]:
     """What is not there, for people; nothing where nothing is missing."""
     rows = [f"{_span(item)}  {why(item)}" for item in tally.first(TEXT_ROWS)]

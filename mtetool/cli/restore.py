@@ -18,6 +18,7 @@ from mtetool.cli.ranges import (
     missing_json,
     missing_lines,
     size,
+    warn_partial,
 )
 from mtetool.cli.render import print_json, say, warn
 from mtetool.words import quoted
@@ -93,6 +94,14 @@ def command(
     elapsed = time.monotonic() - started
     if result.paused is False and not quiet:
         warn(f"{guest} is running: it may have changed tags meanwhile; pause it first")
+    warn_partial(
+        (result.missing, "are not in the snapshot"),
+        (result.refused, "could not be written or read"),
+        (result.readonly_differing, "differ in read-only memory"),
+        (result.verify_differing, "read back differently"),
+        stopped=result.stopped,
+        quiet=quiet,
+    )
     if output == "json":
         print_json(_document(file, guest, verify, elapsed, result))
     else:

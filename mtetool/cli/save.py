@@ -14,7 +14,14 @@ from mtetool.backends import GuestOptions, open_guest
 from mtetool.cli.options import RANGE, SIZE, Range, progress_options, report_option, snapshot_target
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
-from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size, slot_rows
+from mtetool.cli.ranges import (
+    extent_rows,
+    missing_json,
+    missing_lines,
+    size,
+    slot_rows,
+    warn_partial,
+)
 from mtetool.cli.render import print_json, say, warn
 
 if TYPE_CHECKING:
@@ -122,6 +129,7 @@ def command(
             " pause the guest first (virsh suspend, stop in QEMU's monitor; a process: kill -STOP),"
             " or use --freeze"
         )
+    warn_partial((result.missing, "could not be read"), stopped=result.lost, quiet=quiet)
     # The snapshot has standard output for itself.
     with redirect_stdout(sys.stderr if target == "-" else sys.stdout):
         if output == "json":

@@ -18,6 +18,7 @@ from mtetool.cli.ranges import (
     missing_json,
     missing_lines,
     size,
+    warn_partial,
 )
 from mtetool.cli.render import print_json, say, warn
 
@@ -62,6 +63,11 @@ def command(
     elapsed = time.monotonic() - started
     if result.paused is False and not quiet:
         warn(f"{against} is running: its tags change while they are compared")
+    warn_partial(
+        (result.checked.missing, "are missing in the snapshot"),
+        (result.unreadable, "could not be read"),
+        quiet=quiet,
+    )
     if output == "json":
         print_json(_document(file, elapsed, result))
     else:
