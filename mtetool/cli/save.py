@@ -177,6 +177,7 @@ def _document(
         "scope": extent_rows(result.scope),
         "saved_bytes": result.saved_bytes,
         "uniform_bytes": result.uniform_bytes,
+        "changed_bytes": result.changed_bytes,
         "skipped_memslots": slot_rows(result.skipped),
         **missing_json("missing", result.missing),
         "consistent": result.consistent,
@@ -194,6 +195,11 @@ def _tell(guest: str, target: str, file_bytes: int, elapsed: float, result: Save
     name = "standard output" if target == "-" else target
     say(f"saved the tags of {size(result.saved_bytes)} of {guest} to {name}")
     say(f"snapshot: {size(file_bytes)}, in {elapsed:.1f} s")
+    if result.changed_bytes is not None:
+        say(
+            f"it is a delta to the snapshot {result.header.base_id}:"
+            f" the tags of {size(result.changed_bytes)} have changed"
+        )
     say(f"consistent: {_CONSISTENT[result.consistent]}")
     if result.frozen_seconds is not None:
         say(f"the guest stood still for {result.frozen_seconds:.3f} s")
