@@ -226,6 +226,12 @@ class LayoutUnknownError(GuestError):
     id = "layout-unknown"
 
 
+class WouldAllocateError(GuestError):
+    """Reading the guest's tags would allocate memory that it does not have yet."""
+
+    id = "would-allocate"
+
+
 class ForeignMonitorError(GuestError):
     """The monitor given with --qmp is not proven to be that of the VM."""
 
@@ -310,6 +316,12 @@ class HostIoError(HostError):
     """Reading or writing a file failed."""
 
     id = "io"
+
+
+class OutputStalledError(HostError):
+    """The output takes so little that a guest would have stood still for it."""
+
+    id = "output-stalled"
 
 
 class NoMemoryError(HostError):

@@ -84,6 +84,12 @@ def open_emulated(path: str, options: GuestOptions) -> EmulatedGuest:
     """
     if not path:
         raise SourceError("emu: needs a path", hint="mtetool emu create PATH makes a guest")
+    if any(slot.host_address is not None for slot in options.memslots):
+        raise UsageError(
+            f"emu:{path} has no process that its memory could be in: --memslot with an address"
+            " is for kvm: sources",
+            hint="--memslot IPA:SIZE",
+        )
     fd, writable = open_file(path)
     try:
         lock(fd, path, fcntl.LOCK_SH)
@@ -253,6 +259,10 @@ class EmulatedGuest:
         first = slot.ipa + (data - base) // per_page * self.page_size_bytes
         behind = slot.ipa + -(-(hole - base) // per_page) * self.page_size_bytes
         return max(first, ipa), min(behind, end)
+
+    def would_make(self, ranges: Sequence[tuple[int, int]]) -> int:
+        """See `Guest.would_make`: 0, a hole in the file stays one."""
+        return 0
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`. Raises also BusyError, PermissionRefusedError, DiskFullError."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mtetool.backends import GuestOptions
-from mtetool.cli.options import RANGE, Range, quiet_option, report_option
+from mtetool.cli.options import EVERY_PAGE_OPTION, RANGE, Range, quiet_option, report_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import columns, missing_json, size, why
 from mtetool.cli.render import print_tail, warn
@@ -31,6 +31,7 @@ _BATCH_ROWS = 4096
 @click.option(
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
 )
+@EVERY_PAGE_OPTION
 @with_guest_options
 @quiet_option
 @report_option
@@ -38,6 +39,7 @@ def command(
     a: str,
     b: str,
     ranges: tuple[Range, ...],
+    every_page: bool,
     guest_options: GuestOptions,
     quiet: bool,
     output: str,
@@ -54,7 +56,10 @@ def command(
     if a == b == "-":
         raise UsageError("standard input can only be one of the two")
     asked = [Extent(*one) for one in ranges]
-    with open_source(a, guest_options) as left, open_source(b, guest_options) as right:
+    with (
+        open_source(a, guest_options, every_page=every_page) as left,
+        open_source(b, guest_options, every_page=every_page) as right,
+    ):
         check_ranges(asked, left, right)
         out = _Output(a, b, as_json=output == "json")
         status = out.write(diff(left, right, asked or None))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mtetool.backends import GuestOptions
-from mtetool.cli.options import RANGE, Range, output_option, quiet_option
+from mtetool.cli.options import EVERY_PAGE_OPTION, RANGE, Range, output_option, quiet_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import columns, extent_rows, missing_json, size, why
 from mtetool.cli.render import print_tail, warn
@@ -35,6 +35,7 @@ _BATCH_ROWS = 4096
 @click.option(
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
 )
+@EVERY_PAGE_OPTION
 @with_guest_options
 @quiet_option
 @output_option("raw")
@@ -42,6 +43,7 @@ def command(
     source: str,
     each: bool,
     ranges: tuple[Range, ...],
+    every_page: bool,
     guest_options: GuestOptions,
     quiet: bool,
     output: str,
@@ -59,7 +61,7 @@ def command(
         raise UsageError("raw tags are not for a terminal", hint="a pipe, or > FILE behind it")
     if output == "raw" and each:
         raise UsageError("--granules is for text and json: raw has one byte a granule anyway")
-    with open_source(source, guest_options) as opened:
+    with open_source(source, guest_options, every_page=every_page) as opened:
         extents = asked(opened, [Extent(*one) for one in ranges])
         if output == "raw":
             missing = write_raw(opened, extents, sys.stdout.buffer)

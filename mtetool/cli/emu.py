@@ -54,6 +54,8 @@ class _Slot(NamedTuple):
 def _parse_slot(text: str) -> _Slot:
     hugetlb = text.endswith(":huge")
     slot = parse_memslot(text.removesuffix(":huge"))
+    if slot.host_address is not None:
+        raise ValueError(f"{text!r} has an address in a process, and an emulated guest has none")
     if slot.readonly:
         return _Slot(replace(slot, kind="rom"), hugetlb)
     return _Slot(replace(slot, readonly=False), hugetlb)

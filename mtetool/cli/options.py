@@ -76,13 +76,17 @@ def parse_range(text: str) -> Range:
 
 
 def parse_memslot(text: str) -> Memslot:
-    """`IPA:SIZE`, or `IPA:SIZE:ro`; without `ro`, `readonly` is None: it was not told.
+    """`IPA:SIZE[@ADDRESS][:ro]`; without `ro`, `readonly` is None: it was not told.
 
-    The id is 0. Raises ValueError.
+    `ADDRESS` is where the memory is in the VMM's process. The id is 0. Raises ValueError.
     """
     readonly = text.endswith(":ro")
-    found = parse_range(text.removesuffix(":ro"))
-    return Memslot(0, found.ipa, found.size_bytes, True if readonly else None)
+    range_text, at, address_text = text.removesuffix(":ro").partition("@")
+    found = parse_range(range_text)
+    address = parse_number(address_text) if at else None
+    if address is not None and address + found.size_bytes > _ADDRESS_END:
+        raise ValueError(f"{quoted(text)} ends beyond 64 bits")
+    return Memslot(0, found.ipa, found.size_bytes, True if readonly else None, host_address=address)
 
 
 def parse_tag(text: str) -> int:
@@ -133,8 +137,8 @@ def guest_options(command: _F) -> _F:
         "memslots",
         type=MEMSLOT,
         multiple=True,
-        metavar="IPA:SIZE",
-        help="A memslot of the guest, told by hand (repeatable).",
+        metavar="IPA:SIZE[@ADDRESS]",
+        help="A memslot of the guest, told by hand (repeatable); where it is in the VMM.",
     )
     qmp = click.option(
         "--qmp",
@@ -203,6 +207,10 @@ def progress_options(command: _F) -> _F:
     )
     return quiet_option(progress(with_options))  # type: ignore[return-value]
 
+
+EVERY_PAGE_OPTION = click.option(
+    "--every-page", is_flag=True, help="Read also pages without tags, and allocate them."
+)
 
 BASE_OPTION = click.option(
     "--base",

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 import click
 
 from mtetool.backends import GuestOptions, open_guest
-from mtetool.cli.options import RANGE, SIZE, Range, progress_options, report_option, snapshot_target
+from mtetool.cli.options import (
+    EVERY_PAGE_OPTION,
+    RANGE,
+    SIZE,
+    Range,
+    progress_options,
+    report_option,
+    snapshot_target,
+)
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import (
@@ -66,7 +74,7 @@ _CONSISTENT = {
     metavar="FILE",
     help="Save what has changed since (repeatable: the oldest first).",
 )
-@click.option("--every-page", is_flag=True, help="Read and try every page; see mtetool-save(1).")
+@EVERY_PAGE_OPTION
 @click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Threads that compress.")
 @click.option(
     "--level", type=click.IntRange(1, 19), default=1, metavar="N", help="The zstd level (1)."

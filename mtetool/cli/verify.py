@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mtetool.backends import GuestOptions, open_guest
-from mtetool.cli.options import BASE_OPTION, progress_options, report_option
+from mtetool.cli.options import BASE_OPTION, EVERY_PAGE_OPTION, progress_options, report_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import (
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @click.argument("file", metavar="FILE")
 @click.option("--against", metavar="GUEST", help="Compare every tag with this guest's.")
 @BASE_OPTION
+@EVERY_PAGE_OPTION
 @with_guest_options
 @progress_options
 @report_option
@@ -37,6 +38,7 @@ def command(
     file: str,
     against: str | None,
     bases: tuple[str, ...],
+    every_page: bool,
     guest_options: GuestOptions,
     quiet: bool,
     progress: str,
@@ -58,7 +60,12 @@ def command(
         else:
             with open_guest(against, guest_options) as guest:
                 result = verify_against(
-                    reader, guest, against, listed=listed_in(output), progress=update
+                    reader,
+                    guest,
+                    against,
+                    every_page=every_page,
+                    listed=listed_in(output),
+                    progress=update,
                 )
     elapsed = time.monotonic() - started
     if result.paused is False and not quiet:

@@ -20,6 +20,7 @@ from mtetool.errors import (
     MtetoolError,
     SignalError,
 )
+from mtetool.flows.allocating import check_allocates_nothing
 from mtetool.flows.comparing import Comparer
 from mtetool.flows.copying import (
     CHUNK_GRANULES,
@@ -47,8 +48,8 @@ from mtetool.uapi import GRANULE_BYTES
 class RestoreOptions:
     """What the user asked for; `moves` are pairs of a slot's IPA then and now.
 
-    `every_page` writes tags of 0 also where the guest cannot have others. Only the first `listed`
-    ranges of a kind are listed in the result (None: all).
+    `every_page` writes tags of 0 also where the guest cannot have others, even where that
+    allocates memory. Only the first `listed` ranges of a kind are listed in the result (None: all).
     """
 
     verify: bool = True
@@ -124,7 +125,8 @@ def restore(
     time, and nothing is written before the whole snapshot was read and checked. Without
     (a pipe) each piece is checked before it is used.
 
-    Raises SnapshotError, LayoutError, MisalignedError, UsageError, BaseNeededError; BusyError
+    Raises SnapshotError, LayoutError, MisalignedError, UsageError, BaseNeededError,
+    WouldAllocateError; BusyError
     when the guest logs dirty pages and nothing was written. An error that comes after something
     was written says so.
     """
@@ -166,6 +168,7 @@ def _prepared(
     scope = relocation.moved(merged(header.scope))
     targets = relocation.moved(planned)
     check_fit(targets, layout, scope, relocation.moved(merged(gone)))
+    check_allocates_nothing(guest, targets, "the guest", every_page=options.every_page)
     to_write = common(targets, layout.writable)
     if to_write:
         check_takes_tags(guest, to_write[0].ipa // layout.page_size_bytes * layout.page_size_bytes)
