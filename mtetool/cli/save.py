@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 import click
 
-from mtetool.backends import GuestOptions, open_guest
+from mtetool.backends import GuestOptions, open_files, open_guest
+from mtetool.cli.naming import check_inputs
 from mtetool.cli.options import (
     EVERY_PAGE_OPTION,
+    FILE,
+    NAME,
     RANGE,
     SIZE,
     Range,
@@ -30,7 +32,7 @@ from mtetool.cli.ranges import (
     slot_rows,
     warn_partial,
 )
-from mtetool.cli.render import print_json, say, warn
+from mtetool.cli.render import print_json, reporting_on, say, warn
 
 if TYPE_CHECKING:
     from mtetool.flows.layers import Layers
@@ -44,8 +46,10 @@ _CONSISTENT = {
 
 
 @click.command("save")
-@click.argument("guest", metavar="GUEST")
-@click.option("-o", "--out", metavar="FILE", help="Where the snapshot goes; - is standard output.")
+@click.argument("guest", type=NAME, metavar="GUEST")
+@click.option(
+    "-o", "--out", type=FILE, metavar="FILE", help="Where the snapshot goes; - is standard output."
+)
 @click.option("--force", is_flag=True, help="Overwrite FILE if it exists.")
 @click.option(
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
@@ -70,6 +74,7 @@ _CONSISTENT = {
 @click.option(
     "--base",
     "bases",
+    type=FILE,
     multiple=True,
     metavar="FILE",
     help="Save what has changed since (repeatable: the oldest first).",
@@ -111,6 +116,7 @@ def command(
     from mtetool.snapshot.output import output_file
 
     target = snapshot_target(out)
+    inputs = [*check_inputs(bases, [guest]), *open_files(guest)]
     options = SaveOptions(
         ranges=tuple(Extent(*asked) for asked in ranges),
         slots=slots,
@@ -124,7 +130,7 @@ def command(
     started = time.monotonic()
     with (
         _opened(bases) if bases else nullcontext() as base,
-        output_file(target, force=force) as stream,
+        output_file(target, force=force, inputs=inputs) as stream,
         open_guest(guest, guest_options) as opened,
         shown(f"saving {guest}", progress) as update,
     ):
@@ -138,8 +144,7 @@ def command(
             " or use --freeze"
         )
     warn_partial((result.missing, "could not be read"), stopped=result.lost, quiet=quiet)
-    # The snapshot has standard output for itself.
-    with redirect_stdout(sys.stderr if target == "-" else sys.stdout):
+    with reporting_on(target, result.status):
         if output == "json":
             print_json(_document(guest, target, counted.n_bytes, elapsed, result))
         elif target != "-" or not quiet:

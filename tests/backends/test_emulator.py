@@ -18,6 +18,7 @@ from mtetool.backends import GuestOptions, open_guest
 from mtetool.backends.emulated_file import damaged, refused
 from mtetool.backends.emulator import EmulatedGuest, create_emulated, open_emulated
 from mtetool.errors import (
+    BadNameError,
     BusyError,
     DiskFullError,
     EmulatorFileError,
@@ -112,10 +113,10 @@ def test_what_is_no_place_for_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for bad, error in [
         (str(tmp_path), SourceError),
-        ("", SourceError),
+        ("", BadNameError),
         (str(tmp_path / "fifo"), SourceError),
         (str(tmp_path / "no" / "guest"), NoSuchFileError),
-        (str(tmp_path / ("n" * 300)), SourceError),
+        (str(tmp_path / ("n" * 300)), BadNameError),
         (str(tmp_path / "fifo" / "guest"), NoSuchFileError),
     ]:
         with pytest.raises(error):

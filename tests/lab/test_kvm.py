@@ -219,7 +219,7 @@ def test_disk_full_in_the_middle_leaves_no_file(lab: Machine) -> None:
     assert result.returncode == 6, result.stderr
     assert b"space" in result.stderr
     assert left == b""
-    assert lab.run([*save, "/dev/full"]).returncode == 6
+    assert lab.run([*save, "/dev/full", "--force"]).returncode == 6
     assert _state(lab, pid) == before
 
 
