@@ -39,6 +39,8 @@ DETAIL_KEYS = (
     "saved_bytes",
     "saved_up_to",
     "slot",
+    "would_allocate_bytes",
+    "written_bytes",
     "tried_pages",
     "untried_pages",
     "restored_bytes",
