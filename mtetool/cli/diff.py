@@ -22,7 +22,7 @@ from mtetool.cli.options import (
 )
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import columns, missing_json, size, why
-from mtetool.cli.render import put, warn
+from mtetool.cli.render import print_tail, put, warn
 from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL
 from mtetool.words import counted, printable
 
@@ -106,7 +106,7 @@ class _Output:
                 "differing_count": self._count,
                 **missing_json("missing", self.missing),
             }
-            put("\n], " + json.dumps(tail)[1:] + "\n")
+            print_tail(tail)
         if self._count:
             return STATUS_NO
         return STATUS_PARTIAL if self.missing else STATUS_OK

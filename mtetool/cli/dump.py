@@ -23,7 +23,7 @@ from mtetool.cli.options import (
 )
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import columns, extent_rows, missing_json, size, why
-from mtetool.cli.render import put, warn
+from mtetool.cli.render import print_tail, put, warn
 from mtetool.errors import STATUS_OK, STATUS_PARTIAL, UsageError
 from mtetool.words import counted, printable
 
@@ -137,7 +137,7 @@ def _json(
     }
     put(json.dumps(head)[:-1] + f', "{"granules" if each else "runs"}": [\n')
     _write_batches(items(), ",\n")
-    put("\n], " + json.dumps(missing_json("missing", missing))[1:] + "\n")
+    print_tail(missing_json("missing", missing))
     return missing
 
 

@@ -26,7 +26,7 @@ from mtetool.cli.progress import progress as progress_shown
 from mtetool.cli.ranges import size
 from mtetool.cli.render import describe_guest, print_json, printing, say, table
 from mtetool.emulator.behaviours import Behaviour
-from mtetool.errors import UsageError
+from mtetool.errors import InterruptedWorkError, SignalError, UsageError
 from mtetool.guest import Memslot
 from mtetool.words import counted, quoted
 
@@ -281,7 +281,7 @@ def fill(
     if slots and ranges:
         raise UsageError("--slot and --range exclude each other")
     with _opened(path) as guest:
-        _fill(guest, pattern, seed, progress, slots=slots or None, ranges=ranges)
+        _fill(guest, pattern, seed, progress, slots=slots or None, ranges=ranges, in_place=True)
     if output == "json":
         document = {
             "schema": "mtetool.emu-fill/1",
@@ -312,12 +312,29 @@ def _fill(
     *,
     slots: Sequence[int] | None = None,
     ranges: Sequence[Range] = (),
+    in_place: bool = False,
 ) -> None:
     memslots = guest.info().memslots
     chosen = [slot for slot in memslots if slots is None or slot.id in slots]
     total = sum(filled.size_bytes for filled in ranges or chosen)
+    filled_bytes = 0
     with progress_shown(total, pattern, mode) as advance:
-        guest.fill(pattern, seed, slots, ranges=ranges, advance=advance)
+
+        def count(n_bytes: int) -> None:
+            nonlocal filled_bytes
+            filled_bytes += n_bytes
+            advance(n_bytes)
+
+        try:
+            guest.fill(pattern, seed, slots, ranges=ranges, advance=count)
+        except SignalError as caught:
+            if in_place:  # else nothing of it stays
+                caught.word = InterruptedWorkError(
+                    f"{size(filled_bytes)} of {size(total)} had their tags written",
+                    caught.number,
+                    hint="fill it again, or create it anew",
+                )
+            raise
 
 
 def _show(path: str, output: str, schema: str) -> None:

@@ -17,7 +17,7 @@ from mtetool.cli.options import (
     snapshot_target,
 )
 from mtetool.cli.progress import shown
-from mtetool.cli.ranges import missing_json, missing_lines, size
+from mtetool.cli.ranges import missing_json, missing_lines, size, warn_partial
 from mtetool.cli.render import print_json, reporting_on, say
 from mtetool.words import counted
 
@@ -78,6 +78,7 @@ def command(
     ):
         result = merge(layers, stream, level=level, jobs=jobs, progress=update)
     elapsed = time.monotonic() - started
+    warn_partial((result.checked.missing, "are missing in the end"), quiet=quiet)
     with reporting_on(target, result.status):
         if output == "json":
             print_json(_document(files, target, elapsed, result))

@@ -20,7 +20,15 @@ from mtetool.cli.options import (
 )
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
-from mtetool.cli.ranges import extent_lines, extents_json, missing_json, missing_lines, size
+from mtetool.cli.ranges import (
+    extent_lines,
+    extents_json,
+    listed_in,
+    missing_json,
+    missing_lines,
+    size,
+    warn_partial,
+)
 from mtetool.cli.render import print_json, say, warn
 
 if TYPE_CHECKING:
@@ -72,11 +80,21 @@ def command(
         else:
             with open_guest(against, guest_options) as guest:
                 result = verify_against(
-                    reader, guest, against, every_page=every_page, progress=update
+                    reader,
+                    guest,
+                    against,
+                    every_page=every_page,
+                    listed=listed_in(output),
+                    progress=update,
                 )
     elapsed = time.monotonic() - started
     if result.paused is False and not quiet:
         warn(f"{against} is running: its tags change while they are compared")
+    warn_partial(
+        (result.checked.missing, "are missing in the snapshot"),
+        (result.unreadable, "could not be read"),
+        quiet=quiet,
+    )
     if output == "json":
         print_json(_document(file, elapsed, result))
     else:
