@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from mtetool.attach.guard import become_guarded
 from mtetool.errors import AttachRefusedError
 
 _PR_SET_PTRACER = 0x59616D61  # include/uapi/linux/prctl.h
@@ -111,6 +112,7 @@ def _keep_company(pid: int, there: socket.socket, attach: Callable[[int], Work])
     for number in _ENDING:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # its own alarms must reach it
+    become_guarded()
     with _alone_with(there) as there:
         there.sendall(_NUMBER.pack(os.getpid()))
         _receive(there)

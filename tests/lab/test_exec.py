@@ -397,7 +397,7 @@ def test_qemu_in_its_other_ways(lab: Machine, extra: str) -> None:
     assert json.loads(asked.stdout)["changed"] is False
 
 
-@pytest.mark.parametrize("how", ["", "every-call", "term"])
+@pytest.mark.parametrize("how", ["", "every-call", "term", "stop"])
 def test_death_before_every_step_is_harmless(lab: Machine, how: str) -> None:
     command = ["python3", "-m", "tests.lab.start_deaths", how]
     result = lab.run(command, timeout=300, env=ENVIRONMENT, check=True)

@@ -27,6 +27,8 @@ def test_all_vms_of_the_host(lab: Machine) -> None:
     guest = Qemu(lab, "first", extra="-smp 2 -name guest=web,debug-threads=on").start()
     paused = Qemu(lab, "second", extra="-S", uid=4711).start()
     plain = start_test_vmm(lab, "--no-mte", "0x40000000:0x100000")
+    guest.wait_for_machine()
+    paused.wait_for_machine()
     vms = _list(lab)
     keys = ("vmm", "name", "vcpus", "memory_bytes", "mte", "state", "owner", "reason")
     assert set(vms) == {guest.pid, paused.pid, plain}
