@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from types import FrameType
@@ -18,6 +18,7 @@ from mtetool.errors import (
     STATUS_OK,
     MtetoolError,
     NoMemoryError,
+    SignalError,
     host_error,
 )
 from mtetool.words import printable
@@ -27,14 +28,6 @@ _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A terminal that closes, or `timeout`, sends several signals at once: the later ones must
 # not tear the unwinding that the first began. After this long they count again.
 _UNWINDING_SECONDS = 2.0
-
-
-class SignalError(BaseException):
-    """A signal asks this process to end; raised so that `with` blocks are unwound first."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 class InternalError(MtetoolError):
@@ -58,8 +51,10 @@ def main() -> int:
             _drop_unwritten()
             return status
     except SignalError as caught:
-        number = caught.number
+        number, word = caught.number, caught.word
     # With the exception gone, so is what its frames still held open: that tidies up now.
+    if word is not None:
+        _report(word, arguments)
     return _die_by(number)
 
 
@@ -99,6 +94,10 @@ def _run(arguments: Sequence[str]) -> int:
 
     from mtetool.cli import ClosedPipeError, group
 
+    if "_MTETOOL_COMPLETE" in os.environ:
+        from mtetool.cli import completing
+
+        completing.register()
     # The default, strict, would end a listing with a traceback at the first odd file name.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -170,12 +169,13 @@ def _report(error: MtetoolError, arguments: Sequence[str]) -> int:
         import traceback
 
         traceback.print_exc()
-    text = _as_json(error) if wants_json(arguments) else _as_text(error)
+    parts = _as_json(error) if wants_json(arguments) else [_as_text(error)]
     # Nobody may listen any more; the status still tells.
     with suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(text + "\n")
+        sys.stderr.writelines(parts)
+        sys.stderr.write("\n")
         sys.stderr.flush()
-    return error.status
+    return error.exit_status
 
 
 def _as_text(error: MtetoolError) -> str:
@@ -185,18 +185,18 @@ def _as_text(error: MtetoolError) -> str:
     return "\n".join(printable(line) for line in lines)
 
 
-def _as_json(error: MtetoolError) -> str:
+def _as_json(error: MtetoolError) -> Iterable[str]:
     fixed = {
         "schema": "mtetool.error/1",
         "error": error.id,
         "message": error.message,
         "hint": error.hint,
-        "status": error.status,
+        "status": error.exit_status,
     }
-    import json
+    from mtetool.streaming import json_parts
 
     details = {**dict.fromkeys(DETAIL_KEYS), **error.details}
-    return json.dumps({**fixed, **details, **fixed}, default=str)
+    return json_parts({**fixed, **details, **fixed})
 
 
 def wants_json(arguments: Sequence[str]) -> bool:

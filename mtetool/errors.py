@@ -8,6 +8,7 @@ Only `mtetool.cli` turns these into text; everything below raises them.
 from __future__ import annotations
 
 import errno as errno_module
+import signal
 from typing import ClassVar
 
 STATUS_OK = 0
@@ -30,16 +31,27 @@ DETAIL_KEYS = (
     "errno",
     "reason",
     "tracer",
+    "peer",
     "fds",
     "page_size_bytes",
+    "slot",
+    "would_allocate_bytes",
     "base_id",
     "offset",
     "version",
     "saved_bytes",
     "saved_up_to",
+    "written_bytes",
+    "tried_pages",
+    "untried_pages",
     "restored_bytes",
     "restored_up_to",
     "not_restored",
+    "slot",
+    "would_allocate_bytes",
+    "tried_pages",
+    "untried_pages",
+    "written_bytes",
 )
 """The keys that the `details` of errors may have, as mtetool(1) explains them."""
 
@@ -64,6 +76,34 @@ class MtetoolError(Exception):
         self.message = message
         self.hint = hint
         self.details = details
+        self.exit_status = self.status
+
+
+# --- a signal -------------------------------------------------------------------------------
+
+
+class InterruptedWorkError(MtetoolError):
+    """A signal ended work that was half done; the status is 128 and the signal's number."""
+
+    id = "interrupted"
+    status = 128 + signal.SIGINT
+
+    def __init__(self, message: str, number: int, *, hint: str, **details: object) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"interrupted by {name}: {message}", hint=hint, **details)
+        self.exit_status = 128 + number
+
+
+class SignalError(BaseException):
+    """A signal asks this process to end; raised so that `with` blocks are unwound first.
+
+    Whoever leaves something half done by that says so in `word`.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+        self.word: InterruptedWorkError | None = None
 
 
 # --- status 2: what was asked cannot be asked -------------------------------------------

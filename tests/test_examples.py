@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 _EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -72,3 +75,28 @@ def test_every_example_is_run_by_a_test() -> None:
     tests = Path(__file__).parent
     texts = "".join(path.read_text() for path in tests.rglob("test_*.py"))
     assert [path.name for path in _EXAMPLES.iterdir() if path.name not in texts] == []
+
+
+@pytest.mark.long
+def test_readme_says_how_to_install(tmp_path: Path) -> None:
+    """Its commands as they stand there, but for the places, and with Debian's Python."""
+    root = Path(__file__).parents[1]
+    block = (root / "README.md").read_text().partition("# apt install python3-venv\n")[2]
+    lines = block.partition("\n\n")[0].replace("    # ", "")
+    script = lines.replace("/opt/", f"{tmp_path}/opt/").replace("/usr/local/", f"{tmp_path}/")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "share/man/man1").mkdir(parents=True)
+    # Not in the tree itself, where pip would build.
+    shutil.copytree(root, tmp_path / "tree", ignore=shutil.ignore_patterns(".*", "build", "*.so"))
+    path = f"/usr/bin:{os.environ['PATH']}"
+    subprocess.run(
+        ["sh", "-ec", script], cwd=tmp_path / "tree", check=True, env=os.environ | {"PATH": path}
+    )
+    version = subprocess.run(
+        [tmp_path / "bin/mtetool", "--version"], capture_output=True, check=True
+    )
+    assert version.stdout.startswith(b"mtetool ")
+    page = subprocess.run(
+        ["man", "-M", tmp_path / "share/man", "-w", "mtetool-dump"], capture_output=True, check=True
+    )
+    assert page.stdout.strip().endswith(b"mtetool-dump.1")

@@ -141,7 +141,7 @@ def all_errors(kind: type[MtetoolError] = MtetoolError) -> Iterator[type[Mtetool
 def test_every_error_id_stands_below_its_status() -> None:
     text = (Path(__file__).parent.parent / "man" / "mtetool.1").read_text().replace("\\-", "-")
     section = re.split(r"^\.SH ", text.partition(".SH ERRORS\n")[2], flags=re.MULTILINE)[0]
-    parts = re.split(r"^\.SS Status ([0-9])\n", section, flags=re.MULTILINE)[1:]
+    parts = re.split(r"^\.SS Status ([0-9]+)\n", section, flags=re.MULTILINE)[1:]
     there = {
         (int(status), found)
         for status, part in zip(parts[::2], parts[1::2], strict=True)

@@ -32,7 +32,6 @@ from mtetool.backends.emulated_file import (
     read_header,
     refused,
     replace_header,
-    write_all,
 )
 from mtetool.buffers import as_bytes
 from mtetool.emulator.behaviours import Behaviour
@@ -292,7 +291,7 @@ class EmulatedGuest:
             raise OSError(errno.EINVAL, "not aligned to the page size, or too long for one copy")
 
     def _copied(
-        self, ipa: int, tags: memoryview, copy: Callable[[int, memoryview], None], *, writing: bool
+        self, ipa: int, tags: memoryview, copy: Callable[[int, memoryview], int], *, writing: bool
     ) -> int:
         """Copy slot by slot up to the first page that cannot be; the bytes completed."""
         done = 0
@@ -305,8 +304,10 @@ class EmulatedGuest:
                     break
                 raise OSError(errno.EFAULT, "no memory there that can be copied")
             part = tags[done : done + (slot.end - at) // GRANULE_BYTES]
-            copy(self._offset(at), part)
-            done += len(part)
+            copied = copy(self._offset(at), part)
+            done += copied
+            if copied < len(part):
+                break  # the next call there says why
         return done * GRANULE_BYTES
 
     def enable_mte(self) -> bool:
@@ -468,8 +469,7 @@ class EmulatedGuest:
                 raise RangeError(f"no memory at {at:#x}", ipa=at)
             end = self._described.memslots[index].end
             part = tags[done : done + (end - at) // GRANULE_BYTES]
-            self._write_span(self._offset(at), part)
-            done += len(part)
+            done += self._write_span(self._offset(at), part)
 
     # --- the tags in the file -------------------------------------------------------------
 
@@ -483,7 +483,7 @@ class EmulatedGuest:
         index = bisect_right(self._starts, ipa) - 1
         return self._offsets[index] + (ipa - self._starts[index]) // GRANULE_BYTES
 
-    def _read_span(self, offset: int, out: memoryview) -> None:
+    def _read_span(self, offset: int, out: memoryview) -> int:
         done = 0
         while done < len(out):
             try:
@@ -496,8 +496,10 @@ class EmulatedGuest:
             # The kernel gives bits 7:4 as 0, whatever became of the file.
             loops.mask(part[:n_bytes])
             done += n_bytes
+        return done
 
-    def _write_span(self, offset: int, tags: memoryview) -> None:
+    def _write_span(self, offset: int, tags: memoryview) -> int:
+        """How many were written: whole pages, short where the disk is full; raises for none."""
         if self._scratch is None:
             self._scratch = memoryview(bytearray(2 * _CHUNK_BYTES))
         done = 0
@@ -511,14 +513,17 @@ class EmulatedGuest:
             current = self._scratch[_CHUNK_BYTES : _CHUNK_BYTES + len(part)]
             self._read_span(offset + done, current)
             for first, last in _differing(wanted, current, (offset + done) % _BLOCK_BYTES):
-                self._write_all(offset + done + first, wanted[first:last])
+                at = first
+                try:
+                    while at < last:
+                        at += os.pwrite(self._fd, wanted[at:last], offset + done + at)
+                except OSError as error:
+                    per_page = self.page_size_bytes // GRANULE_BYTES
+                    if whole := (done + at) // per_page * per_page:
+                        return whole
+                    raise refused(error, self._path) from error
             done += len(part)
-
-    def _write_all(self, offset: int, tags: memoryview) -> None:
-        try:
-            write_all(self._fd, tags, offset)
-        except OSError as error:
-            raise refused(error, self._path) from error
+        return done
 
     # --- its life -------------------------------------------------------------------------
 

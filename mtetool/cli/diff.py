@@ -11,10 +11,18 @@ import click
 
 from mtetool.backends import GuestOptions
 from mtetool.cli.naming import check_inputs
-from mtetool.cli.options import EVERY_PAGE_OPTION, NAME, RANGE, Range, quiet_option, report_option
+from mtetool.cli.options import (
+    EVERY_PAGE_OPTION,
+    NAME,
+    RANGE,
+    Range,
+    completes,
+    quiet_option,
+    report_option,
+)
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import columns, missing_json, size, why
-from mtetool.cli.render import put, warn
+from mtetool.cli.render import print_tail, put, warn
 from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL
 from mtetool.words import counted, printable
 
@@ -26,8 +34,8 @@ _BATCH_ROWS = 4096
 
 
 @click.command("diff")
-@click.argument("a", type=NAME, metavar="A")
-@click.argument("b", type=NAME, metavar="B")
+@click.argument("a", type=NAME, metavar="A", shell_complete=completes("sources"))
+@click.argument("b", type=NAME, metavar="B", shell_complete=completes("sources"))
 @click.option(
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
 )
@@ -98,7 +106,7 @@ class _Output:
                 "differing_count": self._count,
                 **missing_json("missing", self.missing),
             }
-            put("\n], " + json.dumps(tail)[1:] + "\n")
+            print_tail(tail)
         if self._count:
             return STATUS_NO
         return STATUS_PARTIAL if self.missing else STATUS_OK

@@ -12,10 +12,18 @@ import click
 
 from mtetool.backends import GuestOptions
 from mtetool.cli.naming import check_inputs
-from mtetool.cli.options import EVERY_PAGE_OPTION, NAME, RANGE, Range, output_option, quiet_option
+from mtetool.cli.options import (
+    EVERY_PAGE_OPTION,
+    NAME,
+    RANGE,
+    Range,
+    completes,
+    output_option,
+    quiet_option,
+)
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import columns, extent_rows, missing_json, size, why
-from mtetool.cli.render import put, warn
+from mtetool.cli.render import print_tail, put, warn
 from mtetool.errors import STATUS_OK, STATUS_PARTIAL, UsageError
 from mtetool.words import counted, printable
 
@@ -31,7 +39,7 @@ _BATCH_ROWS = 4096
 
 
 @click.command("dump")
-@click.argument("source", type=NAME, metavar="SOURCE")
+@click.argument("source", type=NAME, metavar="SOURCE", shell_complete=completes("sources"))
 @click.option("--granules", "each", is_flag=True, help="A row for each granule (16 bytes).")
 @click.option(
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
@@ -129,7 +137,7 @@ def _json(
     }
     put(json.dumps(head)[:-1] + f', "{"granules" if each else "runs"}": [\n')
     _write_batches(items(), ",\n")
-    put("\n], " + json.dumps(missing_json("missing", missing))[1:] + "\n")
+    print_tail(missing_json("missing", missing))
     return missing
 
 

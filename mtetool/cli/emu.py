@@ -14,6 +14,7 @@ from mtetool.cli.options import (
     SIZE,
     Parsed,
     Range,
+    completes,
     parse_memslot,
     parse_name,
     parse_range,
@@ -25,7 +26,7 @@ from mtetool.cli.progress import progress as progress_shown
 from mtetool.cli.ranges import size
 from mtetool.cli.render import describe_guest, print_json, printing, say, table
 from mtetool.emulator.behaviours import Behaviour
-from mtetool.errors import UsageError
+from mtetool.errors import InterruptedWorkError, SignalError, UsageError
 from mtetool.guest import Memslot
 from mtetool.words import counted, quoted
 
@@ -100,7 +101,7 @@ def command() -> None:
 
 
 @command.command("create", short_help="Make an emulated guest in a new file.")
-@click.argument("path", type=_PATH)
+@click.argument("path", type=_PATH, shell_complete=completes("emulated"))
 @click.option("--memory", type=SIZE, metavar="SIZE", help="One memslot at 0x40000000 (default 1G).")
 @click.option(
     "--slot",
@@ -189,7 +190,7 @@ def create(
 
 
 @command.command("show", short_help="Say what an emulated guest is.")
-@click.argument("path", type=_PATH)
+@click.argument("path", type=_PATH, shell_complete=completes("emulated"))
 @report_option
 def show(path: str, output: str) -> None:
     """Say what an emulated guest is: its memslots, page size, whether MTE is on; its faults."""
@@ -197,7 +198,7 @@ def show(path: str, output: str) -> None:
 
 
 @command.command("fault", short_help="Show or change the faults to rehearse.")
-@click.argument("path", type=_PATH)
+@click.argument("path", type=_PATH, shell_complete=completes("emulated"))
 @fault_option
 @click.option("--clear", is_flag=True, help="No faults any more; a guest that vanished is back.")
 @report_option
@@ -224,7 +225,7 @@ def fault(path: str, faults: tuple[Fault, ...], clear: bool, output: str) -> Non
 
 
 @command.command("set", short_help="Give a range one tag.")
-@click.argument("path", type=_PATH)
+@click.argument("path", type=_PATH, shell_complete=completes("emulated"))
 @click.argument("setting", type=Parsed("ipa:size=tag", _parse_setting), metavar="IPA:SIZE=TAG")
 @report_option
 def set_(path: str, setting: _Setting, output: str) -> None:
@@ -245,7 +246,7 @@ def set_(path: str, setting: _Setting, output: str) -> None:
 
 
 @command.command("fill", short_help="Give memslots the tags of a pattern.")
-@click.argument("path", type=_PATH)
+@click.argument("path", type=_PATH, shell_complete=completes("emulated"))
 @click.argument("pattern", type=click.Choice(_PATTERNS), metavar="PATTERN")
 @_seed
 @click.option(
@@ -280,7 +281,7 @@ def fill(
     if slots and ranges:
         raise UsageError("--slot and --range exclude each other")
     with _opened(path) as guest:
-        _fill(guest, pattern, seed, progress, slots=slots or None, ranges=ranges)
+        _fill(guest, pattern, seed, progress, slots=slots or None, ranges=ranges, in_place=True)
     if output == "json":
         document = {
             "schema": "mtetool.emu-fill/1",
@@ -311,12 +312,29 @@ def _fill(
     *,
     slots: Sequence[int] | None = None,
     ranges: Sequence[Range] = (),
+    in_place: bool = False,
 ) -> None:
     memslots = guest.info().memslots
     chosen = [slot for slot in memslots if slots is None or slot.id in slots]
     total = sum(filled.size_bytes for filled in ranges or chosen)
+    filled_bytes = 0
     with progress_shown(total, pattern, mode) as advance:
-        guest.fill(pattern, seed, slots, ranges=ranges, advance=advance)
+
+        def count(n_bytes: int) -> None:
+            nonlocal filled_bytes
+            filled_bytes += n_bytes
+            advance(n_bytes)
+
+        try:
+            guest.fill(pattern, seed, slots, ranges=ranges, advance=count)
+        except SignalError as caught:
+            if in_place:  # else nothing of it stays
+                caught.word = InterruptedWorkError(
+                    f"{size(filled_bytes)} of {size(total)} had their tags written",
+                    caught.number,
+                    hint="fill it again, or create it anew",
+                )
+            raise
 
 
 def _show(path: str, output: str, schema: str) -> None:

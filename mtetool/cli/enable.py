@@ -5,13 +5,13 @@ from __future__ import annotations
 import click
 
 from mtetool.backends import GuestOptions, open_guest
-from mtetool.cli.options import NAME, report_option
+from mtetool.cli.options import NAME, completes, report_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.render import print_json, printing, say
 
 
 @click.command("enable")
-@click.argument("guest", type=NAME, metavar="GUEST")
+@click.argument("guest", type=NAME, metavar="GUEST", shell_complete=completes("guests"))
 @with_guest_options
 @report_option
 def command(guest: str, guest_options: GuestOptions, output: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mtetool.cli.naming import check_inputs
-from mtetool.cli.options import NAME, report_option
+from mtetool.cli.options import NAME, completes, report_option
 from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size
 from mtetool.cli.render import describe_guest, print_json, say, table
 from mtetool.flows.tally import Tally
@@ -21,7 +21,7 @@ _CONSISTENT = {True: "yes", False: "no, the guest ran during the save", None: "u
 
 
 @click.command("info")
-@click.argument("file", type=NAME, metavar="FILE")
+@click.argument("file", type=NAME, metavar="FILE", shell_complete=completes("files"))
 @report_option
 def command(file: str, output: str) -> None:
     """Say what the snapshot FILE (- is standard input) holds.
@@ -76,15 +76,20 @@ def _document(file: str, summary: Summary, missing: Tally[Missing]) -> dict[str,
         "paused": header.paused,
         "records": footer.records,
         "held_bytes": footer.granules * 16,
-        "tagged_bytes": footer.tagged_granules * 16,
-        "tagged_pages": footer.tagged_pages,
+        "tagged_bytes": None if header.base_id else footer.tagged_granules * 16,
+        "tagged_pages": None if header.base_id else footer.tagged_pages,
+        "changed_bytes": None if footer.changed_granules is None else footer.changed_granules * 16,
         **missing_json("missing", missing),
     }
 
 
 def _tell(file: str, summary: Summary, missing: Tally[Missing]) -> None:
     header, footer = summary.header, summary.footer
-    held, tagged = footer.granules * 16, footer.tagged_granules * 16
+    held = footer.granules * 16
+    tagged = f"{size(footer.tagged_granules * 16)} in {counted(footer.tagged_pages, 'page')}"
+    changed = "unknown"
+    if footer.changed_granules is not None:
+        changed = f"{size(footer.changed_granules * 16)} since the base"
     rows = [
         ("file", file),
         ("size", None if summary.file_bytes is None else size(summary.file_bytes)),
@@ -98,7 +103,7 @@ def _tell(file: str, summary: Summary, missing: Tally[Missing]) -> None:
         ("page size", size(header.page_size_bytes)),
         ("consistent", _CONSISTENT[footer.consistent]),
         ("memory", f"{size(held)} in {counted(footer.records, 'record')}"),
-        ("tagged", f"{size(tagged)} in {counted(footer.tagged_pages, 'page')}"),
+        ("changed", changed) if header.base_id else ("tagged", tagged),
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

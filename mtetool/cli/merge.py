@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mtetool.cli.naming import check_inputs
-from mtetool.cli.options import FILE, NAME, progress_options, report_option, snapshot_target
+from mtetool.cli.options import (
+    FILE,
+    NAME,
+    completes,
+    progress_options,
+    report_option,
+    snapshot_target,
+)
 from mtetool.cli.progress import shown
-from mtetool.cli.ranges import missing_json, missing_lines, size
+from mtetool.cli.ranges import missing_json, missing_lines, size, warn_partial
 from mtetool.cli.render import print_json, reporting_on, say
 from mtetool.words import counted
 
@@ -19,9 +26,21 @@ if TYPE_CHECKING:
 
 
 @click.command("merge")
-@click.argument("files", type=NAME, metavar="BASE [DELTA]...", nargs=-1, required=True)
+@click.argument(
+    "files",
+    type=NAME,
+    metavar="BASE [DELTA]...",
+    shell_complete=completes("files"),
+    nargs=-1,
+    required=True,
+)
 @click.option(
-    "-o", "--out", type=FILE, metavar="FILE", help="Where the result goes; - is standard output."
+    "-o",
+    "--out",
+    type=FILE,
+    metavar="FILE",
+    shell_complete=completes("files"),
+    help="Where the result goes; - is standard output.",
 )
 @click.option("--force", is_flag=True, help="Overwrite FILE if it exists.")
 @click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Threads that encode.")
@@ -59,6 +78,7 @@ def command(
     ):
         result = merge(layers, stream, level=level, jobs=jobs, progress=update)
     elapsed = time.monotonic() - started
+    warn_partial((result.checked.missing, "are missing in the end"), quiet=quiet)
     with reporting_on(target, result.status):
         if output == "json":
             print_json(_document(files, target, elapsed, result))

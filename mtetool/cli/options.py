@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import click
 
@@ -141,6 +141,20 @@ MEMSLOT = Parsed("ipa:size", parse_memslot)
 TAG = Parsed("tag", parse_tag)
 
 
+_Completed = Literal["files", "emulated", "guests", "sources"]
+
+
+def completes(what: _Completed) -> Callable[[click.Context, click.Parameter, str], Any]:
+    """What the shell completes in an argument or option, as `shell_complete` of click."""
+
+    def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> Any:
+        from mtetool.cli import completing
+
+        return getattr(completing, what)(context, parameter, incomplete)
+
+    return complete
+
+
 def guest_options(command: _F) -> _F:
     """`--memslot` and `--qmp`, as one keyword `guest_options` of type GuestOptions."""
 
@@ -162,6 +176,7 @@ def guest_options(command: _F) -> _F:
     qmp = click.option(
         "--qmp",
         type=Parsed("file", lambda text: Path(parse_file(text))),
+        shell_complete=completes("files"),
         metavar="SOCKET",
         help="QEMU's monitor socket, to learn the memslots from.",
     )
@@ -236,6 +251,7 @@ BASE_OPTION = click.option(
     "bases",
     type=FILE,
     multiple=True,
+    shell_complete=completes("files"),
     metavar="FILE",
     help="What a delta is a delta to (repeatable: the oldest first).",
 )

@@ -88,26 +88,7 @@ def _lines(label: str) -> Iterator[Callable[[int, int | None], None]]:
 
 @contextmanager
 def _bar(label: str) -> Iterator[Callable[[int, int | None], None]]:
-    # Imported here: rich takes longer to load than most commands to run.
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from mtetool.cli.bar import Bar
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done_bytes, total_bytes: bar.update(
-            task, completed=done_bytes, total=total_bytes
-        )
+    with Bar(label) as bar:
+        yield bar.update

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from mtetool.cli.render import warn
 from mtetool.errors import errno_name
+from mtetool.streaming import Rows, extent_row
 from mtetool.words import counted
 
 if TYPE_CHECKING:
@@ -15,8 +17,13 @@ if TYPE_CHECKING:
     from mtetool.guest import Memslot
     from mtetool.snapshot.model import Extent, Missing
 
-# A report is read by a person: the whole list is in the JSON form.
-_TEXT_MAX = 20
+TEXT_ROWS = 20
+"""How many ranges are listed for people; all of them are in the JSON form."""
+
+
+def listed_in(output: str) -> int | None:
+    """How many ranges of a kind a report of this form lists; None: all."""
+    return None if output == "json" else TEXT_ROWS
 
 
 def size(n_bytes: int) -> str:
@@ -35,17 +42,17 @@ def size(n_bytes: int) -> str:
 
 def missing_json(name: str, tally: Tally[Missing] | None) -> dict[str, Any]:
     """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report; null where there is none."""
-    return _counted(name, tally, [missing_row(item) for item in tally.items] if tally else [])
+    return _counted(name, tally, map(missing_row, tally or ()))
 
 
 def extents_json(name: str, tally: Tally[Extent] | None) -> dict[str, Any]:
     """The keys `NAME`, `NAME_count` and `NAME_bytes` of a report; null where there is none."""
-    return _counted(name, tally, extent_rows(tally.items) if tally else [])
+    return _counted(name, tally, map(extent_row, tally or ()))
 
 
 def extent_rows(extents: Iterable[Extent]) -> list[dict[str, int]]:
     """Extents as JSON."""
-    return [{"ipa": item.ipa, "size_bytes": item.size_bytes} for item in extents]
+    return [extent_row(extent) for extent in extents]
 
 
 def missing_row(item: Missing) -> dict[str, Any]:
@@ -72,21 +79,43 @@ def slot_rows(slots: Iterable[Memslot]) -> list[dict[str, Any]]:
     ]
 
 
+def warn_partial(
+    *parts: tuple[Tally[Any] | None, str], stopped: str | None = None, quiet: bool
+) -> None:
+    """One line for whoever looks at standard error only, where a command did not do all.
+
+    `parts` are ranges and what became of their tags; `stopped` is why it ended early.
+    """
+    words = [
+        f"the tags of {size(tally.size_bytes)} in {counted(tally.count, 'range')} {became}"
+        for tally, became in parts
+        if tally
+    ]
+    words += [stopped] if stopped else []
+    if words and not quiet:
+        warn(f"partial: {'; '.join(words)}")
+
+
 def missing_lines(title: str, tally: Tally[Missing]) -> list[str]:
     """What is not there, for people; nothing where nothing is missing."""
-    rows = [f"{_span(item)}  {why(item)}" for item in tally.items[:_TEXT_MAX]]
+    rows = [f"{_span(item)}  {why(item)}" for item in tally.first(TEXT_ROWS)]
     return _listed(title, tally, rows)
 
 
 def extent_lines(title: str, tally: Tally[Extent]) -> list[str]:
     """Ranges, for people; nothing where there are none."""
-    return _listed(title, tally, [_span(item) for item in tally.items[:_TEXT_MAX]])
+    return _listed(title, tally, [_span(item) for item in tally.first(TEXT_ROWS)])
 
 
-def _counted(name: str, tally: Tally[Any] | None, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _counted(name: str, tally: Tally[Any] | None, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     if tally is None:
         return dict.fromkeys((f"{name}_bytes", f"{name}_count", name))
-    return {f"{name}_bytes": tally.size_bytes, f"{name}_count": tally.count, name: list(rows)}
+    if tally.truncated:
+        warn(
+            f"{name!r} does not list all of {tally.count} ranges: the directory for temporary files"
+            " is full; another one: TMPDIR=DIRECTORY mtetool ..."
+        )
+    return {f"{name}_bytes": tally.size_bytes, f"{name}_count": tally.count, name: Rows(rows)}
 
 
 def _listed(title: str, tally: Tally[Any], rows: list[str]) -> list[str]:
@@ -95,7 +124,7 @@ def _listed(title: str, tally: Tally[Any], rows: list[str]) -> list[str]:
     lines = [f"{title}: {counted(tally.count, 'range')}, {size(tally.size_bytes)}"]
     lines += [f"  {row}" for row in rows]
     if tally.count > len(rows):
-        lines.append(f"  … and {tally.count - len(rows)} more (--output json lists more of them)")
+        lines.append(f"  … and {tally.count - len(rows)} more (--output json lists all)")
     return lines
 
 

@@ -7,7 +7,7 @@ is wrapped, truncated or read as markup.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -32,12 +32,28 @@ def stream_name(stream: TextIO) -> str:
     return "standard error" if stream is sys.stderr else "standard output"
 
 
-def print_json(document: object) -> None:
-    """One JSON document: a line in a pipe, indented on a terminal. Addresses are integers."""
-    indent = 2 if sys.stdout.isatty() else None
-    import json
+def print_json(document: Mapping[str, object]) -> None:
+    """One JSON document: a line in a pipe, indented on a terminal. Addresses are integers.
 
-    put(json.dumps(document, indent=indent) + "\n")
+    Its values may be `mtetool.streaming.Rows`.
+    """
+    from mtetool.streaming import json_parts
+
+    for part in json_parts(document, 2 if sys.stdout.isatty() else None):
+        put(part)
+    put("\n")
+
+
+def print_tail(members: Mapping[str, object]) -> None:
+    """The end of a JSON document whose first members, the last of them an array, were printed."""
+    from mtetool.streaming import json_parts
+
+    parts = json_parts(members)
+    next(parts)
+    put("\n], ")
+    for part in parts:
+        put(part)
+    put("\n")
 
 
 def say(*lines: str) -> None:

@@ -13,13 +13,22 @@ from mtetool.cli.options import (
     BASE_OPTION,
     NAME,
     Parsed,
+    completes,
     parse_number,
     progress_options,
     report_option,
 )
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
-from mtetool.cli.ranges import extent_lines, extents_json, missing_json, missing_lines, size
+from mtetool.cli.ranges import (
+    extent_lines,
+    extents_json,
+    listed_in,
+    missing_json,
+    missing_lines,
+    size,
+    warn_partial,
+)
 from mtetool.cli.render import print_json, printing, say, warn
 from mtetool.words import quoted
 
@@ -38,8 +47,8 @@ def parse_move(text: str) -> tuple[int, int]:
 
 
 @click.command("restore")
-@click.argument("file", type=NAME, metavar="FILE")
-@click.argument("guest", type=NAME, metavar="GUEST")
+@click.argument("file", type=NAME, metavar="FILE", shell_complete=completes("files"))
+@click.argument("guest", type=NAME, metavar="GUEST", shell_complete=completes("guests"))
 @click.option(
     "--verify/--no-verify", default=True, help="Read back what was written (on by default)."
 )
@@ -93,13 +102,21 @@ def command(
         result = restore(
             snapshot.reader,
             opened,
-            RestoreOptions(verify=verify, dry_run=dry_run, every_page=every_page, moves=moves),
+            RestoreOptions(verify, dry_run, every_page, moves, listed_in(output)),
             again=snapshot.seekable,
             progress=update,
         )
     elapsed = time.monotonic() - started
     if result.paused is False and not quiet:
         warn(f"{guest} is running: it may have changed tags meanwhile; pause it first")
+    warn_partial(
+        (result.missing, "are not in the snapshot"),
+        (result.refused, "could not be written or read"),
+        (result.readonly_differing, "differ in read-only memory"),
+        (result.verify_differing, "read back differently"),
+        stopped=result.stopped,
+        quiet=quiet,
+    )
     done = f"nothing was written to {guest}" if dry_run else f"the tags were written to {guest}"
     with printing(f"{done}: the status would have been {result.status}"):
         if output == "json":

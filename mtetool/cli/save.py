@@ -18,13 +18,21 @@ from mtetool.cli.options import (
     RANGE,
     SIZE,
     Range,
+    completes,
     progress_options,
     report_option,
     snapshot_target,
 )
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
-from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size, slot_rows
+from mtetool.cli.ranges import (
+    extent_rows,
+    missing_json,
+    missing_lines,
+    size,
+    slot_rows,
+    warn_partial,
+)
 from mtetool.cli.render import print_json, reporting_on, say, warn
 
 if TYPE_CHECKING:
@@ -39,9 +47,14 @@ _CONSISTENT = {
 
 
 @click.command("save")
-@click.argument("guest", type=NAME, metavar="GUEST")
+@click.argument("guest", type=NAME, metavar="GUEST", shell_complete=completes("guests"))
 @click.option(
-    "-o", "--out", type=FILE, metavar="FILE", help="Where the snapshot goes; - is standard output."
+    "-o",
+    "--out",
+    type=FILE,
+    metavar="FILE",
+    shell_complete=completes("files"),
+    help="Where the snapshot goes; - is standard output.",
 )
 @click.option("--force", is_flag=True, help="Overwrite FILE if it exists.")
 @click.option(
@@ -69,6 +82,7 @@ _CONSISTENT = {
     "bases",
     type=FILE,
     multiple=True,
+    shell_complete=completes("files"),
     metavar="FILE",
     help="Save what has changed since (repeatable: the oldest first).",
 )
@@ -136,6 +150,7 @@ def command(
             " pause the guest first (virsh suspend, stop in QEMU's monitor; a process: kill -STOP),"
             " or use --freeze"
         )
+    warn_partial((result.missing, "could not be read"), stopped=result.lost, quiet=quiet)
     with reporting_on(target, result.status):
         if output == "json":
             print_json(_document(guest, target, counted.n_bytes, elapsed, result))
@@ -182,6 +197,7 @@ def _document(
         "scope": extent_rows(result.scope),
         "saved_bytes": result.saved_bytes,
         "uniform_bytes": result.uniform_bytes,
+        "changed_bytes": result.changed_bytes,
         "skipped_memslots": slot_rows(result.skipped),
         **missing_json("missing", result.missing),
         "consistent": result.consistent,
@@ -199,6 +215,11 @@ def _tell(guest: str, target: str, file_bytes: int, elapsed: float, result: Save
     name = "standard output" if target == "-" else target
     say(f"saved the tags of {size(result.saved_bytes)} of {guest} to {name}")
     say(f"snapshot: {size(file_bytes)}, in {elapsed:.1f} s")
+    if result.changed_bytes is not None:
+        say(
+            f"it is a delta to the snapshot {result.header.base_id}:"
+            f" the tags of {size(result.changed_bytes)} have changed"
+        )
     say(f"consistent: {_CONSISTENT[result.consistent]}")
     if result.frozen_seconds is not None:
         say(f"the guest stood still for {result.frozen_seconds:.3f} s")

@@ -14,12 +14,21 @@ from mtetool.cli.options import (
     EVERY_PAGE_OPTION,
     FILE,
     NAME,
+    completes,
     progress_options,
     report_option,
 )
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
-from mtetool.cli.ranges import extent_lines, extents_json, missing_json, missing_lines, size
+from mtetool.cli.ranges import (
+    extent_lines,
+    extents_json,
+    listed_in,
+    missing_json,
+    missing_lines,
+    size,
+    warn_partial,
+)
 from mtetool.cli.render import print_json, say, warn
 
 if TYPE_CHECKING:
@@ -27,8 +36,14 @@ if TYPE_CHECKING:
 
 
 @click.command("verify")
-@click.argument("file", type=NAME, metavar="FILE")
-@click.option("--against", type=FILE, metavar="GUEST", help="Compare every tag with this guest's.")
+@click.argument("file", type=NAME, metavar="FILE", shell_complete=completes("files"))
+@click.option(
+    "--against",
+    type=FILE,
+    metavar="GUEST",
+    shell_complete=completes("guests"),
+    help="Compare every tag with this guest's.",
+)
 @BASE_OPTION
 @EVERY_PAGE_OPTION
 @with_guest_options
@@ -65,11 +80,21 @@ def command(
         else:
             with open_guest(against, guest_options) as guest:
                 result = verify_against(
-                    reader, guest, against, every_page=every_page, progress=update
+                    reader,
+                    guest,
+                    against,
+                    every_page=every_page,
+                    listed=listed_in(output),
+                    progress=update,
                 )
     elapsed = time.monotonic() - started
     if result.paused is False and not quiet:
         warn(f"{against} is running: its tags change while they are compared")
+    warn_partial(
+        (result.checked.missing, "are missing in the snapshot"),
+        (result.unreadable, "could not be read"),
+        quiet=quiet,
+    )
     if output == "json":
         print_json(_document(file, elapsed, result))
     else:

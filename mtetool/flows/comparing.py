@@ -79,9 +79,4 @@ def add_differences(tally: Tally[Extent], ipa: int, a: TagBuffer, b: TagBuffer) 
     from mtetool.tags import as_array, difference_ranges
 
     starts, lengths = difference_ranges(as_array(a), as_array(b))
-    for listed, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
-        if tally.full:
-            rest = lengths[listed:]
-            tally.count_only(int(rest.size), int(rest.sum()) * GRANULE_BYTES)
-            return
-        tally.add(Extent(ipa + start * GRANULE_BYTES, length * GRANULE_BYTES))
+    tally.extend(Extent(0, GRANULE_BYTES), ipa + starts * GRANULE_BYTES, lengths * GRANULE_BYTES)

@@ -132,16 +132,23 @@ class Layers:
                 out[first : first + n_granules] = tags
         return True
 
-    def where_same(self, fill: Fill) -> list[tuple[Extent, bool]]:
-        """The parts of a range, and whether the tags there are those of `fill`."""
+    def changed_by(self, fill: Fill) -> list[tuple[Extent, int]]:
+        """The parts of a range, and how many granules there have another tag than `fill`."""
         with self._lock:
             return [
-                (
-                    Extent(step.ipa, step.size_bytes),
-                    isinstance(step, Fill) and not step.over_base and step.tag == fill.tag,
-                )
+                (Extent(step.ipa, step.size_bytes), self._count_others(step, fill.tag))
                 for step in self.read([Extent(fill.ipa, fill.size_bytes)])
             ]
+
+    def _count_others(self, step: Step, tag: int) -> int:
+        n_granules = step.size_bytes // GRANULE_BYTES
+        if isinstance(step, Missing) or step.over_base:
+            return n_granules
+        if isinstance(step, Fill):
+            return 0 if step.tag == tag else n_granules
+        if tag:
+            loops.xor(step.tags, constant(tag, n_granules))
+        return loops.scan(step.tags, self.page_size_bytes // GRANULE_BYTES)[1]
 
     def _read(self, level: int, extent: Extent) -> Iterator[Step]:
         source = self._sources[level]

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import errno
+import heapq
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 from mtetool import loops
 from mtetool.backends.base import Guest
-from mtetool.errors import STATUS_OK, STATUS_PARTIAL, BusyError, LayoutError, MtetoolError
+from mtetool.errors import (
+    STATUS_OK,
+    STATUS_PARTIAL,
+    BusyError,
+    InterruptedWorkError,
+    LayoutError,
+    MtetoolError,
+    SignalError,
+)
 from mtetool.flows.allocating import check_allocates_nothing
 from mtetool.flows.comparing import Comparer
 from mtetool.flows.copying import (
@@ -31,6 +40,7 @@ from mtetool.flows.tally import Tally
 from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Header, Missing
 from mtetool.snapshot.reader import SnapshotReader
+from mtetool.streaming import Rows, extent_row
 from mtetool.uapi import GRANULE_BYTES
 
 
@@ -39,13 +49,14 @@ class RestoreOptions:
     """What the user asked for; `moves` are pairs of a slot's IPA then and now.
 
     `every_page` writes tags of 0 also where the guest cannot have others, even where that
-    allocates memory.
+    allocates memory. Only the first `listed` ranges of a kind are listed in the result (None: all).
     """
 
     verify: bool = True
     dry_run: bool = False
     every_page: bool = False
     moves: tuple[tuple[int, int], ...] = ()
+    listed: int | None = None
 
 
 @dataclass
@@ -60,17 +71,23 @@ class RestoreResult:
     header: Header
     paused: bool | None
     dry_run: bool
+    listed: InitVar[int | None] = None
     restored_bytes: int = 0
     restored_up_to: int | None = None
     verified_bytes: int = 0
     readonly_bytes: int = 0
-    missing: Tally[Missing] = field(default_factory=Tally)
-    refused: Tally[Missing] = field(default_factory=Tally)
-    readonly_differing: Tally[Extent] = field(default_factory=Tally)
-    verify_differing: Tally[Extent] = field(default_factory=Tally)
-    changes: Tally[Extent] = field(default_factory=Tally)
+    missing: Tally[Missing] = field(init=False)
+    refused: Tally[Missing] = field(init=False)
+    readonly_differing: Tally[Extent] = field(init=False)
+    verify_differing: Tally[Extent] = field(init=False)
+    changes: Tally[Extent] = field(init=False)
     stopped: str | None = None
     copy_seconds: float = 0.0
+
+    def __post_init__(self, listed: int | None) -> None:
+        self.missing, self.refused = Tally(listed), Tally(listed)
+        self.readonly_differing, self.verify_differing = Tally(listed), Tally(listed)
+        self.changes = Tally(listed)
 
     @property
     def status(self) -> int:
@@ -78,10 +95,20 @@ class RestoreResult:
         short = (self.missing, self.refused, self.readonly_differing, self.verify_differing)
         return STATUS_PARTIAL if any(short) or self.stopped else STATUS_OK
 
-    def not_as_wanted(self) -> list[Extent]:
+    def not_as_wanted(self) -> Iterator[Extent]:
         """Where the guest was found not to have the snapshot's tags, as far as it is listed."""
-        found = [Extent(item.ipa, item.size_bytes) for item in self.refused.items]
-        return merged([*found, *self.readonly_differing.items, *self.verify_differing.items])
+        refused = (Extent(item.ipa, item.size_bytes) for item in self.refused)
+        found = (refused, self.readonly_differing, self.verify_differing)
+        last: Extent | None = None
+        for extent in heapq.merge(*found, key=lambda extent: extent.ipa):
+            if last is not None and extent.ipa <= last.end:
+                last = Extent(last.ipa, max(last.end, extent.end) - last.ipa)
+                continue
+            if last is not None:
+                yield last
+            last = extent
+        if last is not None:
+            yield last
 
 
 def restore(
@@ -103,6 +130,28 @@ def restore(
     when the guest logs dirty pages and nothing was written. An error that comes after something
     was written says so.
     """
+    try:
+        work, reader = _prepared(open_reader, guest, options, again=again)
+    except SignalError as caught:
+        if not options.dry_run:
+            caught.word = _interrupted(caught.number, "nothing was written", restored_bytes=0)
+        raise
+    return work.run(reader, progress)
+
+
+def _interrupted(number: int, message: str, **details: object) -> InterruptedWorkError:
+    hint = "run the same restore again: it ends with every tag in its place"
+    return InterruptedWorkError(message, number, hint=hint, **details)
+
+
+def _prepared(
+    open_reader: Callable[[], SnapshotReader | Layers],
+    guest: Guest,
+    options: RestoreOptions,
+    *,
+    again: bool,
+) -> tuple[_Restorer, Stored]:
+    """All that comes before the first tag is written."""
     reader = stored(open_reader())
     header = reader.header
     layout = tagged_layout(guest, "the guest", slots_of(header))
@@ -126,8 +175,7 @@ def restore(
     if again:
         reader = stored(open_reader())
         checked.expect_same(reader.header)
-    work = _Restorer(guest, layout, relocation, header, options)
-    return work.run(reader, progress)
+    return _Restorer(guest, layout, relocation, header, options), reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +212,7 @@ class _Restorer:
         self._reader = TagReader(guest, layout, insist=options.every_page)
         self._comparer = Comparer(self._reader)
         self._begun: _Begun | None = None
-        self.result = RestoreResult(header, guest.paused(), options.dry_run)
+        self.result = RestoreResult(header, guest.paused(), options.dry_run, options.listed)
 
     def run(self, reader: Stored, progress: Progress) -> RestoreResult:
         total, done = total_bytes(reader.header.scope), 0
@@ -187,7 +235,16 @@ class _Restorer:
                 raise
             self.result.stopped = error.message
         except MtetoolError as error:
+            with suppress(MtetoolError):
+                self._finish_writing()
             raise self._with_what_was_done(error) from error.__cause__
+        except SignalError as caught:
+            # What was begun is not waited for: it counts for nothing.
+            if not self._options.dry_run:
+                word = _interrupted(caught.number, "the restore is not complete")
+                self._with_what_was_done(word)
+                caught.word = word
+            raise
         finally:
             self.result.copy_seconds = time.perf_counter() - started
         for missing in reader.missing:
@@ -195,26 +252,28 @@ class _Restorer:
         return self.result
 
     def _with_what_was_done(self, error: MtetoolError) -> MtetoolError:
-        with suppress(MtetoolError):
-            self._finish_writing()
         result = self.result
-        left = result.not_as_wanted()
-        if left:
+        left = next(result.not_as_wanted(), None)
+        if left is not None:
+            found = (result.refused, result.readonly_differing, result.verify_differing)
             error.message += (
-                f"; {total_bytes(left)} bytes before that did not get the snapshot's tags,"
-                f" the first at {left[0].ipa:#x}"
+                f"; {sum(tally.size_bytes for tally in found)} bytes before that did not get the"
+                f" snapshot's tags, the first at {left.ipa:#x}"
             )
             error.args = (error.message,)
-            rows = [{"ipa": extent.ipa, "size_bytes": extent.size_bytes} for extent in left]
-            error.details.setdefault("not_restored", rows)
+        error.details.setdefault("not_restored", Rows(map(extent_row, result.not_as_wanted())))
+        if self._options.dry_run:
+            return error
         if result.restored_bytes and result.restored_up_to is not None:
             error.message += (
                 f"; {result.restored_bytes} bytes of guest memory had their tags written"
                 f" already, the last at {result.restored_up_to - GRANULE_BYTES:#x}"
             )
-            error.args = (error.message,)
-            error.details.setdefault("restored_bytes", result.restored_bytes)
-            error.details.setdefault("restored_up_to", result.restored_up_to)
+        else:
+            error.message += "; nothing was written before that"
+        error.args = (error.message,)
+        error.details.setdefault("restored_bytes", result.restored_bytes)
+        error.details.setdefault("restored_up_to", result.restored_up_to)
         return error
 
     def _leave_out(self, missing: Missing) -> None:

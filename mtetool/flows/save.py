@@ -68,7 +68,8 @@ class SaveResult:
 
     `frozen_seconds` is for how long the vCPUs were stopped; None where that was not asked for.
     `spool_overflowed` is whether they waited for the output, as there was more than may be kept.
-    `copy_seconds` is from the first copy to the end of the last.
+    `copy_seconds` is from the first copy to the end of the last. `changed_bytes` of guest memory
+    have other tags than in the base; None without one.
     """
 
     header: Header
@@ -78,6 +79,7 @@ class SaveResult:
     consistent: bool | None = None
     saved_bytes: int = 0
     uniform_bytes: int = 0
+    changed_bytes: int | None = None
     missing: Tally[Missing] = field(default_factory=Tally)
     lost: str | None = None
     frozen_seconds: float | None = None
@@ -142,6 +144,8 @@ def save(
         spool.let_through()
         writer.finish(consistent=result.consistent)
         result.uniform_bytes = writer.fill_bytes
+        if writer.changed_granules is not None:
+            result.changed_bytes = writer.changed_granules * GRANULE_BYTES
     return result
 
 
@@ -236,11 +240,11 @@ def _add(step: Copied | Fill | Later, writer: SnapshotWriter, base: Layers | Non
     elif base is None:
         writer.add_fill(step.ipa, step.size_bytes, step.tag)
     else:
-        for part, is_same in base.where_same(step):
-            if is_same:
-                writer.add_same(part.ipa, part.size_bytes)
+        for part, changed in base.changed_by(step):
+            if changed:
+                writer.add_fill(part.ipa, part.size_bytes, step.tag, changed=changed)
             else:
-                writer.add_fill(part.ipa, part.size_bytes, step.tag)
+                writer.add_same(part.ipa, part.size_bytes)
 
 
 def _note_missing(

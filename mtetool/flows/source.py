@@ -113,7 +113,7 @@ class GuestSource:
         self._guest = guest
         self._every_page = every_page
         self._layout = tagged_layout(guest, name)
-        self._reader = TagReader(guest, self._layout)
+        self._reader = TagReader(guest, self._layout, insist=every_page)
 
     def extents(self) -> list[Extent]:
         """See `TagSource.extents`: all slots but those of devices."""

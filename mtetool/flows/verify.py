@@ -51,9 +51,12 @@ def verify_against(
     name: str,
     *,
     every_page: bool = False,
+    listed: int | None = None,
     progress: Progress = no_progress,
 ) -> VerifyResult:
     """Check a snapshot and compare each of its tags with the guest's.
+
+    Only the first `listed` ranges of a kind are listed in the result (None: all).
 
     Raises SnapshotError, BaseNeededError, and GuestError where the guest refuses as a whole;
     WouldAllocateError where memory would be made and `every_page` is false.
@@ -61,9 +64,12 @@ def verify_against(
     whole = stored(reader)
     layout = tagged_layout(guest, name, slots_of(whole.header))
     check_allocates_nothing(guest, whole.header.scope, name, every_page=every_page)
-    comparer = Comparer(TagReader(guest, layout))
-    result = VerifyResult(Checked(whole.header), name, guest.paused())
-    differing, unreadable = result.differing, result.unreadable
+    comparer = Comparer(TagReader(guest, layout, insist=every_page))
+    differing: Tally[Extent] = Tally(listed)
+    unreadable: Tally[Missing] = Tally(listed)
+    result = VerifyResult(
+        Checked(whole.header), name, guest.paused(), differing=differing, unreadable=unreadable
+    )
     if isinstance(reader, Layers):
         result.checked = reader.check()
         total, done = total_bytes(whole.header.scope), 0

@@ -50,6 +50,8 @@ class Encoded(NamedTuple):
     frame: bytes
     over_base: bool = False
     split: Split | None = None
+    changed: int | None = None
+    """Granules whose tag is not the base's, where that is known."""
 
 
 BaseTags = Callable[[int, memoryview], bool]
@@ -89,7 +91,7 @@ class Encoder:
         mine = self._buffers()
         change = mine.change[: len(as_bytes(tags))]
         if not base(ipa, change):
-            return self(tags, page_granules)
+            return self(tags, page_granules)._replace(changed=len(change))
         loops.xor(change, tags)
         found, changed = loops.scan(tags, page_granules), loops.scan(change, page_granules)
         if found[3] > 15:
@@ -97,15 +99,16 @@ class Encoder:
         is_same = changed[0] == 1 and not changed[3]
         if is_same or changed[0] < found[0]:
             return self._encode(change, page_granules, over_base=True)
-        return self._encode(as_bytes(tags), page_granules)
+        return self._encode(as_bytes(tags), page_granules)._replace(changed=changed[1])
 
     def _encode(self, view: memoryview, page_granules: int, *, over_base: bool = False) -> Encoded:
         mine = self._buffers()
         n_runs, tagged, pages, bits, size = loops.to_runs(view, page_granules, mine.room)
         if bits > TAG_MAX:
             raise ValueError("bytes that are no tags")
+        changed = tagged if over_base else None
         if n_runs == 1 and not (over_base and view[0]):
-            return Encoded(view[0], None, tagged, pages, b"", over_base)
+            return Encoded(view[0], None, tagged, pages, b"", over_base, None, changed)
         if size:
             half = (n_runs + 1) // 2
             lengths = mine.zstd.compress(mine.room[:half])
@@ -113,11 +116,11 @@ class Encoder:
             longs = mine.zstd.compress(mine.room[2 * half : size]) if size > 2 * half else b""
             split = (len(lengths), len(lengths) + len(values))
             frame = b"".join((lengths, values, longs))
-            return Encoded(None, n_runs, tagged, pages, frame, over_base, split)
+            return Encoded(None, n_runs, tagged, pages, frame, over_base, split, changed)
         size = len(view) // 2
         loops.pack(view, mine.room[:size])
         frame = mine.zstd.compress(mine.room[:size])
-        return Encoded(None, None, tagged, pages, frame, over_base)
+        return Encoded(None, None, tagged, pages, frame, over_base, None, changed)
 
     def warm_up(self) -> None:
         """Make this thread's buffers and use them once, so that later nothing is made."""

@@ -273,6 +273,7 @@ def encode_done(done: DoneHead) -> bytes:
     footer = done.footer
     return pack_map(
         {
+            **({} if footer.changed_granules is None else {"changed": footer.changed_granules}),
             "records": footer.records,
             "granules": footer.granules,
             "tagged": footer.tagged_granules,
@@ -286,7 +287,7 @@ def encode_done(done: DoneHead) -> bytes:
     )
 
 
-def decode_done(data: bytes, where: str) -> DoneHead:
+def decode_done(data: bytes, where: str, *, has_base: bool) -> DoneHead:
     """The end record. Raises DamagedError, UnknownVersionError."""
     fields = unpack_map(data, where)
     footer = Footer(
@@ -296,6 +297,7 @@ def decode_done(data: bytes, where: str) -> DoneHead:
         tagged_pages=fields.integer("tagged_pages", 0, _U64),
         missing_bytes=fields.integer("missing", 0, _U64),
         consistent=fields.truth_or_none("consistent"),
+        changed_granules=fields.integer_or_absent("changed", 0, _U64) if has_base else None,
     )
     done = DoneHead(
         footer=footer,

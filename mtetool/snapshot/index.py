@@ -112,7 +112,11 @@ class IndexedSnapshot:
             raise self._damaged(self._end, "it is not the end record, which belongs here")
         if self._end + record.length_bytes + TRAILER.size != self._file_bytes:
             raise self._damaged(self._end, "the file goes on behind the end record")
-        done = decode_done(record.head, f"{self._name}: the end record")
+        done = decode_done(
+            record.head,
+            f"{self._name}: the end record",
+            has_base=self.header.base_id is not None,
+        )
         if record.sequence != done.footer.records:
             raise self._damaged(self._end, "the end record does not count the records before it")
         if not self._first <= done.index_offset <= self._end:

@@ -25,6 +25,8 @@ class Ledger:
         self._granules = 0
         self._tagged_granules = 0
         self._tagged_pages = 0
+        # What of a delta has changed at least, and at most: only a base says it for sure.
+        self._changed_bounds = (0, 0)
 
     def check(self, ipa: int, size_bytes: int) -> None:
         """Whether a record may speak of this range at all."""
@@ -43,6 +45,11 @@ class Ledger:
         self.seen(head.ipa, head.granules)
         self._tagged_granules += head.tagged_granules
         self._tagged_pages += head.tagged_pages
+        least, most = self._changed_bounds
+        if head.over_base:
+            self._changed_bounds = (least + head.tagged_granules, most + head.tagged_granules)
+        else:
+            self._changed_bounds = (least, most + head.granules)
 
     def seen(self, ipa: int, granules: int) -> None:
         """As `tags`, for a record of which only the index is known: its tags are not counted."""
@@ -66,7 +73,15 @@ class Ledger:
         except ScatteredError as error:
             raise LedgerError(str(error)) from error
 
-    def footer(self, records: int, consistent: bool | None) -> Footer:
+    def check_changed(self, changed: int | None) -> None:
+        """Whether so many granules can have changed, after all records of tags."""
+        least, most = self._changed_bounds
+        if changed is not None and not least <= changed <= most:
+            raise LedgerError(f"{changed} granules changed, of {least} to {most}")
+
+    def footer(
+        self, records: int, consistent: bool | None, changed_granules: int | None = None
+    ) -> Footer:
         """The totals in the end; all pages of the scope must have been spoken of."""
         gap = self._coverage.first_gap()
         if gap is not None:
@@ -79,4 +94,5 @@ class Ledger:
             tagged_pages=self._tagged_pages,
             missing_bytes=self.missing.size_bytes,
             consistent=consistent,
+            changed_granules=changed_granules,
         )

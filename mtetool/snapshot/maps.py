@@ -89,6 +89,10 @@ class Fields:
             return None
         return self.integer(key, low, high)
 
+    def integer_or_absent(self, key: str, low: int, high: int) -> int | None:
+        """As `integer`; None where there is no such key."""
+        return self.integer(key, low, high) if key in self._values else None
+
     def text(self, key: str) -> str:
         """A string of at most `MAX_TEXT_BYTES` bytes of UTF-8."""
         value = self._take(key)

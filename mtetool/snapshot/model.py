@@ -113,6 +113,8 @@ class Footer:
     and `tagged_pages` (pages with such a granule) are sums over all records of tags, so that
     a page that was written twice counts twice. `missing_bytes` is guest memory that is
     missing in the end. `consistent` is whether the guest stood still during the whole save.
+    `changed_granules` is, of a delta, how many have another tag than in the base, or none there;
+    None where that is not known, and of a snapshot without a base.
     """
 
     records: int
@@ -121,6 +123,7 @@ class Footer:
     tagged_pages: int
     missing_bytes: int
     consistent: bool | None
+    changed_granules: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,9 +217,12 @@ class SnapshotReader:
         self._index.add(record.payload)
 
     def _finish(self, record: Record) -> None:
-        done = decode_done(record.head, _where(self._source.name, record))
+        has_base = self.header.base_id is not None
+        done = decode_done(record.head, _where(self._source.name, record), has_base=has_base)
+        said = done.footer
         try:
-            footer = self._ledger.footer(self._sequence, done.footer.consistent)
+            self._ledger.check_changed(said.changed_granules)
+            footer = self._ledger.footer(self._sequence, said.consistent, said.changed_granules)
         except LedgerError as error:
             raise self._damaged(record, str(error)) from error
         if self._index_offset is None:

@@ -81,6 +81,7 @@ class _Stored(NamedTuple):
 
     head: TagsHead
     frame: bytes
+    changed: int | None
 
 
 class SnapshotWriter:
@@ -119,6 +120,8 @@ class SnapshotWriter:
         # The last fill, held back: the next one may continue it.
         self._fill: TagsHead | None = None
         self._open = True
+        self.changed_granules: int | None = None if header.base_id is None else 0
+        """Granules of a delta that are not as in the base so far; None where it is not known."""
 
     def warm_up(self) -> None:
         """Start the threads and give them what they need, so that no chunk has to wait for that.
@@ -187,15 +190,16 @@ class SnapshotWriter:
             self._write_oldest()
         self._write_ready()
 
-    def add_fill(self, ipa: int, size_bytes: int, tag: int) -> None:
+    def add_fill(self, ipa: int, size_bytes: int, tag: int, *, changed: int | None = None) -> None:
         """Memory of any size (both page-aligned, in bytes) whose granules all have one tag.
 
-        Raises RangeError.
+        `changed` of them have another tag in the base. Raises RangeError.
         """
         self._check(ipa, size_bytes)
         if not 0 <= tag <= TAG_MAX:
             raise RangeError(f"a tag of {tag}, which are 0 to {TAG_MAX}")
-        self._queue(fill_head(ipa, size_bytes // GRANULE_BYTES, tag, self._page_granules))
+        granules = size_bytes // GRANULE_BYTES
+        self._queue(fill_head(ipa, granules, tag, self._page_granules), changed)
 
     def add_same(self, ipa: int, size_bytes: int) -> None:
         """Memory of any size (both page-aligned, in bytes) whose tags are those of the base.
@@ -205,10 +209,10 @@ class SnapshotWriter:
         self._check(ipa, size_bytes)
         if self.header.base_id is None:
             raise RangeError("the snapshot has no base")
-        self._queue(same_head(ipa, size_bytes // GRANULE_BYTES))
+        self._queue(same_head(ipa, size_bytes // GRANULE_BYTES), 0)
 
-    def _queue(self, head: TagsHead) -> None:
-        self._pending.append(_Stored(head, b""))
+    def _queue(self, head: TagsHead, changed: int | None) -> None:
+        self._pending.append(_Stored(head, b"", changed))
         self._write_ready()
         while len(self._pending) > _MAX_QUEUED:
             self._write_oldest()
@@ -242,7 +246,7 @@ class SnapshotWriter:
         index_offset = self._log.offset
         index_records = self._log.write_index()
         try:
-            footer = self._ledger.footer(self._log.records, consistent)
+            footer = self._ledger.footer(self._log.records, consistent, self.changed_granules)
         except LedgerError as error:
             raise RangeError(str(error)) from error
         self._log.write_end(footer, index_offset, index_records)
@@ -298,7 +302,10 @@ class SnapshotWriter:
         if isinstance(oldest, Future):
             self._n_chunks -= 1
             oldest = oldest.result()
-        head, frame = oldest
+        head, frame, changed = oldest
+        if self.changed_granules is not None:
+            known = self.changed_granules
+            self.changed_granules = None if changed is None else known + changed
         if head.fill is None:
             self._write_fill()
             self._write(head, frame)
@@ -349,7 +356,7 @@ def _stored(ipa: int, n_granules: int, found: Encoded) -> _Stored:
         found.over_base,
         found.split,
     )
-    return _Stored(head, found.frame)
+    return _Stored(head, found.frame, found.changed)
 
 
 def _alike(first: TagsHead, second: TagsHead) -> bool:

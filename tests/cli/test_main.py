@@ -243,13 +243,13 @@ def test_a_second_signal_does_not_tear_the_unwinding(tmp_path: Path) -> None:
 def test_signals_are_ignored_for_a_while_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with program._signals_raise():
-        with pytest.raises(program.SignalError):
+        with pytest.raises(errors.SignalError):
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGHUP)
         # Not for ever: the first may have been lost, in a finaliser.
         monkeypatch.setattr(program, "_UNWINDING_SECONDS", 0)
-        with pytest.raises(program.SignalError):
+        with pytest.raises(errors.SignalError):
             signal.raise_signal(signal.SIGHUP)
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -24,6 +24,7 @@ from mtetool.guest import Memslot
 from mtetool.snapshot.index import IndexedSnapshot
 from mtetool.snapshot.model import Extent, Missing
 from mtetool.snapshot.reader import SnapshotReader
+from mtetool.streaming import Rows
 from mtetool.uapi import GRANULE_BYTES
 from tests.flows.fakes import PAGE, FakeGuest
 
@@ -189,7 +190,7 @@ def test_a_restore_is_exact_or_reports_and_is_exact_when_run_again(
         told = [Extent(**row) for row in details.get("not_restored", [])]
     else:
         up_to = outcome.restored_up_to or BASE if outcome.stopped else END
-        told = outcome.not_as_wanted()
+        told = list(outcome.not_as_wanted())
         assert outcome.status == (3 if outcome.stopped or told else 0)
     wrong = differing_pages(source, target)
     assert {page for page in wrong if page < up_to} <= pages_of(told)
@@ -209,7 +210,9 @@ def test_an_early_end_tells_what_was_left_out_before_it() -> None:
         GuestError, match=f"8192 bytes .* the first at {BASE + 3 * PAGE:#x}"
     ) as told:
         restored(snapshot, faulty(target, ordered))
-    assert told.value.details["not_restored"] == [{"ipa": BASE + 3 * PAGE, "size_bytes": 2 * PAGE}]
+    assert list(cast(Rows, told.value.details["not_restored"])) == [
+        {"ipa": BASE + 3 * PAGE, "size_bytes": 2 * PAGE}
+    ]
     assert told.value.details["restored_up_to"] == BASE + 9 * PAGE
 
 

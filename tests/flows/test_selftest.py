@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mtetool import uapi
-from mtetool.__main__ import SignalError
+from mtetool.errors import SignalError
 from mtetool.flows.patterns import (
     CHANGED,
     NOT_KEPT,

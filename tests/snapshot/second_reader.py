@@ -116,6 +116,7 @@ class _Reader:
         self.entries = b""
         self.checksums = b""
         self.totals = [0, 0, 0]
+        self.changed = (0, 0)
         self.page = 0
         self.chunk = 0
         self.scope: list[tuple[int, int]] = []
@@ -290,6 +291,8 @@ class _Reader:
         if encoding:
             fields.integer("tagged", tagged, tagged)
             fields.integer("tagged_pages", tagged_pages, tagged_pages)
+        low, high = self.changed
+        self.changed = (low + tagged, high + tagged) if over_base else (low, high + granules)
         self.totals = [
             a + b for a, b in zip(self.totals, (granules, tagged, tagged_pages), strict=True)
         ]
@@ -338,7 +341,13 @@ class _Reader:
 
     def done(self, start: int, head: bytes) -> None:
         keys = "records granules tagged tagged_pages missing consistent index index_records digest"
-        fields = _Map(_decode(head), keys)
+        decoded = _decode(head)
+        has_changed = isinstance(decoded, dict) and "changed" in decoded
+        if has_changed and self.found.head["base"] is not None:
+            keys += " changed"
+        fields = _Map(decoded, keys)
+        if has_changed:
+            fields.integer("changed", *self.changed)
         fields.truth("consistent")
         missing = sum(self.page for page in self.found.pages.values() if page is None)
         expected = {

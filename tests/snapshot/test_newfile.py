@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from mtetool.__main__ import SignalError
-from mtetool.errors import HostError, HostIoError
+from mtetool.errors import HostError, HostIoError, SignalError
 from mtetool.snapshot.output import output_file
 from tests.snapshot.making import making, without_nameless_files, write
 

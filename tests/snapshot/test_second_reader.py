@@ -81,7 +81,8 @@ def agree(data: bytes) -> str:
     assert found.head["id"] == about.snapshot_id
     assert found.head["scope"] == [[extent.ipa, extent.size_bytes] for extent in about.scope]
     keys = ("records", "granules", "tagged", "tagged_pages", "missing", "consistent")
-    assert Footer(*(done[key] for key in keys)) == reader.footer  # type: ignore[arg-type]
+    values = [*(done[key] for key in keys), done.get("changed")]
+    assert Footer(*values) == reader.footer  # type: ignore[arg-type]
     assert [(p.ipa, p.size_bytes // 16) for p in pieces] == [(i, n) for _, i, n in found.log]
     assert pages_of(pieces, about.page_size_bytes) == found.pages
     return "sound"
