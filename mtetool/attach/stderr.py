@@ -12,7 +12,7 @@ import os
 import select
 import signal
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 
 _NR_PIDFD_GETFD = 438  # include/uapi/asm-generic/unistd.h
@@ -39,19 +39,25 @@ def stderr_of(processes: Iterable[int]) -> Iterator[int | None]:
 
 
 def write_briefly(fd: int, data: bytes) -> None:
-    """Write a few lines; what cannot be written within two seconds is dropped. Uses SIGALRM.
+    """Write a few lines; what cannot be written within two seconds is dropped.
 
-    The file's own flags are shared with the process, so that it cannot be made non-blocking.
+    SIGALRM is used meanwhile; what it was set for comes later. The file's own flags are shared with
+    the process, so that it cannot be made non-blocking.
     """
     poller = select.poll()
     poller.register(fd, select.POLLOUT)
     if not poller.poll(_PATIENCE_SECONDS * 1000):
         return
-    signal.signal(signal.SIGALRM, _too_long)
-    with suppress(OSError):
-        signal.setitimer(signal.ITIMER_REAL, _PATIENCE_SECONDS)
+    before = signal.signal(signal.SIGALRM, _too_long)
+    left = 0.0
+    try:
+        left, _ = signal.setitimer(signal.ITIMER_REAL, _PATIENCE_SECONDS)
         os.write(fd, data)
         signal.setitimer(signal.ITIMER_REAL, 0)
+    except OSError:
+        pass  # there is nobody left to report that to
+    signal.signal(signal.SIGALRM, before)
+    signal.setitimer(signal.ITIMER_REAL, left)
 
 
 def _too_long(number: int, frame: FrameType | None) -> None:

@@ -113,7 +113,7 @@ vmm.kill()
 
 def _run(lab: Machine, *words: str) -> tuple[str, int, str]:
     """Run `mtetool exec` with those words: standard output, status, standard error."""
-    result = lab.run(["mtetool", "exec", *words], timeout=60)
+    result = lab.run(["mtetool", "exec", *words])
     return result.stdout.decode(), result.returncode, result.stderr.decode()
 
 
@@ -233,7 +233,7 @@ def test_vm_that_can_neither_have_mte_nor_be_closed(
     lab.sh("chmod 666 /dev/kvm")
     become = ["python3", "/tmp/as_user.py"] if words[0] == "--user" else []
     program = [word for word in words if word != "--user"]
-    result = lab.run([*become, "mtetool", "exec", "--", *program, "1"], timeout=60)
+    result = lab.run([*become, "mtetool", "exec", "--", *program, "1"])
     assert (result.returncode, result.stdout) == (-9, b"")
     assert said in result.stderr.decode()
     assert b"so mtetool has ended it" in result.stderr
@@ -266,8 +266,7 @@ def test_nobody_waits_for_the_companion(lab: Machine) -> None:
     lab.put("/tmp/background", b"sleep 1000 <&- >/dev/null 2>&1 & echo in the background\n")
     out = lab.sh(
         "exec 7</tmp/background; cd /tmp;"
-        f" mtetool exec --wait 1000 --no-require -- sh /tmp/background 2>&1 | cat; {show}",
-        timeout=60,
+        f" mtetool exec --wait 1000 --no-require -- sh /tmp/background 2>&1 | cat; {show}"
     ).stdout.decode()
     started, cwd, *held, terminal = out.splitlines()
     assert (started, cwd, terminal) == ("in the background", "/", "0")
@@ -281,16 +280,16 @@ def test_the_probe_of_a_manager_ends_at_once(lab: Machine) -> None:
         " -qmp unix:/tmp/probe.qmp,server=on,wait=off -pidfile /tmp/pid -daemonize"
     )
     command = f"mtetool exec --wait 1000 --no-require -- {qemu} 2>&1 | cat"
-    result = lab.sh(f"{command}; grep TracerPid /proc/$(cat /tmp/pid)/status", timeout=100)
+    result = lab.sh(f"{command}; grep TracerPid /proc/$(cat /tmp/pid)/status")
     assert result.stdout.startswith(b"TracerPid:\t")
     assert result.stdout != b"TracerPid:\t0\n"  # it is still watched
     ended = "until ! kill -0 $(cat /tmp/pid) && ! grep -qsx mtetool /proc/[0-9]*/comm; do :; done"
-    lab.sh(f"kill $(cat /tmp/pid); {ended} 2>/dev/null", timeout=60)
+    lab.sh(f"kill $(cat /tmp/pid); {ended} 2>/dev/null")
 
 
 @pytest.mark.parametrize("kind", ["file", "socket", "full"])
 def test_what_is_reported_goes_where_the_vmm_writes(lab: Machine, kind: str) -> None:
-    result = lab.run(["python3", "-c", _STDERR, kind], timeout=60, check=True)
+    result = lab.run(["python3", "-c", _STDERR, kind], check=True)
     if kind == "full":
         assert result.stdout == b"let go\n"
     else:
@@ -299,7 +298,7 @@ def test_what_is_reported_goes_where_the_vmm_writes(lab: Machine, kind: str) -> 
 
 def test_standard_streams_that_are_closed(lab: Machine) -> None:
     script = "mtetool exec -- sh -c 'ls -l /proc/self/fd/ >/tmp/fds; /lab/newvms 1 >/tmp/out'"
-    lab.sh(f"({script}) 0<&- 1>&- 2>&-", check=False, timeout=60)
+    lab.sh(f"({script}) 0<&- 1>&- 2>&-", check=False)
     assert lab.get("/tmp/out") == b"vm 1 mte=1\nready\n"
 
 
@@ -360,7 +359,7 @@ def test_vmm_that_is_started_with_all_signals_blocked(lab: Machine) -> None:
         "os.execvp(sys.argv[1], sys.argv[1:])\n"
     )
     command = ["python3", "-c", script, "mtetool", "exec", "--", "/lab/newvms", "1"]
-    result = lab.run(command, timeout=60)
+    result = lab.run(command)
     assert (result.stdout, result.stderr) == (b"vm 1 mte=1\nready\n", b"")
 
 

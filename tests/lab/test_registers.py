@@ -119,4 +119,4 @@ def test_fault_in_the_borrowed_call_ends_in_an_error(lab: Machine) -> None:
 def test_process_that_is_stopped_is_not_let_run_on(lab: Machine) -> None:
     found = _holders(lab, "stopped", "rseq-for-ever")["rseq-for-ever"]
     assert found is not None
-    assert (found["attached"], found["ran"], found["still"]) == (False, 0, True)
+    assert (found["let_on"], found["ran"], found["still"]) == (0, 0, True)

@@ -141,7 +141,7 @@ static void be_urgent(void)
 	first = pthread_self();
 	signal(SIGURG, on_signal);
 	need(pthread_create(&thread, NULL, send_urgent, NULL) == 0, "pthread_create");
-	for (int i = 0; i < 150; i++)
+	for (int i = 0; i < 40; i++)
 		ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_USER_MEMORY);
 	done = 1;
 	pthread_join(thread, NULL);
