@@ -41,11 +41,12 @@ from mtetool.errors import (
     BusyError,
     MisalignedError,
     MteOffError,
-    PermissionRefusedError,
+    MtetoolError,
     RangeError,
     SourceError,
     TooLateError,
     UsageError,
+    file_error,
 )
 from mtetool.guest import GuestInfo, Memslot
 from mtetool.uapi import GRANULE_BYTES, TAG_MAX
@@ -532,12 +533,18 @@ class EmulatedGuest:
                 hint=f"mtetool enable emu:{self._path} (without vCPUs), or emu create anew",
             )
 
+    def _unwritable(self) -> MtetoolError:
+        read_only = os.fstatvfs(self._fd).f_flag & os.ST_RDONLY
+        number = errno.EROFS if read_only else errno.EACCES
+        what = f"{self._path} cannot be written by this user"
+        return file_error(OSError(number, os.strerror(number)), self._path, what)
+
     def _take_for_writing(self) -> None:
         self._check_open()
         if self._exclusive:
             return
         if not self._writable:
-            raise PermissionRefusedError(f"{self._path} cannot be written by this user")
+            raise self._unwritable()
         try:
             lock(self._fd, self._path, fcntl.LOCK_EX)
         except BusyError:

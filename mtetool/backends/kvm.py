@@ -94,6 +94,7 @@ class KvmGuest:
         self._transfer: Transfer | None = None
         self._monitor: qemu.Monitor | None = None
         self._silent: LayoutUnknownError | None = None
+        self._has_monitor = True  # as far as is known
         self._slots: tuple[Memslot, ...] | None = None
         self._asked: tuple[Memslot, ...] | None = None
         self._mte: bool | None = None
@@ -126,7 +127,8 @@ class KvmGuest:
             mte = self._mte_is_on() if attach else None
             slots = self._memslots() if mte else self._ask_monitor().memslots()
         except LayoutUnknownError as error:
-            reason = error if mte else None
+            # Without MTE the kernel is not asked, and to have no monitor is nothing to report.
+            reason = error if mte or self._has_monitor else None
         except GuestError as error:
             reason = error
         return self._described(mte, slots), reason
@@ -352,7 +354,9 @@ class KvmGuest:
             try:
                 self._slots = self._ask_monitor().memslots()
             except LayoutUnknownError:
-                if self._options.qmp or not self._mte_is_on():
+                if not self._mte_is_on():
+                    raise mte_off(self._process.pid) from None
+                if self._options.qmp:
                     raise
                 self._slots = self._asked = memslots_of(self._attached(), self._fd)
         return self._slots
@@ -370,11 +374,21 @@ class KvmGuest:
             pid, given = self._process.pid, self._options.qmp
             try:
                 found = monitors.open_given(pid, given) if given else monitors.open_found(pid)
+                if found is None:
+                    raise self._no_monitor()
             except LayoutUnknownError as error:
                 self._silent = error
                 raise
             self._monitor = self._stack.enter_context(found)
         return self._monitor
+
+    def _no_monitor(self) -> LayoutUnknownError:
+        self._has_monitor = False
+        return LayoutUnknownError(
+            f"process {self._process.pid} ({self._process.program}) has no QMP monitor on a unix"
+            " socket that could describe its memory layout",
+            hint="name the memory by hand: --memslot IPA:SIZE (repeatable)",
+        )
 
     def _name(self) -> str | None:
         try:

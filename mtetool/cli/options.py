@@ -116,6 +116,25 @@ class Parsed(_ParamType):
             self.fail(str(error), param, ctx)
 
 
+def parse_name(text: str) -> str:
+    """A name that is not empty. Raises ValueError."""
+    if not text:
+        raise ValueError("the name is empty")
+    return text
+
+
+def parse_file(text: str) -> str:
+    """The file that an option names, or "-". Raises ValueError for what is another option."""
+    if text.startswith("-") and text != "-":
+        raise ValueError(
+            f"a file is to be named, and {quoted(text)} looks like an option;"
+            f" a file with that name is ./{text[:40]}"
+        )
+    return parse_name(text)
+
+
+NAME = Parsed("file", parse_name)
+FILE = Parsed("file", parse_file)
 SIZE = Parsed("size", parse_size)
 RANGE = Parsed("ipa:size", parse_range)
 MEMSLOT = Parsed("ipa:size", parse_memslot)
@@ -142,7 +161,7 @@ def guest_options(command: _F) -> _F:
     )
     qmp = click.option(
         "--qmp",
-        type=click.Path(path_type=Path),
+        type=Parsed("file", lambda text: Path(parse_file(text))),
         metavar="SOCKET",
         help="QEMU's monitor socket, to learn the memslots from.",
     )
@@ -215,6 +234,7 @@ EVERY_PAGE_OPTION = click.option(
 BASE_OPTION = click.option(
     "--base",
     "bases",
+    type=FILE,
     multiple=True,
     metavar="FILE",
     help="What a delta is a delta to (repeatable: the oldest first).",
@@ -222,10 +242,16 @@ BASE_OPTION = click.option(
 
 
 def snapshot_target(out: str | None) -> str:
-    """What `-o` of a command that writes a snapshot means. Raises UsageError for a terminal."""
-    to_stdout = out is None or out == "-"
+    """What `-o` of a command that writes a snapshot means: "-" for standard output by any name.
+
+    Raises UsageError for a terminal.
+    """
+    from mtetool.snapshot.output import names_standard_output
+
+    to_stdout = out is None or names_standard_output(out)
     if to_stdout and sys.stdout is not None and sys.stdout.isatty():
         raise UsageError(
-            "a snapshot is not for a terminal", hint="-o FILE, or a pipe behind the command"
+            "a snapshot is binary, and standard output is a terminal",
+            hint="name a file with -o FILE, or pipe it",
         )
-    return "-" if out is None else out
+    return "-" if out is None or to_stdout else out

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from mtetool.cli.latest import never_waiting, write_line
+
 Advance = Callable[[int], None]
 """Called with the bytes of guest memory that were done since the last call."""
 
@@ -34,13 +36,16 @@ def progress(total_bytes: int | None, label: str, mode: str) -> Iterator[Advance
 
 @contextmanager
 def shown(label: str, mode: str) -> Iterator[Callable[[int, int | None], None]]:
-    """As `progress`, for those who count themselves: called with bytes done and in all."""
+    """As `progress`, for those who count themselves: called with bytes done and in all.
+
+    What is given back does not wait for whoever reads standard error; the end does.
+    """
     if mode == "json":
-        with _lines(label) as update:
-            yield update
+        with _lines(label) as update, never_waiting(update) as latest:
+            yield latest
     elif mode == "auto" and sys.stderr is not None and sys.stderr.isatty():
-        with _bar(label) as update:
-            yield update
+        with _bar(label) as update, never_waiting(update) as latest:
+            yield latest
     else:
         yield lambda done_bytes, total_bytes: None
 
@@ -66,8 +71,7 @@ def _lines(label: str) -> Iterator[Callable[[int, int | None], None]]:
             "bytes_per_second": round(rate),
             "remaining_seconds": round(left / rate, 1) if rate and left is not None else None,
         }
-        sys.stderr.write(json.dumps(document) + "\n")
-        sys.stderr.flush()
+        write_line(json.dumps(document))
 
     def update(done_bytes: int, total_bytes: int | None) -> None:
         nonlocal state, due

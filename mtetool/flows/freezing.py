@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import select
+import stat
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 from mtetool.backends.base import Guest
 from mtetool.buffers import prepared
+from mtetool.errors import OutputStalledError
 
 DEFAULT_SPOOL_BYTES = 1 << 30
 """What a frozen guest's snapshot may take in memory: 32 GiB of random tags, 300 of a heap's."""
@@ -15,6 +20,8 @@ DEFAULT_SPOOL_BYTES = 1 << 30
 # What is likely to be kept, of each byte of tags; its room is made before the guest is stopped.
 _EXPECTED_SHARE = 16
 _MOST_EXPECTED_BYTES = 64 << 20
+
+_LEAST_BYTES_PER_SECOND = 1 << 20
 
 Thaw = Callable[[], float | None]
 
@@ -40,7 +47,9 @@ class Spool:
 
     The guest must not wait for a slow disk, or for whoever reads the other end of a pipe. What
     is kept is compressed, a few percent of the tags, of which there are `n_granules` bytes. Where
-    it would become more than `limit_bytes`, it goes on at once.
+    it would become more than `limit_bytes`, it goes on at once. A guest waits for that from `hurry`
+    to `let_through`, and not for long: OutputStalledError where `out` takes less than 1 MiB a
+    second.
     """
 
     def __init__(self, out: BinaryIO, limit_bytes: int, n_granules: int) -> None:
@@ -52,18 +61,23 @@ class Spool:
         self._parts: list[bytes] = []
         self._kept_bytes = 0
         self._keeps = limit_bytes > 0
+        self._hurried: Hurried | None = None
         self.overflowed = False
         """Whether there was more than the limit, so that the guest had to wait for `out`."""
+
+    def hurry(self) -> None:
+        """A guest waits from now on."""
+        self._hurried = Hurried(self._out)
 
     def write(self, data: bytes) -> int:
         """As the stream's own, but that all is taken."""
         if self._keeps and self._kept_bytes + len(data) > self._limit_bytes:
             self.overflowed = True
-            self.let_through()
+            self._pass_on_kept()
         if self._keeps:
             self._keep(data)
         else:
-            _write_all(self._out, data)
+            self._pass_on(data)
         return len(data)
 
     def _keep(self, data: bytes) -> None:
@@ -76,12 +90,71 @@ class Spool:
         self._used = end
 
     def let_through(self) -> None:
-        """Write what was kept, and keep no more."""
+        """Write what was kept, and keep no more; no guest waits from now on."""
+        self._hurried = None
+        self._pass_on_kept()
+
+    def _pass_on_kept(self) -> None:
         self._keeps = False
         kept: list[bytes | memoryview] = [self._room[: self._used], *self._parts]
         self._used, self._parts = 0, []
         for part in kept:
-            _write_all(self._out, part)
+            self._pass_on(part)
+
+    def _pass_on(self, data: bytes | memoryview) -> None:
+        if self._hurried is not None:
+            self._hurried.write(data)
+        else:
+            _write_all(self._out, data)
+
+
+class Hurried:
+    """Writes for which a guest waits: all of them together, no longer than the output deserves.
+
+    A pipe is asked before each write whether it takes one, so that none is waited for in the
+    kernel. (A disk cannot be asked.)
+    """
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out = out
+        self._waited_seconds = 0.0
+        self._written_bytes = 0
+        self._poll: select.poll | None = None
+        with suppress(OSError, AttributeError):  # a stream in memory
+            if not stat.S_ISREG(os.fstat(out.fileno()).st_mode):
+                self._poll = select.poll()
+                self._poll.register(out.fileno(), select.POLLOUT)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write all of it. Raises OutputStalledError."""
+        view = memoryview(data)
+        piece_bytes = len(view) if self._poll is None else select.PIPE_BUF
+        for at in range(0, len(view), max(piece_bytes, 1)):
+            piece = view[at : at + piece_bytes]
+            since = time.monotonic()
+            if self._poll is not None and not self._poll.poll(self._patience() * 1000):
+                raise self._stalled()
+            _write_all(self._out, piece)
+            if self._poll is not None:
+                self._out.flush()
+            self._waited_seconds += time.monotonic() - since
+            self._written_bytes += len(piece)
+            if not self._patience():
+                raise self._stalled()
+
+    def _patience(self) -> float:
+        """For how many seconds the guest may still wait."""
+        earned = 1 + self._written_bytes / _LEAST_BYTES_PER_SECOND
+        return max(earned - self._waited_seconds, 0)
+
+    def _stalled(self) -> OutputStalledError:
+        return OutputStalledError(
+            "the frozen guest would have waited for the output, which takes less than 1 MiB a"
+            f" second (or nothing): it took {self._written_bytes} bytes in"
+            f" {self._waited_seconds:.1f} s; the guest runs on",
+            hint="keep more in memory meanwhile: a larger --spool",
+            written_bytes=self._written_bytes,
+        )
 
 
 def _write_all(out: BinaryIO, data: bytes | memoryview) -> None:

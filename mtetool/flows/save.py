@@ -105,7 +105,7 @@ def save(
     Raises MisalignedError, RangeError, UsageError and WouldAllocateError before anything is
     read; PartialError for the first page that cannot be read, with partial "fail"; GuestError
     when nothing at all can be read or the guest is gone. SnapshotError and BaseNeededError of
-    the base.
+    the base. OutputStalledError where a frozen guest would have to wait for `out`.
     """
     check_mte_is_on(guest)
     info = guest.info()
@@ -131,6 +131,8 @@ def save(
             guest, layout, n_buffers=1 if others else writer.window + 1, insist=options.every_page
         )
         with held_still(guest, wanted=options.freeze) as thaw:
+            if options.freeze:
+                spool.hurry()
             started = time.perf_counter()
             _copy(reader, writer, result, options, base, progress)
             result.copy_seconds = time.perf_counter() - started

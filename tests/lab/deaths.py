@@ -20,6 +20,7 @@ import numpy as np
 from mtetool.attach import gadgets, steps
 from mtetool.backends import GuestOptions, open_guest
 from mtetool.guest import Memslot
+from tests.lab.stops import guards
 from tests.lab.stride import deaths_before, turns
 
 _MEMORY = Memslot(0, 0x40000000, 1 << 20)
@@ -80,7 +81,8 @@ def state(pid: int) -> dict[str, object]:
     lines = [line.split() for task in tasks for line in (task / "status").read_text().splitlines()]
     kept = [line for line in lines if line[0].rstrip(":") in keys and line[0] != "State:"]
     stopped = [line for line in lines if line[0] == "State:" and line[1] in "tTZ"]
-    return {"threads": len(tasks), "status": kept, "stopped": stopped, "fds": fds(pid)}
+    threads = {"threads": len(tasks), "status": kept, "stopped": stopped, "fds": fds(pid)}
+    return {**threads, "guards": guards()}
 
 
 def fds(pid: int) -> list[str]:
@@ -89,15 +91,15 @@ def fds(pid: int) -> list[str]:
     return [str(link) for link in links if "qmp" not in str(link)]
 
 
-def settled(pid: int, before: dict[str, object]) -> dict[str, object] | None:
-    """None when the VMM comes back to `before` soon, else how it is."""
+def settled(pid: int, before: dict[str, object], but: str = "") -> dict[str, object] | None:
+    """None when the VMM comes back to `before` (`but` for that) soon, else how it is."""
     deadline = time.monotonic() + _SETTLE_SECONDS
     while True:
         try:
             now = state(pid)
         except OSError as error:
             now = {"error": str(error)}
-        if now == before:
+        if {**now, but: 0} == {**before, but: 0}:
             return None
         if time.monotonic() > deadline:
             return now

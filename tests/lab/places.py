@@ -1,9 +1,10 @@
 """Run in the lab: where a guest's memory is in its VMM, confirmed by the kernel.
 
 `python3 -m tests.lab.places PID [PATH]` prints JSON: the places (ipa, size, address), those that
-QEMU's monitor at PATH tells, the number of questions, how many of them were guesses, and the time;
-and whether what the VMM has in memory stayed the same. With a monitor, `confirmed` are the places
-where those that it tells are tried first, and `confirming` is the number of questions then.
+QEMU's monitor at PATH reports, the number of questions, how many of them were guesses, and the
+time; and whether the same pages of the guest's memory existed before and after. With a monitor,
+`confirmed` are the places found when those that it reports are tried first, and `confirming` is
+the number of questions then.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mtetool.backends.kvm import open_kvm
 from mtetool.guest import Memslot
 from mtetool.vmm.monitors import open_given
 from mtetool.vmm.placing import Guess, Place
-from tests.lab.asking import settled
+from tests.lab.existing import large_memory
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
         session = guest._attached()
         Session.ioctl = counted  # type: ignore[method-assign]
         asking._Asking.confirms = noted  # type: ignore[method-assign]
-        before = settled(pid)
+        before = large_memory(pid)
         slots = asking.memslots_of(session, guest._fd)
         n_layout = len(questions)
         began = time.monotonic()
@@ -57,7 +58,7 @@ def main() -> None:
         n_places = len(questions) - n_layout
         confirmed = asking.places_of(session, guest._fd, layout, told) if told else []
         n_confirming = len(questions) - n_layout - n_places
-        after = settled(pid)
+        after = large_memory(pid)
         assert asking.memslots_of(session, guest._fd) == slots
     # Nothing that was asked was ever done.
     assert all(result < 0 for result in questions)

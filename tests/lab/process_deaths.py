@@ -22,6 +22,7 @@ import numpy as np
 from mtetool.attach import steps
 from mtetool.backends import open_guest
 from mtetool.errors import GuestError
+from tests.lab.stops import guards
 from tests.lab.stride import deaths_before, turns
 
 _SETTLE_SECONDS = 20.0
@@ -70,6 +71,7 @@ def state(pid: int) -> dict[str, object]:
         "threads": len(tasks),
         "status": [line for line in lines if line[0] in _KEYS],
         "stopped": [line for line in lines if line[0] == "State:" and line[1] in "tTZ"],
+        "guards": guards(),
         "memory": [line.split()[:2] for line in Path(f"/proc/{pid}/maps").open()],
     }
 

@@ -1,9 +1,10 @@
 """Run in the lab: a VMM is started, and what watches its start is killed before each of its steps.
 
-`python3 -m tests.lab.start_deaths [every-call] [term]` prints, as JSON, how each VMM differed from
-one that was started plainly. A step is one request to the kernel that concerns the VMM; before
-the death the VMM gets the time to come to its next stop. With "term" it is sent SIGTERM one step
-before, by which it must end.
+`python3 -m tests.lab.start_deaths [every-call] [term] [stop]` prints, as JSON, how each VMM
+differed from one that was started plainly. A step is one request to the kernel that concerns the
+VMM; before the death the VMM gets the time to come to its next stop. With "term" it is sent SIGTERM
+one step before, by which it must end. With "stop" what watches is stopped there instead, and nobody
+continues it.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ _KEPT = (
 )
 
 
-def die_at(step: int, died: mmap.mmap, terminate: bool) -> None:
-    """Let the process that makes the steps be killed before that one; `died` is marked then."""
+def die_at(step: int, died: mmap.mmap, terminate: bool, end: signal.Signals) -> None:
+    """Let the process that makes the steps get `end` before that one; `died` is marked then."""
     count, vmm = 0, os.getpid()
 
     def counted(function: Callable[..., object]) -> Callable[..., object]:
@@ -54,7 +55,7 @@ def die_at(step: int, died: mmap.mmap, terminate: bool) -> None:
             if count == step:
                 time.sleep(_ARRIVE_SECONDS)
                 died[0] = 1
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), end)
             return function(*arguments)
 
         return run
@@ -123,15 +124,16 @@ def main() -> None:
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)  # Python ignores them
     # Where it dies before the VMM is started, that is told and the VMM is started all the same.
-    wish = Wish(1, 60, False, "every-call" in sys.argv[1:], lambda error: None)
+    wish = Wish(1, 60, False, "every-call" in sys.argv[1:], lambda error: "")
     terminate = "term" in sys.argv[1:]
+    end = signal.SIGSTOP if "stop" in sys.argv[1:] else signal.SIGKILL
     plain = run(None, wish, None)
     died = mmap.mmap(-1, 1)  # shared with the companion
     harmed: dict[int, dict[str, object]] = {}
     first = 2 if terminate else 1
     for step in turns(first):
         died[0] = 0
-        found = run(functools.partial(die_at, step, died, terminate), wish, plain)
+        found = run(functools.partial(die_at, step, died, terminate, end), wish, plain)
         as_told = found["end"] == signal.SIGTERM if terminate and died[0] else found == plain
         if not as_told:
             harmed[step] = found

@@ -21,6 +21,8 @@ _NODES = "".join(
 
 
 def _places(lab: Machine, pid: int, *words: str) -> dict[str, Any]:
+    # The kernel would add pages to those that there are, to make a huge one of them.
+    lab.sh("echo never >/sys/kernel/mm/transparent_hugepage/enabled")
     command = ["python3", "-m", "tests.lab.places", str(pid), *words]
     result = lab.run(command, env={"PYTHONPATH": "/opt/mtetool"}, check=True, timeout=600)
     found: dict[str, Any] = json.loads(result.stdout)
@@ -32,7 +34,6 @@ def _places(lab: Machine, pid: int, *words: str) -> dict[str, Any]:
 @pytest.mark.parametrize("layout", [pytest.param("256M", marks=pytest.mark.long), "256M memfd"])
 def test_main_memory_of_qemu(lab: Machine, layout: str) -> None:
     memory, extra = LAYOUTS[layout]
-    lab.sh("echo never >/sys/kernel/mm/transparent_hugepage/enabled")
     guest = Qemu(lab, "g", memory=memory, extra=extra).start()
     found = _places(lab, guest.pid, guest.qmp_path)
     main = [place for place in found["told"] if place[0] == BASE]
@@ -46,7 +47,6 @@ def test_main_memory_of_qemu(lab: Machine, layout: str) -> None:
 
 @pytest.mark.long
 def test_two_nodes_of_qemu(lab: Machine) -> None:
-    lab.sh("echo never >/sys/kernel/mm/transparent_hugepage/enabled")
     guest = Qemu(lab, "g", memory="384M", extra="-S -smp 2" + _NODES).start()
     found = _places(lab, guest.pid, guest.qmp_path)
     nodes = [place for place in found["told"] if place[0] >= BASE]

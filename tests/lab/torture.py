@@ -4,7 +4,8 @@
 the VMM suffered and one, at the end, of what was done. Commands run in forked children, from
 main() on, so that thousands of deaths take minutes. One in two dies at a step drawn by lot (see
 `mtetool.attach.steps`), the others after a while drawn by lot: by SIGKILL, SIGTERM, SIGINT or
-SIGHUP, or by the closing of the pipe that they write to.
+SIGHUP, or by the closing of the pipe that they write to; or they are stopped, by SIGSTOP or
+SIGTSTP, and nobody continues them before the VMM is as it was.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import suppress
@@ -24,7 +26,8 @@ from pathlib import Path
 from mtetool.attach import steps
 from tests.lab.deaths import mappings, names, settled, state
 
-_SIGNALS = ("KILL", "KILL", "KILL", "TERM", "INT", "HUP", "PIPE")
+_STOPS = ("STOP", "TSTP")
+_SIGNALS = (*_STOPS, *_STOPS, "KILL", "KILL", "KILL", "TERM", "INT", "HUP", "PIPE")
 # Loaded once, before all children are forked.
 _LOADED = (
     "mtetool.__main__",
@@ -44,6 +47,19 @@ class Command:
     words: list[str]
     steps: list[tuple[str, int]] = field(default_factory=list)
     seconds: float = 0.0
+
+
+@dataclass
+class Vmm:
+    """The VMM, and how it was before anything happened to it."""
+
+    pid: int
+    before: dict[str, object]
+    harm: dict[str, object] | None = None
+
+    def is_left_alone(self, but: str = "") -> None:
+        """Wait until it is as it was; `harm` is how it is where that does not come."""
+        self.harm = self.harm or settled(self.pid, self.before, but)
 
 
 def commands(pid: int, snapshot: str) -> list[Command]:
@@ -81,6 +97,8 @@ def start(command: Command, hook: steps.Hook | None = None) -> tuple[int, int]:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        # A job of its own: one that nobody could continue is not stopped by SIGTSTP.
+        os.setpgid(0, 0)
         os.close(reading)
         steps.on_step(hook)
         become(command, writing)
@@ -127,9 +145,8 @@ def learn(command: Command) -> None:
         command.steps.append((name, seen[name]))
 
 
-def die(command: Command, chance: random.Random) -> tuple[str, str]:
-    """Start the command and end it badly; by which signal, and where ("time": by the clock)."""
-    name = chance.choice(_SIGNALS)
+def die(command: Command, chance: random.Random, name: str, vmm: Vmm) -> str:
+    """Start the command and end it badly, by that signal; where ("time": by the clock)."""
     at_step = command.steps and chance.random() < 0.5 and name != "PIPE"
     step, nth = _draw(command, chance) if at_step else ("time", 0)
     hook = steps.fault(f"{name}@{step}:{nth}") if at_step else None
@@ -140,10 +157,18 @@ def die(command: Command, chance: random.Random) -> tuple[str, str]:
         os.close(reading)
     elif not at_step:
         os.kill(child, signal.Signals[f"SIG{name}"])
-    if name != "PIPE":
+    if name in _STOPS:
+        reader = threading.Thread(target=drain, args=(reading,))
+        reader.start()
+        os.waitid(os.P_PID, child, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
+        # Before anybody continues it. (One that holds nothing keeps its guard.)
+        vmm.is_left_alone(but="guards")
+        os.kill(child, signal.SIGCONT)
+        reader.join()
+    elif name != "PIPE":
         drain(reading)
     os.waitpid(child, 0)
-    return name, step
+    return step
 
 
 def _draw(command: Command, chance: random.Random) -> tuple[str, int]:
@@ -163,16 +188,19 @@ def main() -> None:
     kinds = commands(pid, snapshot)
     for command in kinds:
         learn(command)
-    before = state(pid)
+    vmm = Vmm(pid, state(pid))
     by_signal, by_step, most_left = Counter[str](), Counter[str](), 0
     for number in range(deaths):
         command = chance.choice(kinds)
-        name, step = die(command, chance)
+        # A short campaign has all stops, too.
+        name = _STOPS[number] if number < len(_STOPS) else chance.choice(_SIGNALS)
+        step = die(command, chance, name, vmm)
         by_signal[name] += 1
         by_step[step] += 1
-        if (after := settled(pid, before)) is not None:
+        vmm.is_left_alone()
+        if vmm.harm is not None:
             harm = {"death": number, "command": command.words, "signal": name, "step": step}
-            print(json.dumps({"harmed": harm, "before": before, "after": after}), flush=True)
+            print(json.dumps({"harmed": harm, "before": vmm.before, "after": vmm.harm}), flush=True)
             break
         most_left = max(most_left, mappings(pid))
     learn(kinds[0])  # what the last one left is removed by whatever attaches next

@@ -1,0 +1,244 @@
+"""Run in the lab: mtetool is stopped while it holds a guest's vCPUs, in every way there is.
+
+`python3 -m tests.lab.stops PID [TIMES]` prints, as JSON, what became of mtetool and of the VMM with
+that PID each time, and how long its guest still stood after a SIGSTOP (measured TIMES times).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_PATIENCE_SECONDS = 100.0
+_F_SETPIPE_SZ = 1031
+# Reached before the first of the vCPUs that are held is let go.
+_HELD = "thaw/detach"
+_WRITE_TO_STDERR = "64 0x2 "
+_SNAPSHOT = "/tmp/stops.out"
+
+
+class Guest:
+    """The threads of a VMM's vCPUs: those with such a name, as QEMU's have, or all."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        self._vcpus = [t for t in tasks if "KVM" in (t / "comm").read_text()] or tasks
+
+    def stands(self) -> bool:
+        """Whether a vCPU is held."""
+        return any(fields(task)[0] == "t" for task in self._vcpus)
+
+    def used(self) -> list[int]:
+        """The time that the vCPUs have used."""
+        return [int(f[11]) + int(f[12]) for f in map(fields, self._vcpus)]
+
+    def goes_on(self) -> float:
+        """Wait until the guest has run; for how many seconds it did not."""
+        since = time.monotonic()
+        used = self.used()
+        until(lambda: not self.stands() and self.used() != used)
+        return time.monotonic() - since
+
+
+def fields(process: Path) -> list[str]:
+    """/proc/PID/stat from the state on."""
+    return (process / "stat").read_text().rpartition(")")[2].split()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until it holds."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "this never comes"
+        time.sleep(0.002)
+
+
+def save(guest: Guest, *more: str) -> list[str]:
+    """The command that freezes the guest."""
+    words = ["mtetool", "save", f"kvm:{guest.pid}", "--freeze", "--force", "-o", _SNAPSHOT]
+    return [*words, "--memslot", "0x40000000:64M", *more]
+
+
+def fault(name: str) -> dict[str, str]:
+    """The environment in which mtetool gets that signal while it holds the vCPUs."""
+    return {**os.environ, "MTETOOL_FAULT": f"{name}@{_HELD}"}
+
+
+def whole() -> bool:
+    """Whether the snapshot is."""
+    done = subprocess.run(["mtetool", "verify", _SNAPSHOT], check=False, capture_output=True)
+    return done.returncode == 0
+
+
+def by_sigstop(guest: Guest) -> tuple[int, float]:
+    """How it ended, and for how long the guest stood still after the stop."""
+    process = subprocess.Popen(save(guest), env=fault("STOP"), stdout=subprocess.DEVNULL)
+    until(lambda: fields(Path(f"/proc/{process.pid}"))[0] in "TZX")
+    seconds = guest.goes_on()
+    return process.wait(), seconds
+
+
+def by_sigtstp(guest: Guest) -> dict[str, object]:
+    """Ctrl-Z's signal while the vCPUs are held, in a job of its own."""
+    process = subprocess.Popen(
+        save(guest), env=fault("TSTP"), stdout=subprocess.DEVNULL, process_group=0
+    )
+    return stopped_and_continued(guest, process.pid)
+
+
+def stopped_and_continued(guest: Guest, pid: int) -> dict[str, object]:
+    """What becomes of a job that stops, is continued and ends."""
+    _, status = os.waitpid(pid, os.WUNTRACED)
+    found: dict[str, object] = {"stopped": os.WIFSTOPPED(status), "held": guest.stands()}
+    guest.goes_on()
+    if os.WIFSTOPPED(status):
+        os.kill(pid, signal.SIGCONT)
+        _, status = os.waitpid(pid, 0)
+    return {**found, "status": os.waitstatus_to_exitcode(status), "whole": whole()}
+
+
+def at_a_terminal(work: Callable[[int], object]) -> dict[str, object]:
+    """What `work` finds, given the master's end, as the leader of a terminal's session."""
+    reading, writing = os.pipe()
+    master, terminal = pty.openpty()
+    leader = os.fork()
+    if leader == 0:
+        os.setsid()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        os.write(writing, json.dumps(work(master)).encode())
+        os._exit(0)
+    os.close(writing)
+    os.close(terminal)
+    with open(reading, "rb") as found:  # noqa: PTH123 - a descriptor
+        text = found.read()
+    os.close(master)
+    os.waitpid(leader, 0)
+    document: dict[str, object] = json.loads(text)
+    return document
+
+
+def job(words: list[str], *, foreground: bool) -> tuple[int, int]:
+    """Start a job of this session's terminal; its PID, and the terminal."""
+    terminal = os.open("/dev/tty", os.O_RDWR)
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        if foreground:
+            os.tcsetpgrp(terminal, os.getpid())
+        signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+        for fd in range(3):
+            os.dup2(terminal, fd)
+        os.execvp(words[0], words)  # noqa: S606
+    return pid, terminal
+
+
+def by_ctrl_z(guest: Guest) -> dict[str, object]:
+    """Ctrl-Z typed at a terminal, under a progress bar, as soon as a vCPU is held."""
+
+    def work(master: int) -> object:
+        pid, _ = job(save(guest), foreground=True)
+        # One that was never seen to hold a vCPU went by between two looks.
+        while not seen_holding(guest, pid):
+            os.waitpid(pid, 0)
+            pid, _ = job(save(guest), foreground=True)
+        os.write(master, b"\x1a")
+        return stopped_and_continued(guest, pid)
+
+    return at_a_terminal(work)
+
+
+def seen_holding(guest: Guest, pid: int) -> bool:
+    """Wait until a vCPU is held; False when the process has ended instead."""
+    ended = False
+
+    def seen() -> bool:
+        nonlocal ended
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return ended or guest.stands()
+
+    until(seen)
+    return not ended
+
+
+def by_tostop(guest: Guest) -> dict[str, object]:
+    """A job in the background of a terminal that stops those who write to it (stty tostop)."""
+
+    def work(master: int) -> object:
+        attributes = termios.tcgetattr(master)
+        attributes[3] |= termios.TOSTOP
+        termios.tcsetattr(master, termios.TCSANOW, attributes)
+        pid, terminal = job(save(guest, "--progress", "json"), foreground=False)
+        found: list[bool] = []
+        while os.WIFSTOPPED((ended := os.waitpid(pid, os.WUNTRACED))[1]):
+            found.append(guest.stands())
+            guest.goes_on()
+            os.tcsetpgrp(terminal, pid)
+            os.kill(pid, signal.SIGCONT)
+        status = os.waitstatus_to_exitcode(ended[1])
+        return {"stops": len(found), "held": any(found), "status": status, "whole": whole()}
+
+    return at_a_terminal(work)
+
+
+def by_nobody_reading(guest: Guest) -> dict[str, object]:
+    """Progress goes to a pipe that is full, and stays full until the guest runs again."""
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, _F_SETPIPE_SZ, 4096)
+    os.write(writing, bytes(4096))
+    words = save(guest, "--progress", "json")
+    process = subprocess.Popen(words, stderr=writing, stdout=subprocess.DEVNULL)
+    os.close(writing)
+    # Its main thread stands in a write to standard error: of the last line, all else is done.
+    until(lambda: Path(f"/proc/{process.pid}/syscall").read_text().startswith(_WRITE_TO_STDERR))
+    held = guest.stands()
+    guest.goes_on()
+    with open(reading, "rb") as source:  # noqa: PTH123 - a descriptor
+        lines = source.read()[4096:].splitlines()
+    last = json.loads(lines[-1])
+    done = last["done_bytes"] == last["total_bytes"]
+    return {"held": held, "done": done, "status": process.wait(), "whole": whole()}
+
+
+def main() -> None:
+    """All of them."""
+    guest, times = Guest(int(sys.argv[1])), int((sys.argv[2:] or ["1"])[0])
+    stops = [by_sigstop(guest) for _ in range(times)]
+    result = {
+        "sigstop": {
+            "statuses": sorted({status for status, _ in stops}),
+            "seconds": [round(seconds, 3) for _, seconds in stops],
+        },
+        "sigtstp": by_sigtstp(guest),
+        "ctrl_z": by_ctrl_z(guest),
+        "tostop": by_tostop(guest),
+        "nobody_reading": by_nobody_reading(guest),
+        "guards_left": guards(),
+    }
+    print(json.dumps(result))
+
+
+def guards() -> int:
+    """How many guards of mtetool there are on this host, or zombies of them."""
+    names = (process / "comm" for process in Path("/proc").glob("[0-9]*"))
+    count = 0
+    for name in names:
+        try:
+            count += name.read_text() == "mte-guard\n"
+        except OSError:
+            continue
+    return count
+
+
+if __name__ == "__main__":
+    main()
