@@ -39,8 +39,11 @@ def _no_vmms(lab: Machine) -> Iterator[None]:
 
 def file_bytes(lab: Machine, pid: int) -> int:
     """What the files in memory of a process have."""
-    blocks = f"stat -L -c %b $(find /proc/{pid}/fd -lname '/memfd:*')"
-    return 512 * sum(map(int, lab.sh(blocks).stdout.split()))
+    script = (
+        f"for fd in /proc/{pid}/fd/*; do case $(readlink $fd) in"
+        " /memfd:*) stat -L -c %b $fd ;; esac; done"
+    )
+    return 512 * sum(map(int, lab.sh(script).stdout.split()))
 
 
 @pytest.mark.parametrize("memory", ["private", "memfd"])
