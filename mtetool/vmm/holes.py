@@ -34,8 +34,9 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """A part of a mapping of a file in memory; `hole_bytes` is how much of it may be holes."""
+    """A part of a mapping of a file in memory; `hole_bytes` are those of the whole file."""
 
+    pid: int
     start: int
     end: int
     file: tuple[int, int]
@@ -87,10 +88,12 @@ def _holes(windows: Iterable[_Window]) -> int:
     """How many bytes of windows may be holes; several windows may show the same file."""
     of_files: dict[tuple[int, int], tuple[int, int]] = {}
     for window in windows:
-        size, holes = of_files.get(window.file, (0, 0))
-        size += window.end - window.start
-        of_files[window.file] = size, max(holes, window.hole_bytes)
-    return sum(min(size, holes) for size, holes in of_files.values())
+        if window.hole_bytes:
+            absent, _ = of_files.get(window.file, (0, 0))
+            # What is in the page tables exists; private huge pages are nowhere else.
+            absent += window.end - window.start - _present(window.pid, window.start, window.end)
+            of_files[window.file] = absent, window.hole_bytes
+    return sum(min(absent, holes) for absent, holes in of_files.values())
 
 
 def _windows(pid: int) -> Iterator[_Window]:
@@ -107,8 +110,8 @@ def _windows(pid: int) -> Iterator[_Window]:
             try:
                 fd = open_mapped(pid, mapping, os.O_PATH)
             except UnknownError:
-                # It may be memory. What it has beyond the VMM's own page tables nobody shows us.
-                yield _Window(start, end, file, end - start - _present(pid, start, end), False)
+                # It may be memory. What it has beyond the VMM's own page tables is not shown to us.
+                yield _Window(pid, start, end, file, end - start, False)
                 continue
             try:
                 kind, status = file_system(fd), os.fstat(fd)
@@ -116,9 +119,7 @@ def _windows(pid: int) -> Iterator[_Window]:
                 os.close(fd)
             holes = status.st_size - status.st_blocks * _BLOCK_BYTES
             if kind in (TMPFS, HUGETLBFS):
-                if holes > 0:  # private huge pages are not the file's, but in the page tables
-                    holes = min(holes, end - start - _present(pid, start, end))
-                yield _Window(start, end, file, max(holes, 0), kind == HUGETLBFS)
+                yield _Window(pid, start, end, file, max(holes, 0), kind == HUGETLBFS)
 
 
 def _present(pid: int, start: int, end: int) -> int:

@@ -194,12 +194,17 @@ class Pagemap:
             raise UnknownError(str(error)) from error
 
     def _scanned(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        at = start
+        at = done = start
         while at < end:
             n_regions, behind = self._scan(at, end, _address_of(self._vector))
             # A copy: whoever looks at other memory meanwhile takes the same vector.
             regions = bytes(self._vector[: n_regions * _REGION.size])
-            yield from ((first, stop) for first, stop, _ in _REGION.iter_unpack(regions))
+            for first, stop, _ in _REGION.iter_unpack(regions):
+                if stop > done:
+                    yield max(first, done), stop
+                    done = stop
+            # Where the vector is full at the end of the range, this may be before the last regions
+            # (seen on 6.18): they come again.
             if behind <= at:
                 break
             at = behind

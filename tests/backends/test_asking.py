@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import cast
 
 import pytest
-from hypothesis import event, given
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from mtetool import uapi
@@ -193,7 +193,19 @@ class MovingVmm(Vmm):
         return 0
 
 
+# Two slots of one size touch, and the only place for the question overlaps one of them.
+_TWINS = [
+    Slot(0, 0, MIB, MAIN),
+    Slot(1, MIB, MIB, MAIN + 18 * MIB),
+    Slot(2, 3 * MIB, MIB, MAIN + 19 * MIB),
+    Slot(3, 5 * MIB, 16 * MIB, MAIN + 20 * MIB),
+    Slot(4, 21 * MIB, 16 * MIB, MAIN + MIB),
+]
+_TWINS_MEMORY = [(MAIN, MAIN + 17 * MIB), (MAIN + 18 * MIB, MAIN + 36 * MIB)]
+
+
 @given(machines(), st.booleans())
+@example((_TWINS, _TWINS_MEMORY), False)
 def test_a_slot_that_was_moved_is_put_back(
     machine: tuple[list[Slot], list[tuple[int, int]]], is_told: bool
 ) -> None:

@@ -39,8 +39,11 @@ def _no_vmms(lab: Machine) -> Iterator[None]:
 
 def file_bytes(lab: Machine, pid: int) -> int:
     """What the files in memory of a process have."""
-    blocks = f"stat -L -c %b $(find /proc/{pid}/fd -lname '/memfd:*')"
-    return 512 * sum(map(int, lab.sh(blocks).stdout.split()))
+    script = (
+        f"for fd in /proc/{pid}/fd/*; do case $(readlink $fd) in"
+        " /memfd:*) stat -L -c %b $fd ;; esac; done"
+    )
+    return 512 * sum(map(int, lab.sh(script).stdout.split()))
 
 
 @pytest.mark.parametrize("memory", ["private", "memfd"])
@@ -82,12 +85,8 @@ def test_one_memslot_of_which_nobody_knows_where_it_is(lab: Machine) -> None:
     assert MIB <= before < 2 * MIB
     for words in (
         f"save {guest} -o /tmp/s",
-        f"save {guest} --memslot {BASE:#x}:64M -o /tmp/s",
-        f"dump {guest}",
-        f"diff {guest} /tmp/r",
-        f"verify /tmp/r --against {guest}",
+        f"dump {guest} --memslot {BASE:#x}:64M",
         f"restore /tmp/r {guest}",
-        f"restore /tmp/r {guest} --dry-run",
     ):
         refused = lab.run(["mtetool", *words.split()])
         assert refused.returncode == 4, words
@@ -103,22 +102,16 @@ def test_one_memslot_of_which_nobody_knows_where_it_is(lab: Machine) -> None:
     lab.sh(f"mtetool restore /tmp/r {guest} {slot}")
     restored = file_bytes(lab, pid)
     assert restored <= before + 64 * 1024
-    lab.sh(
-        f"mtetool save {guest} {slot} -o /tmp/s"
-        f" && mtetool verify /tmp/r --against {guest} {slot} && mtetool diff {guest} /tmp/r {slot}"
-        f" && mtetool dump {guest} {slot} >/tmp/dump"
-    )
+    lab.sh(f"mtetool save {guest} {slot} -o /tmp/s && mtetool diff {guest} /tmp/r {slot}")
     assert file_bytes(lab, pid) == restored
-    # A place where no memory is, and memory that is smaller.
-    for wrong in ("0x1000", hex(int(address, 16) + MIB)):
-        command = ["mtetool", "save", guest, "-o", "/tmp/t", "--memslot", f"{BASE}:64M@{wrong}"]
-        refused = lab.run([*command, "--json"])
-        assert (refused.returncode, json.loads(refused.stderr)["error"]) == (2, "out-of-range")
+    wrong = f"{BASE:#x}:64M@{int(address, 16) + MIB:#x}"
+    refused = lab.run(["mtetool", "save", guest, "-o", "/tmp/t", "--memslot", wrong, "--json"])
+    assert (refused.returncode, json.loads(refused.stderr)["error"]) == (2, "out-of-range")
     # And all of it is made where that is wanted.
     lab.sh(f"mtetool save {guest} --every-page -o /tmp/every && mtetool diff /tmp/s /tmp/every")
     assert file_bytes(lab, pid) == 64 * MIB
-    # Of memory that is all there nobody needs to know the place.
-    lab.sh(f"mtetool save {guest} -o /tmp/s --force && mtetool diff /tmp/s /tmp/every")
+    # Of memory that is all there the place does not matter.
+    lab.sh(f"mtetool save {guest} -o /tmp/s --force")
 
 
 def test_private_memory_costs_nothing(lab: Machine) -> None:

@@ -89,6 +89,24 @@ def test_a_kernel_without_the_scan(no_scan: None, kind: str) -> None:
     assert found == [(address + a * PAGE, address + b * PAGE) for a, b in wanted]
 
 
+def test_as_many_regions_as_fit_into_one_answer() -> None:
+    """The scan then ends before the last of them, which must not come twice."""
+    n_pages = 2 * pagemap._REGIONS
+    with mmap.mmap(-1, n_pages * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        first = ctypes.c_char.from_buffer(memory)
+        address = ctypes.addressof(first)
+        del first
+        for page in range(0, n_pages, 2):
+            memory[page * PAGE] = 1
+        known = Pagemap(os.getpid())
+        known._frames = None
+        found = list(known.existing(address, address + n_pages * PAGE))
+        known.close()
+    pages = range(address, address + n_pages * PAGE, 2 * PAGE)
+    assert found == [(at, at + PAGE) for at in pages]
+
+
 def test_what_was_only_read_counts_as_present(no_scan: None) -> None:
     with mapped("private") as (memory, address):
         assert memory[9 * PAGE] == 0
