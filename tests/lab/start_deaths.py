@@ -1,10 +1,10 @@
 """Run in the lab: a VMM is started, and what watches its start is killed before each of its steps.
 
 `python3 -m tests.lab.start_deaths [every-call] [term] [stop]` prints, as JSON, how each VMM
-differed from one that was started plainly. A step is one request to the kernel that concerns the VMM; before
-the death the VMM gets the time to come to its next stop. With "term" it is sent SIGTERM one step
-before, by which it must end. With "stop" what watches is stopped there instead, and nobody
-continues it.
+differed from one that was started plainly. A step is one request to the kernel that concerns the
+VMM; before the death the VMM gets the time to come to its next stop. With "term" it is sent
+SIGTERM one step before, by which it must end. With "stop" what watches is stopped there instead,
+and nobody continues it.
 """
 
 from __future__ import annotations
