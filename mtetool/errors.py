@@ -21,6 +21,9 @@ STATUS_HOST = 6
 
 DETAIL_KEYS = (
     "path",
+    "input",
+    "kept",
+    "result_status",
     "pid",
     "ipa",
     "size_bytes",
@@ -109,6 +112,18 @@ class FileExistsAlreadyError(UsageError):
     id = "file-exists"
 
 
+class OutputIsInputError(UsageError):
+    """The output is, under whatever name, one of the files that the command reads."""
+
+    id = "output-is-input"
+
+
+class BadNameError(UsageError):
+    """A name that no file can have: empty, too long, a loop of symbolic links."""
+
+    id = "bad-name"
+
+
 # --- status 3: some of it ------------------------------------------------------------------
 
 
@@ -172,7 +187,7 @@ class TooLateError(GuestError):
 
 
 class PermissionRefusedError(GuestError):
-    """The kernel does not let this user work on that process."""
+    """The kernel does not let this user work on that process, or open that file."""
 
     id = "permission"
 
@@ -193,6 +208,12 @@ class LayoutUnknownError(GuestError):
     """The guest's memslots could not be learnt."""
 
     id = "layout-unknown"
+
+
+class WouldAllocateError(GuestError):
+    """Reading the guest's tags would allocate memory that it does not have yet."""
+
+    id = "would-allocate"
 
 
 class ForeignMonitorError(GuestError):
@@ -298,8 +319,9 @@ _HINTS = {
     errno_module.EDQUOT: "make room within the quota, or write elsewhere",
     errno_module.EFBIG: "a limit on the size of files is in force: ulimit -f",
     errno_module.EROFS: "the file system is mounted read-only: write elsewhere",
-    errno_module.EACCES: "who may is said by: ls -ld, of the file and its directory",
-    errno_module.EPERM: "who may is said by: ls -ld, of the file and its directory",
+    errno_module.EACCES: "check the permissions of the file and its directory: ls -ld",
+    errno_module.EPERM: "check the permissions of the file and its directory: ls -ld, lsattr -d",
+    errno_module.EBADF: "it is closed, or open the other way round: check the redirections",
     errno_module.EMFILE: "a higher limit on open files: ulimit -n",
     errno_module.ENFILE: "this host has too many files open",
     errno_module.ENOLCK: "the server of the file system may have no lock service: a local one has",
@@ -330,3 +352,30 @@ def host_error(error: OSError, what: str, **details: object) -> HostError:
     elif number == errno_module.ENOMEM:
         kind, hint = NoMemoryError, "a smaller --range"
     return kind(message, hint=hint, **{"errno": name, **details})
+
+
+def file_error(error: OSError, path: str, what: str | None = None) -> MtetoolError:
+    """What an OSError means that the opening, making or replacing of a file met.
+
+    One rule for snapshots, outputs and the files of emulated guests: NoSuchFileError,
+    BadNameError, PermissionRefusedError (EACCES and EPERM), else what `host_error` says. `path` is
+    in the details of each. `what` names what was tried; the path itself, if left out.
+    """
+    number = error.errno or 0
+    details: dict[str, object] = {"path": path, "errno": errno_name(number)}
+    message = f"{what or path}: {error.strerror or error} ({errno_name(number)})"
+    if number in (errno_module.ENOENT, errno_module.ENOTDIR):
+        return NoSuchFileError(message, hint="check the name: ls -ld", **details)
+    if number == errno_module.ENAMETOOLONG:
+        message = f"{shortened(what or path)}: {error.strerror} (ENAMETOOLONG)"
+        return BadNameError(message, hint="a name has at most 255 bytes, a path 4095", **details)
+    if number == errno_module.ELOOP:
+        return BadNameError(message, hint="follow the links: namei -l", **details)
+    if number in (errno_module.EACCES, errno_module.EPERM):
+        return PermissionRefusedError(message, hint=_HINTS[number], **details)
+    return host_error(error, what or path, path=path)
+
+
+def shortened(text: str) -> str:
+    """A text cut to what fits into a message."""
+    return text if len(text) <= 100 else f"{text[:60]}…{text[-30:]}"

@@ -13,7 +13,8 @@ class Memslot:
     """A range of guest physical memory that the VMM has given to KVM.
 
     `readonly` is None where nobody may know (a slot found by asking the kernel). `kind`
-    is "device" for memory that cannot carry tags; such slots are never copied.
+    is "device" for memory that cannot carry tags; such slots are never copied. `host_address` is
+    where the slot begins in the VMM's own memory, if the user said so.
     """
 
     id: int
@@ -21,6 +22,7 @@ class Memslot:
     size_bytes: int
     readonly: bool | None = False
     kind: SlotKind = "ram"
+    host_address: int | None = None
 
     @property
     def end(self) -> int:

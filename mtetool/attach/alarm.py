@@ -1,12 +1,17 @@
-"""A signal at every ioctl that returned: a stop behind the call, for a tracer, and for nobody else.
+"""A signal at every ioctl that returned: a stop after the call, for a tracer, and for nobody else.
 
 PTRACE_SYSCALL stops a thread twice at each of the hundreds of calls of a program's start. A perf
 event on the tracepoint syscalls:sys_exit_ioctl counts in the kernel instead, and sends the
 thread a signal through its file's O_ASYNC (fcntl(2), F_SETSIG, F_SETOWN_EX), which a tracer sees
-before it is delivered and takes away. The signal is SIGURG, which does nothing by default: a
-tracer that dies with one on its way has done no harm. (SIGTRAP, which attr.sigtrap sends, ends
-the process then; fanotify tells nothing of device files.) Needs the right to use perf and to
-read tracefs, in practice root.
+before it is delivered and takes away. The signal is SIGWINCH, which does nothing by default, and
+next to nothing in a handler: a tracer that dies with one on its way has done no harm. (SIGTRAP,
+which attr.sigtrap sends, ends the process then; fanotify reports nothing of device files. A
+signal that threads send each other, as Go's do with SIGURG, is lost where it meets one of ours:
+the kernel keeps one of each number.) Needs the right to use perf and to read tracefs, in practice
+root.
+
+The signal is sent from an interrupt. In the emulator that comes before the thread's next
+instruction; on hardware it may come later.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import os
 import struct
 from pathlib import Path
 
-SIGNAL = 23  # SIGURG
+SIGNAL = 28  # SIGWINCH
 FILTER = b"ret > 0"
 
 _NR_PERF_EVENT_OPEN = 241

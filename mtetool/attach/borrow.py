@@ -44,7 +44,7 @@ _STACK_GAP_BYTES = 1024
 # up, and for how long.
 _STAND_TRIES = 12
 _STAND_SECONDS = 0.002
-_SIGSTOP = 19
+_SIGSTOP, _SIGTRAP = 19, 5
 # include/linux/errno.h: ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK. At
 # the end of a call they say that the kernel makes it anew when the thread runs on.
 _RESTART_CODES = (-512, -513, -514, -516)
@@ -61,10 +61,11 @@ class BorrowedThread:
     allow them. `check` is asked once the thread stands still, whether it is the right process.
     `seconds` is the time for which it was stopped or made calls for us.
 
-    With `held` it is seized and stopped already, at a system call or a signal.
+    With `held` it is seized already, and at an event stop.
 
-    Entering raises AttachRefusedError where this thread cannot be borrowed safely; then nothing
-    of it was changed, and one that was held still is.
+    Entering raises AttachRefusedError where this thread cannot be borrowed safely, and
+    ProcessLookupError where it is not of the process; then nothing of it was changed, and one
+    that was held still is.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class BorrowedThread:
 
     def __enter__(self) -> Self:
         steps.enter("borrow")
-        self._tracee = self._held or Tracee.seize(self.tid)
+        self._tracee = self._held or Tracee.seize_of(self.pid, self.tid)
         self._since = time.monotonic()
         try:
             self._stop_where_it_can_be_borrowed()
@@ -156,23 +157,26 @@ class BorrowedThread:
         return result, Tracee(child) if child else None
 
     def _stop_where_it_can_be_borrowed(self) -> None:
-        if self._held is not None:
-            self._tracee.to_event_stop()
-            # It has not made the next call yet, nor is it in a sequence that would be restarted.
-            self._original_call = self._tracee.registers().x[8]
-            return
-        for attempt in range(_STAND_TRIES):
-            if attempt:
-                self._tracee.cont()
-                time.sleep(_STAND_SECONDS)
-            self._tracee.stop()
-            self._original_call = restart.settle(self.pid, self._tracee)
-            obstacle = _obstacle(self.pid, self._tracee)
+        tracee = self._tracee
+        stop = tracee.stop() if self._held is None else None
+        for _ in range(_STAND_TRIES):
+            self._original_call = restart.settle(self.pid, tracee)
+            obstacle = _obstacle(self.pid, tracee)
             if obstacle is None:
                 return
+            # A process that is stopped as a whole stays where it is, and one that is held for us
+            # must not go on.
+            if stop is None or stop.signal != _SIGTRAP:
+                break
+            tracee.cont()
+            time.sleep(_STAND_SECONDS)
+            stop = tracee.stop()
+        stopped = stop is not None and stop.signal != _SIGTRAP
         raise AttachRefusedError(
             f"thread {self.tid} of process {self.pid} {obstacle}",
-            hint="try again; it may stand elsewhere then",
+            hint=f"continue the process, which is stopped: kill -CONT {self.pid}"
+            if stopped
+            else "try again; it may stand elsewhere then",
         )
 
     def _lay_crash_road(self) -> None:

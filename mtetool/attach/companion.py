@@ -1,12 +1,14 @@
 """A companion: a process that traces this one from now on, and is nobody's child.
 
 It is there before this process becomes another program, so that it sees that program from its
-first instruction on. It belongs to the process that adopts orphans, in a session of its own.
+first instruction on. It belongs to the process that adopts orphans, in a session of its own, and
+holds nothing of ours: no file, no pipe, no directory, so that nobody waits for it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import socket
@@ -21,7 +23,7 @@ from mtetool.errors import AttachRefusedError
 
 _PR_SET_PTRACER = 0x59616D61  # include/uapi/linux/prctl.h
 _NUMBER = struct.Struct("<i")
-_STDERR = 2
+_STANDARD = (0, 1, 2)
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Python ignores these from its start on, and forgets how it found them.
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
@@ -35,9 +37,8 @@ Work = Callable[[], object]
 def accompany(attach: Callable[[int], Work]) -> None:
     """Start a companion and wait until it has attached to this process.
 
-    There, `attach` is called with our PID, and then what it returned. Of what it inherits the
-    companion keeps standard error alone. Raises AttachRefusedError when it died, and the
-    OSError of `attach`.
+    There, `attach` is called with our PID, and then what it returned. Raises AttachRefusedError
+    when it died, and the OSError of `attach`.
     """
     pid = os.getpid()
     here, there = socket.socketpair()
@@ -112,29 +113,35 @@ def _keep_company(pid: int, there: socket.socket, attach: Callable[[int], Work])
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # its own alarms must reach it
     become_guarded()
-    _drop_inherited(there)
-    there.sendall(_NUMBER.pack(os.getpid()))
-    _receive(there)
-    try:
-        work = attach(pid)
-    except OSError as error:
-        there.sendall(_NUMBER.pack(error.errno or 0))
-        return
-    there.sendall(_NUMBER.pack(0))
-    there.close()
+    with _alone_with(there) as there:
+        there.sendall(_NUMBER.pack(os.getpid()))
+        _receive(there)
+        try:
+            work = attach(pid)
+        except OSError as error:
+            there.sendall(_NUMBER.pack(error.errno or 0))
+            return
+        there.sendall(_NUMBER.pack(0))
     work()
 
 
-def _drop_inherited(but: socket.socket) -> None:
-    """Close what somebody may wait for the end of, or may want to unmount."""
+def _alone_with(end: socket.socket) -> socket.socket:
+    """Close what somebody may wait for the end of, or may want to unmount; all but the socket.
+
+    That gets a number that is no standard stream's, which it has where those were closed.
+    """
+    kept = socket.socket(fileno=fcntl.fcntl(end.detach(), fcntl.F_DUPFD_CLOEXEC, len(_STANDARD)))
     for fd in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208 - numbers, not paths
-        if fd > _STDERR and fd != but.fileno():
+        if fd != kept.fileno():
             with suppress(OSError):  # the listing's own is closed by now
                 os.close(fd)
     null = os.open(os.devnull, os.O_RDWR)
-    for fd in range(_STDERR):
+    for fd in _STANDARD:
         os.dup2(null, fd)
+    if null not in _STANDARD:
+        os.close(null)
     os.chdir("/")
+    return kept
 
 
 def _receive(end: socket.socket) -> int:

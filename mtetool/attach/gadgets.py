@@ -52,17 +52,18 @@ def find_aligned(code: bytes, pattern: bytes) -> int | None:
 def find(pid: int) -> Gadgets:
     """Find the gadgets; the process must be stopped, so that its map is what it will run on.
 
-    Raises AttachRefusedError where the vDSO lacks one of the two that are needed.
+    Raises AttachRefusedError where the vDSO lacks one of the two that are needed, or may not be
+    executed.
     """
     maps = memory.mappings(pid)
-    vdso = next((m for m in maps if m.name == "[vdso]"), None)
+    vdso = next((m for m in maps if m.name == "[vdso]" and "x" in m.flags), None)
     code = _code(pid, vdso, _VDSO_BYTES) if vdso else b""
     svc_ret = find_aligned(code, _SVC_RET)
     sigreturn = find_aligned(code, _SIGRETURN)
     if vdso is None or svc_ret is None or sigreturn is None:
         raise AttachRefusedError(
             f"process {pid} has no vDSO with the instructions that mtetool borrows",
-            hint="the kernel was built without a vDSO, or the process unmapped it",
+            hint="the kernel was built without a vDSO, or the process unmapped or protected it",
         )
     return Gadgets(vdso.start + svc_ret, vdso.start + sigreturn, _find_exit(pid, maps))
 

@@ -25,13 +25,15 @@ class HeldThreads:
     def hold(self, tids: Iterable[int]) -> list[Tracee]:
         """Stop these threads; those that were not held before. One that ended is left out.
 
+        So is one that is not of the process.
+
         Raises PermissionRefusedError, BusyError (traced by another); what was seized by then is
         held until `release`.
         """
         seized: list[Tracee] = []
         for tid in sorted(set(tids) - set(self._held)):
             try:
-                tracee = self._held[tid] = Tracee.seize(tid)
+                tracee = self._held[tid] = Tracee.seize_of(self._pid, tid)
                 tracee.interrupt()
                 seized.append(tracee)
             except OSError as error:

@@ -11,7 +11,9 @@ import os
 import struct
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 from mtetool.attach import steps
@@ -241,6 +243,21 @@ class Tracee:
         _ptrace(_SEIZE, tid, 0, _O_TRACESYSGOOD | options)
         return cls(tid)
 
+    @classmethod
+    def seize_of(cls, pid: int, tid: int) -> Self:
+        """As `seize`, of a thread of that process. Raises ProcessLookupError for any other.
+
+        A thread's id may have become another process's since it was looked up. From the seize on
+        it stays the thread's.
+        """
+        tracee = cls.seize(tid)
+        if Path(f"/proc/{pid}/task/{tid}").exists():
+            return tracee
+        with suppress(GuestLostError, ProcessLookupError):
+            tracee.stop()
+            tracee.detach()
+        raise ProcessLookupError(errno.ESRCH, f"thread {tid} is not of process {pid}")
+
     def trace_clones(self, on: bool) -> None:
         """Whether threads that this thread makes are traced from birth."""
         _ptrace(_SETOPTIONS, self.tid, 0, _O_TRACESYSGOOD | (_O_TRACECLONE if on else 0))
@@ -272,10 +289,13 @@ class Tracee:
         self.interrupt()
         return self.until_event_stop()
 
-    def to_event_stop(self) -> Stop:
-        """From another kind of stop to an event stop, without an instruction in between."""
+    def to_event_stop(self, signal: int = 0) -> Stop:
+        """From another kind of stop to an event stop, without an instruction in between.
+
+        The thread is given that signal on the way.
+        """
         self.interrupt()
-        self.cont()
+        self.cont(signal)
         return self.until_event_stop()
 
     def until_event_stop(self) -> Stop:

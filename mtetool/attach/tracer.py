@@ -82,8 +82,9 @@ class Tracer:
     def _no_answer(self, patience: float) -> BusyError:
         return BusyError(
             f"process {self._pid} did not answer for {patience:.0f} seconds",
-            hint="it is frozen (a cgroup's freezer?) or stuck in the kernel; mtetool lets go of it"
-            " by ending, and it goes on when it can",
+            hint="it is frozen (a cgroup's freezer?), or waits in the kernel: for a disk, or for a"
+            " userfaultfd that does not answer (post-copy migration, a VM resumed from a snapshot);"
+            " mtetool lets go of it by ending, and it goes on when it can",
             pid=self._pid,
         )
 

@@ -11,9 +11,19 @@ from typing import cast
 from mtetool.backends.base import Guest
 from mtetool.errors import SourceError
 from mtetool.guest import GuestInfo, Memslot
+from mtetool.snapshot.kinds import FileKind, kind_of
 from mtetool.words import quoted
 
-__all__ = ["Guest", "GuestInfo", "GuestOptions", "Memslot", "is_guest", "open_guest"]
+__all__ = [
+    "Guest",
+    "GuestInfo",
+    "GuestOptions",
+    "Memslot",
+    "guest_files",
+    "is_guest",
+    "open_files",
+    "open_guest",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +52,26 @@ def is_guest(source: str) -> bool:
     return source.partition(":")[0] in _OPENERS and ":" in source
 
 
+def guest_files(*sources: str) -> list[str]:
+    """The files that guests are kept in, of the sources that name such guests (`emu:PATH`)."""
+    named = (source.partition(":") for source in sources)
+    return [path for prefix, colon, path in named if prefix == "emu" and colon and path]
+
+
+def open_files(source: str) -> list[str]:
+    """The files that a live guest's process has open, as /proc/PID/fd/N; none where unreadable.
+
+    Disks and memory of a VM are among them: what no output may replace.
+    """
+    prefix, _, rest = source.partition(":")
+    if prefix not in ("kvm", "proc"):
+        return []
+    try:
+        return [str(path) for path in Path(f"/proc/{int(rest.partition(':')[0])}/fd").iterdir()]
+    except (OSError, ValueError):
+        return []
+
+
 def open_guest(source: str, options: GuestOptions | None = None) -> Guest:
     """Open the guest that `source` names, `emu:PATH`, `kvm:PID[:FD]` or `proc:PID`.
 
@@ -49,11 +79,23 @@ def open_guest(source: str, options: GuestOptions | None = None) -> Guest:
     """
     prefix, colon, rest = source.partition(":")
     if not colon or prefix not in _OPENERS:
-        kinds = ", ".join(f"{known}:" for known in _OPENERS)
-        raise SourceError(
-            f"{quoted(source)} does not name a guest",
-            hint=f"a guest's name starts with one of {kinds}; see mtetool(1), SOURCES",
-        )
+        raise _not_a_guest(source)
     module, function = _OPENERS[prefix]
     opener = cast(Opener, getattr(import_module(module), function))
     return opener(rest, options or GuestOptions())
+
+
+def _not_a_guest(source: str) -> SourceError:
+    """The error for a name without a prefix, which says what was probably meant."""
+    kinds = ", ".join(f"{known}:" for known in _OPENERS)
+    hint = f"a guest's name starts with one of {kinds}; see mtetool(1), SOURCES"
+    message = f"{quoted(source)} does not name a guest"
+    if source.isdecimal():
+        hint = f"a process is kvm:{source} (its VM) or proc:{source} (its own memory)"
+    elif (kind := kind_of(source)) is FileKind.EMULATED:
+        message = f"{source} is the file of an emulated guest, which has another name"
+        hint = f"write emu:{source}"
+    elif kind is FileKind.SNAPSHOT:
+        message = f"{source} is a snapshot file, and a guest is wanted"
+        hint = f"mtetool info {source} describes it; mtetool restore {source} GUEST"
+    return SourceError(message, hint=hint)

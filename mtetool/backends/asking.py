@@ -10,7 +10,9 @@ Should a kernel take such a slot all the same, it is deleted at once, and nothin
 
 Where in the VMM a slot's memory is, it confirms, too: a slot that is there keeps its size, address
 and read-only flag, so that another one is EINVAL, and may be moved, but EEXIST onto another slot,
-which is looked at only then. `mtetool.vmm.placing` says why no such question can move one.
+which is looked at only then. `mtetool.vmm.placing` says why no such question can move one: other
+slots are in the way, which are looked at again right before it. Should a VMM remove them in
+between, the slot is put back by the very next call.
 """
 
 from __future__ import annotations
@@ -18,15 +20,17 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import chain
 
 from mtetool import uapi
 from mtetool.attach import memory
 from mtetool.attach.helper import PAGE_BYTES
 from mtetool.attach.memory import Mapping
 from mtetool.attach.session import Session
-from mtetool.errors import GuestLostError, LayoutUnknownError, errno_name
+from mtetool.errors import BusyError, GuestError, GuestLostError, LayoutUnknownError, errno_name
 from mtetool.guest import Memslot
-from mtetool.vmm.placing import SMALLEST_BYTES, Guess, Placer
+from mtetool.vmm.placing import SMALLEST_BYTES, Guess, Place, Placer
 from mtetool.vmm.probing import Answer, Prober
 from mtetool.vmm.scratch import ScratchVm, scratch_vm
 
@@ -37,8 +41,14 @@ _PIECE_BYTES_MAX = 1 << 42
 
 # VMMs count ids up from 0 and fill gaps: behind so many that are free is none.
 _FREE_IDS = 16
+# Slots whose places were told are mostly among the first ids; the others are not needed then.
+_FREE_IDS_TOLD = 2
 _USED_IDS_MAX = 64
-_GUESSES_MAX = 500
+_GUESSES_MAX = 250
+
+
+class _ChangedError(Exception):
+    """The memslots are not what they were a moment ago."""
 
 
 def memslots_of(session: Session, fd: int) -> tuple[Memslot, ...]:
@@ -64,31 +74,59 @@ def memslots_of(session: Session, fd: int) -> tuple[Memslot, ...]:
 
 
 def places_of(
-    session: Session, fd: int, found: tuple[Memslot, ...] | None
-) -> list[tuple[int, int, int]]:
+    session: Session,
+    fd: int,
+    layout: Sequence[Memslot] | None,
+    told: Sequence[Place] = (),
+) -> list[Place]:
     """(ipa, size, address) of guest memory of which the kernel confirms where it is.
 
-    The VM has MTE on; `found` is what `memslots_of` gave for it, None where it was not asked.
-    Where several places are told for some memory, it is in one of them; where none, nobody
-    knows. Raises LayoutUnknownError, GuestLostError, AttachRefusedError.
+    The VM has MTE on. `layout` is what `memslots_of` gave for it or a monitor told, None where
+    neither was asked; `told` is where memory is said to be, which is what is tried first, and all
+    that is tried where the kernel confirms it.
+    Where several places are given for some memory, it is in one of them; where none, its place is
+    unknown. Raises LayoutUnknownError, GuestLostError, AttachRefusedError; BusyError where the VMM
+    changed its memslots so that one was moved, and GuestError where it could not be put back.
     """
     if not _kernel_confirms():
         raise _unknown(session.pid, "this host's kernel may move a memslot that is only asked for")
-    slots = memslots_of(session, fd) if found is None else found
-    covered = [(slot.ipa, slot.end) for slot in slots]
-    if len(covered) < 2:
-        return []  # nothing could be in the way of its only memory
     maps = session.mappings()
     asking = _Asking(session, fd, _IDS[0], maps)
     prober = Prober(asking.ask, PAGE_BYTES, asking.piece_bytes)
-    largest = max(slots, key=lambda slot: slot.size_bytes).ipa
-    ids = asking.used_ids(largest)
-    placer = Placer(covered, ids, _guest_memory(maps), PAGE_BYTES, asking.confirms, _GUESSES_MAX)
-    places = placer.places()
-    # All of this was true at one time, or none is believed.
-    if not prober.still(covered) or asking.used_ids(largest) != ids:
-        return []
-    return places if all(asking.confirms(guess) for guess in placer.right) else []
+    covered = _ranges(memslots_of(session, fd) if layout is None else layout)
+    if layout is not None and len(covered) > 1 and not prober.still(covered):
+        covered = _ranges(memslots_of(session, fd))
+    if len(covered) < 2:
+        return []  # nothing could be in the way of its only memory
+    memory = _guest_memory(maps)
+    largest = max(covered, key=lambda each: each[1] - each[0])[0]
+    passes = ((_FREE_IDS_TOLD, []), (_FREE_IDS, memory)) if told else ((_FREE_IDS, memory),)
+    with suppress(_ChangedError):
+        for n_free, candidates in passes:
+            ids = asking.used_ids(largest, n_free)
+            placer = Placer(
+                covered, ids, candidates, PAGE_BYTES, asking.confirms, _GUESSES_MAX, told
+            )
+            places = placer.places()
+            if placer.all_told_proven():
+                break
+        # All of this was true at one time, or none is believed.
+        if (
+            prober.still(covered)
+            and asking.used_ids(largest, n_free) == ids
+            and all(asking.confirms(guess) for guess in placer.right)
+        ):
+            return places
+    return []
+
+
+def _ranges(slots: Sequence[Memslot]) -> list[tuple[int, int]]:
+    """What memslots cover; those that touch come as one."""
+    found: list[tuple[int, int]] = []
+    for slot in sorted(slots, key=lambda slot: slot.ipa):
+        start = found.pop()[0] if found and found[-1][1] == slot.ipa else slot.ipa
+        found.append((start, slot.end))
+    return found
 
 
 def _kernel_confirms() -> bool:
@@ -162,8 +200,7 @@ class _Asking:
 
     def ask(self, ipa: int, size: int) -> Answer:
         hva = self._untaggable + PAGE_BYTES - size
-        region = uapi.memory_region(self._slot_id, uapi.KVM_MEM_READONLY, ipa, size, hva)
-        result = self._session.ioctl(self._fd, uapi.KVM_SET_USER_MEMORY_REGION, region)
+        result = self._set(self._slot_id, uapi.KVM_MEM_READONLY, ipa, size, hva)
         if result == -errno.EEXIST:
             return Answer.TAKEN
         if result == -errno.EINVAL:
@@ -171,36 +208,100 @@ class _Asking:
         if result == -errno.EFAULT:
             return Answer.BEYOND
         if result == 0:
-            none = uapi.memory_region(self._slot_id, 0, ipa, 0, hva)
-            self._session.ioctl(self._fd, uapi.KVM_SET_USER_MEMORY_REGION, none)
+            self._unmake(self._slot_id, ipa)
         raise self._failed(result)
 
-    def used_ids(self, ipa: int) -> list[int]:
-        """The ids of memslots, the first of many. `ipa` is of any memory.
+    def used_ids(self, ipa: int, n_free: int) -> list[int]:
+        """The ids of memslots up to where more than `n_free` in a row are not used.
 
-        A question that is refused twice over: a slot that is there has another address, and
-        one that is not overlaps memory; and the memory offered cannot carry tags.
+        The first of many. `ipa` is of any memory. A question that is refused twice over: a slot
+        that is there has another address, and one that is not overlaps memory; and the memory
+        offered cannot carry tags.
         """
         found: list[int] = []
         slot_id = 0
-        while slot_id - (found[-1] if found else -1) <= _FREE_IDS and len(found) < _USED_IDS_MAX:
+        while slot_id - (found[-1] if found else -1) <= n_free and len(found) < _USED_IDS_MAX:
             flags = uapi.KVM_MEM_READONLY
-            region = uapi.memory_region(slot_id, flags, ipa, PAGE_BYTES, self._untaggable)
-            if not self._is_refused_as_overlapping(region):
+            result = self._set(slot_id, flags, ipa, PAGE_BYTES, self._untaggable)
+            if result == 0:
+                self._unmake(slot_id, ipa)
+            if not self._overlaps(result):
                 found.append(slot_id)
             slot_id += 1
         return found
 
     def confirms(self, guess: Guess) -> bool:
-        """Whether all of it is right."""
-        flags = uapi.KVM_MEM_READONLY if guess.readonly else 0
-        region = uapi.memory_region(
-            guess.slot_id, flags, guess.ipa, guess.size_bytes, guess.address
-        )
-        return self._is_refused_as_overlapping(region)
+        """Whether all of it is right.
 
-    def _is_refused_as_overlapping(self, region: bytes) -> bool:
-        result = self._session.ioctl(self._fd, uapi.KVM_SET_USER_MEMORY_REGION, region)
+        Raises _ChangedError where what was in the way is gone; BusyError and GuestError as
+        `places_of`.
+        """
+        for page in guess.blockers:
+            if self.ask(page, PAGE_BYTES) is not Answer.TAKEN:
+                raise _ChangedError
+        result = self._move(guess, guess.ipa)
+        if result == 0:
+            raise self._put_back(guess)
+        return self._overlaps(result)
+
+    def _put_back(self, guess: Guess) -> GuestError:
+        """Move the slot of a guess, which was carried out, to where it was; the error to raise.
+
+        What was moved from a range of memory left the only free place there: anywhere else in it
+        the kernel refuses to put it. The likely places come first, without a look at them.
+        """
+        size = guess.size_bytes
+        inside = [guess.told] if guess.told is not None else []
+        homes = [at for at in inside if any(s <= at and at + size <= e for s, e in guess.hosts)]
+        homes += [at for start, end in guess.hosts for at in (start, end - size)]
+        searched = (self._free_place(*host, size) for host in guess.hosts)
+        what = (
+            f"process {self._session.pid} changed its memslots while the kernel was asked about"
+            f" them: memslot {guess.slot_id} ({size} bytes) was moved to {guess.ipa:#x}"
+        )
+        details = {"pid": self._session.pid, "slot": guess.slot_id, "size_bytes": size}
+        for home in chain(homes, searched):
+            if home is not None and home != guess.ipa and self._move(guess, home) == 0:
+                return BusyError(
+                    f"{what} for a moment, and was put back to {home:#x}",
+                    hint="check the guest, and try again when its VMM adds and removes no memory",
+                    ipa=home,
+                    **details,
+                )
+        return GuestError(
+            f"{what}, and could not be put back",
+            hint="stop the guest and start it again: a part of its memory is at a wrong address",
+            ipa=guess.ipa,
+            **details,
+        )
+
+    def _free_place(self, start: int, end: int, size: int) -> int | None:
+        """Where in a range the first `size` bytes are that no slot has; None where none are."""
+        # Every place of that size in the range has one of these pages.
+        for page in range(start + size - PAGE_BYTES, end, size):
+            if self.ask(page, PAGE_BYTES) is Answer.TAKEN:
+                continue
+            low, high = max(start, page - size + PAGE_BYTES), page
+            while low < high:
+                middle = low + (high - low) // 2 // PAGE_BYTES * PAGE_BYTES
+                free = self.ask(middle, page + PAGE_BYTES - middle) is not Answer.TAKEN
+                low, high = (low, middle) if free else (middle + PAGE_BYTES, high)
+            return low
+        return None
+
+    def _move(self, guess: Guess, ipa: int) -> int:
+        flags = uapi.KVM_MEM_READONLY if guess.readonly else 0
+        return self._set(guess.slot_id, flags, ipa, guess.size_bytes, guess.address)
+
+    def _set(self, slot_id: int, flags: int, ipa: int, size: int, address: int) -> int:
+        region = uapi.memory_region(slot_id, flags, ipa, size, address)
+        return self._session.ioctl(self._fd, uapi.KVM_SET_USER_MEMORY_REGION, region)
+
+    def _unmake(self, slot_id: int, ipa: int) -> None:
+        """Delete a slot that the kernel made, which it should have refused."""
+        self._set(slot_id, 0, ipa, 0, self._untaggable)
+
+    def _overlaps(self, result: int) -> bool:
         if result not in (-errno.EEXIST, -errno.EINVAL):
             raise self._failed(result)
         return result == -errno.EEXIST

@@ -8,7 +8,7 @@ completed nothing. What such an answer means for a whole guest is decided above,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -87,6 +87,14 @@ class Guest(Protocol):
         them has been found to have no tags at all, by looking and not by reading: memory that
         nobody ever touched is not made by that. What cannot be told, and addresses without
         memory, are in the parts.
+        """
+        ...
+
+    def would_make(self, ranges: Sequence[tuple[int, int]]) -> int:
+        """At most how many bytes of memory the host would newly allocate for a read of ranges.
+
+        `ranges` are (address, size) of whole pages; of them only what `may_be_tagged` gives is
+        read. Found by looking and not by reading.
         """
         ...
 

@@ -21,7 +21,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import cast
 
 from mtetool.emulator.behaviours import Behaviour
@@ -29,20 +28,20 @@ from mtetool.errors import (
     BusyError,
     DamagedError,
     EmulatorFileError,
-    FileExistsAlreadyError,
     MisalignedError,
     MtetoolError,
     NoSuchFileError,
-    PermissionRefusedError,
     RangeError,
     SourceError,
     UsageError,
-    errno_name,
-    host_error,
+    file_error,
 )
 from mtetool.guest import Memslot, SlotKind
+from mtetool.snapshot.kinds import EMULATED_MAGIC, SNAPSHOT_MAGIC
 from mtetool.snapshot.maps import Fields, pack_map, unpack_map
-from mtetool.snapshot.newfile import new_file
+from mtetool.snapshot.newfile import exists, new_file
+from mtetool.snapshot.output import check_not_a_stream
+from mtetool.snapshot.place import Place, located, named
 from mtetool.uapi import GRANULE_BYTES
 from mtetool.words import counted
 
@@ -52,7 +51,7 @@ PAGE_SIZES = (4096, 16384, 65536)
 FAULTS_BYTES = 64 << 10
 """The size of the block behind the tags of a guest that has faults."""
 
-_MAGIC = b"\x89MTEEMU\n"
+_MAGIC = EMULATED_MAGIC
 _VERSION = 1
 _HEAD = struct.Struct("<8sIIQ")
 _CHECKSUM = struct.Struct("<I")
@@ -236,6 +235,12 @@ def read_header(fd: int, path: str) -> Description:
     """Raises EmulatorFileError for anything that `create` would not have written."""
     try:
         start = os.pread(fd, _DESCRIPTION_AT, 0)
+        if start.startswith(SNAPSHOT_MAGIC):
+            raise EmulatorFileError(
+                f"{path} is a snapshot, not an emulated guest",
+                hint=f"mtetool info {path} describes it; mtetool restore {path} GUEST",
+                path=path,
+            )
         if not start or start[: len(_MAGIC)] != _MAGIC[: len(start)]:
             raise damaged(path, "it does not begin as such a file does")
         if len(start) < _DESCRIPTION_AT:
@@ -313,53 +318,41 @@ def create(path: str, described: Description, *, force: bool, fill: Callable[[in
     """Make a file, with `fill` given its descriptor before it appears under its name.
 
     Raises FileExistsAlreadyError without `force`; BusyError when it would replace a guest that
-    is in use; NoSuchFileError where there is no such directory; SourceError for what is no name
-    for a file; PermissionRefusedError, DiskFullError, HostIoError.
+    is in use; NoSuchFileError where there is no such directory; SourceError and BadNameError for
+    what is not a name for a file; PermissionRefusedError, DiskFullError, HostIoError.
     """
     content = header(described)
-    target = _target(path, force=force)
-    try:
-        with new_file(path, target, force=force) as new:
+    with located(path) as place:
+        _check_place(place, force=force)
+        with new_file(place, force=force) as new, named(path):
             new.open()
             fd = new.file.fileno()
             os.ftruncate(fd, file_size(described))
             write_all(fd, content, 0)
             fill(fd)
             new.keep()
-    except FileNotFoundError:
-        raise NoSuchFileError(f"there is no directory {target.parent}") from None
-    except OSError as error:
-        raise refused(error, path) from error
 
 
-def _target(path: str, *, force: bool) -> Path:
-    try:
-        target = Path(path).resolve()
-        is_directory, exists = target.is_dir(), target.exists()
-    except OSError as error:
-        raise refused(error, path) from error
-    # RuntimeError for a loop of symbolic links, ValueError for a NUL in the name.
-    except (RuntimeError, ValueError) as error:
-        raise SourceError(f"{path} is no name for a file: {error}") from error
-    if not path or is_directory:
-        raise SourceError(f"{path or 'emu:'} is no name for a file")
-    if not exists:
-        return target
+def _check_place(place: Place, *, force: bool) -> None:
+    if place.found is None:
+        return
+    if stat.S_ISDIR(place.found.st_mode):
+        raise SourceError(f"{place.path} is a directory", hint="name a file in it", path=place.path)
+    check_not_a_stream(place)
     if not force:
-        raise _exists(path)
-    if not target.is_file():
-        raise SourceError(f"{path} is not a regular file, and not replaced")
+        raise exists(place.path)
+    if not place.is_regular:
+        raise SourceError(
+            f"{place.path} is not a regular file, and not replaced",
+            hint="name a new file",
+            path=place.path,
+        )
     # A guest that somebody works on would live on without a name, and the work be lost.
-    fd, _ = open_file(path)
+    fd, _ = open_file(place.path)
     try:
-        lock(fd, path, fcntl.LOCK_EX)
+        lock(fd, place.path, fcntl.LOCK_EX)
     finally:
         os.close(fd)
-    return target
-
-
-def _exists(path: str) -> FileExistsAlreadyError:
-    return FileExistsAlreadyError(f"{path} exists already", hint="--force overwrites it")
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
@@ -375,15 +368,11 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 def refused(error: OSError, path: str) -> MtetoolError:
     """What an OSError of this host means; never to be mistaken for an answer of the guest."""
-    name = errno_name(error.errno or 0)
-    message = f"{path}: {error.strerror} ({name})"
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return NoSuchFileError(f"{path}: no such file", hint="mtetool emu create makes a guest")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return PermissionRefusedError(message, errno=name)
-    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-        return SourceError(message, errno=name)
-    return host_error(error, path)
+        return NoSuchFileError(
+            f"{path}: no such file", hint="mtetool emu create makes a guest", path=path
+        )
+    return file_error(error, path)
 
 
 def damaged(path: str, why: str) -> EmulatorFileError:
@@ -391,4 +380,5 @@ def damaged(path: str, why: str) -> EmulatorFileError:
     return EmulatorFileError(
         f"{path} is not the file of an emulated guest: {why}",
         hint="mtetool emu create makes one",
+        path=path,
     )

@@ -41,11 +41,12 @@ from mtetool.errors import (
     BusyError,
     MisalignedError,
     MteOffError,
-    PermissionRefusedError,
+    MtetoolError,
     RangeError,
     SourceError,
     TooLateError,
     UsageError,
+    file_error,
 )
 from mtetool.guest import GuestInfo, Memslot
 from mtetool.uapi import GRANULE_BYTES, TAG_MAX
@@ -85,6 +86,12 @@ def open_emulated(path: str, options: GuestOptions) -> EmulatedGuest:
     """
     if not path:
         raise SourceError("emu: needs a path", hint="mtetool emu create PATH makes a guest")
+    if any(slot.host_address is not None for slot in options.memslots):
+        raise UsageError(
+            f"emu:{path} has no process that its memory could be in: --memslot with an address"
+            " is for kvm: sources",
+            hint="--memslot IPA:SIZE",
+        )
     fd, writable = open_file(path)
     try:
         lock(fd, path, fcntl.LOCK_SH)
@@ -254,6 +261,10 @@ class EmulatedGuest:
         first = slot.ipa + (data - base) // per_page * self.page_size_bytes
         behind = slot.ipa + -(-(hole - base) // per_page) * self.page_size_bytes
         return max(first, ipa), min(behind, end)
+
+    def would_make(self, ranges: Sequence[tuple[int, int]]) -> int:
+        """See `Guest.would_make`: 0, a hole in the file stays one."""
+        return 0
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`. Raises also BusyError, PermissionRefusedError, DiskFullError."""
@@ -522,12 +533,18 @@ class EmulatedGuest:
                 hint=f"mtetool enable emu:{self._path} (without vCPUs), or emu create anew",
             )
 
+    def _unwritable(self) -> MtetoolError:
+        read_only = os.fstatvfs(self._fd).f_flag & os.ST_RDONLY
+        number = errno.EROFS if read_only else errno.EACCES
+        what = f"{self._path} cannot be written by this user"
+        return file_error(OSError(number, os.strerror(number)), self._path, what)
+
     def _take_for_writing(self) -> None:
         self._check_open()
         if self._exclusive:
             return
         if not self._writable:
-            raise PermissionRefusedError(f"{self._path} cannot be written by this user")
+            raise self._unwritable()
         try:
             lock(self._fd, self._path, fcntl.LOCK_EX)
         except BusyError:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from functools import partial
@@ -144,6 +144,10 @@ class FaultyGuest:
     def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
         """All of it: a fault may wait where there are no tags."""
         yield ipa, size_bytes
+
+    def would_make(self, ranges: Sequence[tuple[int, int]]) -> int:
+        """See `Guest.would_make`."""
+        return self._guest.would_make(ranges)
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`; with the faults for writes."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from enum import Enum, auto
 from functools import partial
 from types import TracebackType
@@ -20,6 +21,7 @@ from mtetool import uapi
 from mtetool.attach.helper import PAGE_BYTES
 from mtetool.attach.session import Session, Target
 from mtetool.backends.asking import memslots_of, places_of
+from mtetool.backends.by_hand import by_hand_and_proven, check_by_hand, places_by_hand
 from mtetool.backends.transfer import BUFFER_BYTES, COPY_BYTES, Transfer
 from mtetool.backends.vcpus import hold_vcpus
 from mtetool.buffers import as_bytes
@@ -28,10 +30,8 @@ from mtetool.errors import (
     GuestError,
     GuestLostError,
     LayoutUnknownError,
-    MisalignedError,
     MteOffError,
     MteUnsupportedError,
-    RangeError,
     SourceError,
     TooLateError,
     WrongHostError,
@@ -39,7 +39,8 @@ from mtetool.errors import (
 )
 from mtetool.guest import GuestInfo, Memslot
 from mtetool.vmm import monitors, proc, qemu
-from mtetool.vmm.pagemap import HostMemory, Pagemap, UnknownError
+from mtetool.vmm.hostmemory import HostMemory
+from mtetool.vmm.pagemap import Pagemap, UnknownError
 
 if TYPE_CHECKING:
     from mtetool.backends import GuestOptions
@@ -71,8 +72,8 @@ def open_kvm(rest: str, options: GuestOptions) -> KvmGuest:
             f"kvm:{rest} is not of the form kvm:PID or kvm:PID:FD",
             hint="look for the VMM with: mtetool list",
         )
-    _check_told(options.memslots)
     process = proc.find(int(pid_text))
+    check_by_hand(process.pid, options.memslots)
     fd = proc.choose_vm(process, int(fd_text) if colon else None)
     guest = KvmGuest(process, fd, options)
     if options.qmp:
@@ -93,6 +94,7 @@ class KvmGuest:
         self._transfer: Transfer | None = None
         self._monitor: qemu.Monitor | None = None
         self._silent: LayoutUnknownError | None = None
+        self._has_monitor = True  # as far as is known
         self._slots: tuple[Memslot, ...] | None = None
         self._asked: tuple[Memslot, ...] | None = None
         self._mte: bool | None = None
@@ -125,7 +127,8 @@ class KvmGuest:
             mte = self._mte_is_on() if attach else None
             slots = self._memslots() if mte else self._ask_monitor().memslots()
         except LayoutUnknownError as error:
-            reason = error if mte else None
+            # Without MTE the kernel is not asked, and to have no monitor is nothing to report.
+            reason = error if mte or self._has_monitor else None
         except GuestError as error:
             reason = error
         return self._described(mte, slots), reason
@@ -191,6 +194,13 @@ class KvmGuest:
         else:
             yield from memory.existing(ipa, size_bytes)
 
+    def would_make(self, ranges: Sequence[tuple[int, int]]) -> int:
+        """See `Guest.would_make`: holes of files in memory that may be the guest's."""
+        from mtetool.vmm.holes import bytes_to_be_made
+
+        ends = [(ipa, ipa + size_bytes) for ipa, size_bytes in ranges]
+        return bytes_to_be_made(self._process.pid, self._host_memory(), ends)
+
     def _host_memory(self) -> HostMemory | None:
         if self._memory is _NOT_ASKED:
             self._memory = None
@@ -202,12 +212,21 @@ class KvmGuest:
         return self._memory
 
     def _host_addresses(self) -> list[tuple[int, int, int]]:
+        """Where the kernel confirms that memory is, or the user says so."""
+        by_hand = places_by_hand(self._options.memslots)
+        layout, told = self._asked, []
+        with suppress(LayoutUnknownError):
+            monitor = self._ask_monitor()
+            layout, told = monitor.memslots(), monitor.host_addresses()
+        if not self._mte_is_on():
+            raise mte_off(self._process.pid)
         try:
-            return self._ask_monitor().host_addresses()
-        except LayoutUnknownError:
-            if not self._mte_is_on():
+            proven = places_of(self._attached(), self._fd, layout, [*by_hand, *told])
+        except (LayoutUnknownError, AttachRefusedError):
+            if not by_hand:
                 raise
-            return places_of(self._attached(), self._fd, self._asked)
+            proven = []
+        return by_hand_and_proven(by_hand, proven)
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`."""
@@ -330,12 +349,14 @@ class KvmGuest:
     def _memslots(self) -> tuple[Memslot, ...]:
         """As told by hand, or by the monitor, or by the kernel; in this order."""
         if self._options.memslots:
-            return self._options.memslots
+            return tuple(replace(slot, host_address=None) for slot in self._options.memslots)
         if self._slots is None:
             try:
                 self._slots = self._ask_monitor().memslots()
             except LayoutUnknownError:
-                if self._options.qmp or not self._mte_is_on():
+                if not self._mte_is_on():
+                    raise mte_off(self._process.pid) from None
+                if self._options.qmp:
                     raise
                 self._slots = self._asked = memslots_of(self._attached(), self._fd)
         return self._slots
@@ -353,32 +374,27 @@ class KvmGuest:
             pid, given = self._process.pid, self._options.qmp
             try:
                 found = monitors.open_given(pid, given) if given else monitors.open_found(pid)
+                if found is None:
+                    raise self._no_monitor()
             except LayoutUnknownError as error:
                 self._silent = error
                 raise
             self._monitor = self._stack.enter_context(found)
         return self._monitor
 
+    def _no_monitor(self) -> LayoutUnknownError:
+        self._has_monitor = False
+        return LayoutUnknownError(
+            f"process {self._process.pid} ({self._process.program}) has no QMP monitor on a unix"
+            " socket that could describe its memory layout",
+            hint="name the memory by hand: --memslot IPA:SIZE (repeatable)",
+        )
+
     def _name(self) -> str | None:
         try:
             return self._ask_monitor().name()
         except LayoutUnknownError:
             return monitors.name_of(self._process.pid)
-
-
-def _check_told(memslots: tuple[Memslot, ...]) -> None:
-    """Memslots told by hand must be ones that this host's kernel can have."""
-    end = 0
-    for slot in sorted(memslots, key=lambda slot: slot.ipa):
-        named = f"the memslot {slot.ipa:#x}:{slot.size_bytes:#x}"
-        if slot.ipa % PAGE_BYTES or slot.size_bytes % PAGE_BYTES:
-            raise MisalignedError(
-                f"{named} is not a multiple of the host's page size, {PAGE_BYTES} bytes",
-                hint="memslots consist of whole pages; look at the VMM's own configuration",
-            )
-        if slot.ipa < end:
-            raise RangeError(f"{named} overlaps the one before it, which ends at {end:#x}")
-        end = slot.end
 
 
 def mte_off(pid: int) -> MteOffError:

@@ -20,7 +20,7 @@ import errno
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -157,6 +157,10 @@ class ProcessGuest:
     def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
         """See `Guest.may_be_tagged`; all of it."""
         yield ipa, size_bytes
+
+    def would_make(self, ranges: Sequence[tuple[int, int]]) -> int:
+        """See `Guest.would_make`; not counted: mtetool(1) says what reading fills."""
+        return 0
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`; never EBUSY."""

@@ -1,25 +1,33 @@
 """MTE for a VM that is about to be made: what the companion of a starting VMM does.
 
 KVM enables MTE before the first vCPU only (arch/arm64/kvm/arm.c, kvm_vm_ioctl_enable_cap). The
-thread that made the VM stands right behind KVM_CREATE_VM here, and nobody else knows the VM's
-file descriptor yet.
+thread that made the VM stands right after KVM_CREATE_VM here, and nobody else knows the VM's
+file descriptor yet. An alarm that came late finds it somewhere behind that.
+
+Where MTE is required, a VM that cannot have it is closed, and KVM_CREATE_VM answers EOPNOTSUPP.
+Where that cannot be done either, the VMM is killed. Nothing less keeps the promise: a VM whose
+descriptor is closed later lives on in its vCPUs, the number may be another file's by then, and a
+call that fails with the VM left open has leaked it. No work is lost, as the guest has not run.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
 from mtetool import uapi
 from mtetool.attach import seccomp
 from mtetool.attach.borrow import BorrowedThread
-from mtetool.attach.follow import Follower, Returned, process_of
+from mtetool.attach.follow import Follower, Made, TooLongError
+from mtetool.attach.stderr import stderr_of, write_briefly
 from mtetool.errors import (
     AttachRefusedError,
-    GuestLostError,
+    BusyError,
     MtetoolError,
     MteUnsupportedError,
     NotAVmmError,
@@ -38,18 +46,14 @@ class Wish:
     """Which VM is to have MTE, counted from 1 in the order in which they are made.
 
     `seconds` is how long it is waited for; `required` that there shall be no such VM without
-    MTE; `every_call` as in `Follower`. `tell` is given what went wrong, in the companion.
+    MTE; `every_call` as in `Follower`. `text` makes what is reported of an error.
     """
 
     vm: int
     seconds: float
     required: bool
     every_call: bool
-    tell: Callable[[MtetoolError], None]
-
-
-class _TooLongError(Exception):
-    """No such VM was made in the time that was given."""
+    text: Callable[[MtetoolError], str]
 
 
 def attach(pid: int, wish: Wish) -> Callable[[], None]:
@@ -57,7 +61,8 @@ def attach(pid: int, wish: Wish) -> Callable[[], None]:
 
     Raises OSError where it cannot be attached to.
     """
-    follower = Follower(pid, uapi.KVM_CREATE_VM, every_call=wish.every_call)
+    look = proc.vm_fds
+    follower = Follower(pid, uapi.KVM_CREATE_VM, look, every_call=wish.every_call)
     return lambda: _work(follower, wish)
 
 
@@ -65,78 +70,81 @@ def _work(follower: Follower, wish: Wish) -> None:
     try:
         found = _wait_for_vm(follower, wish)
         follower.disarm()
+    except TooLongError:
+        with stderr_of(follower.processes) as stderr:
+            _write(stderr, wish, _none_in_time(wish, unseen=follower.unseen()))
+    except BaseException as error:  # noqa: BLE001 - whatever it was, the promise is kept
+        _fail(follower.processes, wish, _told(error))
+    else:
         if found is not None:
-            _enable(found, wish)
-    except _TooLongError:
-        follower.disarm()
-        wish.tell(
-            NotAVmmError(
-                f"no VM{f' {wish.vm}' if wish.vm > 1 else ''} was made within {wish.seconds:g}"
-                " seconds: none gets MTE",
-                hint="more time with --wait; --every-call if there is one by now",
-            )
-        )
-    except (GuestLostError, ProcessLookupError):
-        pass  # the VMM ended; what it has to say about that, it said itself
-    except MtetoolError as error:
-        wish.tell(error)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        wish.tell(AttachRefusedError(f"the start cannot be watched further: {reason}"))
+            _give_mte(*found, wish)
 
 
-def _wait_for_vm(follower: Follower, wish: Wish) -> Returned | None:
-    """The thread that has just made the VM; None when all that was followed has ended."""
-    signal.signal(signal.SIGALRM, _too_long)
-    signal.setitimer(signal.ITIMER_REAL, wish.seconds)
+def _wait_for_vm(follower: Follower, wish: Wish) -> tuple[Made, int] | None:
+    """The thread and the VM that it has just made; None when all that was followed has ended."""
+    follower.give_up_after(wish.seconds)
     count = 0
-    while (found := follower.next()) is not None:
-        count += proc.is_vm(found.tracee.tid, found.result)
-        if count == wish.vm:
-            break
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    return found
+    while (made := follower.next()) is not None:
+        for fd in made.fds:
+            count += 1
+            if count == wish.vm:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                return made, fd
+    return None
 
 
-def _too_long(number: int, frame: FrameType | None) -> None:
-    raise _TooLongError
+def _give_mte(made: Made, fd: int, wish: Wish) -> None:
+    """Enable MTE for the VM `fd`, or see that there is none without it where that is required."""
 
+    def stuck(number: int, frame: FrameType | None) -> None:
+        message = f"process {made.process} has not answered for {_PATIENCE_SECONDS} seconds"
+        _fail((made.process,), wish, BusyError(message))
+        os._exit(0)  # it is let go of by that
 
-def _enable(found: Returned, wish: Wish) -> None:
-    """Enable MTE for the VM that the thread has just made; it runs on behind its call.
-
-    Raises AttachRefusedError, MteUnsupportedError; where MTE is required, the call has failed
-    with EOPNOTSUPP then.
-    """
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, stuck)
     signal.alarm(_PATIENCE_SECONDS)
-    tracee = found.tracee
     try:
-        thread = BorrowedThread(process_of(tracee.tid), tracee.tid, (), held=tracee)
-        with thread:
-            error = _try(thread, found.result)
-            if error is not None and wish.required:
-                thread.answer(-errno.EOPNOTSUPP)
-    except AttachRefusedError as refused:
-        error = refused
-        if wish.required:
-            tracee.set_registers(tracee.registers().returning(-errno.EOPNOTSUPP))
-    if error is not None:
-        raise _failure(error, wish)
+        with _borrowed(made) as (thread, at_return):
+            error, closed = _decide(thread, fd, closes=wish.required and at_return)
+            # While the thread does not go on: it may be about to be killed.
+            if error is not None:
+                _fail((made.process,), wish, error, closed=closed)
+    except BaseException as other:  # noqa: BLE001 - as above
+        _fail((made.process,), wish, _told(other))
+    signal.alarm(0)
+
+
+@contextmanager
+def _borrowed(made: Made) -> Iterator[tuple[BorrowedThread, bool]]:
+    """The thread, borrowed, and whether it will run on right after the call that made the VM."""
+    tracee = made.tracee
+    before = tracee.registers()
+    tracee.to_event_stop(made.signal)
+    # A signal that came first has led the thread into its handler.
+    at_return = made.at_return and tracee.registers() == before
+    with BorrowedThread(made.process, tracee.tid, (), held=tracee) as thread:
+        yield thread, at_return
+
+
+def _decide(thread: BorrowedThread, fd: int, *, closes: bool) -> tuple[MtetoolError | None, bool]:
+    """Enable MTE; else why not, and whether the VM was closed and the call that made it fails."""
+    error: MtetoolError | None
+    try:
+        error = _try(thread, fd)
+    except BaseException as other:  # noqa: BLE001 - as above
+        error = _told(other)
+    closed = False
+    if error is not None and closes:
+        with suppress(Exception):
+            closed = _close(thread, fd)
+    return error, closed
 
 
 def _try(thread: BorrowedThread, fd: int) -> MtetoolError | None:
-    """Enable MTE for the VM `fd`; why that failed, with the VM closed where it can be."""
-    calls = (
-        seccomp.Call("ioctl", _NR_IOCTL, (fd, uapi.KVM_ENABLE_CAP)),
-        seccomp.Call("close", _NR_CLOSE, (fd,)),
-        seccomp.Call("rt_sigreturn", _NR_RT_SIGRETURN),
-    )
-    try:
-        for call in calls:
-            seccomp.allow(thread.filters, thread.pid, call)
-    except AttachRefusedError as error:
-        return error
+    """Enable MTE for the VM `fd`; why that failed."""
+    call = seccomp.Call("ioctl", _NR_IOCTL, (fd, uapi.KVM_ENABLE_CAP))
+    if (refused := _refused(thread, call)) is not None:
+        return refused
     argument = thread.leave_argument(uapi.enable_cap(uapi.KVM_CAP_ARM_MTE))
     result = thread.syscall(_NR_IOCTL, fd, uapi.KVM_ENABLE_CAP, argument)
     if result == 0:
@@ -148,11 +156,73 @@ def _try(thread: BorrowedThread, fd: int) -> MtetoolError | None:
     )
 
 
-def _failure(error: MtetoolError, wish: Wish) -> MtetoolError:
-    """What is told: the error, and what that means for the VMM."""
-    outcome = "so it gets no VM" if wish.required else "the VM goes on without MTE"
-    message = f"{error.message}: {outcome}"
+def _close(thread: BorrowedThread, fd: int) -> bool:
+    """Close the VM, and let the call that made it fail; False where that is not possible."""
+    if _refused(thread, seccomp.Call("close", _NR_CLOSE, (fd,))) is not None:
+        return False
+    if thread.syscall(_NR_CLOSE, fd) != 0:
+        return False
+    thread.answer(-errno.EOPNOTSUPP)
+    return True
+
+
+def _refused(thread: BorrowedThread, call: seccomp.Call) -> AttachRefusedError | None:
+    """Why the thread's filters let it not make the call and come back; None where they do."""
+    try:
+        seccomp.allow(thread.filters, thread.pid, call)
+        back = seccomp.Call("rt_sigreturn", _NR_RT_SIGRETURN)
+        seccomp.allow(thread.filters, thread.pid, back)
+    except AttachRefusedError as error:
+        return error
+    return None
+
+
+def _fail(
+    processes: tuple[int, ...], wish: Wish, error: MtetoolError, *, closed: bool = False
+) -> None:
+    """Report the error and what that means; where MTE is required and no VM was refused, kill.
+
+    The processes are traced: whoever waits for their end learns of it when it was reported.
+    """
+    if not wish.required:
+        outcome = "the VMM goes on without MTE"
+    else:
+        outcome = "so it gets no VM" if closed else "so mtetool has ended it"
     hint = error.hint
     if wish.required:
         hint = f"{hint}; or --no-require" if hint else "--no-require starts it without MTE"
-    return type(error)(message, hint=hint, **error.details)
+    with stderr_of(processes) as stderr:
+        if wish.required and not closed:
+            for pid in processes:
+                with suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+        message = f"{error.message}: {outcome}"
+        _write(stderr, wish, type(error)(message, hint=hint, **error.details))
+
+
+def _write(stderr: int | None, wish: Wish, error: MtetoolError) -> None:
+    if stderr is not None:
+        write_briefly(stderr, wish.text(error).encode(errors="replace"))
+
+
+def _told(error: BaseException) -> MtetoolError:
+    """Any error as one that can be reported."""
+    if isinstance(error, MtetoolError):
+        return error
+    reason = error.strerror if isinstance(error, OSError) else None
+    reason = reason or f"{type(error).__name__} {error}".strip()
+    return AttachRefusedError(f"the start cannot be watched further: {reason}")
+
+
+def _none_in_time(wish: Wish, *, unseen: bool) -> MtetoolError:
+    number = f" {wish.vm}" if wish.vm > 1 else ""
+    if unseen:
+        return NotAVmmError(
+            f"VM{number} was not seen within {wish.seconds:g} seconds, but there is one by now,"
+            " without MTE",
+            hint="start it with --every-call",
+        )
+    return NotAVmmError(
+        f"no VM{number} was made within {wish.seconds:g} seconds: none gets MTE",
+        hint="more time with --wait; --every-call if there is one by now",
+    )

@@ -10,7 +10,7 @@ from typing import Literal
 from mtetool.attach.helper import PAGE_BYTES
 from mtetool.backends import GuestOptions
 from mtetool.backends.kvm import KvmGuest
-from mtetool.errors import MtetoolError, host_error
+from mtetool.errors import MtetoolError, PermissionRefusedError, host_error
 from mtetool.guest import GuestInfo
 from mtetool.vmm import proc
 
@@ -37,10 +37,10 @@ class ListedVm:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The VMs by PID and fd, and how many processes could not be looked at."""
+    """The VMs by PID and fd, and why each process could not be looked at that could not."""
 
     vms: tuple[ListedVm, ...]
-    n_unseen: int
+    unseen: tuple[PermissionRefusedError, ...]
 
 
 def list_vms(*, attach: bool) -> Listing:
@@ -48,9 +48,9 @@ def list_vms(*, attach: bool) -> Listing:
 
     A VM that ends meanwhile is left out. Raises no GuestError: a VM that refuses is listed too.
     """
-    processes, n_unseen = proc.find_all()
+    processes, unseen = proc.find_all()
     found = (vm for process in processes for vm in _of_process(process, attach=attach))
-    return Listing(tuple(found), n_unseen)
+    return Listing(tuple(found), tuple(unseen))
 
 
 def _of_process(process: proc.VmmProcess, *, attach: bool) -> Iterator[ListedVm]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -11,11 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from mtetool.backends import GuestOptions
-from mtetool.cli.options import RANGE, Range, quiet_option, report_option
+from mtetool.cli.naming import check_inputs
+from mtetool.cli.options import EVERY_PAGE_OPTION, NAME, RANGE, Range, quiet_option, report_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import columns, missing_json, size, why
-from mtetool.cli.render import warn
-from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL, UsageError
+from mtetool.cli.render import put, warn
+from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL
 from mtetool.words import counted, printable
 
 if TYPE_CHECKING:
@@ -26,11 +26,12 @@ _BATCH_ROWS = 4096
 
 
 @click.command("diff")
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
+@click.argument("a", type=NAME, metavar="A")
+@click.argument("b", type=NAME, metavar="B")
 @click.option(
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
 )
+@EVERY_PAGE_OPTION
 @with_guest_options
 @quiet_option
 @report_option
@@ -38,6 +39,7 @@ def command(
     a: str,
     b: str,
     ranges: tuple[Range, ...],
+    every_page: bool,
     guest_options: GuestOptions,
     quiet: bool,
     output: str,
@@ -51,10 +53,12 @@ def command(
     from mtetool.flows.source import open_source
     from mtetool.snapshot.model import Extent
 
-    if a == b == "-":
-        raise UsageError("standard input can only be one of the two")
+    check_inputs(sources=[a, b])
     asked = [Extent(*one) for one in ranges]
-    with open_source(a, guest_options) as left, open_source(b, guest_options) as right:
+    with (
+        open_source(a, guest_options, every_page=every_page) as left,
+        open_source(b, guest_options, every_page=every_page) as right,
+    ):
         check_ranges(asked, left, right)
         out = _Output(a, b, as_json=output == "json")
         status = out.write(diff(left, right, asked or None))
@@ -81,11 +85,11 @@ class _Output:
         between = ",\n" if self._as_json else ""
         if self._as_json:
             head = {"schema": "mtetool.diff/1", **self._names}
-            sys.stdout.write(json.dumps(head)[:-1] + ', "ranges": [\n')
+            put(json.dumps(head)[:-1] + ', "ranges": [\n')
         parts = self._parts(rows)
         before = ""
         while batch := list(islice(parts, _BATCH_ROWS)):
-            sys.stdout.write(before + between.join(batch))
+            put(before + between.join(batch))
             before = between
         if self._as_json:
             tail = {
@@ -94,7 +98,7 @@ class _Output:
                 "differing_count": self._count,
                 **missing_json("missing", self.missing),
             }
-            sys.stdout.write("\n], " + json.dumps(tail)[1:] + "\n")
+            put("\n], " + json.dumps(tail)[1:] + "\n")
         if self._count:
             return STATUS_NO
         return STATUS_PARTIAL if self.missing else STATUS_OK

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import click
 
 from mtetool.backends import GuestOptions
-from mtetool.cli.options import RANGE, Range, output_option, quiet_option
+from mtetool.cli.naming import check_inputs
+from mtetool.cli.options import EVERY_PAGE_OPTION, NAME, RANGE, Range, output_option, quiet_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import columns, extent_rows, missing_json, size, why
-from mtetool.cli.render import warn
+from mtetool.cli.render import put, warn
 from mtetool.errors import STATUS_OK, STATUS_PARTIAL, UsageError
 from mtetool.words import counted, printable
 
@@ -30,11 +31,12 @@ _BATCH_ROWS = 4096
 
 
 @click.command("dump")
-@click.argument("source", metavar="SOURCE")
+@click.argument("source", type=NAME, metavar="SOURCE")
 @click.option("--granules", "each", is_flag=True, help="A row for each granule (16 bytes).")
 @click.option(
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
 )
+@EVERY_PAGE_OPTION
 @with_guest_options
 @quiet_option
 @output_option("raw")
@@ -42,6 +44,7 @@ def command(
     source: str,
     each: bool,
     ranges: tuple[Range, ...],
+    every_page: bool,
     guest_options: GuestOptions,
     quiet: bool,
     output: str,
@@ -54,15 +57,18 @@ def command(
     from mtetool.flows.dump import granules, tag_runs, write_raw
     from mtetool.flows.source import asked, open_source
     from mtetool.snapshot.model import Extent
+    from mtetool.snapshot.output import output_file
 
     if output == "raw" and sys.stdout.isatty():
         raise UsageError("raw tags are not for a terminal", hint="a pipe, or > FILE behind it")
     if output == "raw" and each:
         raise UsageError("--granules is for text and json: raw has one byte a granule anyway")
-    with open_source(source, guest_options) as opened:
+    check_inputs(sources=[source])
+    with open_source(source, guest_options, every_page=every_page) as opened:
         extents = asked(opened, [Extent(*one) for one in ranges])
         if output == "raw":
-            missing = write_raw(opened, extents, sys.stdout.buffer)
+            with output_file("-", force=False) as out:
+                missing = write_raw(opened, extents, out)
         else:
             rows = granules(opened, extents) if each else tag_runs(opened, extents)
             if output == "json":
@@ -121,14 +127,14 @@ def _json(
         "scope": extent_rows(extents),
         "runs" if each else "granules": None,
     }
-    sys.stdout.write(json.dumps(head)[:-1] + f', "{"granules" if each else "runs"}": [\n')
+    put(json.dumps(head)[:-1] + f', "{"granules" if each else "runs"}": [\n')
     _write_batches(items(), ",\n")
-    sys.stdout.write("\n], " + json.dumps(missing_json("missing", missing))[1:] + "\n")
+    put("\n], " + json.dumps(missing_json("missing", missing))[1:] + "\n")
     return missing
 
 
 def _write_batches(parts: Iterator[str], between: str) -> None:
     before = ""
     while batch := list(islice(parts, _BATCH_ROWS)):
-        sys.stdout.write(before + between.join(batch))
+        put(before + between.join(batch))
         before = between

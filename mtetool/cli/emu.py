@@ -15,6 +15,7 @@ from mtetool.cli.options import (
     Parsed,
     Range,
     parse_memslot,
+    parse_name,
     parse_range,
     parse_tag,
     progress_options,
@@ -22,7 +23,7 @@ from mtetool.cli.options import (
 )
 from mtetool.cli.progress import progress as progress_shown
 from mtetool.cli.ranges import size
-from mtetool.cli.render import describe_guest, print_json, say, table
+from mtetool.cli.render import describe_guest, print_json, printing, say, table
 from mtetool.emulator.behaviours import Behaviour
 from mtetool.errors import UsageError
 from mtetool.guest import Memslot
@@ -54,6 +55,8 @@ class _Slot(NamedTuple):
 def _parse_slot(text: str) -> _Slot:
     hugetlb = text.endswith(":huge")
     slot = parse_memslot(text.removesuffix(":huge"))
+    if slot.host_address is not None:
+        raise ValueError(f"{text!r} has an address in a process, and an emulated guest has none")
     if slot.readonly:
         return _Slot(replace(slot, kind="rom"), hugetlb)
     return _Slot(replace(slot, readonly=False), hugetlb)
@@ -75,7 +78,7 @@ def _parse_setting(text: str) -> _Setting:
 
 
 def _path(text: str) -> str:
-    return text.removeprefix("emu:")
+    return parse_name(text.removeprefix("emu:"))
 
 
 _PATH = Parsed("path", _path)
@@ -181,7 +184,8 @@ def create(
         faults=faults,
     )
     if output == "json":
-        _show(path, output, "mtetool.emu-create/1")
+        with printing(f"the guest emu:{path} is made, and kept", path=path, kept=True):
+            _show(path, output, "mtetool.emu-create/1")
 
 
 @command.command("show", short_help="Say what an emulated guest is.")
@@ -208,13 +212,15 @@ def fault(path: str, faults: tuple[Fault, ...], clear: bool, output: str) -> Non
         if faults or clear:
             guest.set_faults(faults)
         has = guest.faults()
-    if output == "json":
-        source = f"emu:{path}"
-        print_json({"schema": "mtetool.emu-fault/1", "source": source, **faults_json(has)})
-    elif has.ordered:
-        say_faults(has)
-    else:
-        say("no faults")
+    changed = "has the new faults" if faults or clear else "is unchanged"
+    with printing(f"the guest emu:{path} {changed}"):
+        if output == "json":
+            source = f"emu:{path}"
+            print_json({"schema": "mtetool.emu-fault/1", "source": source, **faults_json(has)})
+        elif has.ordered:
+            say_faults(has)
+        else:
+            say("no faults")
 
 
 @command.command("set", short_help="Give a range one tag.")
@@ -227,15 +233,15 @@ def set_(path: str, setting: _Setting, output: str) -> None:
     with _opened(path) as guest:
         guest.set_tag(ipa, size_bytes, setting.tag)
     if output == "json":
-        print_json(
-            {
-                "schema": "mtetool.emu-set/1",
-                "source": f"emu:{path}",
-                "ipa": ipa,
-                "size_bytes": size_bytes,
-                "tag": setting.tag,
-            }
-        )
+        document = {
+            "schema": "mtetool.emu-set/1",
+            "source": f"emu:{path}",
+            "ipa": ipa,
+            "size_bytes": size_bytes,
+            "tag": setting.tag,
+        }
+        with printing(f"the guest emu:{path} has the tags"):
+            print_json(document)
 
 
 @command.command("fill", short_help="Give memslots the tags of a pattern.")
@@ -276,22 +282,24 @@ def fill(
     with _opened(path) as guest:
         _fill(guest, pattern, seed, progress, slots=slots or None, ranges=ranges)
     if output == "json":
-        print_json(
-            {
-                "schema": "mtetool.emu-fill/1",
-                "source": f"emu:{path}",
-                "pattern": pattern,
-                "seed": seed,
-                "slots": list(slots) or None,
-                "ranges": [found._asdict() for found in ranges] or None,
-            }
-        )
+        document = {
+            "schema": "mtetool.emu-fill/1",
+            "source": f"emu:{path}",
+            "pattern": pattern,
+            "seed": seed,
+            "slots": list(slots) or None,
+            "ranges": [found._asdict() for found in ranges] or None,
+        }
+        with printing(f"the guest emu:{path} has the tags"):
+            print_json(document)
 
 
 def _opened(path: str) -> EmulatedGuest:
     from mtetool.backends import GuestOptions
     from mtetool.backends.emulator import open_emulated
+    from mtetool.snapshot.output import keep_standard_output_off
 
+    keep_standard_output_off([path])
     return open_emulated(path, GuestOptions())
 
 

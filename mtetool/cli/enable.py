@@ -5,13 +5,13 @@ from __future__ import annotations
 import click
 
 from mtetool.backends import GuestOptions, open_guest
+from mtetool.cli.options import NAME, report_option
 from mtetool.cli.options import guest_options as with_guest_options
-from mtetool.cli.options import report_option
-from mtetool.cli.render import print_json, say
+from mtetool.cli.render import print_json, printing, say
 
 
 @click.command("enable")
-@click.argument("guest", metavar="GUEST")
+@click.argument("guest", type=NAME, metavar="GUEST")
 @with_guest_options
 @report_option
 def command(guest: str, guest_options: GuestOptions, output: str) -> None:
@@ -24,7 +24,9 @@ def command(guest: str, guest_options: GuestOptions, output: str) -> None:
 
     with open_guest(guest, guest_options) as opened:
         changed = enable(opened)
-    if output == "json":
-        print_json({"schema": "mtetool.enable/1", "source": guest, "mte": True, "changed": changed})
-    else:
-        say(f"{guest}: MTE {'enabled' if changed else 'was on already'}")
+    with printing(f"MTE is on in {guest}"):
+        if output == "json":
+            row = {"source": guest, "mte": True, "changed": changed}
+            print_json({"schema": "mtetool.enable/1", **row})
+        else:
+            say(f"{guest}: MTE {'enabled' if changed else 'was on already'}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 
 import click
 
@@ -49,14 +48,10 @@ def command(
     from mtetool.flows.exec import exec_vmm
 
     sys.stdout.flush()
-    exec_vmm(list(words), Wish(vm, seconds, required, every_call, _tell))
+    exec_vmm(list(words), Wish(vm, seconds, required, every_call, _text))
 
 
-def _tell(error: MtetoolError) -> None:
-    """What went wrong, beside the VMM's own output."""
-    text = f"mtetool: {printable(error.message)}\n"
-    if error.hint:
-        text += f"  try: {printable(error.hint)}\n"
-    with suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(text)
-        sys.stderr.flush()
+def _text(error: MtetoolError) -> str:
+    """What is reported of an error, beside the VMM's own output."""
+    hint = f"  try: {printable(error.hint)}\n" if error.hint else ""
+    return f"mtetool: {printable(error.message)}\n{hint}"

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtetool.cli.options import report_option
+from mtetool.cli.naming import check_inputs
+from mtetool.cli.options import NAME, report_option
 from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size
 from mtetool.cli.render import describe_guest, print_json, say, table
 from mtetool.flows.tally import Tally
@@ -20,7 +21,7 @@ _CONSISTENT = {True: "yes", False: "no, the guest ran during the save", None: "u
 
 
 @click.command("info")
-@click.argument("file", metavar="FILE")
+@click.argument("file", type=NAME, metavar="FILE")
 @report_option
 def command(file: str, output: str) -> None:
     """Say what the snapshot FILE (- is standard input) holds.
@@ -29,6 +30,7 @@ def command(file: str, output: str) -> None:
     """
     from mtetool.snapshot.opening import read_summary
 
+    check_inputs([file], instead=_describe)
     summary = read_summary(file)
     missing: Tally[Missing] = Tally()
     for item in summary.missing:
@@ -37,6 +39,11 @@ def command(file: str, output: str) -> None:
         print_json(_document(file, summary, missing))
     else:
         _tell(file, summary, missing)
+
+
+def _describe(guest: str) -> str:
+    kind, _, rest = guest.partition(":")
+    return f"mtetool emu show {rest}" if kind == "emu" else f"mtetool list, or mtetool dump {guest}"
 
 
 def _guest(summary: Summary) -> GuestInfo:

@@ -12,8 +12,18 @@ from mtetool.cli.render import describe_guest, print_json, say, table, warn
 from mtetool.words import counted
 
 if TYPE_CHECKING:
-    from mtetool.backends.vms import ListedVm
+    from collections.abc import Iterable, Iterator
 
+    from mtetool.backends.vms import ListedVm
+    from mtetool.errors import PermissionRefusedError
+
+# By the `reason` of the error; the hint says the rest.
+_UNSEEN = {
+    "other-user": " of other users",
+    "capabilities": " with capabilities that mtetool does not have",
+    "not-dumpable": " protected against the same user",
+    "user-namespace": " outside of mtetool's user namespace",
+}
 _MTE = {True: "on", False: "off", None: "unknown"}
 
 
@@ -34,20 +44,29 @@ def command(no_attach: bool, quiet: bool, output: str) -> int:
         for vm in listing.vms:
             if vm.reason is not None:
                 warn(f"{vm.info.source}: {vm.reason.message}")
-        if listing.n_unseen:
-            unseen = counted(listing.n_unseen, "process", "processes")
-            warn(
-                f"{unseen} of other users could not be looked at, and may be"
-                " VMMs; run as root to see them"
-            )
+        for line in _unseen(listing.unseen):
+            warn(line)
     if output == "json":
         vms = [_document(vm) for vm in listing.vms]
         head = {"schema": "mtetool.list/1", "vms": vms}
-        print_json({**head, "unseen_processes": listing.n_unseen})
+        print_json({**head, "unseen_processes": len(listing.unseen)})
         return 0
     header = ("GUEST", "VMM", "NAME", "VCPUS", "MEMORY", "MTE", "STATE", "OWNER")
     say(*table(header, (_row(vm) for vm in listing.vms), right=("VCPUS",)))
     return 0
+
+
+def _unseen(errors: Iterable[PermissionRefusedError]) -> Iterator[str]:
+    """One line for each reason why processes could not be looked at."""
+    by_reason: dict[object, list[PermissionRefusedError]] = {}
+    for error in errors:
+        by_reason.setdefault(error.details.get("reason"), []).append(error)
+    for reason, found in by_reason.items():
+        subject = counted(len(found), "process", "processes")
+        may_be = "a VMM" if len(found) == 1 else "VMMs"
+        which = _UNSEEN.get(str(reason), "")
+        hint = "run mtetool as root" if reason == "other-user" else found[0].hint
+        yield f"{subject}{which} could not be looked at, and may be {may_be}; try: {hint}"
 
 
 def _row(vm: ListedVm) -> tuple[object, ...]:

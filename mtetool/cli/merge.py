@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtetool.cli.options import progress_options, report_option, snapshot_target
+from mtetool.cli.naming import check_inputs
+from mtetool.cli.options import FILE, NAME, progress_options, report_option, snapshot_target
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import missing_json, missing_lines, size
-from mtetool.cli.render import print_json, say
+from mtetool.cli.render import print_json, reporting_on, say
 from mtetool.words import counted
 
 if TYPE_CHECKING:
@@ -20,8 +19,10 @@ if TYPE_CHECKING:
 
 
 @click.command("merge")
-@click.argument("files", metavar="BASE [DELTA]...", nargs=-1, required=True)
-@click.option("-o", "--out", metavar="FILE", help="Where the result goes; - is standard output.")
+@click.argument("files", type=NAME, metavar="BASE [DELTA]...", nargs=-1, required=True)
+@click.option(
+    "-o", "--out", type=FILE, metavar="FILE", help="Where the result goes; - is standard output."
+)
 @click.option("--force", is_flag=True, help="Overwrite FILE if it exists.")
 @click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Threads that encode.")
 @click.option(
@@ -49,15 +50,16 @@ def command(
     from mtetool.snapshot.output import output_file
 
     target = snapshot_target(out)
+    inputs = check_inputs(files)
     started = time.monotonic()
     with (
         open_layers(files) as layers,
-        output_file(target, force=force) as stream,
+        output_file(target, force=force, inputs=inputs, may_replace_inputs=True) as stream,
         shown("merging", progress) as update,
     ):
         result = merge(layers, stream, level=level, jobs=jobs, progress=update)
     elapsed = time.monotonic() - started
-    with redirect_stdout(sys.stderr if target == "-" else sys.stdout):
+    with reporting_on(target, result.status):
         if output == "json":
             print_json(_document(files, target, elapsed, result))
         elif target != "-" or not quiet:

@@ -76,13 +76,17 @@ def parse_range(text: str) -> Range:
 
 
 def parse_memslot(text: str) -> Memslot:
-    """`IPA:SIZE`, or `IPA:SIZE:ro`; without `ro`, `readonly` is None: it was not told.
+    """`IPA:SIZE[@ADDRESS][:ro]`; without `ro`, `readonly` is None: it was not told.
 
-    The id is 0. Raises ValueError.
+    `ADDRESS` is where the memory is in the VMM's process. The id is 0. Raises ValueError.
     """
     readonly = text.endswith(":ro")
-    found = parse_range(text.removesuffix(":ro"))
-    return Memslot(0, found.ipa, found.size_bytes, True if readonly else None)
+    range_text, at, address_text = text.removesuffix(":ro").partition("@")
+    found = parse_range(range_text)
+    address = parse_number(address_text) if at else None
+    if address is not None and address + found.size_bytes > _ADDRESS_END:
+        raise ValueError(f"{quoted(text)} ends beyond 64 bits")
+    return Memslot(0, found.ipa, found.size_bytes, True if readonly else None, host_address=address)
 
 
 def parse_tag(text: str) -> int:
@@ -112,6 +116,25 @@ class Parsed(_ParamType):
             self.fail(str(error), param, ctx)
 
 
+def parse_name(text: str) -> str:
+    """A name that is not empty. Raises ValueError."""
+    if not text:
+        raise ValueError("the name is empty")
+    return text
+
+
+def parse_file(text: str) -> str:
+    """The file that an option names, or "-". Raises ValueError for what is another option."""
+    if text.startswith("-") and text != "-":
+        raise ValueError(
+            f"a file is to be named, and {quoted(text)} looks like an option;"
+            f" a file with that name is ./{text[:40]}"
+        )
+    return parse_name(text)
+
+
+NAME = Parsed("file", parse_name)
+FILE = Parsed("file", parse_file)
 SIZE = Parsed("size", parse_size)
 RANGE = Parsed("ipa:size", parse_range)
 MEMSLOT = Parsed("ipa:size", parse_memslot)
@@ -133,12 +156,12 @@ def guest_options(command: _F) -> _F:
         "memslots",
         type=MEMSLOT,
         multiple=True,
-        metavar="IPA:SIZE",
-        help="A memslot of the guest, told by hand (repeatable).",
+        metavar="IPA:SIZE[@ADDRESS]",
+        help="A memslot of the guest, told by hand (repeatable); where it is in the VMM.",
     )
     qmp = click.option(
         "--qmp",
-        type=click.Path(path_type=Path),
+        type=Parsed("file", lambda text: Path(parse_file(text))),
         metavar="SOCKET",
         help="QEMU's monitor socket, to learn the memslots from.",
     )
@@ -204,9 +227,14 @@ def progress_options(command: _F) -> _F:
     return quiet_option(progress(with_options))  # type: ignore[return-value]
 
 
+EVERY_PAGE_OPTION = click.option(
+    "--every-page", is_flag=True, help="Read also pages without tags, and allocate them."
+)
+
 BASE_OPTION = click.option(
     "--base",
     "bases",
+    type=FILE,
     multiple=True,
     metavar="FILE",
     help="What a delta is a delta to (repeatable: the oldest first).",
@@ -214,10 +242,16 @@ BASE_OPTION = click.option(
 
 
 def snapshot_target(out: str | None) -> str:
-    """What `-o` of a command that writes a snapshot means. Raises UsageError for a terminal."""
-    to_stdout = out is None or out == "-"
+    """What `-o` of a command that writes a snapshot means: "-" for standard output by any name.
+
+    Raises UsageError for a terminal.
+    """
+    from mtetool.snapshot.output import names_standard_output
+
+    to_stdout = out is None or names_standard_output(out)
     if to_stdout and sys.stdout is not None and sys.stdout.isatty():
         raise UsageError(
-            "a snapshot is not for a terminal", hint="-o FILE, or a pipe behind the command"
+            "a snapshot is binary, and standard output is a terminal",
+            hint="name a file with -o FILE, or pipe it",
         )
-    return "-" if out is None else out
+    return "-" if out is None or to_stdout else out

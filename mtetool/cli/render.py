@@ -7,13 +7,29 @@ is wrapped, truncated or read as markup.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any, TextIO
 
+from mtetool.errors import host_error
 from mtetool.words import printable
 
 if TYPE_CHECKING:
     from mtetool.guest import GuestInfo
+
+
+def put(text: str) -> None:
+    """Write to standard output as it is. An OSError then names it (`filename`)."""
+    try:
+        sys.stdout.write(text)
+    except OSError as error:
+        error.filename = stream_name(sys.stdout)
+        raise
+
+
+def stream_name(stream: TextIO) -> str:
+    """What messages call the stream that a report goes to."""
+    return "standard error" if stream is sys.stderr else "standard output"
 
 
 def print_json(document: object) -> None:
@@ -21,17 +37,57 @@ def print_json(document: object) -> None:
     indent = 2 if sys.stdout.isatty() else None
     import json
 
-    sys.stdout.write(json.dumps(document, indent=indent) + "\n")
+    put(json.dumps(document, indent=indent) + "\n")
 
 
 def say(*lines: str) -> None:
     """Lines of a result for people."""
-    sys.stdout.writelines(printable(line) + "\n" for line in lines)
+    put("".join(printable(line) + "\n" for line in lines))
 
 
 def warn(text: str) -> None:
     """A warning; a command with `--quiet` does not call this."""
     sys.stderr.write(f"mtetool: warning: {printable(text)}\n")
+
+
+@contextmanager
+def printing(truth: str, **details: object) -> Iterator[None]:
+    """Print within this the report of what was done; `truth` is what holds though nobody reads it.
+
+    Raises HostError, with `truth` and `details`, where the report cannot be printed.
+    BrokenPipeError passes: whoever closed the pipe wanted no report.
+    """
+    stream = sys.stdout
+    try:
+        yield
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        what = f"the report cannot be printed to {stream_name(stream)}"
+        told = host_error(error, what, **details)
+        told.message = f"{told.message}; {truth}"
+        told.args = (told.message,)
+        raise told from error
+
+
+@contextmanager
+def reporting_on(target: str, status: int) -> Iterator[None]:
+    """`printing` for a command that wrote a snapshot to `target`, which ends with `status`.
+
+    The report goes to standard error where the snapshot has standard output for itself.
+    """
+    is_streamed = target == "-"
+    truth = "the snapshot went to standard output whole" if is_streamed else ""
+    truth = truth or f"the snapshot {target} is whole, and kept"
+    if status:
+        truth += f" (the status would have been {status})"
+    path = None if is_streamed else target
+    with (
+        redirect_stdout(sys.stderr if is_streamed else sys.stdout),
+        printing(truth, path=path, kept=True, result_status=status),
+    ):
+        yield
 
 
 def table(

@@ -7,12 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtetool.backends import GuestOptions, open_guest
-from mtetool.cli.options import BASE_OPTION, Parsed, parse_number, progress_options, report_option
+from mtetool.backends import GuestOptions, is_guest, open_guest
+from mtetool.cli.naming import check_inputs
+from mtetool.cli.options import (
+    BASE_OPTION,
+    NAME,
+    Parsed,
+    parse_number,
+    progress_options,
+    report_option,
+)
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import extent_lines, extents_json, missing_json, missing_lines, size
-from mtetool.cli.render import print_json, say, warn
+from mtetool.cli.render import print_json, printing, say, warn
 from mtetool.words import quoted
 
 if TYPE_CHECKING:
@@ -30,8 +38,8 @@ def parse_move(text: str) -> tuple[int, int]:
 
 
 @click.command("restore")
-@click.argument("file", metavar="FILE")
-@click.argument("guest", metavar="GUEST")
+@click.argument("file", type=NAME, metavar="FILE")
+@click.argument("guest", type=NAME, metavar="GUEST")
 @click.option(
     "--verify/--no-verify", default=True, help="Read back what was written (on by default)."
 )
@@ -70,6 +78,12 @@ def command(
     from mtetool.flows.opening import snapshot_input
     from mtetool.flows.restore import RestoreOptions, restore
 
+    def swapped(named: str) -> str:
+        if named == file and not is_guest(guest):
+            return f"the snapshot comes first: mtetool restore {guest} {file}"
+        return f"mtetool save {named} -o FILE makes a snapshot of it"
+
+    check_inputs([*bases, file], [guest], instead=swapped)
     started = time.monotonic()
     with (
         snapshot_input(file, bases) as snapshot,
@@ -86,10 +100,12 @@ def command(
     elapsed = time.monotonic() - started
     if result.paused is False and not quiet:
         warn(f"{guest} is running: it may have changed tags meanwhile; pause it first")
-    if output == "json":
-        print_json(_document(file, guest, verify, elapsed, result))
-    else:
-        _tell(file, guest, elapsed, result)
+    done = f"nothing was written to {guest}" if dry_run else f"the tags were written to {guest}"
+    with printing(f"{done}: the status would have been {result.status}"):
+        if output == "json":
+            print_json(_document(file, guest, verify, elapsed, result))
+        else:
+            _tell(file, guest, elapsed, result)
     return result.status
 
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 import click
 
-from mtetool.backends import GuestOptions, open_guest
-from mtetool.cli.options import RANGE, SIZE, Range, progress_options, report_option, snapshot_target
+from mtetool.backends import GuestOptions, open_files, open_guest
+from mtetool.cli.naming import check_inputs
+from mtetool.cli.options import (
+    EVERY_PAGE_OPTION,
+    FILE,
+    NAME,
+    RANGE,
+    SIZE,
+    Range,
+    progress_options,
+    report_option,
+    snapshot_target,
+)
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size, slot_rows
-from mtetool.cli.render import print_json, say, warn
+from mtetool.cli.render import print_json, reporting_on, say, warn
 
 if TYPE_CHECKING:
     from mtetool.flows.layers import Layers
@@ -29,8 +39,10 @@ _CONSISTENT = {
 
 
 @click.command("save")
-@click.argument("guest", metavar="GUEST")
-@click.option("-o", "--out", metavar="FILE", help="Where the snapshot goes; - is standard output.")
+@click.argument("guest", type=NAME, metavar="GUEST")
+@click.option(
+    "-o", "--out", type=FILE, metavar="FILE", help="Where the snapshot goes; - is standard output."
+)
 @click.option("--force", is_flag=True, help="Overwrite FILE if it exists.")
 @click.option(
     "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
@@ -55,11 +67,12 @@ _CONSISTENT = {
 @click.option(
     "--base",
     "bases",
+    type=FILE,
     multiple=True,
     metavar="FILE",
     help="Save what has changed since (repeatable: the oldest first).",
 )
-@click.option("--every-page", is_flag=True, help="Read and try every page; see mtetool-save(1).")
+@EVERY_PAGE_OPTION
 @click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Threads that compress.")
 @click.option(
     "--level", type=click.IntRange(1, 19), default=1, metavar="N", help="The zstd level (1)."
@@ -96,6 +109,7 @@ def command(
     from mtetool.snapshot.output import output_file
 
     target = snapshot_target(out)
+    inputs = [*check_inputs(bases, [guest]), *open_files(guest)]
     options = SaveOptions(
         ranges=tuple(Extent(*asked) for asked in ranges),
         slots=slots,
@@ -109,7 +123,7 @@ def command(
     started = time.monotonic()
     with (
         _opened(bases) if bases else nullcontext() as base,
-        output_file(target, force=force) as stream,
+        output_file(target, force=force, inputs=inputs) as stream,
         open_guest(guest, guest_options) as opened,
         shown(f"saving {guest}", progress) as update,
     ):
@@ -122,8 +136,7 @@ def command(
             " pause the guest first (virsh suspend, stop in QEMU's monitor; a process: kill -STOP),"
             " or use --freeze"
         )
-    # The snapshot has standard output for itself.
-    with redirect_stdout(sys.stderr if target == "-" else sys.stdout):
+    with reporting_on(target, result.status):
         if output == "json":
             print_json(_document(guest, target, counted.n_bytes, elapsed, result))
         elif target != "-" or not quiet:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mtetool.backends import GuestOptions, open_guest
-from mtetool.cli.options import BASE_OPTION, progress_options, report_option
+from mtetool.cli.naming import check_inputs
+from mtetool.cli.options import (
+    BASE_OPTION,
+    EVERY_PAGE_OPTION,
+    FILE,
+    NAME,
+    progress_options,
+    report_option,
+)
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import extent_lines, extents_json, missing_json, missing_lines, size
@@ -19,9 +27,10 @@ if TYPE_CHECKING:
 
 
 @click.command("verify")
-@click.argument("file", metavar="FILE")
-@click.option("--against", metavar="GUEST", help="Compare every tag with this guest's.")
+@click.argument("file", type=NAME, metavar="FILE")
+@click.option("--against", type=FILE, metavar="GUEST", help="Compare every tag with this guest's.")
 @BASE_OPTION
+@EVERY_PAGE_OPTION
 @with_guest_options
 @progress_options
 @report_option
@@ -29,6 +38,7 @@ def command(
     file: str,
     against: str | None,
     bases: tuple[str, ...],
+    every_page: bool,
     guest_options: GuestOptions,
     quiet: bool,
     progress: str,
@@ -42,6 +52,11 @@ def command(
     from mtetool.flows.opening import snapshot_input
     from mtetool.flows.verify import verify, verify_against
 
+    check_inputs(
+        [*bases, file],
+        [] if against is None else [against],
+        instead=lambda guest: f"mtetool verify FILE --against {guest}",
+    )
     started = time.monotonic()
     with snapshot_input(file, bases) as snapshot, shown(f"verifying {file}", progress) as update:
         reader = snapshot.reader()
@@ -49,7 +64,9 @@ def command(
             result = verify(reader, progress=update)
         else:
             with open_guest(against, guest_options) as guest:
-                result = verify_against(reader, guest, against, progress=update)
+                result = verify_against(
+                    reader, guest, against, every_page=every_page, progress=update
+                )
     elapsed = time.monotonic() - started
     if result.paused is False and not quiet:
         warn(f"{against} is running: its tags change while they are compared")

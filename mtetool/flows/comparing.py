@@ -50,10 +50,16 @@ class Comparer:
             self.compared_bytes += step.size_bytes
 
     def compare_fill(
-        self, fill: Fill, differing: Tally[Extent], unreadable: Tally[Missing]
+        self,
+        fill: Fill,
+        differing: Tally[Extent],
+        unreadable: Tally[Missing],
+        *,
+        every_page: bool = False,
     ) -> None:
-        """Compare the guest's tags with one tag, over any length."""
-        for step in self._reader.read_granules([Extent(fill.ipa, fill.size_bytes)]):
+        """Compare the guest's tags with one tag, over any length; `every_page` as `compare`."""
+        extent = Extent(fill.ipa, fill.size_bytes)
+        for step in self._reader.read_granules([extent], every_page=every_page):
             if isinstance(step, Missing):
                 unreadable.add(step)
                 continue

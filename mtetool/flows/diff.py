@@ -68,9 +68,14 @@ def diff(
 
 
 def check_ranges(ranges: Sequence[Extent], a: TagSource, b: TagSource) -> None:
-    """Raise MisalignedError for parts of granules, RangeError for a range outside both."""
+    """Raise MisalignedError for parts of granules, RangeError for a range outside both.
+
+    Raises WouldAllocateError, too, for what `diff` then reads: the ranges, or all without any.
+    """
     check_aligned(ranges, GRANULE_BYTES, "granule")
     check_inside(ranges, [*a.extents(), *b.extents()], f"{a.name} and {b.name}")
+    for source in (a, b):
+        source.check(clip(source, ranges or None))
 
 
 def _differences(pairs: Iterator[_Pair]) -> Iterator[Difference | Missing]:

@@ -6,6 +6,8 @@ import errno
 import os
 import shutil
 import stat
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,8 +29,8 @@ def exec_vmm(command: list[str], wish: Wish) -> NoReturn:
     """Become the program `command`, watched by a companion that does what `wish` says.
 
     Raises NoSuchFileError and UsageError for a program that cannot be executed; where MTE is
-    required GuestError subclasses for a host that cannot do it (else `wish.tell` is given
-    them, and the program is started all the same).
+    required GuestError subclasses for a host that cannot do it (else they are reported on
+    standard error, and the program is started all the same).
     """
     environment = companion.initial_environment()
     path = find_program(command[0], environment)
@@ -40,7 +42,9 @@ def exec_vmm(command: list[str], wish: Wish) -> NoReturn:
     except GuestError as error:
         if wish.required:
             raise
-        wish.tell(error)
+        with suppress(OSError, AttributeError):
+            sys.stderr.write(wish.text(error))
+            sys.stderr.flush()
     try:
         companion.become(path, command, environment)
     except OSError as error:
@@ -70,7 +74,7 @@ def find_program(name: str, environment: dict[bytes, bytes]) -> str:
         raise UsageError(f"{name} is not an executable file", hint="chmod +x, or another path")
     raise NoSuchFileError(
         f"there is no program {name}" + ("" if "/" in name else " in PATH"),
-        hint="the VMM's command line comes behind --: mtetool exec -- qemu-system-aarch64 ...",
+        hint="the VMM's command line comes after --: mtetool exec -- qemu-system-aarch64 ...",
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from mtetool import loops
 from mtetool.backends.base import Guest
 from mtetool.errors import STATUS_OK, STATUS_PARTIAL, BusyError, LayoutError, MtetoolError
+from mtetool.flows.allocating import check_allocates_nothing
 from mtetool.flows.comparing import Comparer
 from mtetool.flows.copying import (
     CHUNK_GRANULES,
@@ -37,7 +38,8 @@ from mtetool.uapi import GRANULE_BYTES
 class RestoreOptions:
     """What the user asked for; `moves` are pairs of a slot's IPA then and now.
 
-    `every_page` writes tags of 0 also where the guest cannot have others.
+    `every_page` writes tags of 0 also where the guest cannot have others, even where that
+    allocates memory.
     """
 
     verify: bool = True
@@ -96,7 +98,8 @@ def restore(
     time, and nothing is written before the whole snapshot was read and checked. Without
     (a pipe) each piece is checked before it is used.
 
-    Raises SnapshotError, LayoutError, MisalignedError, UsageError, BaseNeededError; BusyError
+    Raises SnapshotError, LayoutError, MisalignedError, UsageError, BaseNeededError,
+    WouldAllocateError; BusyError
     when the guest logs dirty pages and nothing was written. An error that comes after something
     was written says so.
     """
@@ -116,6 +119,7 @@ def restore(
     scope = relocation.moved(merged(header.scope))
     targets = relocation.moved(planned)
     check_fit(targets, layout, scope, relocation.moved(merged(gone)))
+    check_allocates_nothing(guest, targets, "the guest", every_page=options.every_page)
     to_write = common(targets, layout.writable)
     if to_write:
         check_takes_tags(guest, to_write[0].ipa // layout.page_size_bytes * layout.page_size_bytes)

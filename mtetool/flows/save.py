@@ -17,6 +17,7 @@ from mtetool.errors import (
     UsageError,
     errno_name,
 )
+from mtetool.flows.allocating import check_allocates_nothing
 from mtetool.flows.copying import Copied, Fill, Later, TagReader, check_has_tags, check_mte_is_on
 from mtetool.flows.freezing import DEFAULT_SPOOL_BYTES, Spool, held_still
 from mtetool.flows.layout import (
@@ -101,16 +102,17 @@ def save(
 ) -> SaveResult:
     """Write a guest's tags to `out`, front to back; with `base` what has changed since.
 
-    Raises MisalignedError, RangeError and UsageError before anything is read; PartialError
-    for the first page that cannot be read, with partial "fail"; GuestError when nothing at
-    all can be read or the guest is gone. SnapshotError and BaseNeededError of the base.
-    OutputStalledError where a frozen guest would have to wait for `out`.
+    Raises MisalignedError, RangeError, UsageError and WouldAllocateError before anything is
+    read; PartialError for the first page that cannot be read, with partial "fail"; GuestError
+    when nothing at all can be read or the guest is gone. SnapshotError and BaseNeededError of
+    the base. OutputStalledError where a frozen guest would have to wait for `out`.
     """
     check_mte_is_on(guest)
     info = guest.info()
     layout = Layout(info.memslots, guest.page_size_bytes)
     check_has_tags(layout, info.source)
     scope = decide_scope(layout, options, info.source)
+    check_allocates_nothing(guest, scope, info.source, every_page=options.every_page)
     # What takes its time (the monitor, threads, memory for the tags) comes before the guest
     # stands still.
     paused_before = True if options.freeze else guest.paused()

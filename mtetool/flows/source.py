@@ -13,6 +13,7 @@ from typing import BinaryIO, Protocol, cast
 from mtetool.backends import GuestOptions, is_guest, open_guest
 from mtetool.backends.base import Guest
 from mtetool.errors import BaseNeededError, host_error
+from mtetool.flows.allocating import check_allocates_nothing
 from mtetool.flows.copying import Copied, Fill, Step, TagReader, cut, tagged_layout
 from mtetool.flows.layout import check_aligned, check_inside, common, merged
 from mtetool.snapshot.index import Entry, IndexedSnapshot
@@ -39,6 +40,10 @@ class TagSource(Protocol):
         """The memory that it speaks of, in order of address."""
         ...
 
+    def check(self, extents: Sequence[Extent]) -> None:
+        """Raise WouldAllocateError where reading these makes memory that nobody asked for."""
+        ...
+
     def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
         """The tags of ascending extents of whole granules, in order of address.
 
@@ -51,25 +56,30 @@ class TagSource(Protocol):
 def asked(source: TagSource, ranges: Sequence[Extent]) -> list[Extent]:
     """What to read of a source: the ranges that were asked for, or all of it.
 
-    Raises MisalignedError for parts of granules, RangeError for a range outside all of it.
+    Raises MisalignedError for parts of granules, RangeError for a range outside all of it,
+    WouldAllocateError.
     """
-    held = merged(source.extents())
-    if not ranges:
-        return held
-    check_aligned(ranges, GRANULE_BYTES, "granule")
-    check_inside(ranges, held, source.name)
-    return merged(ranges)
+    extents = held = merged(source.extents())
+    if ranges:
+        check_aligned(ranges, GRANULE_BYTES, "granule")
+        check_inside(ranges, held, source.name)
+        extents = merged(ranges)
+    source.check(extents)
+    return extents
 
 
 @contextmanager
-def open_source(source: str, options: GuestOptions | None = None) -> Iterator[TagSource]:
+def open_source(
+    source: str, options: GuestOptions | None = None, *, every_page: bool = False
+) -> Iterator[TagSource]:
     """Open a guest (`emu:PATH`, `kvm:PID`, `proc:PID`), a snapshot file, or standard input for "-".
 
+    With `every_page` all of a guest is read, even where that allocates memory.
     Raises what opening those raises; LayoutUnknownError for a guest without a layout.
     """
     if is_guest(source):
         with open_guest(source, options) as guest:
-            yield GuestSource(guest, source)
+            yield GuestSource(guest, source, every_page=every_page)
         return
     name = display_name(source)
     with opened(source) as stream, seekable_stream(stream, name) as seekable:
@@ -97,9 +107,11 @@ def seekable_stream(stream: BinaryIO, name: str) -> Iterator[BinaryIO]:
 class GuestSource:
     """The tags that a guest has now."""
 
-    def __init__(self, guest: Guest, name: str) -> None:
+    def __init__(self, guest: Guest, name: str, *, every_page: bool = False) -> None:
         self.name = name
         self.page_size_bytes = guest.page_size_bytes
+        self._guest = guest
+        self._every_page = every_page
         self._layout = tagged_layout(guest, name)
         self._reader = TagReader(guest, self._layout)
 
@@ -107,9 +119,13 @@ class GuestSource:
         """See `TagSource.extents`: all slots but those of devices."""
         return self._layout.taggable
 
+    def check(self, extents: Sequence[Extent]) -> None:
+        """See `TagSource.check`."""
+        check_allocates_nothing(self._guest, extents, self.name, every_page=self._every_page)
+
     def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
         """See `TagSource.read`."""
-        return self._reader.read_granules(extents)
+        return self._reader.read_granules(extents, every_page=self._every_page)
 
 
 class SnapshotSource:
@@ -125,6 +141,9 @@ class SnapshotSource:
     def extents(self) -> list[Extent]:
         """See `TagSource.extents`: the scope of the snapshot."""
         return list(self._snapshot.header.scope)
+
+    def check(self, extents: Sequence[Extent]) -> None:
+        """See `TagSource.check`: a file is only read."""
 
     def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
         """See `TagSource.read`."""

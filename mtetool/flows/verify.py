@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from mtetool.backends.base import Guest
 from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL
+from mtetool.flows.allocating import check_allocates_nothing
 from mtetool.flows.checking import Checked, check
 from mtetool.flows.comparing import Comparer
 from mtetool.flows.copying import Copied, Fill, TagReader, tagged_layout
@@ -45,14 +46,21 @@ def verify(reader: SnapshotReader | Layers, *, progress: Progress = no_progress)
 
 
 def verify_against(
-    reader: SnapshotReader | Layers, guest: Guest, name: str, *, progress: Progress = no_progress
+    reader: SnapshotReader | Layers,
+    guest: Guest,
+    name: str,
+    *,
+    every_page: bool = False,
+    progress: Progress = no_progress,
 ) -> VerifyResult:
     """Check a snapshot and compare each of its tags with the guest's.
 
-    Raises SnapshotError, BaseNeededError, and GuestError where the guest refuses as a whole.
+    Raises SnapshotError, BaseNeededError, and GuestError where the guest refuses as a whole;
+    WouldAllocateError where memory would be made and `every_page` is false.
     """
     whole = stored(reader)
     layout = tagged_layout(guest, name, slots_of(whole.header))
+    check_allocates_nothing(guest, whole.header.scope, name, every_page=every_page)
     comparer = Comparer(TagReader(guest, layout))
     result = VerifyResult(Checked(whole.header), name, guest.paused())
     differing, unreadable = result.differing, result.unreadable
@@ -61,16 +69,20 @@ def verify_against(
         total, done = total_bytes(whole.header.scope), 0
         for step in reader.steps():
             if isinstance(step, Copied):
-                comparer.compare(step.ipa, step.tags, differing, unreadable)
+                comparer.compare(step.ipa, step.tags, differing, unreadable, every_page=every_page)
             elif isinstance(step, Fill):
-                comparer.compare_fill(step, differing, unreadable)
+                comparer.compare_fill(step, differing, unreadable, every_page=every_page)
             done += step.size_bytes
             progress(done, total)
     else:
         result.checked = check(
             reader,
-            use=lambda ipa, tags: comparer.compare(ipa, tags, differing, unreadable),
-            use_fill=lambda fill: comparer.compare_fill(fill, differing, unreadable),
+            use=lambda ipa, tags: comparer.compare(
+                ipa, tags, differing, unreadable, every_page=every_page
+            ),
+            use_fill=lambda fill: comparer.compare_fill(
+                fill, differing, unreadable, every_page=every_page
+            ),
             progress=progress,
         )
     result.compared_bytes = comparer.compared_bytes

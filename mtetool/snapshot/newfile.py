@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mtetool.errors import FileExistsAlreadyError, host_error
+from mtetool.snapshot.place import Place
 
 MODE = 0o600  # Tags are secrets: MTE's protection rests on them.
 
@@ -26,20 +27,22 @@ class NewFile:
     A nameless one vanishes with the process, however that ends; some file systems (NFS)
     have none, and replacing a file needs a temporary name for a moment. What a process that
     was killed has left under such a name, the next one that makes the same file removes: a
-    lock tells that nobody works on it any more.
+    lock shows that nobody works on it any more.
 
     `new_file` makes it. `open` and `keep` raise OSError; `keep` also FileExistsAlreadyError
     for a name that was taken meanwhile, and HostError where the file is in its place, but maybe
     not for good.
     """
 
-    def __init__(self, path: str, target: Path, *, force: bool) -> None:
-        self._path = path
-        self._target = target
+    def __init__(self, place: Place, *, force: bool) -> None:
+        self._path = place.path
+        self._place = place
+        # A signal may end the holding of the place before this is closed.
+        self._at = os.dup(place.directory)
         self._force = force
         # Known before it is used: a signal may come between any two calls, and then what bears
         # this name goes. Shortened, so that a name of the greatest length has one as well.
-        self._temporary = target.with_name(f".{target.name[:50]}.{os.urandom(6).hex()}.tmp")
+        self._temporary = f".{place.name[:50]}.{os.urandom(6).hex()}.tmp"
         self.is_nameless = False
         self._file: io.FileIO | None = None
 
@@ -52,7 +55,7 @@ class NewFile:
 
     def open(self) -> None:
         """Make the file, and remove what was left of earlier ones."""
-        _remove_leftovers(self._target)
+        _remove_leftovers(self._place)
         self._file = io.FileIO(self._make(), "w")
         os.fchmod(self.file.fileno(), MODE)
         _lock(self.file.fileno())
@@ -61,29 +64,33 @@ class NewFile:
         """Close it; unless it was kept, it is gone. May be called again."""
         try:
             if self._file is not None:
-                # Every error of writing was told by fsync.
+                # Every error of writing was reported by fsync.
                 with suppress(OSError):
                     self._file.close()
         finally:
-            # What cannot be removed is left to the next run: what failed before is what counts.
-            with suppress(OSError):
-                self._temporary.unlink()
+            if self._at >= 0:
+                # What cannot be removed is left to the next run: what failed before counts.
+                with suppress(OSError):
+                    os.unlink(self._temporary, dir_fd=self._at)
+                at, self._at = self._at, -1
+                os.close(at)
 
     def _make(self) -> int:
         if Path("/proc/self/fd").is_dir():
             with suppress(OSError):
                 flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
-                fd = os.open(self._target.parent, flags, MODE)
+                fd = os.open(".", flags, MODE, dir_fd=self._at)
                 self.is_nameless = True
                 return fd
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
-        return os.open(self._temporary, flags, MODE)
+        return os.open(self._temporary, flags, MODE, dir_fd=self._at)
 
     def keep(self) -> None:
         """Give the file its name, once its bytes are on the disk."""
         os.fsync(self.file.fileno())
-        with _opened(self._target.parent, os.O_RDONLY | os.O_DIRECTORY) as directory:
+        with _opened(".", os.O_RDONLY | os.O_DIRECTORY, self._at) as directory:
             if self._force:
+                self._check_again()
                 self._rename()
             else:
                 self._appear()
@@ -94,40 +101,49 @@ class NewFile:
                     what = f"{self._path} is written, but may not outlast a crash of this host"
                     raise host_error(error, what, path=self._path) from error
 
+    def _check_again(self) -> None:
+        """Refuse to replace anything but a file: neither a link nor a pipe that came meanwhile."""
+        now = self._place.look()
+        if now is not None and not stat.S_ISREG(now.st_mode):
+            raise FileExistsAlreadyError(
+                f"{self._path} was replaced meanwhile, by something that is not a file",
+                hint="look who does that: ls -l; choose a directory of your own",
+                path=self._path,
+            )
+
     def _rename(self) -> None:
         if self.is_nameless:
             self._link(self._temporary)
-        self._temporary.replace(self._target)
+        os.rename(self._temporary, self._place.name, src_dir_fd=self._at, dst_dir_fd=self._at)
 
     def _appear(self) -> None:
         """Take the name, unless something has it by now: that a link refuses, a rename not."""
         try:
-            self._link(self._target)
+            self._link(self._place.name)
         except FileExistsError as error:
             raise exists(self._path) from error
         except OSError as error:
             # FAT and some FUSE file systems have no links: a look before has to do there.
             if self.is_nameless or error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
                 raise
-            if os.path.lexists(self._target):
+            if self._place.look() is not None:
                 raise exists(self._path) from error
             self._rename()
 
-    def _link(self, name: Path) -> None:
+    def _link(self, name: str) -> None:
         if not self.is_nameless:
-            os.link(self._temporary, name)
+            os.link(self._temporary, name, src_dir_fd=self._at, dst_dir_fd=self._at)
             return
         # Naming a directory makes Python use linkat(2) with AT_SYMLINK_FOLLOW, as open(2)
         # says for O_TMPFILE; link(2) would link the symbolic link in /proc itself.
-        with _opened(Path(), os.O_PATH) as here:
-            source = f"/proc/self/fd/{self.file.fileno()}"
-            os.link(source, name.absolute(), src_dir_fd=here, follow_symlinks=True)
+        source = f"/proc/self/fd/{self.file.fileno()}"
+        os.link(source, name, dst_dir_fd=self._at, follow_symlinks=True)
 
 
 @contextmanager
-def new_file(path: str, target: Path, *, force: bool) -> Iterator[NewFile]:
-    """A `NewFile`, not open yet, and closed in the end. `path` is what messages call it."""
-    new = NewFile(path, target, force=force)
+def new_file(place: Place, *, force: bool) -> Iterator[NewFile]:
+    """A `NewFile` for a place that is held, not open yet, and closed in the end."""
+    new = NewFile(place, force=force)
     try:
         yield new
     finally:
@@ -139,14 +155,18 @@ def new_file(path: str, target: Path, *, force: bool) -> Iterator[NewFile]:
             raise
 
 
-def exists(path: str) -> FileExistsAlreadyError:
-    """The error for a name that something has already."""
-    return FileExistsAlreadyError(f"{path} exists", hint="--force overwrites it", path=path)
+def exists(path: str, kind: str | None = None) -> FileExistsAlreadyError:
+    """The error for a name that something has already; `kind` is what, if not a file."""
+    if kind is None:
+        return FileExistsAlreadyError(f"{path} exists", hint="--force overwrites it", path=path)
+    return FileExistsAlreadyError(
+        f"{path} exists, and is {kind}", hint="--force writes to it as it is", path=path
+    )
 
 
 @contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
-    fd = os.open(path, flags | os.O_CLOEXEC)
+def _opened(name: str, flags: int, at: int) -> Iterator[int]:
+    fd = os.open(name, flags | os.O_CLOEXEC, dir_fd=at)
     try:
         yield fd
     finally:
@@ -162,22 +182,22 @@ def _lock(fd: int) -> bool:
     return False
 
 
-def _remove_leftovers(target: Path) -> None:
+def _remove_leftovers(place: Place) -> None:
     """Remove what killed processes left when they made this file: temporary and not locked.
 
     Best effort: what cannot be looked at stays.
     """
-    ours = re.compile(rf"\.{re.escape(target.name[:50])}\.[0-9a-f]{{12}}\.tmp", re.DOTALL)
-    with suppress(OSError), os.scandir(target.parent) as entries:
-        for path in [Path(entry.path) for entry in entries if ours.fullmatch(entry.name)]:
+    ours = re.compile(rf"\.{re.escape(place.name[:50])}\.[0-9a-f]{{12}}\.tmp", re.DOTALL)
+    with suppress(OSError), _opened(".", os.O_RDONLY | os.O_DIRECTORY, place.directory) as fd:
+        for name in filter(ours.fullmatch, os.listdir(fd)):  # noqa: PTH208
             with suppress(OSError):
-                _remove_leftover(path)
+                _remove_leftover(name, fd)
 
 
-def _remove_leftover(path: Path) -> None:
-    with _opened(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as fd:
+def _remove_leftover(name: str, at: int) -> None:
+    with _opened(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, at) as fd:
         status = os.fstat(fd)
         mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
         # Its maker may have finished meanwhile: then it has no such name any more.
-        if mine and _lock(fd) and os.path.samestat(status, path.lstat()):
-            path.unlink()
+        if mine and _lock(fd) and os.path.samestat(status, os.lstat(name, dir_fd=at)):
+            os.unlink(name, dir_fd=at)

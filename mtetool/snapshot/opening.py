@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mtetool.errors import (
-    HostIoError,
+    BadNameError,
     NoSuchFileError,
     NotASnapshotError,
     UsageError,
+    file_error,
     host_error,
 )
 from mtetool.snapshot.index import IndexedSnapshot
@@ -26,9 +27,11 @@ from mtetool.snapshot.reader import Piece, SnapshotReader
 def opened(path: str) -> Iterator[BinaryIO]:
     """The bytes of a file, or of standard input for "-".
 
-    Raises UsageError for a terminal, NoSuchFileError, NotASnapshotError for a directory,
-    HostIoError.
+    Raises UsageError for a terminal, NoSuchFileError, BadNameError, NotASnapshotError for a
+    directory, PermissionRefusedError, HostIoError.
     """
+    if not path:
+        raise BadNameError("an empty name: no file has that", path=path)
     if path == "-":
         stdin = sys.stdin
         if stdin is None or stdin.isatty():
@@ -42,13 +45,17 @@ def opened(path: str) -> Iterator[BinaryIO]:
     try:
         stream = Path(path).open("rb")  # noqa: SIM115
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise NoSuchFileError(f"{path}: no such file", hint="is the path right?") from error
+        raise NoSuchFileError(
+            f"{path}: no such file", hint="check the name: ls -ld", path=path
+        ) from error
     except IsADirectoryError as error:
-        raise NotASnapshotError(f"{path} is no snapshot: it is a directory") from error
+        what = f"{path} is not a snapshot: it is a directory"
+        raise NotASnapshotError(what, hint="name a file in it", path=path) from error
     except OSError as error:
-        raise host_error(error, f"{path} cannot be opened") from error
+        raise file_error(error, path, f"{path} cannot be opened") from error
     except ValueError as error:
-        raise HostIoError(f"{path} cannot be opened: {error}") from error
+        what = f"{path!r} is not a name that a file can have: {error}"
+        raise BadNameError(what, path=path) from error
     with stream:
         yield stream
 
@@ -58,7 +65,7 @@ def open_snapshot(path: str) -> Iterator[SnapshotReader]:
     """A reader of a file, or of standard input for "-".
 
     Raises as `SnapshotReader`, and UsageError for a terminal, NoSuchFileError,
-    NotASnapshotError for a directory, HostIoError.
+    NotASnapshotError for a directory, PermissionRefusedError, HostIoError.
     """
     with opened(path) as stream:
         yield SnapshotReader(stream, display_name(path))

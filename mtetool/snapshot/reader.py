@@ -22,6 +22,7 @@ from mtetool.snapshot.heads import (
     decode_missing,
     decode_tags,
 )
+from mtetool.snapshot.kinds import EMULATED_MAGIC
 from mtetool.snapshot.ledger import Ledger, LedgerError
 from mtetool.snapshot.model import CHUNK_GRANULES, Footer, Header, Missing
 from mtetool.snapshot.records import (
@@ -305,6 +306,7 @@ _OTHER_FORMATS = (
     (b"QEVM", "a QEMU migration stream"),
     (b"QFI\xfb", "a qcow2 image"),
     (b"\x89PNG", "a PNG image"),
+    (EMULATED_MAGIC, "the file of an emulated guest"),
     (b"\x89MTESNP\r\n", "a snapshot that was transferred as text, which destroyed it"),
 )
 
@@ -325,6 +327,10 @@ def _looks_like(start: bytes) -> str:
     return "some other file"
 
 
+def _path(name: str) -> str:
+    return "PATH" if name == "standard input" else name
+
+
 def _read_prologue(source: ByteSource) -> bytes:
     prologue = source.read(PROLOGUE.size)
     if not prologue.startswith(MAGIC):
@@ -335,8 +341,9 @@ def _read_prologue(source: ByteSource) -> bytes:
             "a gzip file": "unpack it first: gunzip",
             "a zstd file": "unpack it first: zstd -d",
             "an xz file": "unpack it first: unxz",
+            "the file of an emulated guest": f"as a guest it is named emu:{_path(source.name)}",
         }.get(what, "mtetool save writes snapshots")
-        raise NotASnapshotError(f"{source.name} is no snapshot: it is {what}", hint=hint)
+        raise NotASnapshotError(f"{source.name} is not a snapshot: it is {what}", hint=hint)
     if len(prologue) < PROLOGUE.size:
         raise TruncatedError(f"{source.name} ends after {counted(len(prologue), 'byte')}")
     _, version, flags = PROLOGUE.unpack(prologue)

@@ -13,9 +13,10 @@ from typing import BinaryIO
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from mtetool.errors import DamagedError, HostIoError, TruncatedError, host_error
+from mtetool.snapshot.kinds import SNAPSHOT_MAGIC
 from mtetool.words import counted
 
-MAGIC = b"\x89MTESNP\n"
+MAGIC = SNAPSHOT_MAGIC
 END_MAGIC = b"\x89MTEEND\n"
 VERSION = 1
 

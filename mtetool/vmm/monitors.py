@@ -35,10 +35,11 @@ def open_given(pid: int, path: Path) -> Monitor:
     return _proven(pid, str(path), _connected(str(path), file), Patience())
 
 
-def open_found(pid: int) -> Monitor:
+def open_found(pid: int) -> Monitor | None:
     """Connect to the first monitor on the process's command line that is proven to be its own.
 
-    Raises LayoutUnknownError, which says why for each.
+    None where it names none that can be connected to. Raises LayoutUnknownError, which says why
+    for each.
     """
     patience = Patience()
     refusals = []
@@ -55,11 +56,7 @@ def open_found(pid: int) -> Monitor:
             f" {'; '.join(error.message for error in refusals)}",
             hint=refusals[0].hint,
         ) from refusals[0]
-    raise LayoutUnknownError(
-        f"process {pid} ({proc.program(pid)}) has no QMP monitor on a unix socket that could"
-        " describe its memory layout",
-        hint="name the memory by hand: --memslot IPA:SIZE (repeatable)",
-    )
+    return None
 
 
 def name_of(pid: int) -> str | None:
@@ -153,5 +150,4 @@ def _foreign(pid: int, where: str, peer: unix_sockets.Peer) -> ForeignMonitorErr
         " VMs are listed by: mtetool list",
         pid=pid,
         path=where,
-        peer=peer.pid or None,
     )

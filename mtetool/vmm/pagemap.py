@@ -1,7 +1,8 @@
 """Which pages of a process's memory exist, found without touching them.
 
-The page tables tell it for private memory (/proc/PID/pagemap, PAGEMAP_SCAN of Linux 6.7:
-Documentation/admin-guide/mm/pagemap.rst). A page of a shared file can exist without being in them:
+The page tables show it for private memory (/proc/PID/pagemap, PAGEMAP_SCAN of Linux 6.7:
+Documentation/admin-guide/mm/pagemap.rst; before, `vmm.pagewords`). A page of a shared file can
+exist without being in them:
 there the file's own holes are asked too (SEEK_DATA, which counts pages on swap as data:
 mm/filemap.c, folio_seek_hole_data). What is not plainly one of these is taken to exist.
 Of what exists, that is left out too of which the kernel tells that it has no tags (`vmm.frames`).
@@ -11,15 +12,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import functools
-import itertools
 import os
+import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mtetool.vmm import pagewords
 from mtetool.vmm.frames import Frames
 
 # include/uapi/linux/fs.h: struct pm_scan_arg and struct page_region.
@@ -33,10 +34,9 @@ _QUERY = struct.Struct("<9Q4I2Q")
 _PROCMAP_QUERY = 0xC0000000 | _QUERY.size << 16 | ord("f") << 8 | 17
 _NAME_BYTES = 4096
 
-# Files whose pages are memory and nothing else. ("/dev/zero" is shared anonymous memory.)
-_MEMORY_FILES = ("/memfd:", "/dev/zero", "/dev/shm/")  # noqa: S108
-# include/uapi/linux/magic.h: TMPFS_MAGIC.
-_TMPFS = 0x01021994
+# File systems whose pages are memory and nothing else: TMPFS_MAGIC, HUGETLBFS_MAGIC of
+# include/uapi/linux/magic.h.
+TMPFS, HUGETLBFS = 0x01021994, 0x958458F6
 
 
 class UnknownError(Exception):
@@ -119,11 +119,11 @@ class Pagemap:
         self._frames: Frames | None = None
         with suppress(OSError):
             self._frames = Frames()
+        self._scans = self._kernel_scans()
         try:
             # A page may yet be brought by whoever serves the faults of this process.
             if _has_userfaultfd(pid):
                 raise UnknownError("somebody serves its page faults (userfaultfd)")
-            self._scan(0, 0, _address_of(self._vector))
         except (OSError, UnknownError) as error:
             self.close()
             raise UnknownError(str(error)) from error
@@ -172,19 +172,31 @@ class Pagemap:
     def _known(self, mapping: _Mapping, start: int, end: int) -> Iterator[tuple[int, int]]:
         if mapping.inode == 0:
             yield from self._in_page_tables(start, end)
-        elif mapping.name.startswith(_MEMORY_FILES):
-            tables = self._in_page_tables(start, end)
-            yield from _united(tables, self._in_file(mapping, start, end))
         else:
-            yield start, end
+            tables = self._in_page_tables(start, end)
+            yield from united(tables, self._in_file(mapping, start, end))
+
+    def _kernel_scans(self) -> bool:
+        """Whether the kernel has PAGEMAP_SCAN: before, any ioctl there is ENOTTY."""
+        try:
+            self._scan(0, 0, _address_of(self._vector))
+        except OSError:
+            return False
+        return True
 
     def _in_page_tables(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        try:
+            if self._scans:
+                yield from self._scanned(start, end)
+            else:
+                yield from pagewords.existing(self._fd, start, end)
+        except OSError as error:
+            raise UnknownError(str(error)) from error
+
+    def _scanned(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         at = start
         while at < end:
-            try:
-                n_regions, behind = self._scan(at, end, _address_of(self._vector))
-            except OSError as error:
-                raise UnknownError(str(error)) from error
+            n_regions, behind = self._scan(at, end, _address_of(self._vector))
             # A copy: whoever looks at other memory meanwhile takes the same vector.
             regions = bytes(self._vector[: n_regions * _REGION.size])
             yield from ((first, stop) for first, stop, _ in _REGION.iter_unpack(regions))
@@ -228,25 +240,35 @@ class Pagemap:
 
 
 def _open_file(pid: int, mapping: _Mapping) -> int:
-    """The file of a mapping, if it is small pages of memory."""
+    """The file of a mapping, if it is small pages of memory. Raises UnknownError."""
+    fd = open_mapped(pid, mapping, os.O_RDONLY | os.O_NONBLOCK)
+    if file_system(fd) == TMPFS:
+        return fd
+    # hugetlbfs: it tells no holes, and tags of its pages live by rules of their own.
+    os.close(fd)
+    raise UnknownError(f"{mapping.name} is not a file in memory")
+
+
+def open_mapped(pid: int, mapping: _Mapping, flags: int) -> int:
+    """The regular file of a mapping, opened. Raises UnknownError.
+
+    No device is ever opened: that could do something, and /dev/zero is one.
+    """
     ways = [Path(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")]
     with suppress(OSError):
         ways += Path(f"/proc/{pid}/fd").iterdir()
     for path in ways:
         with suppress(OSError):
             status = path.stat()
-            if (status.st_dev, status.st_ino) != (mapping.device, mapping.inode):
-                continue
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            if _file_system(fd) == _TMPFS:
-                return fd
-            # hugetlbfs: it tells no holes, and tags of its pages live by rules of their own.
-            os.close(fd)
-            break
+            if (status.st_dev, status.st_ino) == (
+                mapping.device,
+                mapping.inode,
+            ) and stat.S_ISREG(status.st_mode):
+                return os.open(path, flags | os.O_CLOEXEC)
     raise UnknownError(f"{mapping.name} cannot be opened")
 
 
-def _file_system(fd: int) -> int:
+def file_system(fd: int) -> int:
     """The number of the file system's kind. (Huge pages of tmpfs have its large st_blksize too.)"""
     import ctypes
 
@@ -278,7 +300,7 @@ def _parsed(text: str) -> list[_Mapping]:
     return found
 
 
-def _united(
+def united(
     one: Iterator[tuple[int, int]], other: Iterator[tuple[int, int]]
 ) -> Iterator[tuple[int, int]]:
     """Both, in order of address, none twice."""
@@ -300,54 +322,3 @@ def _address_of(buffer: bytearray) -> int:
     import ctypes
 
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-
-
-class HostMemory:
-    """Where in a VMM's process the memory of its guest is: (ipa, size, address) of each slot.
-
-    Where several are told for some memory, it is one of them, nobody knows which.
-    """
-
-    def __init__(self, pagemap: Pagemap, where: Sequence[tuple[int, int, int]]) -> None:
-        self._pagemap = pagemap
-        self._where = sorted(where)
-        ends = {end for ipa, size, _ in where for end in (ipa, ipa + size)}
-        self._ends = sorted(ends)
-
-    def existing(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
-        """The parts (address, size) of guest memory whose pages exist, or of which nobody knows.
-
-        In order, no two of them touching.
-        """
-        start = stop = ipa
-        for first, behind in self._parts(ipa, ipa + size_bytes):
-            if first > stop:
-                if stop > start:
-                    yield start, stop - start
-                start = first
-            stop = behind
-        if stop > start:
-            yield start, stop - start
-
-    def _parts(self, ipa: int, end: int) -> Iterator[tuple[int, int]]:
-        inside = [at for at in self._ends if ipa < at < end]
-        for at, stop in itertools.pairwise([ipa, *inside, end]):
-            shifts = {
-                slot - address
-                for slot, size_bytes, address in self._where
-                if slot <= at and stop <= slot + size_bytes
-            }
-            yield from self._part(at, stop, shifts)
-
-    def _part(self, ipa: int, end: int, shifts: set[int]) -> Iterator[tuple[int, int]]:
-        if not shifts:
-            return iter([(ipa, end)] if ipa < end else [])
-        return functools.reduce(_united, (self._at(ipa, end, shift) for shift in shifts))
-
-    def _at(self, ipa: int, end: int, shift: int) -> Iterator[tuple[int, int]]:
-        for first, behind in self._pagemap.existing(ipa - shift, end - shift):
-            yield first + shift, behind + shift
-
-    def close(self) -> None:
-        """Let go of the process. Idempotent."""
-        self._pagemap.close()

@@ -5,24 +5,28 @@ address or the read-only flag are not the slot's own, or because all are, and th
 moved onto another one (virt/kvm/kvm_main.c, kvm_set_memory_region). Nothing is ever moved, as a
 question is only asked where another slot is in the way whichever slot it is about:
 
-- A slot of that size can only be in a range of memory that is as large (a "host"). So of the ranges
-  that the question overlaps, each smaller one has another slot, and of the larger ones all but one.
-  Two others are demanded (`_OTHERS`): the VMM would have to remove both, between the look
-  at its layout and this very question, and the guess be right.
+- A slot of that size can only be in a range of memory that is as large (a "host"). So whatever is
+  in a smaller range is another slot. Two of those are demanded (`_BLOCKERS`): the VMM would have to
+  remove both, between the look at their pages and the very next question, and the guess be right.
 - Where the largest range is known to be one slot, that slot is enough for the other ids: a VMM does
   not remove its guest's main memory.
 - Where a question begins is never where the slot asked for begins, so that neither its flags nor
   anything else of it is asked to change: the question overlaps another range, and so has a
   free page or a foreign one in it, which a slot does not.
+
+No other slot of a host is ever in the way, so that a slot that was moved all the same came from the
+one place in the hosts where nothing is now: `Guess` carries what is needed to put it back.
+
+Addresses that somebody told (QEMU's monitor, the user) are guesses as any others, tried first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 
-_OTHERS = 2
+_BLOCKERS = 2
 # What is smaller is soon read, and too small to be guessed among a VMM's many mappings.
 SMALLEST_BYTES = 1 << 20
 # A VMM's own allocator aligns memory to the huge pages that it hopes for.
@@ -30,25 +34,36 @@ _ALIGNMENTS = (1 << 21, 1 << 30)
 _MOST_TOGETHER = 8
 
 Range = tuple[int, int]
+Place = tuple[int, int, int]
+"""(ipa, size, address) of guest memory and where it is in the VMM's own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """What a memslot may be, and the address for which that is asked; sizes in bytes."""
+    """What a memslot may be, and the address for which that is asked; sizes in bytes.
+
+    `blockers` are pages there that other memslots have, `hosts` the ranges in which the slot may
+    be, and `told` its own guest address, if somebody told one.
+    """
 
     slot_id: int
     ipa: int
     size_bytes: int
     address: int
     readonly: bool
+    blockers: tuple[int, ...] = ()
+    hosts: tuple[Range, ...] = ()
+    told: int | None = None
 
 
 @dataclass
 class Placer:
     """Guesses until all is known or `most` questions are asked.
 
-    `covered` are the ranges of guest memory, all that there is; `ids` the slots in use; `memory`
-    the ranges of the VMM's own memory that may be a guest's. `ask` says whether a guess is right.
+    `covered` are the ranges of guest memory, all that there is; `ids` slots in use (all of them, or
+    the first ones); `memory` the ranges of the VMM's own memory that may be a guest's. `ask` says
+    whether a guess is right. With `told`, (ipa, size, address) of slots, it ends as soon as the
+    place of all of those is proven.
     """
 
     covered: Sequence[Range]
@@ -57,21 +72,32 @@ class Placer:
     page_bytes: int
     ask: Callable[[Guess], bool]
     most: int
+    told: Sequence[Place] = ()
     asked: int = 0
     right: list[Guess] = field(default_factory=list)
-    _tried: set[Guess] = field(default_factory=set)
+    _tried: set[tuple[int, int, int, bool]] = field(default_factory=set)
 
-    def places(self) -> list[tuple[int, int, int]]:
+    def places(self) -> list[Place]:
         """(ipa, size, address) of memory whose place is proven; see `settled`."""
-        while self.asked < self.most and (found := self._next_right()):
+        while (
+            not self.all_told_proven()
+            and self.asked < self.most
+            and (found := self._next_right()) is not None
+        ):
             self.right.append(found)
         return settled(self.covered, self.right)
+
+    def all_told_proven(self) -> bool:
+        """Whether places were told, and those worth asking for are all among the proven ones."""
+        worth_it = {place for place in self.told if place[1] >= SMALLEST_BYTES}
+        return bool(self.told) and worth_it <= set(settled(self.covered, self.right))
 
     def _next_right(self) -> Guess | None:
         known = {guess.slot_id for guess in self.right}
         for guess in self._guesses([slot for slot in self.ids if slot not in known]):
             # Wherever it is asked for, the answer is the same.
-            if (key := replace(guess, ipa=0)) in self._tried:
+            key = (guess.slot_id, guess.size_bytes, guess.address, guess.readonly)
+            if key in self._tried:
                 continue
             if self.asked >= self.most:
                 return None
@@ -82,12 +108,19 @@ class Placer:
         return None
 
     def _guesses(self, ids: Sequence[int]) -> Iterator[Guess]:
-        solid = self._solid()
-        for size, address in self._candidates():
-            ipa = self._refused_at(size) if solid is None else solid
-            if ipa is not None:
+        known = {(guess.size_bytes, guess.address) for guess in self.right}
+        told = sorted(self.told, key=lambda place: -place[1])
+        likely = [
+            (size, address, ipa)
+            for ipa, size, address in told
+            if size >= SMALLEST_BYTES and (size, address) not in known
+        ]
+        for size, address, ipa in (*likely, *((*each, None) for each in self._candidates())):
+            hosts = tuple(self._hosts(size))
+            where = self._refused_at(size, hosts) if hosts else None
+            if where is not None:
                 for readonly, slot_id in product((False, True), ids):
-                    yield Guess(slot_id, ipa, size, address, readonly)
+                    yield Guess(slot_id, where[0], size, address, readonly, where[1], hosts, ipa)
 
     def _solid(self) -> int | None:
         """Where the largest range begins, if that is one slot and known."""
@@ -119,43 +152,67 @@ class Placer:
             if start < end:
                 yield start, end
 
-    def _refused_at(self, size: int) -> int | None:
-        """Where to ask for a slot of that size; None: nowhere are enough others in the way."""
+    def _hosts(self, size: int) -> list[Range]:
+        """The ranges in which an unknown slot of that size can be."""
+        solid = self._solid()
+        return [each for each in self.covered if _size(each) >= size and each[0] != solid]
+
+    def _refused_at(self, size: int, hosts: Sequence[Range]) -> tuple[int, tuple[int, ...]] | None:
+        """Where to ask for a slot of that size, and pages that other slots surely have there.
+
+        None: nowhere are enough others in the way.
+        """
         page = self.page_bytes
+        if (solid := self._solid()) is not None:
+            return solid, (solid,)
         starts = [end - page for _, end in self.covered]
         starts += [start + page - size for start, _ in self.covered]
         starts += [0]
-        best = max(
-            (self._others(at, size), self._overlapped(at, size), at) for at in starts if at >= 0
-        )
-        return best[2] if best[0] >= _OTHERS else None
+        found = [
+            (self._overlapped(at, size), at, blockers)
+            for at in starts
+            if at >= 0 and len(blockers := self._blockers(at, size, hosts)) >= _BLOCKERS
+        ]
+        if not found:
+            return None
+        _, at, blockers = max(found)
+        return at, blockers
 
-    def _others(self, at: int, size: int) -> int:
-        """How many slots other than one of that size are surely in the way there."""
-        hosts = [each for each in self.covered if _size(each) >= size]
+    def _blockers(self, at: int, size: int, hosts: Sequence[Range]) -> tuple[int, ...]:
+        """Pages of different slots, other than one of that size, in the way there."""
+        page = self.page_bytes
         there = [each for each in self.covered if each[0] < at + size and at < each[1]]
-        large = sum(each in hosts for each in there)
-        others = len(there) - large + max(large - 1, 0)
-        # Where all but the slot itself is in the way, ids tell how many that is.
-        rest = [each for each in self.covered if each not in hosts]
-        if [_size(each) for each in hosts] == [size] and all(
-            at <= start and end <= at + size for start, end in rest
+        if any(each in hosts for each in there) and [_size(each) for each in hosts] != [size]:
+            return ()
+        others = sorted((each for each in self.covered if each not in hosts), key=_size)
+        there = [each for each in others if each in there]
+        # What is smaller than the question has its first or its last page in it.
+        pages = [start if at <= start else end - page for start, end in there]
+        if len(pages) >= _BLOCKERS:
+            return tuple(pages[-_BLOCKERS:])
+        # Where the only host is filled, ids tell how many slots are in the only other range.
+        if (
+            len(self.ids) > _BLOCKERS
+            and [_size(each) for each in hosts] == [size]
+            and len(others) == len(there) == 1
+            and at <= there[0][0]
+            and there[0][1] <= at + size
         ):
-            others = max(others, len(self.ids) - 1)
-        return others
+            return there[0][0], there[0][1] - page
+        return ()
 
     def _overlapped(self, at: int, size: int) -> int:
         return sum(max(0, min(end, at + size) - max(start, at)) for start, end in self.covered)
 
 
-def settled(covered: Iterable[Range], right: Sequence[Guess]) -> list[tuple[int, int, int]]:
+def settled(covered: Iterable[Range], right: Sequence[Guess]) -> list[Place]:
     """(ipa, size, address) of memory that is proven to be nothing but known slots.
 
     The kernel tells what a slot is and not where. But the largest ranges can only be made of
     slots that fit into no other one, and are, where these fill them. What could be in several
     places comes with each of them, so that some of the memory told for an address is its own.
     """
-    found: list[tuple[int, int, int]] = []
+    found: list[Place] = []
     left = sorted(covered, key=_size, reverse=True)
     slots = list(right)
     n = 1
@@ -172,7 +229,7 @@ def settled(covered: Iterable[Range], right: Sequence[Guess]) -> list[tuple[int,
     return sorted(found)
 
 
-def _everywhere(ranges: Sequence[Range], slots: Sequence[Guess]) -> Iterator[tuple[int, int, int]]:
+def _everywhere(ranges: Sequence[Range], slots: Sequence[Guess]) -> Iterator[Place]:
     """All places that the slots can have where together they fill the ranges."""
     for slot in slots:
         offsets = {0}

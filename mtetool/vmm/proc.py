@@ -24,7 +24,9 @@ from mtetool.errors import (
 # The names are given in virt/kvm/kvm_main.c.
 _VM_LINK = "anon_inode:kvm-vm"
 _VCPU_LINK = "anon_inode:kvm-vcpu:"
-_PF_KTHREAD = 0x0020_0000  # include/linux/sched.h
+# include/linux/sched.h
+_PF_KTHREAD = 0x0020_0000
+_PF_IO_WORKER, _PF_USER_WORKER = 0x10, 0x4000  # the latter since Linux 6.4
 
 # Of a QEMU with hundreds of devices it is some 100 KiB. A process can name any of its memory as its
 # arguments (PR_SET_MM).
@@ -95,16 +97,17 @@ def has_memory(pid: int, started: int) -> bool:
         return False
 
 
-def find_all() -> tuple[list[VmmProcess], int]:
-    """All processes that have a VM, by PID; and how many could not be looked at."""
-    found, unseen = [], 0
+def find_all() -> tuple[list[VmmProcess], list[PermissionRefusedError]]:
+    """All processes that have a VM, by PID; and why others could not be looked at, one each."""
+    found: list[VmmProcess] = []
+    unseen: list[PermissionRefusedError] = []
     for path in Path("/proc").iterdir():
         if not path.name.isdecimal():
             continue
         try:
             process = find(int(path.name))
-        except PermissionRefusedError:
-            unseen += 1
+        except PermissionRefusedError as error:
+            unseen.append(error)
         except (NoSuchProcessError, NotAVmmError):
             continue  # it ended meanwhile
         else:
@@ -164,12 +167,15 @@ def check_same(process: VmmProcess, fd: int) -> None:
         )
 
 
-def is_vm(pid: int, fd: int) -> bool:
-    """Whether that file descriptor of the process (or thread) is a VM."""
-    try:
-        return os.readlink(f"/proc/{pid}/fd/{fd}") == _VM_LINK  # noqa: PTH115 - no Path wanted
-    except OSError:
-        return False
+def vm_fds(pid: int) -> frozenset[int]:
+    """The file descriptors of the process that are VMs; none where nobody may look."""
+    found = []
+    with suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - many, and again and again
+            with suppress(OSError):
+                if os.readlink(f"/proc/{pid}/fd/{name}") == _VM_LINK:  # noqa: PTH115
+                    found.append(int(name))
+    return frozenset(found)
 
 
 def start_time(pid: int) -> int:
@@ -190,11 +196,18 @@ class Activity(Enum):
 
 
 def activities(pid: int) -> dict[int, Activity]:
-    """What each living thread is at now. Empty where nobody may know."""
+    """What each living thread is at now. Empty where nobody may know.
+
+    Threads that the kernel made in the process (of io_uring: iou-sqp-PID, iou-wrk-PID; vhost-PID)
+    are left out: they have no code of their own to stop in, and registers that mean nothing.
+    """
     found = {}
+    kernels = ~_flags(Path(f"/proc/{pid}/stat")) & (_PF_IO_WORKER | _PF_USER_WORKER)
     for task in _tasks(pid):
         with suppress(OSError, IndexError):
-            if (task / "stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "ZX":
+            fields = (task / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            # What the main thread has too is from its parent, with another meaning (Linux 5.16).
+            if fields[0] in "ZX" or int(fields[6]) & kernels:
                 continue
             found[int(task.name)] = _activity((task / "syscall").read_text().split())
     return found
@@ -306,11 +319,15 @@ def _fd_links(pid: int) -> dict[int, str]:
 
 
 def _is_kernel_thread(pid: int) -> bool:
+    return bool(_flags(Path(f"/proc/{pid}/stat")) & _PF_KTHREAD)
+
+
+def _flags(stat: Path) -> int:
+    """The PF_ flags of a task; 0 where it is gone."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        return int(stat.read_text(errors="replace").rpartition(")")[2].split()[6])
     except OSError:
-        return False
-    return bool(int(stat.rpartition(")")[2].split()[6]) & _PF_KTHREAD)
+        return 0
 
 
 def no_process(pid: int) -> NoSuchProcessError:

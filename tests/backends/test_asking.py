@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import cast
 
 import pytest
+from hypothesis import event, given
+from hypothesis import strategies as st
 
 from mtetool import uapi
 from mtetool.attach import memory
@@ -15,9 +17,10 @@ from mtetool.attach.helper import PAGE_BYTES
 from mtetool.attach.memory import Mapping
 from mtetool.attach.session import Session
 from mtetool.backends import asking
-from mtetool.errors import GuestLostError, LayoutUnknownError
+from mtetool.errors import BusyError, GuestLostError, LayoutUnknownError
 from mtetool.guest import Memslot
 from mtetool.vmm.placing import Guess
+from tests.vmm.test_placing import Slot, machines
 
 
 class FakeSession:
@@ -158,3 +161,104 @@ def test_what_changes_meanwhile_is_not_believed(
 
     monkeypatch.setattr(asking._Asking, "confirms", changing)
     assert vmm.places(monkeypatch) == []
+
+
+class MovingVmm(Vmm):
+    """A process that removes what is in the way in the very moment of a question."""
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__(slots)
+        self.removed = 0
+        self.calls_while_moved = 0
+
+    def ioctl(self, fd: int, request: int, argument: bytes) -> int:
+        slot, flags, ipa, size, address = uapi.KVM_MEMORY_REGION_STRUCT.unpack(argument)
+        own = self.slots.get(slot)
+        if own is None or (size, address, flags) != own[1:]:
+            self.calls_while_moved += self.removed
+            return super().ioctl(fd, request, argument)
+        there = [
+            number
+            for number, (at, length, *_) in self.slots.items()
+            if number != slot and at < ipa + size and ipa < at + length
+        ]
+        if there and not self.removed:
+            self.removed = len(there)
+            for number in there:
+                del self.slots[number]
+            there = []
+        if there:
+            return -errno.EEXIST
+        self.slots[slot] = (ipa, *own[1:])
+        return 0
+
+
+@given(machines(), st.booleans())
+def test_a_slot_that_was_moved_is_put_back(
+    machine: tuple[list[Slot], list[tuple[int, int]]], is_told: bool
+) -> None:
+    slots, memory = machine
+    known = {
+        slot.id: (slot.ipa, slot.size, slot.address, uapi.KVM_MEM_READONLY * slot.readonly)
+        for slot in slots
+    }
+    vmm = MovingVmm(known)
+    told = [(slot.ipa, slot.size, slot.address) for slot in slots] if is_told else []
+    with pytest.MonkeyPatch.context() as patch:
+        maps = [Mapping(start, end, "rw-p", 0, "") for start, end in memory]
+        maps += [Mapping(VVAR, VVAR + PAGE_BYTES, "r--p", 0, "[vvar]")]
+        patch.setattr("mtetool.attach.memory.mappings", lambda pid: maps)
+        patch.setattr(asking, "_kernel_refuses", lambda: True)
+        patch.setattr(asking, "_kernel_confirms", lambda: True)
+        moved = False
+        try:
+            asking.places_of(cast(Session, vmm), 7, None, told)
+        except BusyError:
+            moved = True
+            event(f"put back, told: {is_told}")
+    assert moved is bool(vmm.removed)
+    # What the VMM did not remove is where it was.
+    assert all(vmm.slots[number] == known[number] for number in vmm.slots)
+    assert len(vmm.slots) == len(known) - vmm.removed
+
+
+def test_the_very_next_call_puts_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    vmm = MovingVmm(SLOTS)
+    with pytest.raises(BusyError, match="put back to 0x40000000"):
+        vmm.places(monkeypatch)
+    assert vmm.calls_while_moved == 0
+    assert vmm.slots[0] == SLOTS[0]
+
+
+def test_blockers_that_are_gone_end_the_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the question is asked that could move a slot then."""
+    vmm = Vmm(SLOTS)
+    asked: list[Guess] = []
+    confirms = asking._Asking.confirms
+
+    def without_the_others(self: asking._Asking, guess: Guess) -> bool:
+        asked.append(guess)
+        vmm.slots = {0: SLOTS[0]}
+        return confirms(self, guess)
+
+    monkeypatch.setattr(asking._Asking, "confirms", without_the_others)
+    assert vmm.places(monkeypatch) == []
+    assert len(asked) == 1
+
+
+def test_a_layout_that_was_told_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not the kernel's would not say what is in the way."""
+    main = Memslot(0, *SLOTS[0][:2])
+    for layout in ([main], [main, Memslot(1, 0, MIB)], [main, Memslot(1, 4 * GIB, MIB)]):
+        vmm = Vmm(SLOTS)
+        vmm.places(monkeypatch)
+        told = [(ipa, size, address) for ipa, size, address, _ in SLOTS.values()]
+        found = asking.places_of(cast(Session, vmm), 7, layout, told)
+        assert found == ([] if len(layout) < 2 else sorted(told))
+    vmm = Vmm(SLOTS)
+    vmm.places(monkeypatch)
+    vmm.sizes.clear()
+    layout = [Memslot(0, ipa, size) for ipa, size, *_ in SLOTS.values()]
+    assert asking.places_of(cast(Session, vmm), 7, layout, told) == sorted(told)
+    print(len(vmm.sizes), "questions")
+    assert len(vmm.sizes) < 100

@@ -8,10 +8,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -82,6 +82,15 @@ def run(*arguments: str | Path, stdin: bytes = b"") -> Outcome:
     with _streams(stdin, ["mtetool", *map(str, arguments)]) as (out, err):
         status = main()
         return Outcome(status, out.bytes.getvalue(), err.bytes.getvalue().decode())
+
+
+def run_onto(stdout: TextIO, *arguments: str | Path, stdin: TextIO | None = None) -> Outcome:
+    """As `run`, with a standard output, and input, that the system knows; closes them."""
+    with _streams(b"", ["mtetool", *map(str, arguments)]) as (_, err), stdout:
+        sys.stdout, sys.stdin = stdout, stdin or sys.stdin
+        with stdin or nullcontext():
+            status = main()
+        return Outcome(status, b"", err.bytes.getvalue().decode())
 
 
 def command(*arguments: str | Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -112,7 +113,11 @@ def test_ranges() -> None:
 def test_memslots() -> None:
     assert parse_memslot("0:4K") == Memslot(0, 0, 4096, None)
     assert parse_memslot("0:4K:ro") == Memslot(0, 0, 4096, True)
-    for bad in ("0:4K:rw", "0:4K:", "0:4K:ro:ro", "ro"):
+    at = Memslot(0, 0, 4096, None, host_address=0x7F00_0000_0000)
+    assert parse_memslot("0:4K@0x7f0000000000") == at
+    assert parse_memslot("0:4K@0x7f0000000000:ro") == replace(at, readonly=True)
+    mistaken = ("0:4K@", "0:4K@x", "@0", "0:4K@0@0", "0:4K:ro@0", "0:4K@0xfffffffffffff800")
+    for bad in ("0:4K:rw", "0:4K:", "0:4K:ro:ro", "ro", *mistaken):
         with pytest.raises(ValueError, match=r"."):
             parse_memslot(bad)
 

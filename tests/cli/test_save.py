@@ -200,7 +200,7 @@ def test_a_full_disk(guest: str, tmp_path: Path) -> None:
         _, err = child.communicate(timeout=30)
     assert child.returncode == 6
     assert b"disk-full" in err
-    assert run("save", guest, "-o", "/dev/full").status == 6
+    assert run("save", guest, "-o", "/dev/full", "--force").status == 6
 
 
 def test_a_closed_pipe_is_quiet(guest: str) -> None:
@@ -219,7 +219,7 @@ def test_ctrl_c_half_way_leaves_no_file(tmp_path: Path) -> None:
     os.mkfifo(fifo)
     # Nobody reads: the save comes to a stand when the pipe is full.
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    child = spawn("save", guest, "-o", fifo, stderr=subprocess.PIPE)
+    child = spawn("save", guest, "-o", fifo, "--force", stderr=subprocess.PIPE)
     wait_until_full(reader, child)
     child.send_signal(signal.SIGINT)
     assert child.wait(timeout=30) in (130, -signal.SIGINT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -44,6 +44,7 @@ class FakeGuest:
     reads_while_running: int = 0
     knows_untagged: bool = False
     makes_pages: bool = True
+    would_make_bytes: int = 0
     memory: dict[int, Tags] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -99,6 +100,9 @@ class FakeGuest:
 
     def any_thread_reads(self, ipa: int, size_bytes: int) -> bool:
         return False
+
+    def would_make(self, ranges: Sequence[tuple[int, int]]) -> int:
+        return min(self.would_make_bytes, sum(size_bytes for _, size_bytes in ranges))
 
     def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
         if not self.knows_untagged:

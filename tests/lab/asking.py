@@ -1,8 +1,8 @@
 """Run in the lab: the memslots of a VM, learnt from the kernel, and what learning them cost.
 
 `python3 -m tests.lab.asking PID [QMP]` prints JSON: the ranges found, those that QEMU's monitor
-tells (touching ones joined), the number of questions, the time, and the memory that the VMM, which
-must be idle, had before and after.
+tells (touching ones joined), the number of questions, the time, and which pages of the guest's
+memory existed before and after.
 """
 
 from __future__ import annotations
@@ -17,26 +17,7 @@ from mtetool.backends import GuestOptions, asking
 from mtetool.backends.kvm import open_kvm
 from mtetool.guest import Memslot
 from mtetool.vmm.monitors import open_given
-
-
-def resident(pid: int) -> list[str]:
-    """What the process has in memory, and its memfds, of which holes must stay holes."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    rss = [line for line in lines if line.startswith(("Rss:", "Swap:"))]
-    fds = Path(f"/proc/{pid}/fd").iterdir()
-    blocks = [fd.stat().st_blocks for fd in fds if "memfd:" in str(fd.readlink())]
-    return [*rss, f"memfd blocks {sum(blocks)}"]
-
-
-def settled(pid: int) -> list[str]:
-    """The same, once it has stopped changing by itself."""
-    before = resident(pid)
-    while True:
-        time.sleep(0.3)
-        now = resident(pid)
-        if now == before:
-            return now
-        before = now
+from tests.lab.existing import large_memory
 
 
 def joined(slots: tuple[Memslot, ...]) -> list[tuple[int, int]]:
@@ -67,11 +48,11 @@ def main() -> None:
         assert guest._mte_is_on()
         session = guest._attached()
         Session.ioctl = counted  # type: ignore[method-assign]
-        before = settled(pid)
+        before = large_memory(pid)
         began = time.monotonic()
         found = asking.memslots_of(session, guest._fd)
         seconds = time.monotonic() - began
-        after = resident(pid)
+        after = large_memory(pid)
     result = {
         "found": joined(found),
         "told": told,

@@ -3,7 +3,8 @@
 `python3 -m tests.lab.holders WHAT MODE...` starts a holder for each mode, one after the other,
 and prints, as JSON, what each counted: `registers` attaches to it and is also killed at steps
 all along the way; `calls` attaches until the holder's call came back; `signals` sends it
-numbered signals meanwhile; `faults` lets it fault in the middle of the borrow.
+numbered signals meanwhile; `faults` lets it fault in the middle of the borrow; `stopped` attaches
+to one that a signal has stopped where it cannot be borrowed.
 """
 
 from __future__ import annotations
@@ -221,9 +222,20 @@ def faults(pid: int) -> dict[str, object]:
     return {"faulted": not done, **registers(pid)}
 
 
+def stopped(pid: int) -> dict[str, object]:
+    """Attach to a holder that is stopped as a whole; how often it went round meanwhile."""
+    wait_for(lambda: counts()["rounds"] > 0)
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: "State:\tT" in status(pid))
+    rounds = counts()["rounds"]
+    done = attach(pid)
+    ran = counts()["rounds"] - rounds
+    return {"attached": done, "ran": ran, "still": "State:\tT" in status(pid)}
+
+
 def main() -> None:
     """Each mode in turn."""
-    what = {f.__name__: f for f in (registers, calls, signals, faults)}[sys.argv[1]]
+    what = {f.__name__: f for f in (registers, calls, signals, faults, stopped)}[sys.argv[1]]
     found: dict[str, object] = {}
     for mode in sys.argv[2:]:
         started = time.monotonic()

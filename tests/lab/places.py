@@ -1,8 +1,10 @@
 """Run in the lab: where a guest's memory is in its VMM, confirmed by the kernel.
 
-`python3 -m tests.lab.places PID` prints JSON: the places (ipa, size, address), those that QEMU's
-monitor at `--qmp PATH` tells, the number of questions, how many of them were guesses, and the
-time; and whether what the VMM has in memory stayed the same.
+`python3 -m tests.lab.places PID [PATH]` prints JSON: the places (ipa, size, address), those that
+QEMU's monitor at PATH reports, the number of questions, how many of them were guesses, and the
+time; and whether the same pages of the guest's memory existed before and after. With a monitor,
+`confirmed` are the places found when those that it reports are tried first, and `confirming` is
+the number of questions then.
 """
 
 from __future__ import annotations
@@ -15,18 +17,20 @@ from pathlib import Path
 from mtetool.attach.session import Session
 from mtetool.backends import GuestOptions, asking
 from mtetool.backends.kvm import open_kvm
+from mtetool.guest import Memslot
 from mtetool.vmm.monitors import open_given
-from mtetool.vmm.placing import Guess
-from tests.lab.asking import settled
+from mtetool.vmm.placing import Guess, Place
+from tests.lab.existing import large_memory
 
 
 def main() -> None:
     """Ask."""
     pid = int(sys.argv[1])
-    told = None
+    told: list[Place] | None = None
+    layout: tuple[Memslot, ...] = ()
     if len(sys.argv) > 2:
         with open_given(pid, Path(sys.argv[2])) as monitor:
-            told = monitor.host_addresses()
+            told, layout = monitor.host_addresses(), monitor.memslots()
     questions: list[int] = []
     guesses: list[Guess] = []
     ioctl, confirms = Session.ioctl, asking._Asking.confirms
@@ -45,13 +49,16 @@ def main() -> None:
         session = guest._attached()
         Session.ioctl = counted  # type: ignore[method-assign]
         asking._Asking.confirms = noted  # type: ignore[method-assign]
-        before = settled(pid)
+        before = large_memory(pid)
         slots = asking.memslots_of(session, guest._fd)
         n_layout = len(questions)
         began = time.monotonic()
         places = asking.places_of(session, guest._fd, slots)
         seconds = time.monotonic() - began
-        after = settled(pid)
+        n_places = len(questions) - n_layout
+        confirmed = asking.places_of(session, guest._fd, layout, told) if told else []
+        n_confirming = len(questions) - n_layout - n_places
+        after = large_memory(pid)
         assert asking.memslots_of(session, guest._fd) == slots
     # Nothing that was asked was ever done.
     assert all(result < 0 for result in questions)
@@ -59,7 +66,9 @@ def main() -> None:
         "places": places,
         "told": told,
         "layout_questions": n_layout,
-        "questions": len(questions) - 2 * n_layout,
+        "questions": n_places,
+        "confirmed": confirmed,
+        "confirming": n_confirming,
         "guesses": len(guesses),
         "seconds": round(seconds, 3),
         "same": before == after,

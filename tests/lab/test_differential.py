@@ -1,20 +1,18 @@
 """What the emulated kernel answers is what real ones do: see `tests/differential`.
 
-The long comparison, call by call, is `make differential`.
+The long comparison, call by call and on each kernel, is `make differential`; this one runs on each
+with `make lab-kernels`.
 """
 
 from __future__ import annotations
 
 import re
 
-import pytest
-
 from tests.lab.machine import Machine
 
 _SUITE = "cd /opt/mtetool && exec python3 -B -m pytest -p no:cacheprovider -q tests/differential"
 
 
-@pytest.mark.every_kernel
 def test_answers_of_the_emulated_kernel_are_real_ones(lab: Machine) -> None:
     result = lab.sh(f"{_SUITE} --side real", timeout=900, check=False)
     output = result.stdout.decode()

@@ -69,6 +69,47 @@ child.send_signal(signal.SIGCONT)
 print("status", child.wait(), flush=True)
 """
 
+# A VMM's standard error that is not a pipe, or one that nobody reads.
+_STDERR = """
+import os, socket, subprocess, sys, time
+kind = sys.argv[1]
+if kind == "file":
+    # Not opened to append, as `2>FILE` does.
+    theirs = os.open("/tmp/err", os.O_WRONLY | os.O_CREAT)
+    ours = os.open("/tmp/err", os.O_RDONLY)
+elif kind == "socket":
+    ours, theirs = (end.detach() for end in socket.socketpair())
+else:
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    try:
+        while True:
+            os.write(theirs, bytes(4096))
+    except BlockingIOError:
+        os.set_blocking(theirs, True)
+if kind != "full":
+    os.write(theirs, b"before\\n")
+command = ["mtetool", "exec", "--wait", "0.5", "--", "sleep", "1000"]
+vmm = subprocess.Popen(command, stderr=theirs)
+os.close(theirs)
+
+def traced():
+    with open(f"/proc/{vmm.pid}/status") as status:
+        return "TracerPid:\\t0" not in status.read()
+
+def name():
+    with open(f"/proc/{vmm.pid}/comm") as comm:
+        return comm.read()
+
+while name() != "sleep\\n" or traced():
+    time.sleep(0.01)
+if kind == "full":
+    print("let go")
+else:
+    print(os.read(ours, 1000).decode())
+vmm.kill()
+"""
+
 
 def _run(lab: Machine, *words: str) -> tuple[str, int, str]:
     """Run `mtetool exec` with those words: standard output, status, standard error."""
@@ -84,6 +125,7 @@ def _run(lab: Machine, *words: str) -> tuple[str, int, str]:
         "--every-call -- /lab/newvms 2",
         "-- /lab/newvms --thread 2",
         "-- /lab/newvms --fork 2",
+        "-- /lab/newvms --late 2",
         "--every-call -- /lab/newvms --fork --thread 2",
         "-- sh /tmp/script 2",
         "-- sh /tmp/exec-script 2",
@@ -100,6 +142,11 @@ def test_the_first_vm_has_mte_whoever_makes_it(lab: Machine, words: str) -> None
 def test_another_vm_can_be_chosen(lab: Machine, every_call: list[str]) -> None:
     words = ["--vm", "2", *every_call, "--", "/lab/newvms", "3"]
     assert _run(lab, *words) == ("vm 1 mte=0\nvm 2 mte=1\nvm 3 mte=0\nready\n", 7, "")
+
+
+def test_a_number_that_an_earlier_vm_had(lab: Machine) -> None:
+    words = ["--vm", "2", "--", "/lab/newvms", "--again", "1"]
+    assert _run(lab, *words) == ("vm 1 mte=1\nready\n", 7, "")
 
 
 @pytest.mark.parametrize("scope", [0, 1])
@@ -132,7 +179,12 @@ def test_the_vmm_is_as_if_started_plainly(lab: Machine) -> None:
 @pytest.mark.parametrize("every_call", [[], ["--every-call"]])
 def test_signals_of_the_start_arrive_once(lab: Machine, every_call: list[str]) -> None:
     words = [*every_call, "--", "/lab/newvms", "--handler", "1"]
-    assert _run(lab, *words) == ("vm 1 mte=1\nusr1=3 urg=1\nready\n", 7, "")
+    assert _run(lab, *words) == ("vm 1 mte=1\nusr1=3 urg=1 winch=1\nready\n", 7, "")
+
+
+def test_signals_that_threads_send_each_other_all_the_time(lab: Machine) -> None:
+    words = ["--", "/lab/newvms", "--urgent", "1"]
+    assert _run(lab, *words) == ("urgent lost=0\nvm 1 mte=1\nready\n", 7, "")
 
 
 @pytest.mark.parametrize("every_call", ["", "--every-call"])
@@ -158,12 +210,42 @@ def test_stdio_passes_through(lab: Machine) -> None:
 
 def test_vm_that_cannot_have_mte(lab: Machine) -> None:
     out, status, error = _run(lab, "--", "/lab/newvms", "--deny", "1")
-    assert (out, status) == ("vm 1 errno=95\nready\n", 7)
+    assert (out, status) == ("vm 1 errno=95 open=0\nready\n", 7)
     assert "seccomp filter" in error
-    assert "it gets no VM" in error
+    assert "so it gets no VM" in error
     out, status, error = _run(lab, "--no-require", "--", "/lab/newvms", "--deny", "1")
     assert (out, status) == ("vm 1 mte=0\nready\n", 7)
     assert "goes on without MTE" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["/lab/newvms", "--keep"], "does not allow ioctl"),
+        (["/lab/newvms", "--deny", "--late"], "does not allow ioctl"),
+        (["--user", "/lab/newvms", "--deny"], "cannot be read"),
+    ],
+)
+def test_vm_that_can_neither_have_mte_nor_be_closed(
+    lab: Machine, words: list[str], said: str
+) -> None:
+    lab.put("/tmp/as_user.py", _AS_USER.encode())
+    lab.sh("chmod 666 /dev/kvm")
+    become = ["python3", "/tmp/as_user.py"] if words[0] == "--user" else []
+    program = [word for word in words if word != "--user"]
+    result = lab.run([*become, "mtetool", "exec", "--", *program, "1"], timeout=60)
+    assert (result.returncode, result.stdout) == (-9, b"")
+    assert said in result.stderr.decode()
+    assert b"so mtetool has ended it" in result.stderr
+
+
+def test_whatever_goes_wrong_there_is_no_vm_without_mte(lab: Machine) -> None:
+    command = ["python3", "-m", "tests.lab.start_errors"]
+    result = lab.run(command, timeout=300, env=ENVIRONMENT, check=True)
+    found = json.loads(result.stdout)
+    print(found)
+    assert found["wrong"] == {}
+    assert found["errors"] > enough(10)
 
 
 def test_no_vm_in_time(lab: Machine) -> None:
@@ -173,6 +255,52 @@ def test_no_vm_in_time(lab: Machine) -> None:
         " grep TracerPid /proc/$!/status; kill $!; wait $!; cat /tmp/err"
     )
     assert result.stdout.startswith(b"TracerPid:\t0\nmtetool: no VM was made within 0.5 seconds")
+
+
+def test_nobody_waits_for_the_companion(lab: Machine) -> None:
+    show = (
+        "for p in $(grep -lx mtetool /proc/[0-9]*/comm | cut -d/ -f3); do"
+        " readlink /proc/$p/cwd; for f in /proc/$p/fd/*; do readlink $f; done;"
+        " cut -d')' -f2- /proc/$p/stat | cut -d' ' -f6; done"
+    )
+    lab.put("/tmp/background", b"sleep 1000 <&- >/dev/null 2>&1 & echo in the background\n")
+    out = lab.sh(
+        "exec 7</tmp/background; cd /tmp;"
+        f" mtetool exec --wait 1000 --no-require -- sh /tmp/background 2>&1 | cat; {show}",
+        timeout=60,
+    ).stdout.decode()
+    started, cwd, *held, terminal = out.splitlines()
+    assert (started, cwd, terminal) == ("in the background", "/", "0")
+    assert set(held) - {"anon_inode:[perf_event]"} == {"/dev/null"}
+
+
+def test_the_probe_of_a_manager_ends_at_once(lab: Machine) -> None:
+    """As libvirt asks a new QEMU what it can do: no VM is made there, and none will be."""
+    qemu = (
+        "qemu-system-aarch64 -S -no-user-config -nodefaults -nographic -machine none,accel=tcg"
+        " -qmp unix:/tmp/probe.qmp,server=on,wait=off -pidfile /tmp/pid -daemonize"
+    )
+    command = f"mtetool exec --wait 1000 --no-require -- {qemu} 2>&1 | cat"
+    result = lab.sh(f"{command}; grep TracerPid /proc/$(cat /tmp/pid)/status", timeout=100)
+    assert result.stdout.startswith(b"TracerPid:\t")
+    assert result.stdout != b"TracerPid:\t0\n"  # it is still watched
+    ended = "until ! kill -0 $(cat /tmp/pid) && ! grep -qsx mtetool /proc/[0-9]*/comm; do :; done"
+    lab.sh(f"kill $(cat /tmp/pid); {ended} 2>/dev/null", timeout=60)
+
+
+@pytest.mark.parametrize("kind", ["file", "socket", "full"])
+def test_what_is_reported_goes_where_the_vmm_writes(lab: Machine, kind: str) -> None:
+    result = lab.run(["python3", "-c", _STDERR, kind], timeout=60, check=True)
+    if kind == "full":
+        assert result.stdout == b"let go\n"
+    else:
+        assert result.stdout.startswith(b"before\nmtetool: no VM was made within 0.5 seconds")
+
+
+def test_standard_streams_that_are_closed(lab: Machine) -> None:
+    script = "mtetool exec -- sh -c 'ls -l /proc/self/fd/ >/tmp/fds; /lab/newvms 1 >/tmp/out'"
+    lab.sh(f"({script}) 0<&- 1>&- 2>&-", check=False, timeout=60)
+    assert lab.get("/tmp/out") == b"vm 1 mte=1\nready\n"
 
 
 @pytest.mark.parametrize(
@@ -223,6 +351,17 @@ def test_blocked_signals_stay_blocked_and_stop_no_timer(lab: Machine) -> None:
         " until grep -q try /tmp/err; do sleep 0.05; done; kill $(cat /tmp/holder); wait $!"
     )
     assert result.stdout == b"SigBlk:\t0000000000006000\n"
+
+
+def test_vmm_that_is_started_with_all_signals_blocked(lab: Machine) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\n"
+        "os.execvp(sys.argv[1], sys.argv[1:])\n"
+    )
+    command = ["python3", "-c", script, "mtetool", "exec", "--", "/lab/newvms", "1"]
+    result = lab.run(command, timeout=60)
+    assert (result.stdout, result.stderr) == (b"vm 1 mte=1\nready\n", b"")
 
 
 def test_host_without_kvm(lab: Machine) -> None:

@@ -94,3 +94,11 @@ def test_enable_that_the_filter_does_not_allow(lab: Machine) -> None:
     assert result.returncode == 4
     assert b"does not allow ioctl 0x4068aea3" in result.stderr
     assert lab.sh(f"ls /proc/{pid}/task | wc -l").stdout == b"1\n"
+
+
+def test_vdso_that_may_not_be_executed_is_not_borrowed_from(lab: Machine) -> None:
+    pid = start_test_vmm(lab, "--no-vdso", _SLOT)
+    result = lab.run([*_SAVE, f"kvm:{pid}"])
+    assert result.returncode == 4
+    assert b"has no vDSO with the instructions" in result.stderr
+    assert lab.sh(f"ls /proc/{pid}/task | wc -l; kill -0 {pid}").stdout == b"1\n"

@@ -170,7 +170,8 @@ def test_what_is_no_vm(lab: Machine) -> None:
         assert (result.returncode, said in result.stderr) == (status, True), result.stderr
 
 
-def test_what_the_guest_does_not_have(lab: Machine, guest: Qemu) -> None:
+def test_what_the_guest_does_not_have(lab: Machine) -> None:
+    guest = Qemu(lab, "guest", extra="-S").start().wait_for_machine()
     before = _state(lab, guest.pid)
     for words, status, said in (
         ("--range 0x40000100:4K", 2, b"not a multiple"),
@@ -187,10 +188,11 @@ def test_what_the_guest_does_not_have(lab: Machine, guest: Qemu) -> None:
     assert _state(lab, guest.pid) == before
 
 
-def test_process_that_is_traced_already(lab: Machine, guest: Qemu) -> None:
+def test_process_that_is_traced_already(lab: Machine) -> None:
+    pid = start_test_vmm(lab, "0x40000000:0x100000")
     tracer = (
         "import ctypes, time\n"
-        f"assert ctypes.CDLL(None).ptrace(0x4206, {guest.pid}, None, None) == 0\n"
+        f"assert ctypes.CDLL(None).ptrace(0x4206, {pid}, None, None) == 0\n"
         "print('on', flush=True)\ntime.sleep(1000)\n"
     )
     lab.put("/tmp/tracer.py", tracer.encode())
@@ -198,11 +200,12 @@ def test_process_that_is_traced_already(lab: Machine, guest: Qemu) -> None:
         "python3 /tmp/tracer.py >/tmp/on & echo $! >/tmp/pid;"
         " until grep -q on /tmp/on; do sleep 0.05; done"
     )
-    result = lab.run(["mtetool", "save", f"kvm:{guest.pid}", "-o", "/tmp/s"])
+    save = ["mtetool", "save", f"kvm:{pid}", "-o", "/tmp/s", "--memslot", "0x40000000:1M"]
+    result = lab.run(save)
     assert result.returncode == 4
     assert b"traced by process" in result.stderr
     lab.sh("kill -KILL $(cat /tmp/pid)")
-    lab.run(["mtetool", "save", f"kvm:{guest.pid}", "-o", "/tmp/s"], check=True)
+    lab.run(save, check=True)
 
 
 def test_disk_full_in_the_middle_leaves_no_file(lab: Machine) -> None:
@@ -216,7 +219,7 @@ def test_disk_full_in_the_middle_leaves_no_file(lab: Machine) -> None:
     assert result.returncode == 6, result.stderr
     assert b"space" in result.stderr
     assert left == b""
-    assert lab.run([*save, "/dev/full"]).returncode == 6
+    assert lab.run([*save, "/dev/full", "--force"]).returncode == 6
     assert _state(lab, pid) == before
 
 
@@ -226,3 +229,10 @@ def test_sandboxed_qemu_is_borrowed_from_within_its_filter(lab: Machine) -> None
     guest.wait_for_checks()
     lab.run(["mtetool", "save", f"kvm:{guest.pid}", "-o", "/tmp/s"], check=True)
     assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]
+
+
+def test_vm_without_mte_says_so_without_a_monitor_too(lab: Machine) -> None:
+    pid = start_test_vmm(lab, "--no-mte", "0x40000000:0x100000")
+    for words in (["save", "-o", "/tmp/s"], ["dump"]):
+        result = lab.run(["mtetool", *words, f"kvm:{pid}", "--json"])
+        assert (result.returncode, _json(result.stderr)["error"]) == (4, "mte-off"), words

@@ -27,6 +27,8 @@ def test_all_vms_of_the_host(lab: Machine) -> None:
     guest = Qemu(lab, "first", extra="-smp 2 -name guest=web,debug-threads=on").start()
     paused = Qemu(lab, "second", extra="-S", uid=4711).start()
     plain = start_test_vmm(lab, "--no-mte", "0x40000000:0x100000")
+    guest.wait_for_machine()
+    paused.wait_for_machine()
     vms = _list(lab)
     keys = ("vmm", "name", "vcpus", "memory_bytes", "mte", "state", "owner", "reason")
     assert set(vms) == {guest.pid, paused.pid, plain}
@@ -91,4 +93,36 @@ def test_user_without_the_right_sees_what_there_is_to_see(lab: Machine) -> None:
     found = json.loads(result.stdout)
     assert found["vms"] == []
     assert found["unseen_processes"] > 0
-    assert b"run as root" in result.stderr
+    assert b"of other users could not be looked at" in result.stderr
+    assert b"run mtetool as root" in result.stderr
+
+
+def test_the_reason_why_a_process_is_not_seen_is_said_to_root_too(lab: Machine) -> None:
+    """Root that has a capability less than the one other process that it may not look at."""
+    lab.put(
+        "/tmp/drop.py",
+        b"import ctypes, os, sys\n"
+        b"for capability in (19, 21):\n"  # CAP_SYS_PTRACE, CAP_SYS_ADMIN
+        b"    assert ctypes.CDLL(None).prctl(24, capability, 0, 0, 0) == 0\n"
+        b"os.execvp(sys.argv[1], sys.argv[1:])\n",
+    )
+    result = lab.run(["python3", "/tmp/drop.py", "mtetool", "list", "--json"], check=True)
+    count = json.loads(result.stdout)["unseen_processes"]
+    assert count > 0
+    noun = "process" if count == 1 else "processes"
+    said = f"{count} {noun} with capabilities that mtetool does not have could not be looked at"
+    assert said.encode() in result.stderr
+    assert b"other users" not in result.stderr
+
+
+def test_thread_of_the_kernel_is_no_vcpu(lab: Machine) -> None:
+    """It runs all the time, as a vCPU does, and has no registers to borrow."""
+    pid = start_test_vmm(lab, "--sqpoll", "--no-mte", "0x40000000:0x100000")
+    assert b"iou-sqp" in lab.sh(f"cat /proc/{pid}/task/*/comm").stdout
+    assert _list(lab)[pid]["state"] is None
+    lab.sh(f"kill {pid}")
+    # Its own only thread is a vCPU, which is the last to be borrowed: it must be, all the same.
+    pid = start_test_vmm(lab, "--sqpoll", "--run", "0x40000000:0x100000")
+    lab.run(["mtetool", "save", "--freeze", f"kvm:{pid}", "-o", "/tmp/s"], check=True)
+    traced = f"cat /proc/{pid}/task/*/status | grep TracerPid: | cut -f2"
+    assert lab.sh(traced).stdout == b"0\n0\n"

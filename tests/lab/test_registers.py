@@ -114,3 +114,9 @@ def test_fault_in_the_borrowed_call_ends_in_an_error(lab: Machine) -> None:
     assert _unharmed(found)
     assert found["fp"] is not None
     assert (found["fp"]["faulted"], found["fp"]["attached"]) == (True, 4)
+
+
+def test_process_that_is_stopped_is_not_let_run_on(lab: Machine) -> None:
+    found = _holders(lab, "stopped", "rseq-for-ever")["rseq-for-ever"]
+    assert found is not None
+    assert (found["attached"], found["ran"], found["still"]) == (False, 0, True)

@@ -16,9 +16,8 @@ import pytest
 
 from mtetool.__main__ import SignalError
 from mtetool.errors import HostError, HostIoError
-from mtetool.snapshot.newfile import new_file
 from mtetool.snapshot.output import output_file
-from tests.snapshot.test_output import without_nameless_files, write
+from tests.snapshot.making import making, without_nameless_files, write
 
 OLD, NEW = b"old" * 1000, b"new" * 100_000
 
@@ -127,8 +126,7 @@ def test_two_that_make_one_file_do_not_remove_each_others(directory: Path, force
     with output_file(str(path), force=force) as first:
         first.write(b"first")
         first.flush()
-        with new_file("file", path, force=force) as second:
-            second.open()
+        with making(path, force=force) as second:
             second.file.write(b"second")
     assert path.read_bytes() == b"first"
     assert list(directory.iterdir()) == [path]

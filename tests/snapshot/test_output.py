@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import shutil
@@ -21,8 +20,8 @@ from mtetool.errors import (
     NoSuchFileError,
     UsageError,
 )
-from mtetool.snapshot.newfile import new_file
 from mtetool.snapshot.output import output_file
+from tests.snapshot.making import making, without_nameless_files, write
 
 
 @pytest.fixture(params=["nameless", "named"])
@@ -32,23 +31,6 @@ def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         if request.param == "named":
             without_nameless_files(patch)
         yield tmp_path
-
-
-def without_nameless_files(patch: pytest.MonkeyPatch) -> None:
-    """Make O_TMPFILE fail as it does on NFS."""
-    real = os.open
-
-    def open_named(path: str, flags: int, mode: int = 0o777) -> int:
-        if flags & os.O_TMPFILE == os.O_TMPFILE:
-            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-        return real(path, flags, mode)
-
-    patch.setattr(os, "open", open_named)
-
-
-def write(path: Path | str, data: bytes, *, force: bool = False) -> None:
-    with output_file(str(path), force=force) as out:
-        out.write(data)
 
 
 def test_a_new_file_appears_whole_with_mode_0600(directory: Path) -> None:
@@ -160,13 +142,13 @@ def test_a_directory_and_what_is_in_none(directory: Path) -> None:
 @pytest.mark.parametrize("size", [1, 1 << 20])
 def test_a_full_device(size: int) -> None:
     with pytest.raises(DiskFullError):
-        write("/dev/full", b"x" * size)
+        write("/dev/full", b"x" * size, force=True)
     assert Path("/dev/full").exists()
 
 
 def test_what_a_failed_body_had_buffered_is_dropped() -> None:
     def body() -> None:
-        with output_file("/dev/full", force=False) as out:
+        with output_file("/dev/full", force=True) as out:
             out.write(b"x")
             raise ValueError
 
@@ -199,7 +181,7 @@ def test_a_fifo_is_written_directly(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     with subprocess.Popen(["cat", str(fifo)], stdout=subprocess.PIPE) as reader:
-        write(fifo, b"through")
+        write(fifo, b"through", force=True)
         assert reader.stdout is not None
         assert reader.stdout.read() == b"through"
 
@@ -258,8 +240,7 @@ def test_a_kill_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "file"
     probe = tmp_path / "probe"
     write(probe, b"")
-    with new_file("x", tmp_path / "x", force=False) as new:
-        new.open()
+    with making(tmp_path / "x", force=False) as new:
         if not new.is_nameless:
             pytest.skip("this file system has no files without names")
     path.write_bytes(b"old")

@@ -15,6 +15,7 @@ import pytest
 
 from mtetool.errors import ForeignMonitorError, LayoutUnknownError
 from mtetool.vmm import monitors, proc, unix_sockets
+from mtetool.vmm.qemu import Monitor
 from tests.vmm import strange
 
 # A monitor in another process, which names the threads that it is told to.
@@ -48,6 +49,12 @@ def _found(monkeypatch: pytest.MonkeyPatch, *addresses: object) -> list[str]:
     return options
 
 
+def _open_found() -> Monitor:
+    found = monitors.open_found(os.getpid())
+    assert found is not None
+    return found
+
+
 def test_own_socket_proves_it(tmp_path: Path) -> None:
     with strange.monitor(tmp_path / "s", strange.answers(query_cpus_fast=b"never asked")) as path:
         monitors.open_given(os.getpid(), path).close()
@@ -65,10 +72,9 @@ def test_threads_of_the_process_prove_it(tmp_path: Path) -> None:
 def test_other_threads_do_not(tmp_path: Path, tids: list[int]) -> None:
     with (
         _other(tmp_path / "s", tids) as other,
-        pytest.raises(ForeignMonitorError, match=f"process {other} ") as caught,
+        pytest.raises(ForeignMonitorError, match=f"process {other} "),
     ):
         monitors.open_given(os.getpid(), tmp_path / "s")
-    assert caught.value.details["peer"] == other
 
 
 def test_foreign_one_is_not_used_and_the_next_one_is(
@@ -87,7 +93,7 @@ def test_foreign_one_is_not_used_and_the_next_one_is(
         stack.enter_context(strange.monitor(tmp_path / "own", own))
         names = ("foreign", "none", "file", "taken", "own")
         _found(monkeypatch, *(tmp_path / name for name in names))
-        assert stack.enter_context(monitors.open_found(os.getpid())).name() == "own"
+        assert stack.enter_context(_open_found()).name() == "own"
 
 
 def test_all_that_was_tried_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,9 +106,7 @@ def test_all_that_was_tried_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_no_monitor_at_all() -> None:
-    with pytest.raises(LayoutUnknownError, match="has no QMP monitor") as caught:
-        monitors.open_found(os.getpid())
-    assert "--memslot" in str(caught.value.hint)
+    assert monitors.open_found(os.getpid()) is None
 
 
 def test_monitor_that_somebody_else_holds_is_left(
@@ -126,7 +130,7 @@ def test_paths_of_any_length_and_from_any_directory(
         monitors.open_given(os.getpid(), deep / "s").close()
         for address in ("s", "../" + "y" * 200 + "/./s"):
             _found(monkeypatch, address)
-            monitors.open_found(os.getpid()).close()
+            _open_found().close()
 
 
 @pytest.mark.parametrize("padding", ["", ",tight=off"])
@@ -135,7 +139,7 @@ def test_abstract_sockets(monkeypatch: pytest.MonkeyPatch, padding: str) -> None
     address = "\0" + name
     with strange.monitor(Path(address.ljust(108, "\0") if padding else address), strange.answers()):
         _found(monkeypatch, f"{name},abstract=on{padding}")
-        monitors.open_found(os.getpid()).close()
+        _open_found().close()
 
 
 def test_links_stay_within_the_root(tmp_path: Path) -> None:
@@ -172,7 +176,7 @@ def test_config_files_are_read_as_far_as_they_are_any(
     words = [word for name in names for word in ("-readconfig", str(tmp_path / name))]
     monkeypatch.setattr(proc, "command_line", lambda pid: ["qemu", *words])
     with strange.monitor(tmp_path / "s", strange.answers()):
-        monitors.open_found(os.getpid()).close()
+        _open_found().close()
     assert monitors.name_of(os.getpid()) == "configured"
 
 

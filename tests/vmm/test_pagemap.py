@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtetool.vmm import pagemap
-from mtetool.vmm.pagemap import Mappings, Pagemap, UnknownError, _united
+from mtetool.vmm.pagemap import Mappings, Pagemap, UnknownError, united
 
 PAGE = mmap.PAGESIZE
 
@@ -23,8 +23,8 @@ RANGES = st.lists(st.integers(0, 60), max_size=12, unique=True).map(
 
 
 @given(RANGES, RANGES)
-def test_united(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> None:
-    found = list(_united(iter(one), iter(other)))
+def testunited(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> None:
+    found = list(united(iter(one), iter(other)))
     covered = [at for start, end in found for at in range(start, end)]
     wanted = {at for ranges in (one, other) for start, end in ranges for at in range(start, end)}
     assert covered == sorted(wanted)

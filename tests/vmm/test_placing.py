@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtetool.vmm.placing import Guess, Placer, settled
+from mtetool.vmm.placing import Guess, Place, Placer, settled
 
 PAGE = 4096
 MIB = 1 << 20
@@ -46,6 +47,11 @@ class Kernel:
         ]
         others = [slot for slot in there if slot is not own]
         assert len(others) > 1 or others == [self.main], "it could be moved"
+        # What is looked at before is what is in the way, and where the slot is is known.
+        holders = [next(o for o in others if o.ipa <= p < o.ipa + o.size) for p in guess.blockers]
+        assert len(set(holders)) > 1 or holders == [self.main]
+        end = own.ipa + own.size
+        assert any(first <= own.ipa and end <= behind for first, behind in guess.hosts)
         return True
 
     def covered(self) -> list[tuple[int, int]]:
@@ -57,8 +63,10 @@ class Kernel:
             found.append((start, slot.ipa + slot.size))
         return found
 
-    def placer(self, memory: list[tuple[int, int]], most: int = 2000) -> Placer:
-        return Placer(self.covered(), sorted(self.slots), memory, PAGE, self.ask, most)
+    def placer(
+        self, memory: list[tuple[int, int]], most: int = 2000, told: Sequence[Place] = ()
+    ) -> Placer:
+        return Placer(self.covered(), sorted(self.slots), memory, PAGE, self.ask, most, told)
 
     def check(self, places: list[tuple[int, int, int]]) -> None:
         """Wherever places are told, the true one is among them."""
@@ -143,6 +151,35 @@ def test_a_range_that_is_not_filled_is_not_known() -> None:
     assert settled([(0, 3 * MIB), (GIB, GIB + 3 * MIB)], right) == []
 
 
+def test_what_is_told_is_tried_first_and_enough() -> None:
+    kernel = Kernel(QEMU)
+    told = [(GIB, 256 * MIB, HEAP), (0x90A0000, PAGE, HEAP + 2 * GIB)]
+    placer = kernel.placer([], told=told)
+    assert placer.places() == told[:1]
+    assert placer.all_told_proven()
+    assert placer.asked <= len(QEMU)
+
+
+@pytest.mark.parametrize("shift", [-256 * MIB, -PAGE, PAGE, 3 * GIB])
+def test_what_is_told_and_wrong_is_not_believed(shift: int) -> None:
+    kernel = Kernel(QEMU)
+    told = [(GIB, 256 * MIB, HEAP + shift)]
+    placer = kernel.placer([], told=told)
+    assert placer.places() == []
+    assert not placer.all_told_proven()
+    # The VMM's mappings are tried then.
+    placer = kernel.placer(QEMU_MEMORY, told=told)
+    assert (GIB, 256 * MIB, HEAP) in placer.places()
+
+
+def test_told_in_each_others_place() -> None:
+    """Nobody proves which is which: both places are told for both."""
+    nodes = [Slot(0, GIB, 128 * MIB, HEAP), Slot(4, GIB + 128 * MIB, 128 * MIB, HEAP + GIB // 2)]
+    kernel = Kernel([*nodes, *QEMU[1:]])
+    told = [(GIB, 128 * MIB, HEAP + GIB // 2), (GIB + 128 * MIB, 128 * MIB, HEAP)]
+    kernel.check(kernel.placer(QEMU_MEMORY, told=told).places())
+
+
 @st.composite
 def machines(draw: st.DrawFn) -> tuple[list[Slot], list[tuple[int, int]]]:
     """Slots, and the VMM's mappings: some of them touch and so are one, some are not a guest's."""
@@ -175,3 +212,16 @@ def test_whatever_is_told_is_true_and_nothing_could_be_moved(
     slots, memory = machine
     kernel = Kernel(slots)
     kernel.check(kernel.placer(memory).places())
+
+
+@given(machines(), st.data())
+def test_whatever_somebody_tells(
+    machine: tuple[list[Slot], list[tuple[int, int]]], data: st.DataObject
+) -> None:
+    slots, memory = machine
+    kernel = Kernel(slots)
+    sizes = st.sampled_from([slot.size for slot in slots])
+    addresses = st.sampled_from([slot.address for slot in slots])
+    ipas = st.sampled_from([slot.ipa for slot in slots])
+    told = data.draw(st.lists(st.tuples(ipas, sizes, addresses), max_size=4))
+    kernel.check(kernel.placer(memory, told=told).places())

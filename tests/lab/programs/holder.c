@@ -247,6 +247,18 @@ static void hold_rseq(void)
 	counts->rounds++;
 }
 
+/* One that it never leaves; the abort leads back into it. */
+static void hold_rseq_for_ever(void)
+{
+	struct rseq *area = (void *)((char *)__builtin_thread_pointer() + __rseq_offset);
+	__asm__ volatile(
+		".pushsection __rseq_cs, \"aw\"\n.balign 32\n9: .long 0, 0\n"
+		".quad 1f, 2f - 1f, 4f\n.popsection\n"
+		"b 4f\n.long 0xd428bc00\n4: adrp x10, 9b\nadd x10, x10, :lo12:9b\nstr x10, [%0, #8]\n"
+		"1: ldr x9, [%1]\nadd x9, x9, #1\nstr x9, [%1]\nb 1b\n2: nop\n"
+		: : "r"(area), "r"(&counts->rounds) : "x9", "x10", "cc", "memory");
+}
+
 enum { STACK = 5120, BELOW = 32768, ROOM = 65536, PAGE = 65536 }; /* the largest page */
 static char *below; /* what lies below a stack that is too small */
 
@@ -469,6 +481,8 @@ int main(int argc, char **argv)
 			hold_za(sme2, fpmr);
 		else if (!strcmp(mode, "rseq"))
 			hold_rseq();
+		else if (!strcmp(mode, "rseq-for-ever"))
+			hold_rseq_for_ever();
 		else if (!strcmp(mode, "signals"))
 			hold_signals();
 		else

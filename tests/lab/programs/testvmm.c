@@ -2,7 +2,7 @@
  * A VMM that does nothing: a VM with the memslots that its arguments name, for tests.
  *
  *   testvmm [--no-mte] [--vcpus N] [--memfd] [--data] [--churn] [--run] [--allow CALLS]
- *           IPA:SIZE[:ro|:memfd] ...
+ *           [--sqpoll] [--no-vdso] IPA:SIZE[:ro|:memfd] ...
  *
  * It prints "ready" and lives until its standard input ends. Numbers as strtoull takes them.
  * With --memfd all memory is of a memfd; with --data every other page has other data than zeros.
@@ -10,11 +10,14 @@
  * --run the main thread is a vCPU, the only thread, in an endless loop of the guest. With
  * --allow a seccomp filter kills it at any other system call; the list is like
  * 222,29:0x8030aeb4, a number after the colon being the only second argument that is allowed.
+ * With --sqpoll the kernel makes a thread in it that polls an io_uring all the time; with --no-vdso
+ * the vDSO may not be executed.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/filter.h>
+#include <linux/io_uring.h>
 #include <linux/kvm.h>
 #include <linux/seccomp.h>
 #include <poll.h>
@@ -130,6 +133,25 @@ static void be_strict(char *calls)
 	need(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0, "PR_SET_SECCOMP");
 }
 
+static void poll_for_ever(void)
+{
+	struct io_uring_params params = { .flags = IORING_SETUP_SQPOLL, .sq_thread_idle = 1u << 30 };
+	need(syscall(__NR_io_uring_setup, 1, &params) >= 0, "io_uring_setup");
+}
+
+static void protect_vdso(void)
+{
+	/* All of it: the kernel does not split it. */
+	unsigned long start, end;
+	char line[512];
+	FILE *maps = fopen("/proc/self/maps", "r");
+	need(maps != NULL, "/proc/self/maps");
+	while (fgets(line, sizeof(line), maps))
+		if (strstr(line, "[vdso]") && sscanf(line, "%lx-%lx", &start, &end) == 2)
+			need(mprotect((void *)start, end - start, PROT_READ) == 0, "mprotect");
+	fclose(maps);
+}
+
 static void *run_thread(void *argument)
 {
 	return argument;
@@ -166,6 +188,10 @@ int main(int argc, char **argv)
 			churn = 1;
 		else if (!strcmp(argv[at], "--run"))
 			run = 1;
+		else if (!strcmp(argv[at], "--sqpoll"))
+			poll_for_ever();
+		else if (!strcmp(argv[at], "--no-vdso"))
+			protect_vdso();
 		else if (!strcmp(argv[at], "--allow") && at + 1 < argc)
 			calls = argv[++at];
 		else if (!strcmp(argv[at], "--vcpus") && at + 1 < argc)

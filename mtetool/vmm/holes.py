@@ -1,0 +1,150 @@
+"""How much memory a VMM would newly have if memory of its guest were read.
+
+Anonymous private memory that nobody touched is read from the kernel's one page of zeros, and costs
+nothing. A hole of a file in memory (memfd, tmpfs, hugetlbfs) gets a page of its own as soon as it
+is read, which stays, and is charged to the VMM's cgroup, as a thread of the VMM reads it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+
+from mtetool.attach import memory
+from mtetool.vmm import pagewords
+from mtetool.vmm.hostmemory import HostMemory
+from mtetool.vmm.pagemap import (
+    HUGETLBFS,
+    TMPFS,
+    Mappings,
+    UnknownError,
+    file_system,
+    open_mapped,
+)
+
+# The unit of st_blocks, whatever the file system's own is.
+_BLOCK_BYTES = 512
+# What is smaller is not searched for: a VMM has many mappings of such a size.
+_WORTH_BYTES = 1 << 20
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """A part of a mapping of a file in memory; `hole_bytes` is how much of it may be holes."""
+
+    start: int
+    end: int
+    file: tuple[int, int]
+    hole_bytes: int
+    is_huge: bool
+
+
+def bytes_to_be_made(pid: int, known: HostMemory | None, extents: Iterable[Range]) -> int:
+    """At most how many bytes reading guest memory would newly allocate in process `pid`.
+
+    `extents` are (ipa, end) of what is read, but for pages that are `known` not to exist.
+    """
+    unplaced: list[int] = []
+    made = 0
+    windows = list(_windows(pid))
+    for ipa, end in extents:
+        for at, stop, addresses in known.told(ipa, end) if known else [(ipa, end, [])]:
+            if addresses:
+                assert known is not None
+                made += _made_of(windows, known, at, stop, addresses)
+            elif stop - at >= _WORTH_BYTES:
+                unplaced.append(stop - at)
+    if unplaced:
+        free = _without(windows, known.addresses() if known else [])
+        # What is larger than all such files together is not of them.
+        if sum(window.end - window.start for window in free) >= min(unplaced):
+            made += min(sum(unplaced), _holes(free))
+    return made
+
+
+def _made_of(
+    windows: Sequence[_Window], known: HostMemory, at: int, stop: int, addresses: Sequence[int]
+) -> int:
+    """The same for memory that is at one of several addresses."""
+    size = stop - at
+    here = [list(_within(windows, address, address + size)) for address in addresses]
+    # Which huge pages exist is not known, and all are read.
+    made = max(_holes([each for each in some if each.is_huge]) for some in here)
+    if len(addresses) < 2 or not any(_holes(some) for some in here):
+        return made
+    # What exists at any of them is read, wherever the memory is.
+    read = sum(n_bytes for _, n_bytes in known.existing(at, size))
+    for some, address in zip(here, addresses, strict=True):
+        made = max(made, min(_holes(some), read - known.existing_at(address, address + size)))
+    return made
+
+
+def _holes(windows: Iterable[_Window]) -> int:
+    """How many bytes of windows may be holes; several windows may show the same file."""
+    of_files: dict[tuple[int, int], tuple[int, int]] = {}
+    for window in windows:
+        size, holes = of_files.get(window.file, (0, 0))
+        size += window.end - window.start
+        of_files[window.file] = size, max(holes, window.hole_bytes)
+    return sum(min(size, holes) for size, holes in of_files.values())
+
+
+def _windows(pid: int) -> Iterator[_Window]:
+    """The mappings that may be a guest's memory and are of files in memory."""
+    with closing(Mappings(pid)) as mappings, suppress(OSError):
+        for line in memory.mappings(pid):
+            start, end = line.start, line.end
+            mapping = mappings.at(start)
+            if not line.inode or line.flags[1] != "w" or end - start < _WORTH_BYTES:
+                continue
+            if mapping is None or mapping.end != end:
+                continue
+            file = mapping.device, mapping.inode
+            try:
+                fd = open_mapped(pid, mapping, os.O_PATH)
+            except UnknownError:
+                # It may be memory. What it has beyond the VMM's own page tables nobody shows us.
+                yield _Window(start, end, file, end - start - _present(pid, start, end), False)
+                continue
+            try:
+                kind, status = file_system(fd), os.fstat(fd)
+            finally:
+                os.close(fd)
+            holes = status.st_size - status.st_blocks * _BLOCK_BYTES
+            if kind in (TMPFS, HUGETLBFS):
+                if holes > 0:  # private huge pages are not the file's, but in the page tables
+                    holes = min(holes, end - start - _present(pid, start, end))
+                yield _Window(start, end, file, max(holes, 0), kind == HUGETLBFS)
+
+
+def _present(pid: int, start: int, end: int) -> int:
+    """How many bytes of a range of addresses are in the process's page tables."""
+    with suppress(OSError):
+        fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return sum(stop - first for first, stop in pagewords.existing(fd, start, end))
+        finally:
+            os.close(fd)
+    return 0
+
+
+def _within(windows: Iterable[_Window], start: int, end: int) -> Iterator[_Window]:
+    for window in windows:
+        first, stop = max(window.start, start), min(window.end, end)
+        if first < stop:
+            yield replace(window, start=first, end=stop)
+
+
+def _without(windows: Iterable[_Window], ranges: Iterable[Range]) -> list[_Window]:
+    left = list(windows)
+    for start, end in ranges:
+        left = [
+            part
+            for window in left
+            for part in (*_within([window], 0, start), *_within([window], end, 1 << 64))
+        ]
+    return left

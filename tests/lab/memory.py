@@ -1,0 +1,63 @@
+"""The memory of a guest in a lab machine: which of its pages exist.
+
+What its VMM has in memory besides comes and goes by itself: these are the pages that a save must
+not make, and no others.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from tests.lab.existing import Extents
+from tests.lab.guests import Qemu
+from tests.lab.machine import Machine
+
+
+@dataclass(frozen=True)
+class Existing:
+    """Extents are (start, end) from the beginning of the memory, or of its file."""
+
+    own: Extents
+    in_file: Extents
+    file_blocks: int
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes that the process alone has."""
+        return sum(end - start for start, end in self.own)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the file that have data."""
+        return sum(end - start for start, end in self.in_file)
+
+
+@dataclass(frozen=True)
+class GuestMemory:
+    """The main memory of a QEMU; its monitor is only asked where it is, once."""
+
+    lab: Machine
+    pid: int
+    address: int
+    size_bytes: int
+
+    @classmethod
+    def of(cls, guest: Qemu, ipa: int, size_bytes: int) -> GuestMemory:
+        """Ask QEMU itself, not mtetool."""
+        ask = f'{{"command-line": "gpa2hva {ipa:#x}"}}'
+        said = guest.qmp("human-monitor-command", ask).decode()
+        address = int(said.rpartition(" is ")[2].split("\\")[0].strip('"} \r\n'), 16)
+        return cls(guest.lab, guest.pid, address, size_bytes)
+
+    def existing(self) -> Existing:
+        """What exists of it now."""
+        words = [str(self.pid), str(self.address), str(self.size_bytes)]
+        command = ["python3", "-m", "tests.lab.existing", *words]
+        result = self.lab.run(command, env={"PYTHONPATH": "/opt/mtetool"}, check=True)
+        own, in_file, file_blocks = json.loads(result.stdout)
+        return Existing(
+            [(start, end) for start, end in own],
+            [(start, end) for start, end in in_file],
+            file_blocks,
+        )

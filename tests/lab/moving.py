@@ -1,0 +1,92 @@
+"""Run in the lab: the question about a place, to a VM whose other memslots go as it is asked.
+
+It is a VM of this process, so that nothing is borrowed: answers are the kernel's own. Prints JSON:
+the answers to the first guess that was right and to what followed it, the error, and whether the
+slot then is where it was.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import mmap
+import os
+from typing import cast
+
+from mtetool import uapi
+from mtetool.attach import memory
+from mtetool.attach.memory import Mapping
+from mtetool.attach.session import Session
+from mtetool.backends import asking
+from mtetool.errors import BusyError
+from mtetool.vmm.scratch import ScratchVm, scratch_vm
+
+MIB = 1 << 20
+# Main memory first, as QEMU has it.
+SLOTS = ((0x4000_0000, 64 * MIB), (0, 8 * MIB), (16 * MIB, 2 * MIB), (32 * MIB, MIB))
+
+
+class Own:
+    """This process as a session: ioctls of its own VM, of which the others may go."""
+
+    pid = os.getpid()
+
+    def __init__(self, vm: ScratchVm) -> None:
+        self.vm = vm
+        self.answers: list[int] = []
+        self.goes = True
+
+    def mappings(self) -> list[Mapping]:
+        """See `Session.mappings`."""
+        return memory.mappings(self.pid)
+
+    def ioctl(self, fd: int, request: int, argument: bytes) -> int:
+        """See `Session.ioctl`."""
+        slot, _, _, size, address = uapi.KVM_MEMORY_REGION_STRUCT.unpack(argument)
+        is_right = slot == 0 and (size, address) == (SLOTS[0][1], place(self.vm))
+        if is_right and self.goes:
+            # In the way until now: the kernel said so.
+            self.answers.append(self.vm._ioctl(request, argument))
+            self.goes = False
+            for number in range(1, len(SLOTS)):
+                assert self.vm.set_memslot(number, 0, 0, 0) == 0
+        answer = self.vm._ioctl(request, argument)
+        if self.answers and len(self.answers) < 3:
+            self.answers.append(answer)
+        return answer
+
+
+def place(vm: ScratchVm) -> int:
+    """Where slot 0 is in this process."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(vm._memory[0]))
+
+
+def main() -> None:
+    """Ask."""
+    with scratch_vm() as vm:
+        assert vm.enable(uapi.KVM_CAP_ARM_MTE) == 0
+        kept = []
+        for number, (ipa, size) in enumerate(SLOTS):
+            assert vm.set_memslot(number, ipa, size, 0) == 0
+            # Between them, so that they are mappings of their own.
+            kept.append(mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS))
+        own = Own(vm)
+        message = ""
+        try:
+            asking.places_of(cast(Session, own), 0, None)
+        except BusyError as error:
+            message = error.message
+        # Its own place is taken again, from its first to its last page, and nothing else is.
+        untaggable = asking._untaggable(own.mappings())
+        assert untaggable is not None
+        page = mmap.PAGESIZE
+        first, last = SLOTS[0][0], SLOTS[0][0] + SLOTS[0][1] - page
+        taken = [vm.offer_memory(9, at, page, untaggable) for at in (first, last, 0, last + page)]
+        in_the_way, free = -errno.EEXIST, -errno.EINVAL
+        at_home = taken == [in_the_way, in_the_way, free, free]
+    print(json.dumps({"answers": own.answers, "message": message, "at_home": at_home}))
+
+
+if __name__ == "__main__":
+    main()

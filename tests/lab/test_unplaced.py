@@ -1,0 +1,126 @@
+"""Where it is not known which pages exist, no memory is made unless the user says so.
+
+And on kernels before 6.7 it is known as well: by the words of /proc/PID/pagemap.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.guests import Qemu, kill_vmms, start_test_vmm
+from tests.lab.machine import Machine
+from tests.lab.test_touched import MEMORIES
+
+BASE = 0x4000_0000
+MIB = 1 << 20
+_ENV = {"PYTHONPATH": "/opt/mtetool"}
+
+# As on a kernel before 6.7: whatever is asked of pagemap by ioctl, it is not known.
+_WITHOUT_THE_SCAN = """
+import errno, sys
+from mtetool.__main__ import main
+from mtetool.vmm.pagemap import Pagemap
+def scan(self, *words):
+    raise OSError(errno.ENOTTY, "no such ioctl")
+Pagemap._scan = scan
+sys.exit(main())
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_vmms(lab: Machine) -> Iterator[None]:
+    yield
+    kill_vmms(lab)
+
+
+def file_bytes(lab: Machine, pid: int) -> int:
+    """What the files in memory of a process have."""
+    blocks = f"stat -L -c %b $(find /proc/{pid}/fd -lname '/memfd:*')"
+    return 512 * sum(map(int, lab.sh(blocks).stdout.split()))
+
+
+@pytest.mark.parametrize("memory", ["private", "memfd"])
+def test_words_show_what_the_scan_shows(lab: Machine, memory: str) -> None:
+    guest = Qemu(lab, "g", extra=MEMORIES[memory]).start()
+    guest.wait_for_checks(1)
+    guest.qmp("stop")
+    command = ["python3", "-m", "tests.lab.words", str(guest.pid)]
+    found = json.loads(lab.run(command, env=_ENV, check=True, timeout=600).stdout)
+    print(found)
+    assert found["scanned"] > 1000
+    assert (found["lost"], found["not_zeros"]) == (0, 0)
+    if memory == "private":
+        return
+    # A whole save that way has the same tags, and makes no memory either.
+    lab.put("/tmp/old.py", _WITHOUT_THE_SCAN.encode())
+    before = file_bytes(lab, guest.pid)
+    lab.run(
+        ["python3", "/tmp/old.py", "save", f"kvm:{guest.pid}", "-o", "/tmp/old"],
+        env=_ENV,
+        check=True,
+        timeout=600,
+    )
+    assert file_bytes(lab, guest.pid) == before
+    lab.sh(f"mtetool save kvm:{guest.pid} -o /tmp/s --every-page")
+    same = lab.run(["mtetool", "diff", "/tmp/s", "/tmp/old"])
+    assert (same.returncode, same.stdout) == (0, b""), same.stdout[:400]
+
+
+def test_one_memslot_of_which_nobody_knows_where_it_is(lab: Machine) -> None:
+    pid = start_test_vmm(lab, "--memfd", f"{BASE:#x}:0x4000000")
+    guest = f"kvm:{pid}"
+    ranges = f"--range {BASE:#x}:1M"
+    lab.sh(
+        f"mtetool emu create /tmp/e --memory 64M && mtetool emu set /tmp/e {BASE:#x}:64K=5"
+        f" && mtetool save emu:/tmp/e -o /tmp/r && mtetool save {guest} {ranges} -o /tmp/small"
+    )
+    before = file_bytes(lab, pid)
+    assert MIB <= before < 2 * MIB
+    for words in (
+        f"save {guest} -o /tmp/s",
+        f"save {guest} --memslot {BASE:#x}:64M -o /tmp/s",
+        f"dump {guest}",
+        f"diff {guest} /tmp/r",
+        f"verify /tmp/r --against {guest}",
+        f"restore /tmp/r {guest}",
+        f"restore /tmp/r {guest} --dry-run",
+    ):
+        refused = lab.run(["mtetool", *words.split()])
+        assert refused.returncode == 4, words
+        assert not refused.stdout
+        wanted = f"up to {64 * MIB - before} bytes of memory would be newly allocated".encode()
+        assert wanted in refused.stderr, refused.stderr
+        assert b"--every-page" in refused.stderr
+    assert file_bytes(lab, pid) == before
+    # Told where the memory is, all of them leave it alone.
+    maps = lab.sh(f"cat /proc/{pid}/maps").stdout.decode()
+    (address,) = re.findall(r"^([0-9a-f]+)-[0-9a-f]+ rw-s .*/memfd:memory", maps, re.MULTILINE)
+    slot = f"--memslot {BASE:#x}:64M@0x{address}"
+    lab.sh(f"mtetool restore /tmp/r {guest} {slot}")
+    restored = file_bytes(lab, pid)
+    assert restored <= before + 64 * 1024
+    lab.sh(
+        f"mtetool save {guest} {slot} -o /tmp/s"
+        f" && mtetool verify /tmp/r --against {guest} {slot} && mtetool diff {guest} /tmp/r {slot}"
+        f" && mtetool dump {guest} {slot} >/tmp/dump"
+    )
+    assert file_bytes(lab, pid) == restored
+    # A place where no memory is, and memory that is smaller.
+    for wrong in ("0x1000", hex(int(address, 16) + MIB)):
+        command = ["mtetool", "save", guest, "-o", "/tmp/t", "--memslot", f"{BASE}:64M@{wrong}"]
+        refused = lab.run([*command, "--json"])
+        assert (refused.returncode, json.loads(refused.stderr)["error"]) == (2, "out-of-range")
+    # And all of it is made where that is wanted.
+    lab.sh(f"mtetool save {guest} --every-page -o /tmp/every && mtetool diff /tmp/s /tmp/every")
+    assert file_bytes(lab, pid) == 64 * MIB
+    # Of memory that is all there nobody needs to know the place.
+    lab.sh(f"mtetool save {guest} -o /tmp/s --force && mtetool diff /tmp/s /tmp/every")
+
+
+def test_private_memory_costs_nothing(lab: Machine) -> None:
+    pid = start_test_vmm(lab, f"{BASE:#x}:0x4000000")
+    lab.sh(f"mtetool save kvm:{pid} -o /tmp/s")
