@@ -2,9 +2,9 @@
 
 `python3 -m tests.lab.start_deaths [every-call] [term] [stop]` prints, as JSON, how each VMM
 differed from one that was started plainly. A step is one request to the kernel that concerns the
-VMM; before the death the VMM gets the time to come to its next stop. With "term" it is sent
-SIGTERM one step before, by which it must end. With "stop" what watches is stopped there instead,
-and nobody continues it.
+VMM; before the death the VMM gets the time to come to its next stop. With "term" it is sent SIGTERM
+one step before, by which it must end. With "stop" what watches is stopped there instead, and nobody
+continues it.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def main() -> None:
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)  # Python ignores them
     # Where it dies before the VMM is started, that is told and the VMM is started all the same.
-    wish = Wish(1, 60, False, "every-call" in sys.argv[1:], lambda error: None)
+    wish = Wish(1, 60, False, "every-call" in sys.argv[1:], lambda error: "")
     terminate = "term" in sys.argv[1:]
     end = signal.SIGSTOP if "stop" in sys.argv[1:] else signal.SIGKILL
     plain = run(None, wish, None)
