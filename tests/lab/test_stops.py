@@ -22,12 +22,12 @@ def test_a_guest_goes_on_when_mtetool_is_stopped_or_nobody_reads(lab: Machine) -
     assert found["sigstop"]["statuses"] == [-9]
     assert max(found["sigstop"]["seconds"]) < _AT_ALL_SECONDS
     later = {"stopped": True, "held": False, "status": 0, "whole": True}
-    assert found["sigtstp"] == later
-    assert found["ctrl_z"] == later
-    tostop = found["tostop"]
+    assert found["by_sigtstp"] == later
+    assert found["by_ctrl_z"] == later
+    tostop = found["by_tostop"]
     assert (tostop["held"], tostop["status"], tostop["whole"]) == (False, 0, True)
     read_late = {"held": False, "done": True, "status": 0, "whole": True}
-    assert found["nobody_reading"] == read_late
+    assert found["by_nobody_reading"] == read_late
     assert found["guards_left"] == 0
     assert lab.sh(f"grep -c ^6d74 /proc/{pid}/maps; true").stdout == b"0\n"
     assert b"TracerPid:\t0" in lab.sh(f"cat /proc/{pid}/status").stdout
