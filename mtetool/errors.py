@@ -47,11 +47,6 @@ DETAIL_KEYS = (
     "restored_bytes",
     "restored_up_to",
     "not_restored",
-    "slot",
-    "would_allocate_bytes",
-    "tried_pages",
-    "untried_pages",
-    "written_bytes",
 )
 """The keys that the `details` of errors may have, as mtetool(1) explains them."""
 

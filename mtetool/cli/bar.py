@@ -1,9 +1,10 @@
 """A progress bar in one line of the terminal, however narrow it is.
 
-It never hides the cursor and writes no escape sequences, so that whatever ends or stops mtetool
-leaves the terminal as it should be. A terminal shows one bar at a time: of the two processes of
-`mtetool save ... | mtetool restore ...` one draws, by a lock on the terminal, and the other does
-when the first has ended. In the background nothing is drawn.
+rich measures and colours the line; its own live display is not used, because that hides the
+cursor, and whatever ends or stops mtetool has to leave the terminal as it should be. A terminal
+shows one bar at a time: of the two processes of `mtetool save ... | mtetool restore ...` one draws,
+by a lock on the terminal, and the other does when the first has ended. In the background nothing is
+drawn.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import fcntl
 import os
 import sys
 import time
-import unicodedata
 from contextlib import suppress
 from typing import Self
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.text import Text
 
 from mtetool.words import printable
 
@@ -22,6 +26,14 @@ _INTERVAL_SECONDS = 0.1
 _COLUMNS = 80  # of a terminal that does not say
 _BAR_COLUMNS = (30, 10)
 _LABEL_COLUMNS = 12
+# Parts of a line, in the styles that rich has for them.
+_STYLES = {
+    r"\[#+": "bar.complete",
+    r"-+\]": "bar.back",
+    r"\d+%": "progress.percentage",
+    r"[\d.]+ \w+/s": "progress.data.speed",
+    r"\d+:\d\d$": "progress.remaining",
+}
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("bytes", 1))
 
 
@@ -34,6 +46,7 @@ class Bar:
         self._due = 0.0
         self._drawn_columns = 0
         self._fd = sys.stderr.fileno()
+        self._console = Console(stderr=True, highlight=False)
         self._terminal: int | None = None
         self._mine = False
 
@@ -59,9 +72,18 @@ class Bar:
         # The last column stays free: some terminals go to the next line after it.
         columns = (os.get_terminal_size(self._fd).columns or _COLUMNS) - 1
         text = line(self._label, done_bytes, total_bytes, now - self._started, columns)
-        drawn = cells(text)
-        self._write("\r" + text + " " * min(self._drawn_columns - drawn, columns - drawn))
+        drawn = cell_len(text)
+        rest = " " * min(self._drawn_columns - drawn, columns - drawn)
+        self._write(f"\r{self._coloured(text)}{rest}")
         self._drawn_columns = drawn
+
+    def _coloured(self, text: str) -> str:
+        coloured = Text(text)
+        for pattern, style in _STYLES.items():
+            coloured.highlight_regex(pattern, style)
+        with self._console.capture() as captured:
+            self._console.print(coloured, end="", soft_wrap=True)
+        return captured.get()
 
     def _take_terminal(self) -> bool:
         if self._mine or self._terminal is None:
@@ -105,7 +127,7 @@ def line(
         _joined(bars[-1], share, sizes),
         share or sizes,
     ]
-    for enough in (cells(label), min(cells(label), _LABEL_COLUMNS)):
+    for enough in (cell_len(label), min(cell_len(label), _LABEL_COLUMNS)):
         for tail in tails:
             if enough + 1 + len(tail) <= columns:
                 return f"{_cut(label, columns - 1 - len(tail))} {tail}"
@@ -114,28 +136,11 @@ def line(
     return f"{_cut(label, room)} {tail}" if room > 0 else tail[: max(columns, 0)]
 
 
-def cells(text: str) -> int:
-    """How many columns a terminal takes for `text`."""
-    return sum(_cells(character) for character in text)
-
-
-def _cells(character: str) -> int:
-    if unicodedata.combining(character):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
 def _cut(text: str, columns: int) -> str:
-    if cells(text) <= columns:
+    if cell_len(text) <= columns:
         return text
     dots = "..."[: max(columns, 0)]
-    kept, used = "", len(dots)
-    for character in text:
-        used += _cells(character)
-        if used > columns:
-            break
-        kept += character
-    return kept + dots
+    return set_cell_size(text, columns - len(dots)).rstrip() + dots
 
 
 def _bar(done: float, columns: int) -> str:
