@@ -127,7 +127,7 @@ def _proven(pid: int, where: str, connection: socket.socket, patience: Patience)
 def _check_threads(
     pid: int, where: str, peer: unix_sockets.Peer, conversation: Conversation
 ) -> None:
-    """See that it names the process's threads. Raises ForeignMonitorError, also if it names none."""
+    """See that it names threads of the process. Raises ForeignMonitorError."""
     try:
         conversation.open()
         tids = Monitor(conversation).vcpu_threads()
