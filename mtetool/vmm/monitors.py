@@ -110,17 +110,31 @@ def _proven(pid: int, where: str, connection: socket.socket, patience: Patience)
     """The monitor at the other end; nothing is asked of one that cannot be this process's."""
     try:
         peer = unix_sockets.peer_of(connection)
-        if peer.pid != pid and not _may_speak_for(peer, pid):
-            raise _foreign(pid, where, peer)
         conversation = Conversation(connection, where, patience)
-        conversation.open()
         monitor = Monitor(conversation)
-        if peer.pid != pid and not _has_threads(pid, monitor.vcpu_threads()):
-            raise _foreign(pid, where, peer)
+        if peer.pid == pid:
+            conversation.open()
+        elif not _may_speak_for(peer, pid):
+            raise _foreign(pid, where, peer, "")
+        else:
+            _check_threads(pid, where, peer, conversation)
     except BaseException:
         connection.close()
         raise
     return monitor
+
+
+def _check_threads(
+    pid: int, where: str, peer: unix_sockets.Peer, conversation: Conversation
+) -> None:
+    """See that it names threads of the process. Raises ForeignMonitorError."""
+    try:
+        conversation.open()
+        tids = Monitor(conversation).vcpu_threads()
+    except LayoutUnknownError as error:
+        raise _foreign(pid, where, peer, f"; {error.message}") from error
+    if not tids or not tids <= proc.inner_tids(pid):
+        raise _foreign(pid, where, peer, ", and the vCPUs' threads that it names are others")
 
 
 def _may_speak_for(peer: unix_sockets.Peer, pid: int) -> bool:
@@ -137,15 +151,11 @@ def _may_speak_for(peer: unix_sockets.Peer, pid: int) -> bool:
     return False
 
 
-def _has_threads(pid: int, tids: frozenset[int]) -> bool:
-    """Whether all these are threads of the process, by their ids in its own PID namespace."""
-    return bool(tids) and tids <= proc.inner_tids(pid)
-
-
-def _foreign(pid: int, where: str, peer: unix_sockets.Peer) -> ForeignMonitorError:
+def _foreign(pid: int, where: str, peer: unix_sockets.Peer, more: str) -> ForeignMonitorError:
     who = f"process {peer.pid} ({proc.program(peer.pid)})" if peer.pid else "a process unseen here"
     return ForeignMonitorError(
-        f"the monitor at {where} is not proven to be that of process {pid}: {who} listens there",
+        f"the monitor at {where} is not proven to be that of process {pid}: {who} listens there"
+        f"{more}",
         hint="leave --qmp away, so that mtetool finds the VM's own monitor or asks the kernel;"
         " VMs are listed by: mtetool list",
         pid=pid,

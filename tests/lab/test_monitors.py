@@ -89,8 +89,9 @@ def _managed(lab: Machine, memory: str, path: str, namespace: str) -> int:
     """Such a QEMU with a manager that listens at `path`; its PID."""
     lab.put("/tmp/manager.py", _MANAGER.encode())
     _started(lab, f"python3 /tmp/manager.py {path} {namespace} {_qemu(memory)}", path)
-    script = f"until pgrep -f 'qemu-[s].* -m {memory} .*id=c,fd='; do sleep 0.05; done"
-    return int(lab.sh(script).stdout.split()[0])
+    look = f"grep -l '^qemu.*{memory}.*id=c,fd=' /proc/[0-9]*/cmdline"
+    found = lab.sh(f"until {look} 2>/dev/null; do sleep 0.05; done").stdout
+    return int(found.split(b"/")[2])
 
 
 def _ask(lab: Machine, *words: str, status: int = 0) -> dict[str, Any]:
@@ -105,9 +106,9 @@ def _main_memory(document: dict[str, Any]) -> int:
     return size
 
 
-def _saved(lab: Machine, pid: int, qmp: str) -> dict[str, Any]:
-    """What `info` says of a snapshot for which that monitor was given."""
-    _ask(lab, "save", f"kvm:{pid}", "--freeze", "--force", "--qmp", qmp, "-o", "/tmp/s")
+def _saved(lab: Machine, pid: int, *words: str) -> dict[str, Any]:
+    """What `info` says of a snapshot that `save` makes with these options."""
+    _ask(lab, "save", f"kvm:{pid}", "--freeze", "--force", "-o", "/tmp/s", *words)
     return _ask(lab, "info", "/tmp/s")
 
 
@@ -116,8 +117,7 @@ def test_the_same_path_in_a_container_and_outside(lab: Machine) -> None:
     guest = Contained(lab, "guest", memory="128M").start()
     guest.wait_for_checks()
 
-    _ask(lab, "save", f"kvm:{guest.pid}", "--freeze", "-o", "/tmp/s")
-    info = _ask(lab, "info", "/tmp/s")
+    info = _saved(lab, guest.pid)
     assert info["tagged_bytes"] > 0
     assert _main_memory(info) == 128 * MIB
     listed = {vm["pid"]: vm for vm in _ask(lab, "list")["vms"]}
@@ -132,7 +132,7 @@ def test_the_same_path_in_a_container_and_outside(lab: Machine) -> None:
         assert f"process {paused} " in refused["message"]
     assert lab.run(["ls", "/tmp/none"]).returncode
     own = f"/proc/{guest.pid}/root/tmp/vm/inside/monitor"
-    assert _main_memory(_saved(lab, guest.pid, own)) == 128 * MIB
+    assert _main_memory(_saved(lab, guest.pid, "--qmp", own)) == 128 * MIB
 
 
 def test_a_path_that_another_vm_has_taken_over(lab: Machine) -> None:
@@ -140,7 +140,7 @@ def test_a_path_that_another_vm_has_taken_over(lab: Machine) -> None:
     first = _paused(lab, "256M")
     second = _paused(lab, "128M")
     for pid, size, told in ((first, 256 * MIB, False), (second, 128 * MIB, True)):
-        info = _ask(lab, "info", f"kvm:{pid}")
+        info = _saved(lab, pid)
         assert _main_memory(info) == size
         assert any(slot["readonly"] for slot in info["memslots"]) is told
 
@@ -153,7 +153,7 @@ def test_a_socket_that_a_manager_made(lab: Machine, namespace: str) -> None:
         _managed(lab, memory, path, namespace)
         for memory, path in zip(("256M", "128M"), paths, strict=True)
     )
-    info = _saved(lab, one, paths[0])
+    info = _saved(lab, one, "--qmp", paths[0])
     assert _main_memory(info) == 256 * MIB
     assert any(slot["readonly"] for slot in info["memslots"])  # QEMU's own word
     ids = lab.sh(f"cat /proc/{one}/task/*/status /proc/{other}/task/*/status | grep NSpid").stdout

@@ -77,6 +77,17 @@ def test_other_threads_do_not(tmp_path: Path, tids: list[int]) -> None:
         monitors.open_given(os.getpid(), tmp_path / "s")
 
 
+@pytest.mark.parametrize("answer", [b'{"error": {"desc": "not in preconfig"}}', b"nonsense"])
+def test_one_that_does_not_name_its_threads_does_not_either(tmp_path: Path, answer: bytes) -> None:
+    """A manager's socket; here, this process is the manager."""
+    with (
+        subprocess.Popen([sys.executable], stdin=subprocess.PIPE) as managed,
+        strange.monitor(tmp_path / "s", strange.answers(query_cpus_fast=answer)) as path,
+        pytest.raises(ForeignMonitorError, match=r"preconfig|QMP"),
+    ):
+        monitors.open_given(managed.pid, path)
+
+
 def test_foreign_one_is_not_used_and_the_next_one_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
