@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 
 import pytest
 
 from mtetool import buffers
-from mtetool.buffers import prepared
+from mtetool.buffers import prepared, unshared
 
 MIB = 1 << 20
 
@@ -35,6 +37,25 @@ def test_using_it_faults_nothing_in(populates: bool, monkeypatch: pytest.MonkeyP
         room[at : at + MIB] = tags
     # Of small pages it would be 4096.
     assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < 8
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_a_forked_process_shares_is_copied_at_once(shared: bool) -> None:
+    room = bytearray(b"\1" * 4 * MIB)
+    child = os.fork()
+    if not child:
+        signal.pause()
+    try:
+        if not shared:
+            unshared()
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        for at in range(0, len(room), 4096):
+            room[at] = 2
+        n_faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+        assert n_faults >= 1000 if shared else n_faults < 8
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_more_than_there_is() -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 from mtetool.backends.base import Guest
-from mtetool.buffers import prepared
+from mtetool.buffers import prepared, unshared
 from mtetool.errors import OutputStalledError
 
 DEFAULT_SPOOL_BYTES = 1 << 30
@@ -35,6 +35,7 @@ def held_still(guest: Guest, *, wanted: bool) -> Iterator[Thaw]:
     if not wanted:
         yield lambda: None
         return
+    unshared()  # with the guard, since it was forked
     guest.freeze()
     try:
         yield guest.thaw
