@@ -112,8 +112,8 @@ def _counted(name: str, tally: Tally[Any] | None, rows: Iterable[dict[str, Any]]
         return dict.fromkeys((f"{name}_bytes", f"{name}_count", name))
     if tally.truncated:
         warn(
-            f"{name!r} does not list all of {tally.count} ranges: the directory for temporary files"
-            " is full; another one: TMPDIR=DIRECTORY mtetool ..."
+            f"{name!r} does not list all of the {counted(tally.count, 'range')}: the directory for"
+            " temporary files is full; name another one: TMPDIR=DIRECTORY mtetool ..."
         )
     return {f"{name}_bytes": tally.size_bytes, f"{name}_count": tally.count, name: Rows(rows)}
 

@@ -6,6 +6,7 @@ from mtetool.snapshot.coverage import Coverage, MissingMap, ScatteredError
 from mtetool.snapshot.heads import TagsHead
 from mtetool.snapshot.model import ADDRESS_LIMIT, Footer, Header, Missing
 from mtetool.uapi import GRANULE_BYTES
+from mtetool.words import counted
 
 
 class LedgerError(Exception):
@@ -77,7 +78,7 @@ class Ledger:
         """Whether so many granules can have changed, after all records of tags."""
         least, most = self._changed_bounds
         if changed is not None and not least <= changed <= most:
-            raise LedgerError(f"{changed} granules changed, of {least} to {most}")
+            raise LedgerError(f"{counted(changed, 'granule')} changed, of {least} to {most}")
 
     def footer(
         self, records: int, consistent: bool | None, changed_granules: int | None = None

@@ -33,7 +33,7 @@ def test_every_other_granule_differs(tmp_path: Path) -> None:
 
 def test_pages_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     """By a fault at half of them."""
-    n_pages = 4400
+    n_pages = 8800
     slots = (Memslot(0, BASE, n_pages * 4 * KIB),)
     good = make_guest(tmp_path / "good", slots=slots)
     write(tmp_path / "good", BASE, np.full(n_pages * 256, 3, dtype=np.uint8))

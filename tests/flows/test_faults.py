@@ -186,7 +186,7 @@ def test_a_restore_is_exact_or_reports_and_is_exact_when_run_again(
     if isinstance(outcome, MtetoolError):
         assert outcome.status == 4
         details: dict[str, Any] = outcome.details
-        up_to = details.get("restored_up_to", BASE)
+        up_to = details.get("restored_up_to") or BASE
         told = [Extent(**row) for row in details.get("not_restored", [])]
     else:
         up_to = outcome.restored_up_to or BASE if outcome.stopped else END

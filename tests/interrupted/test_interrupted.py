@@ -320,10 +320,14 @@ def test_a_guest_on_a_network_file_system_that_is_full(
 def test_an_io_error_on_the_way_to_a_new_guest_is_no_bad_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def resolve(_: Path) -> Path:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    real = os.lstat
 
-    monkeypatch.setattr(Path, "resolve", resolve)
+    def lstat(path: str | Path, *, dir_fd: int | None = None) -> os.stat_result:
+        if Path(path).name == "g":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "lstat", lstat)
     done = run("emu", "create", tmp_path / "g", "--json")
     assert (done.status, done.error["error"]) == (6, "io")
     assert "(EIO)" in done.error["message"]
