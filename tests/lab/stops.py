@@ -208,15 +208,21 @@ def by_nobody_reading(guest: Guest) -> dict[str, object]:
     words = save(guest, "--progress", "json")
     process = subprocess.Popen(words, stderr=writing, stdout=subprocess.DEVNULL)
     os.close(writing)
-    # Its main thread stands in a write to standard error: of the last line, all else is done.
-    until(lambda: Path(f"/proc/{process.pid}/syscall").read_text().startswith(_WRITE_TO_STDERR))
-    held = guest.stands()
+    # The first line comes once the guest is held. It is let go though nobody has read that.
+    until(lambda: writes_to_stderr(process.pid))
     guest.goes_on()
+    held = guest.stands()
     with open(reading, "rb") as source:  # noqa: PTH123 - a descriptor
         lines = source.read()[4096:].splitlines()
     last = json.loads(lines[-1])
     done = last["done_bytes"] == last["total_bytes"]
     return {"held": held, "done": done, "status": process.wait(), "whole": whole()}
+
+
+def writes_to_stderr(pid: int) -> bool:
+    """Whether a thread of the process stands in a write to standard error."""
+    calls = (task / "syscall" for task in Path(f"/proc/{pid}/task").iterdir())
+    return any(call.read_text().startswith(_WRITE_TO_STDERR) for call in calls)
 
 
 def main() -> None:
