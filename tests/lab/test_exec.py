@@ -121,8 +121,8 @@ def _run(lab: Machine, *words: str) -> tuple[str, int, str]:
     "words",
     [
         "-- /lab/newvms 2",
-        "/lab/newvms 2",
-        "--every-call -- /lab/newvms 2",
+        pytest.param("/lab/newvms 2", marks=pytest.mark.long),
+        pytest.param("--every-call -- /lab/newvms 2", marks=pytest.mark.long),
         "-- /lab/newvms --thread 2",
         "-- /lab/newvms --fork 2",
         "-- /lab/newvms --late 2",
@@ -187,9 +187,16 @@ def test_signals_that_threads_send_each_other_all_the_time(lab: Machine) -> None
     assert _run(lab, *words) == ("urgent lost=0\nvm 1 mte=1\nready\n", 7, "")
 
 
-@pytest.mark.parametrize("every_call", ["", "--every-call"])
-@pytest.mark.parametrize("number", [9, 15])
-def test_a_signal_ends_a_vmm_that_starts(lab: Machine, every_call: str, number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "every_call"),
+    [
+        (9, ""),
+        (15, "--every-call"),
+        pytest.param(9, "--every-call", marks=pytest.mark.long),
+        pytest.param(15, "", marks=pytest.mark.long),
+    ],
+)
+def test_a_signal_ends_a_vmm_that_starts(lab: Machine, number: int, every_call: str) -> None:
     words = f"{every_call} -- sh".split()
     result = lab.run(["mtetool", "exec", *words, "-c", f"kill -{number} $$; echo alive"])
     assert (result.returncode, result.stdout) == (-number, b"")
@@ -397,7 +404,15 @@ def test_qemu_in_its_other_ways(lab: Machine, extra: str) -> None:
     assert json.loads(asked.stdout)["changed"] is False
 
 
-@pytest.mark.parametrize("how", ["", "every-call", "term", "stop"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "",
+        pytest.param("every-call", marks=pytest.mark.long),
+        pytest.param("term", marks=pytest.mark.long),
+        "stop",
+    ],
+)
 def test_death_before_every_step_is_harmless(lab: Machine, how: str) -> None:
     command = ["python3", "-m", "tests.lab.start_deaths", how]
     result = lab.run(command, timeout=300, env=ENVIRONMENT, check=True)

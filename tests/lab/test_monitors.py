@@ -145,7 +145,7 @@ def test_a_path_that_another_vm_has_taken_over(lab: Machine) -> None:
         assert any(slot["readonly"] for slot in info["memslots"]) is told
 
 
-@pytest.mark.parametrize("namespace", ["host", "pids"])
+@pytest.mark.parametrize("namespace", [pytest.param("host", marks=pytest.mark.long), "pids"])
 def test_a_socket_that_a_manager_made(lab: Machine, namespace: str) -> None:
     """Its maker is not QEMU: the ids of its threads are what proves it."""
     paths = ("/tmp/one", "/tmp/other")
@@ -205,6 +205,7 @@ def test_a_strange_monitor_costs_one_row_of_the_list(lab: Machine) -> None:
         assert vms[pid]["reason"]["error"] == "layout-unknown"
 
 
+@pytest.mark.long
 def test_a_vm_before_its_vcpus(lab: Machine) -> None:
     """It answers no question about its threads: that it made the socket proves it."""
     one, other = (Qemu(lab, name, mte=False).start() for name in ("one", "other"))

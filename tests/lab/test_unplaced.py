@@ -46,7 +46,7 @@ def file_bytes(lab: Machine, pid: int) -> int:
     return 512 * sum(map(int, lab.sh(script).stdout.split()))
 
 
-@pytest.mark.parametrize("memory", ["private", "memfd"])
+@pytest.mark.parametrize("memory", [pytest.param("private", marks=pytest.mark.long), "memfd"])
 def test_words_show_what_the_scan_shows(lab: Machine, memory: str) -> None:
     guest = Qemu(lab, "g", extra=MEMORIES[memory]).start()
     guest.wait_for_checks(1)
@@ -114,6 +114,7 @@ def test_one_memslot_of_which_nobody_knows_where_it_is(lab: Machine) -> None:
     lab.sh(f"mtetool save {guest} -o /tmp/s --force")
 
 
+@pytest.mark.long
 def test_private_memory_costs_nothing(lab: Machine) -> None:
     pid = start_test_vmm(lab, f"{BASE:#x}:0x4000000")
     lab.sh(f"mtetool save kvm:{pid} -o /tmp/s")
