@@ -35,7 +35,7 @@ def check_by_hand(pid: int, memslots: Sequence[Memslot]) -> None:
 
 def _check_is_mapped(pid: int, address: int, size_bytes: int) -> None:
     at = address
-    # Whoever may not look there is told so by the attach.
+    # The attach reports it where this user may not look there.
     with suppress(OSError):
         for mapping in memory.mappings(pid):
             if mapping.start <= at < mapping.end and "w" in mapping.flags:

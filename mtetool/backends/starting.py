@@ -2,7 +2,7 @@
 
 KVM enables MTE before the first vCPU only (arch/arm64/kvm/arm.c, kvm_vm_ioctl_enable_cap). The
 thread that made the VM stands right after KVM_CREATE_VM here, and nobody else knows the VM's
-file descriptor yet. An alarm that came late finds it somewhere behind that.
+file descriptor yet. An alarm that came late finds it somewhere after that.
 
 Where MTE is required, a VM that cannot have it is closed, and KVM_CREATE_VM answers EOPNOTSUPP.
 Where that cannot be done either, the VMM is killed. Nothing less keeps the promise: a VM whose

@@ -86,7 +86,7 @@ def first_that_answers(
 ) -> tuple[int, int]:
     """The first page behind `start` that can be copied (else `end`), and how many cannot.
 
-    The page at `start` is known to fail. Those behind it are tried one by one; where
+    The page at `start` is known to fail. Those after it are tried one by one; where
     `ONE_BY_ONE_PAGES` have failed, without `insist`, at doubling distances, then bisecting back.
     Good pages between two failing tries can be missed there; the count lets the caller say so.
     """
