@@ -28,7 +28,7 @@ from tests.lab.images import DEFAULT_KERNEL, Images, images
 
 _CHECKOUT = Path(__file__).parents[2]
 _BOOT_SECONDS = 120.0
-_GRACE_SECONDS = 60.0
+_GRACE_SECONDS = 120.0  # the agent may have modules to load
 _IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", ".*_cache", ".hypothesis")
 
 Sink = Callable[[bytes], object]
@@ -91,13 +91,17 @@ class Machine:
         stdin: bytes = b"",
         check: bool = False,
         env: dict[str, str] | None = None,
+        fork: bool = True,
     ) -> subprocess.CompletedProcess[bytes]:
         """Run a command and collect its output; its status, -N where signal N ended it.
 
+        mtetool, and Python programs of the checkout, are forked from a process that has loaded
+        their modules (see `tests.lab.forked`), unless `fork` is false.
         Raises CommandTimeoutError, MachineLostError; CalledProcessError with `check`.
         """
         out, err = bytearray(), bytearray()
-        status = self.stream(argv, out.extend, err.extend, timeout=timeout, stdin=stdin, env=env)
+        self._request(argv, timeout, env, fork=fork)
+        status = self._follow(argv, out.extend, err.extend, timeout, stdin)
         result = subprocess.CompletedProcess(list(argv), status, bytes(out), bytes(err))
         if check and status:
             text = err.decode(errors="replace") or out.decode(errors="replace")
@@ -122,6 +126,11 @@ class Machine:
     ) -> int:
         """Run a command, handing on its output as it comes; its status as `run` gives it."""
         self._request(argv, timeout, env)
+        return self._follow(argv, stdout, stderr, timeout, stdin)
+
+    def _follow(
+        self, argv: Sequence[str], stdout: Sink, stderr: Sink, timeout: float, stdin: bytes
+    ) -> int:
         self._send(b"I", stdin)
         deadline = time.monotonic() + timeout + _GRACE_SECONDS
         sinks = {b"O": stdout, b"E": stderr}
@@ -159,9 +168,10 @@ class Machine:
         env: dict[str, str] | None,
         *,
         talk: bool = False,
+        fork: bool = True,
     ) -> None:
         request = {"argv": list(argv), "timeout": timeout, "cwd": "/root", "env": env or {}}
-        self._send(b"R", json.dumps({**request, "talk": talk}).encode())
+        self._send(b"R", json.dumps({**request, "talk": talk, "fork": fork}).encode())
 
     def put(self, path: str, data: bytes, mode: int = 0o644) -> None:
         """Write a file in the machine."""

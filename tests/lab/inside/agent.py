@@ -4,6 +4,8 @@ Frames both ways: a type byte, a 32-bit big-endian length, the payload. From the
 command as JSON, then I, its standard input; for a command that asked to be talked with, further
 I as they come, an empty one being the end. To the host: H once, O and E as output comes, X
 with the end as JSON. Nothing else writes to the port, so that no output can look like an end.
+
+Python programs of the checkout are forks of this one, see `tests.lab.forked`.
 """
 
 import json
@@ -12,9 +14,14 @@ import selectors
 import signal
 import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import IO, Any
+
+sys.path.insert(0, "/opt/mtetool")
+
+from tests.lab.forked import Fork, program
 
 _CHUNK = 1 << 16
 
@@ -56,18 +63,24 @@ def send(port: int, kind: bytes, payload: bytes) -> None:
 
 def run(port: int, request: dict[str, Any], stdin: bytes) -> End:
     """Run one command to its end; what ended it."""
+    argv, cwd, env = request["argv"], request["cwd"], request["env"]
+    fork = program(argv, env) if request["fork"] else None
+    if fork is not None:
+        with Fork(fork, argv, cwd, env) as forked:
+            deadline = time.monotonic() + request["timeout"]
+            return follow(port, forked, stdin, deadline, talk=request["talk"])
     try:
         process = subprocess.Popen(
-            request["argv"],
+            argv,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            cwd=request["cwd"],
-            env=os.environ | request["env"],
+            cwd=cwd,
+            env=os.environ | env,
             start_new_session=True,
         )
     except OSError as error:
-        send(port, b"E", f"{request['argv'][0]}: {error.strerror}\n".encode())
+        send(port, b"E", f"{argv[0]}: {error.strerror}\n".encode())
         return {"status": 127, "timeout": False}
     with process:
         deadline = time.monotonic() + request["timeout"]
@@ -75,7 +88,7 @@ def run(port: int, request: dict[str, Any], stdin: bytes) -> End:
 
 
 def follow(
-    port: int, process: subprocess.Popen[bytes], stdin: bytes, deadline: float, *, talk: bool
+    port: int, process: subprocess.Popen[bytes] | Fork, stdin: bytes, deadline: float, *, talk: bool
 ) -> End:
     """Pass input and output on until the command itself has ended."""
     assert process.stdin
