@@ -58,6 +58,8 @@ def program(argv: Sequence[str], environment: dict[str, str]) -> Callable[[], ob
         return lambda: _module(rest[1], rest[2:])
     if rest[:1] == ["-c"]:
         return lambda: _text(rest[1], rest[2:])
+    if rest[0].endswith(".py"):
+        return lambda: _file(rest[0], rest[1:])
     return None
 
 
@@ -70,6 +72,11 @@ def _mtetool() -> object:
 def _module(name: str, words: list[str]) -> None:
     sys.argv = [name, *words]
     runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _file(path: str, words: list[str]) -> None:
+    sys.argv = [path, *words]
+    runpy.run_path(path, run_name="__main__")
 
 
 def _text(text: str, words: list[str]) -> None:

@@ -170,9 +170,8 @@ def start_test_vmm(lab: Machine, *words: str, wrapper: str = "") -> int:
 
 def fill_with_random_tags(lab: Machine, pid: int, size: str) -> None:
     """Give the memory of a test VMM, `size` from 0x40000000 on, tags that do not compress."""
-    for command in (
+    lab.mtetool(
         f"emu create /tmp/e --memory {size} --fill random",
         "save emu:/tmp/e -o /tmp/r",
         f"restore /tmp/r kvm:{pid} --memslot 0x40000000:{size}",
-    ):
-        lab.run(["mtetool", *command.split()], check=True)
+    )

@@ -108,6 +108,11 @@ class Machine:
             raise AssertionError(f"{' '.join(argv)} ended with {status}:\n{text}")
         return result
 
+    def mtetool(self, *lines: str, timeout: float = 120.0) -> None:
+        """Run command lines of mtetool one after the other, each of which has to succeed."""
+        for line in lines:
+            self.run(["mtetool", *line.split()], timeout=timeout, check=True)
+
     def sh(
         self, script: str, *, timeout: float = 120.0, check: bool = True
     ) -> subprocess.CompletedProcess[bytes]:

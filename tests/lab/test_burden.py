@@ -198,16 +198,16 @@ def test_nothing_is_made_ready_while_the_guest_waits(lab: Machine) -> None:
     guest = Qemu(lab, "g").start()
     guest.wait_for_checks(1)
     guest.qmp("stop")
-    lab.sh(
-        "mtetool emu create /root/heap --memory 256M --fill heap"
-        " && mtetool save emu:/root/heap -o /root/s"
-        f" && mtetool restore /root/s kvm:{guest.pid} --memslot 0x40000000:256M"
+    lab.mtetool(
+        "emu create /root/heap --memory 256M --fill heap",
+        "save emu:/root/heap -o /root/s",
+        f"restore /root/s kvm:{guest.pid} --memslot 0x40000000:256M",
     )
     lab.put("/tmp/frozen.py", _WHILE_FROZEN.encode())
     words = ["save", f"kvm:{guest.pid}", "-o", "/root/t", "--freeze", "--quiet"]
-    result = lab.run(
-        ["python3", "/tmp/frozen.py", *words], env={"PYTHONPATH": "/opt/mtetool"}, check=True
-    )
+    env = {"PYTHONPATH": "/opt/mtetool"}
+    # Not a fork: what it imports, and when, is the question.
+    result = lab.run(["python3", "/tmp/frozen.py", *words], env=env, check=True, fork=False)
     status, n_faults, imported = json.loads(result.stderr.splitlines()[-1])
     print(f"{n_faults} page faults while the guest stood still")
     assert (status, imported) == (0, [])

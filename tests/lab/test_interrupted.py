@@ -20,10 +20,10 @@ def test_a_restore_that_is_broken_off_and_run_again_is_exact(lab: Machine) -> No
     ranges = [f"{last - (number << 20):#x}:256K" for number in range(_RANGES)]
     options = " ".join(f"--range {one}" for one in ranges)
     slots = " ".join(f"--slot {one}" for one in ranges)
-    lab.sh(
-        f"mtetool save kvm:{guest.pid} {options} -o /tmp/right"
-        f" && mtetool emu create /tmp/e {slots} --fill random"
-        " && mtetool save emu:/tmp/e -o /tmp/wrong"
+    lab.mtetool(
+        f"save kvm:{guest.pid} {options} -o /tmp/right",
+        f"emu create /tmp/e {slots} --fill random",
+        "save emu:/tmp/e -o /tmp/wrong",
     )
     words = f"python3 -m tests.lab.restores {guest.pid} /tmp/right /tmp/wrong {_ENDS}"
     env = {"PYTHONPATH": "/opt/mtetool"}

@@ -89,7 +89,7 @@ def test_enable_comes_too_late_for_a_vm_with_vcpus(lab: Machine) -> None:
 def test_enable_before_the_first_vcpu_and_again(lab: Machine) -> None:
     pid = start_test_vmm(lab, "--no-mte", "0x40000000:0x100000")
     slot = ["--memslot", "0x40000000:1M"]
-    lab.sh("mtetool emu create /tmp/e --memory 1M; mtetool save emu:/tmp/e -o /tmp/zeros")
+    lab.mtetool("emu create /tmp/e --memory 1M", "save emu:/tmp/e -o /tmp/zeros")
     for words in (
         f"save kvm:{pid} -o /tmp/s",
         f"dump kvm:{pid}",

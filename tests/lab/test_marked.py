@@ -45,11 +45,11 @@ def test_preallocated_memory(lab: Machine, memory: str, huge: str) -> None:
     same = lab.run(["mtetool", "diff", "/root/s", "/root/every"])
     assert (same.returncode, same.stdout) == (0, b""), same.stdout[:400]
     # Restored over other tags, in marked memory, all is as it was.
-    lab.sh(
-        "mtetool emu create /root/e --force --memory 256M --fill random >/dev/null"
-        f" && mtetool save emu:/root/e -o /root/r --force --range {BASE}:8M"
-        f" && mtetool restore /root/r kvm:{guest.pid}"
-        f" && mtetool restore /root/s kvm:{guest.pid}"
+    lab.mtetool(
+        "emu create /root/e --force --memory 256M --fill random",
+        f"save emu:/root/e -o /root/r --force --range {BASE}:8M",
+        f"restore /root/r kvm:{guest.pid}",
+        f"restore /root/s kvm:{guest.pid}",
     )
     guest.qmp("cont")
     assert [(check.wrong, check.data_wrong) for check in guest.wait_for_checks()] == [(0, 0)] * 2
@@ -63,10 +63,11 @@ def test_a_mark_inside_of_a_huge_page_does_not_show(lab: Machine) -> None:
     huge = lab.sh(f"grep AnonHugePages: /proc/{pid}/smaps_rollup").stdout.split()
     assert int(huge[1]) << 10 >= 32 * MIB
     at = f"{BASE + 32 * MIB + 5 * 16384}:16K"
-    lab.sh(
-        f"mtetool emu create /tmp/e --memory 64M && mtetool emu fill /tmp/e random --range {at}"
-        f" && mtetool save emu:/tmp/e -o /tmp/r --range {at}"
-        f" && mtetool restore /tmp/r kvm:{pid} --memslot 0x40000000:64M"
+    lab.mtetool(
+        "emu create /tmp/e --memory 64M",
+        f"emu fill /tmp/e random --range {at}",
+        f"save emu:/tmp/e -o /tmp/r --range {at}",
+        f"restore /tmp/r kvm:{pid} --memslot 0x40000000:64M",
     )
     save(lab, pid, "/tmp/s")
     same = lab.run(["mtetool", "diff", "/tmp/s", "/tmp/r", "--range", at])

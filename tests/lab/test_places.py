@@ -107,12 +107,10 @@ def test_a_monitor_that_tells_wrong_addresses(lab: Machine) -> None:
     assert len(empty) == 1, maps
     lab.put("/tmp/lie.py", _LIE.encode())
     save = f"save kvm:{guest.pid} --qmp {guest.qmp_path} -o"
-    lab.sh(
-        f"PYTHONPATH=/opt/mtetool python3 /tmp/lie.py 0x{empty[0]} {save} /tmp/s"
-        f" && mtetool {save} /tmp/every --every-page",
-        timeout=600,
-    )
-    tagged = json.loads(lab.sh("mtetool info --json /tmp/s").stdout)
+    words = ["python3", "/tmp/lie.py", f"0x{empty[0]}", *save.split(), "/tmp/s"]
+    lab.run(words, env={"PYTHONPATH": "/opt/mtetool"}, timeout=600, check=True)
+    lab.mtetool(f"{save} /tmp/every --every-page", timeout=600)
+    tagged = json.loads(lab.run(["mtetool", "info", "--json", "/tmp/s"]).stdout)
     assert tagged["tagged_bytes"] > 0, tagged
     same = lab.run(["mtetool", "diff", "/tmp/s", "/tmp/every"])
     assert (same.returncode, same.stdout) == (0, b""), same.stdout[:400]

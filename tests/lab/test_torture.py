@@ -43,7 +43,7 @@ def _batch(guest: Qemu, deaths: int, seed: str) -> list[dict[str, Any]]:
 def test_torture(lab: Machine, vmm: str) -> None:
     busy = _busy(lab, vmm)
     wanted, survived = _DEATHS // len(_VMMS), 0
-    lab.sh(f"mtetool save kvm:{busy.pid} --range 0x40000000:64M -o /tmp/s")
+    lab.mtetool(f"save kvm:{busy.pid} --range 0x40000000:64M -o /tmp/s")
     for first in range(0, wanted, _BATCH):
         lines = _batch(busy, min(_BATCH, wanted - first), f"{vmm} {first}")
         done = lines[-1]["done"]

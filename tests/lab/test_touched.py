@@ -189,11 +189,11 @@ def test_64_gib_of_which_a_hundredth_is_touched(lab: Machine) -> None:
     memory = _MEMFD.format(size="64G", share="on")
     guest = Qemu(lab, "g", memory="64G", extra=f"{memory} -S").start()
     ranges = " ".join(f"--range {BASE + n * 400 * MIB}:4M" for n in range(160))
-    lab.sh(
-        "mtetool emu create /root/e --force --memory 64G && mtetool emu fill /root/e random "
-        + ranges
-        + " && mtetool save emu:/root/e --force -o /root/r"
-        + f" && mtetool restore /root/r kvm:{guest.pid} --no-verify",
+    lab.mtetool(
+        "emu create /root/e --force --memory 64G",
+        f"emu fill /root/e random {ranges}",
+        "save emu:/root/e --force -o /root/r",
+        f"restore /root/r kvm:{guest.pid} --no-verify",
         timeout=900,
     )
     touched = GuestMemory.of(guest, BASE, 64 << 30)

@@ -68,7 +68,7 @@ def test_words_show_what_the_scan_shows(lab: Machine, memory: str) -> None:
         timeout=600,
     )
     assert file_bytes(lab, guest.pid) == before
-    lab.sh(f"mtetool save kvm:{guest.pid} -o /tmp/s --every-page")
+    lab.mtetool(f"save kvm:{guest.pid} -o /tmp/s --every-page")
     same = lab.run(["mtetool", "diff", "/tmp/s", "/tmp/old"])
     assert (same.returncode, same.stdout) == (0, b""), same.stdout[:400]
 
@@ -77,9 +77,11 @@ def test_one_memslot_of_which_nobody_knows_where_it_is(lab: Machine) -> None:
     pid = start_test_vmm(lab, "--memfd", f"{BASE:#x}:0x4000000")
     guest = f"kvm:{pid}"
     ranges = f"--range {BASE:#x}:1M"
-    lab.sh(
-        f"mtetool emu create /tmp/e --memory 64M && mtetool emu set /tmp/e {BASE:#x}:64K=5"
-        f" && mtetool save emu:/tmp/e -o /tmp/r && mtetool save {guest} {ranges} -o /tmp/small"
+    lab.mtetool(
+        "emu create /tmp/e --memory 64M",
+        f"emu set /tmp/e {BASE:#x}:64K=5",
+        "save emu:/tmp/e -o /tmp/r",
+        f"save {guest} {ranges} -o /tmp/small",
     )
     before = file_bytes(lab, pid)
     assert MIB <= before < 2 * MIB
@@ -99,22 +101,22 @@ def test_one_memslot_of_which_nobody_knows_where_it_is(lab: Machine) -> None:
     maps = lab.sh(f"cat /proc/{pid}/maps").stdout.decode()
     (address,) = re.findall(r"^([0-9a-f]+)-[0-9a-f]+ rw-s .*/memfd:memory", maps, re.MULTILINE)
     slot = f"--memslot {BASE:#x}:64M@0x{address}"
-    lab.sh(f"mtetool restore /tmp/r {guest} {slot}")
+    lab.mtetool(f"restore /tmp/r {guest} {slot}")
     restored = file_bytes(lab, pid)
     assert restored <= before + 64 * 1024
-    lab.sh(f"mtetool save {guest} {slot} -o /tmp/s && mtetool diff {guest} /tmp/r {slot}")
+    lab.mtetool(f"save {guest} {slot} -o /tmp/s", f"diff {guest} /tmp/r {slot}")
     assert file_bytes(lab, pid) == restored
     wrong = f"{BASE:#x}:64M@{int(address, 16) + MIB:#x}"
     refused = lab.run(["mtetool", "save", guest, "-o", "/tmp/t", "--memslot", wrong, "--json"])
     assert (refused.returncode, json.loads(refused.stderr)["error"]) == (2, "out-of-range")
     # And all of it is made where that is wanted.
-    lab.sh(f"mtetool save {guest} --every-page -o /tmp/every && mtetool diff /tmp/s /tmp/every")
+    lab.mtetool(f"save {guest} --every-page -o /tmp/every", "diff /tmp/s /tmp/every")
     assert file_bytes(lab, pid) == 64 * MIB
     # Of memory that is all there the place does not matter.
-    lab.sh(f"mtetool save {guest} -o /tmp/s --force")
+    lab.mtetool(f"save {guest} -o /tmp/s --force")
 
 
 @pytest.mark.long
 def test_private_memory_costs_nothing(lab: Machine) -> None:
     pid = start_test_vmm(lab, f"{BASE:#x}:0x4000000")
-    lab.sh(f"mtetool save kvm:{pid} -o /tmp/s")
+    lab.mtetool(f"save kvm:{pid} -o /tmp/s")
