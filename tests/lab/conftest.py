@@ -70,7 +70,9 @@ class Machines:
             while len(self._running) >= _KEPT:
                 self.drop(next(iter(self._running)))
             stack = ExitStack()
-            found = stack.enter_context(Machine(kernel=kernel)), stack
+            machine = stack.enter_context(Machine(kernel=kernel))
+            machine.mtetool("--version", timeout=300)  # which loads it before any guest is busy
+            found = machine, stack
         self._running[kernel] = found
         return found[0]
 

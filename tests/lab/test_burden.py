@@ -10,7 +10,7 @@ import pytest
 from tests.lab.guests import Qemu, start_test_vmm
 from tests.lab.machine import Machine
 
-_SAVE = "mtetool save kvm:{pid} --memslot 0x40000000:1M -o /tmp/s --force"
+_SAVE = "save kvm:{pid} --memslot 0x40000000:1M -o /tmp/s --force"
 # The VMM ends, and another one gets its PID, between the look at it and the attach.
 _REUSE = """
 import os, sys, time
@@ -106,13 +106,13 @@ def test_stopped_vmm_is_saved_and_stays_stopped(lab: Machine) -> None:
     pid = start_test_vmm(lab, "0x40000000:0x100000")
     lab.sh(f"kill -STOP {pid}; until grep -q 'State:.T' /proc/{pid}/status; do sleep 0.01; done")
     before = _threads(lab, pid)
-    lab.sh(_SAVE.format(pid=pid))
+    lab.mtetool(_SAVE.format(pid=pid))
     assert b"State:\tT" in before
     assert b"State:\tT" in lab.sh(f"grep State /proc/{pid}/status").stdout
     # The helper leaves when the VMM is continued, and takes its memory along.
     lab.sh(f"kill -CONT {pid}; until ! grep -q ^6d74 /proc/{pid}/maps; do sleep 0.01; done")
     assert lab.sh(f"ls /proc/{pid}/task | wc -l").stdout == b"1\n"
-    lab.sh(_SAVE.format(pid=pid))
+    lab.mtetool(_SAVE.format(pid=pid))
 
 
 def test_frozen_vmm_is_given_up_and_goes_on_when_thawed(lab: Machine) -> None:
@@ -122,14 +122,14 @@ def test_frozen_vmm_is_given_up_and_goes_on_when_thawed(lab: Machine) -> None:
         _CGROUP.format(pid=pid)
         + "echo 1 >cgroup.freeze; until grep -q 'frozen 1' cgroup.events; do sleep 0.01; done"
     )
-    result = lab.run(_SAVE.format(pid=pid).split())
+    result = lab.run(["mtetool", *_SAVE.format(pid=pid).split()])
     assert result.returncode == 4, result.stderr
     assert b"did not answer" in result.stderr
     lab.sh(
         f"echo 0 >/sys/fs/cgroup/{pid}/cgroup.freeze;"
         f" until [ $(ls /proc/{pid}/task | wc -l) = 1 ]; do sleep 0.01; done"
     )
-    lab.sh(_SAVE.format(pid=pid))
+    lab.mtetool(_SAVE.format(pid=pid))
     assert (_threads(lab, pid), _ours(lab, pid)) == (before, b"0\n")
 
 
@@ -137,7 +137,7 @@ def test_vmm_that_may_have_no_more_threads_is_refused_and_untouched(lab: Machine
     pid = start_test_vmm(lab, "0x40000000:0x100000")
     before = _threads(lab, pid)
     lab.sh(_CGROUP.format(pid=pid) + "echo 1 >pids.max")
-    result = lab.run(_SAVE.format(pid=pid).split())
+    result = lab.run(["mtetool", *_SAVE.format(pid=pid).split()])
     assert result.returncode == 4
     assert b"could not start a thread" in result.stderr
     assert (_threads(lab, pid), _ours(lab, pid)) == (before, b"0\n")
@@ -146,7 +146,7 @@ def test_vmm_that_may_have_no_more_threads_is_refused_and_untouched(lab: Machine
 def test_threads_that_the_vmm_makes_meanwhile_are_left_alone(lab: Machine) -> None:
     pid = start_test_vmm(lab, "--churn", "0x40000000:0x100000")
     for _ in range(4):
-        lab.sh(_SAVE.format(pid=pid))
+        lab.mtetool(_SAVE.format(pid=pid))
     # The end of its input lets it tell how it fared.
     lab.sh(
         "for p in /proc/[0-9]*; do"
@@ -163,8 +163,8 @@ def test_vcpu_that_is_the_only_thread_runs_on(lab: Machine) -> None:
     in_guest = f"grep -qE '^(running|29 0x[0-9a-f]* 0xae80 )' /proc/{pid}/syscall"
     lab.sh(f"until {in_guest}; do sleep 0.01; done")
     for _ in range(3):
-        lab.sh(_SAVE.format(pid=pid))
-        lab.sh(_SAVE.format(pid=pid) + " --freeze")
+        lab.mtetool(_SAVE.format(pid=pid))
+        lab.mtetool(_SAVE.format(pid=pid) + " --freeze")
     used = f"read -r line </proc/{pid}/stat; set -- ${{line##*)}}; echo ${{12}} ${{13}}"
     lab.sh(f'a=$({used}); until [ "$({used})" != "$a" ]; do sleep 0.01; done; {in_guest}')
     assert lab.sh(f"ls /proc/{pid}/task | wc -l").stdout == b"1\n"

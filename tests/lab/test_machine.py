@@ -57,9 +57,9 @@ def test_mtetool_is_an_executable_on_the_path(lab: Machine) -> None:
     assert lab.run(["mtetool", "--version"], check=True).stdout.startswith(b"mtetool")
 
 
-def test_a_lost_machine_is_told_from_a_failing_command(lab: Machine) -> None:
-    with pytest.raises(MachineLostError):
-        lab.sh("sync; poweroff -f; sleep 60")
+def test_a_lost_machine_is_told_from_a_failing_command() -> None:
+    with pytest.raises(MachineLostError), Machine() as machine:  # no other test's
+        machine.sh("sync; poweroff -f; sleep 60")
 
 
 def test_command_line_gives_status_files_and_modes(tmp_path: Path) -> None:
