@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import pytest
 
@@ -34,14 +35,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One kernel after the other, so that no machine is booted twice; the default one first."""
-    items.sort(key=lambda item: list(KERNELS).index(_kernel(item)))
+    """One machine after the other, so that none is booted twice; the default kernel's first."""
+    items.sort(key=lambda item: (list(KERNELS).index(_kernel(item)), _cpus(item)))
 
 
 def _kernel(item: pytest.Item) -> str:
     call = getattr(item, "callspec", None)
     kernel: str = call.params.get("lab", DEFAULT_KERNEL) if call else DEFAULT_KERNEL
     return kernel
+
+
+def _cpus(item: pytest.Item) -> int:
+    # One where that is enough: two machines with two each, on two real ones, take three times as
+    # long for what mtetool's threads hand to each other.
+    return 2 if item.get_closest_marker("two_cpus") else 1
 
 
 def _asked(config: pytest.Config) -> str | None:
@@ -57,45 +64,52 @@ cd /sys/kernel/mm/transparent_hugepage || exit 0
 """
 
 
+class Kind(NamedTuple):
+    """What kind of machine a test wants."""
+
+    kernel: str
+    cpus: int
+
+
 class Machines:
-    """The machines of this test session, by kernel; another one is booted when a test lost it."""
+    """The machines of this test session; another one is booted when a test lost it."""
 
     def __init__(self) -> None:
-        self._running: dict[str, tuple[Machine, ExitStack]] = {}
+        self._running: dict[Kind, tuple[Machine, ExitStack]] = {}
 
-    def machine(self, kernel: str) -> Machine:
-        """A machine with that kernel, booted; the one that was used longest ago may end."""
-        found = self._running.pop(kernel, None)
+    def machine(self, kind: Kind) -> Machine:
+        """A machine of that kind, booted; the one that was used longest ago may end."""
+        found = self._running.pop(kind, None)
         if found is None:
             while len(self._running) >= _KEPT:
                 self.drop(next(iter(self._running)))
             stack = ExitStack()
-            machine = stack.enter_context(Machine(kernel=kernel))
+            machine = stack.enter_context(Machine(kernel=kind.kernel, cpus=kind.cpus))
             machine.mtetool("--version", timeout=300)  # which loads it before any guest is busy
             found = machine, stack
-        self._running[kernel] = found
+        self._running[kind] = found
         return found[0]
 
-    def drop(self, kernel: str) -> None:
+    def drop(self, kind: Kind) -> None:
         """End a machine."""
-        _, stack = self._running.pop(kernel)
+        _, stack = self._running.pop(kind)
         stack.close()
 
-    def clean(self, kernel: str) -> None:
+    def clean(self, kind: Kind) -> None:
         """Remove VMMs and files that a test left; end the machine where it was lost."""
-        if kernel not in self._running:
+        if kind not in self._running:
             return
-        machine, _ = self._running[kernel]
+        machine, _ = self._running[kind]
         try:
             kill_vmms(machine)
             machine.sh(f"rm -rf /tmp/*; {_AS_AT_BOOT}")
         except MachineLostError:
-            self.drop(kernel)
+            self.drop(kind)
 
     def close(self) -> None:
         """End all."""
-        for kernel in list(self._running):
-            self.drop(kernel)
+        for kind in list(self._running):
+            self.drop(kind)
 
 
 @pytest.fixture(scope="session")
@@ -106,20 +120,21 @@ def lab_machines() -> Iterator[Machines]:
 
 
 @pytest.fixture
-def lab_on(lab_machines: Machines) -> Iterator[LabOn]:
-    """Gives a machine with the kernel that is named; what a test leaves is removed behind it."""
-    used: list[str] = []
+def lab_on(lab_machines: Machines, request: pytest.FixtureRequest) -> Iterator[LabOn]:
+    """Gives a machine with the kernel that is named; what a test leaves is removed after it."""
+    used: list[Kind] = []
 
     def booted(kernel: str) -> Machine:
-        used.append(kernel)
+        kind = Kind(kernel, _cpus(request.node))
+        used.append(kind)
         try:
-            return lab_machines.machine(kernel)
+            return lab_machines.machine(kind)
         except LabUnavailableError as error:
             pytest.fail(f"THE LAB CANNOT RUN, nothing was tried on a real kernel: {error}")
 
     yield booted
-    for kernel in set(used):
-        lab_machines.clean(kernel)
+    for kind in set(used):
+        lab_machines.clean(kind)
 
 
 @pytest.fixture

@@ -54,12 +54,14 @@ class Machine:
         *,
         kernel: str = DEFAULT_KERNEL,
         memory: str = "4G",
+        cpus: int = 2,
         with_dir: Path | None = None,
         images: Images | None = None,
         keep_writes: bool = False,
     ) -> None:
         self._images = images or _default_images(kernel)
         self._memory = memory
+        self._cpus = cpus
         self._with_dir = with_dir
         self._keep_writes = keep_writes
         self.boot_seconds = 0.0
@@ -197,7 +199,7 @@ class Machine:
         port = directory / "agent.sock"
         command = [
             *_emulator(self._images),
-            *_hardware(self._memory),
+            *_hardware(self._memory, self._cpus),
             *_disk("root", self._images.root, snapshot=not self._keep_writes),
             *_disk("run", run_image, snapshot=True),
             *("-kernel", str(self._images.kernel), "-initrd", str(self._images.initramfs)),
@@ -359,7 +361,7 @@ def shell(kernel: str = DEFAULT_KERNEL, memory: str = "4G", with_dir: Path | Non
     with tempfile.TemporaryDirectory(prefix="mtetool-lab-") as scratch:
         command = [
             *_emulator(found),
-            *_hardware(memory),
+            *_hardware(memory, machine._cpus),
             *_disk("root", found.root, snapshot=True),
             *_disk("run", machine._run_image(Path(scratch)), snapshot=True),
             *("-kernel", str(found.kernel), "-initrd", str(found.initramfs)),
@@ -383,9 +385,9 @@ def _emulator(found: Images) -> list[str]:
     return [str(word) for word in words]
 
 
-def _hardware(memory: str) -> list[str]:
+def _hardware(memory: str, cpus: int) -> list[str]:
     machine = "virt,virtualization=on,mte=on,gic-version=3"
-    words = f"-M {machine} -cpu max -accel tcg,thread=multi -smp 2 -m {memory}"
+    words = f"-M {machine} -cpu max -accel tcg,thread=multi -smp {cpus} -m {memory}"
     return [*words.split(), "-nodefaults", "-no-reboot", "-display", "none"]
 
 

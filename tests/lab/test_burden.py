@@ -143,6 +143,7 @@ def test_vmm_that_may_have_no_more_threads_is_refused_and_untouched(lab: Machine
     assert (_threads(lab, pid), _ours(lab, pid)) == (before, b"0\n")
 
 
+@pytest.mark.two_cpus
 def test_threads_that_the_vmm_makes_meanwhile_are_left_alone(lab: Machine) -> None:
     pid = start_test_vmm(lab, "--churn", "0x40000000:0x100000")
     for _ in range(4):
@@ -158,6 +159,7 @@ def test_threads_that_the_vmm_makes_meanwhile_are_left_alone(lab: Machine) -> No
     assert int(found[1]) > 100
 
 
+@pytest.mark.two_cpus
 def test_vcpu_that_is_the_only_thread_runs_on(lab: Machine) -> None:
     pid = start_test_vmm(lab, "--run", "0x40000000:0x100000")
     in_guest = f"grep -qE '^(running|29 0x[0-9a-f]* 0xae80 )' /proc/{pid}/syscall"
@@ -171,6 +173,7 @@ def test_vcpu_that_is_the_only_thread_runs_on(lab: Machine) -> None:
     assert _ours(lab, pid) == b"0\n"
 
 
+@pytest.mark.two_cpus
 @pytest.mark.parametrize("load", [0, 3])
 def test_frozen_vcpus_stand_still_and_run_on(lab: Machine, load: int) -> None:
     guest = Qemu(lab, "g", extra="-smp 4", guest_options=f"tagger.load={load}").start()
@@ -223,6 +226,7 @@ def test_pid_that_changes_hands_before_the_attach_is_noticed(lab: Machine) -> No
     assert b"another one has its PID now" in result.stdout
 
 
+@pytest.mark.two_cpus
 def test_runs_at_the_same_time_do_not_get_into_each_others_way(lab: Machine) -> None:
     pid = start_test_vmm(lab, "0x40000000:0x4000000")
     save = f"mtetool save kvm:{pid} --memslot 0x40000000:64M --force"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 
+import pytest
+
 from tests.lab.guests import Qemu, fill_with_random_tags, start_test_vmm
 from tests.lab.machine import Machine
 from tests.lab.stride import ENVIRONMENT, enough
@@ -33,6 +35,7 @@ done
 """
 
 
+@pytest.mark.two_cpus
 def test_killed_saves_leave_vmm_and_guest_unharmed(lab: Machine) -> None:
     guest = Qemu(lab, "guest").start()
     guest.wait_for_checks()

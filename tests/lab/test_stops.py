@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.lab.guests import start_test_vmm
 from tests.lab.machine import Machine
 
@@ -12,6 +14,7 @@ from tests.lab.machine import Machine
 _AT_ALL_SECONDS = 30.0
 
 
+@pytest.mark.two_cpus
 def test_a_guest_goes_on_when_mtetool_is_stopped_or_nobody_reads(lab: Machine) -> None:
     # Its only thread is a vCPU, whose guest never stops. (Real guests: test_torture.)
     pid = start_test_vmm(lab, "--run", "0x40000000:0x4000000")

@@ -39,6 +39,7 @@ def _batch(guest: Qemu, deaths: int, seed: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+@pytest.mark.two_cpus
 @pytest.mark.parametrize("vmm", [pytest.param("plain", marks=pytest.mark.long), "sandboxed"])
 def test_torture(lab: Machine, vmm: str) -> None:
     busy = _busy(lab, vmm)

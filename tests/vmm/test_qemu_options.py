@@ -127,6 +127,8 @@ def _found(words: str, config: str = "") -> list[str]:
         ("q -qmp unix:/q,noserver", []),
         ("q -qmp unix:/q,server=on,fd=3", []),
         ("q -qmp unix:/q,server=on,websocket=on", []),
+        ("q -qmp unix:/q,server=on,telnet=on", []),
+        ('q -object \'{"qom-type":' + "[" * 200_000 + "'", []),
         ("q -qmp unix:,server=on", []),
         ("q -qmp tcp:localhost:4444,server=on", []),
         ("q -qmp tcp:unix:/q,server=on", []),
