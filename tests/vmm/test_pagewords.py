@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -134,3 +135,16 @@ def test_a_process_without_page_tables() -> None:
             list(pagewords.existing(fd, 0, PAGE))
     finally:
         os.close(fd)
+
+
+def test_swapped_pages_exist_and_an_answer_may_be_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words in a file: of a page in memory, on swap, in neither, shared and neither, in memory."""
+    words = [1 << 63, 1 << 62, 0, 1 << 61, 1 << 63]
+    (tmp_path / "pagemap").write_bytes(b"".join(word.to_bytes(8, "little") for word in words))
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, n_bytes, at: pread(fd, min(n_bytes, 12), at))
+    with (tmp_path / "pagemap").open("rb") as file:
+        found = list(pagewords.existing(file.fileno(), 0, len(words) * PAGE))
+    assert found == [(0, PAGE), (PAGE, 2 * PAGE), (4 * PAGE, 5 * PAGE)]
