@@ -95,6 +95,10 @@ class Fork:
         _load()
         self.returncode: int | None = None
         pipes = [os.pipe() for _ in range(3)]
+        # What is garbage here must not be collected there: it would close descriptors by numbers
+        # that are others' by then.
+        gc.collect()
+        gc.freeze()
         self.pid = os.fork()
         if self.pid == 0:
             _become(run, argv, cwd, env, [pipes[0][0], pipes[1][1], pipes[2][1]])
@@ -124,7 +128,6 @@ def _load() -> None:
     if MODULES[0] not in sys.modules:
         for name in MODULES:
             import_module(name)
-        gc.freeze()
 
 
 def _become(

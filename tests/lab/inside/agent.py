@@ -124,6 +124,7 @@ def follow(
     for fd, kind in outputs.items():
         while pass_on(port, fd, kind):
             pass
+    selector.close()
     os.close(ended)
     return {"status": process.returncode, "timeout": timeout}
 
