@@ -37,7 +37,7 @@ check: venv ## style, types and scripts
 
 test: deps venv ## everything: checks, tests, the lab on a real kernel
 	$(MAKE) --no-print-directory check lab
-	MTETOOL_DEATH_STRIDE=4 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not long'
+	MTETOOL_DEATH_STRIDE=4 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=30 -m 'not long'
 	$(MAKE) --no-print-directory -j 2 differential fuzz-short
 
 test-fast: venv ## the tests that need no lab

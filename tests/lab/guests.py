@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from tests.lab.machine import Machine
 
 _START_SECONDS = 300.0  # after which it is taken for hung, on however busy a machine
+NICE = "nice -n 19"
+"""What runs in a lab machine all the time takes only what mtetool leaves of its CPU."""
+
 _CHECK = re.compile(rb"check=(\d+) granules=(\d+) wrong=(\d+) data_wrong=(\d+)\n")
 _BECOME = """
 import os, sys
@@ -66,7 +69,7 @@ class Qemu:
         machine = "virt,gic-version=3" + (",mte=on" if self.mte else "")
         become = " ".join(as_user(self.lab, self.uid))
         return (
-            f"{become} {self.wrapper} qemu-system-aarch64"
+            f"{become} {self.wrapper or NICE} qemu-system-aarch64"
             f" -M {machine} -accel kvm -cpu {self.cpu} -m {self.memory} -nodefaults -display none"
             f" -kernel /lab/Image -initrd {self.initrd}"
             # The guest's kernel protects nothing here, and to map its memory in pages takes time.
@@ -79,7 +82,7 @@ class Qemu:
         """Start it, and wait for its monitor."""
         result = self.lab.sh(
             f"{self.command()} >/tmp/{self.name}.out 2>&1 & echo $!;"
-            f" until [ -S {self.qmp_path} ] || ! kill -0 $!; do sleep 0.02; done; kill -0 $!"
+            f" until [ -S {self.qmp_path} ] || ! kill -0 $!; do sleep 0.1; done; kill -0 $!"
         )
         self.pid = int(result.stdout)
         return self
@@ -160,8 +163,9 @@ def start_test_vmm(lab: Machine, *words: str, wrapper: str = "") -> int:
     result = lab.sh(
         "rm -f /tmp/vmm.in; mkfifo /tmp/vmm.in; : >/tmp/vmm.out;"
         " sleep 100000 >/tmp/vmm.in 2>/dev/null &"
-        f" {wrapper} /lab/testvmm {' '.join(words)} </tmp/vmm.in >/tmp/vmm.out 2>&1 & echo $!;"
-        " until grep -q ready /tmp/vmm.out || ! kill -0 $!; do sleep 0.02; done;"
+        f" {wrapper or NICE} /lab/testvmm {' '.join(words)} </tmp/vmm.in >/tmp/vmm.out 2>&1 &"
+        " echo $!;"
+        " until grep -q ready /tmp/vmm.out || ! kill -0 $!; do sleep 0.1; done;"
         " cat /tmp/vmm.out >&2"
     )
     assert b"ready" in result.stderr, result.stderr

@@ -104,13 +104,13 @@ def _ours(lab: Machine, pid: int) -> bytes:
 
 def test_stopped_vmm_is_saved_and_stays_stopped(lab: Machine) -> None:
     pid = start_test_vmm(lab, "0x40000000:0x100000")
-    lab.sh(f"kill -STOP {pid}; until grep -q 'State:.T' /proc/{pid}/status; do sleep 0.01; done")
+    lab.sh(f"kill -STOP {pid}; until grep -q 'State:.T' /proc/{pid}/status; do sleep 0.1; done")
     before = _threads(lab, pid)
     lab.mtetool(_SAVE.format(pid=pid))
     assert b"State:\tT" in before
     assert b"State:\tT" in lab.sh(f"grep State /proc/{pid}/status").stdout
     # The helper leaves when the VMM is continued, and takes its memory along.
-    lab.sh(f"kill -CONT {pid}; until ! grep -q ^6d74 /proc/{pid}/maps; do sleep 0.01; done")
+    lab.sh(f"kill -CONT {pid}; until ! grep -q ^6d74 /proc/{pid}/maps; do sleep 0.1; done")
     assert lab.sh(f"ls /proc/{pid}/task | wc -l").stdout == b"1\n"
     lab.mtetool(_SAVE.format(pid=pid))
 
@@ -120,14 +120,14 @@ def test_frozen_vmm_is_given_up_and_goes_on_when_thawed(lab: Machine) -> None:
     before = _threads(lab, pid)
     lab.sh(
         _CGROUP.format(pid=pid)
-        + "echo 1 >cgroup.freeze; until grep -q 'frozen 1' cgroup.events; do sleep 0.01; done"
+        + "echo 1 >cgroup.freeze; until grep -q 'frozen 1' cgroup.events; do sleep 0.1; done"
     )
     result = lab.run(["mtetool", *_SAVE.format(pid=pid).split()])
     assert result.returncode == 4, result.stderr
     assert b"did not answer" in result.stderr
     lab.sh(
         f"echo 0 >/sys/fs/cgroup/{pid}/cgroup.freeze;"
-        f" until [ $(ls /proc/{pid}/task | wc -l) = 1 ]; do sleep 0.01; done"
+        f" until [ $(ls /proc/{pid}/task | wc -l) = 1 ]; do sleep 0.1; done"
     )
     lab.mtetool(_SAVE.format(pid=pid))
     assert (_threads(lab, pid), _ours(lab, pid)) == (before, b"0\n")
@@ -152,7 +152,7 @@ def test_threads_that_the_vmm_makes_meanwhile_are_left_alone(lab: Machine) -> No
     lab.sh(
         "for p in /proc/[0-9]*; do"
         " [ \"$(tr '\\0' ' ' <$p/cmdline)\" = 'sleep 100000 ' ] && kill ${p#/proc/}; done;"
-        " until grep -q wrong= /tmp/vmm.out; do sleep 0.05; done"
+        " until grep -q wrong= /tmp/vmm.out; do sleep 0.1; done"
     )
     found = re.fullmatch(r"ready\nthreads=(\d+) wrong=0\n", lab.get("/tmp/vmm.out").decode())
     assert found, lab.get("/tmp/vmm.out")
@@ -163,12 +163,12 @@ def test_threads_that_the_vmm_makes_meanwhile_are_left_alone(lab: Machine) -> No
 def test_vcpu_that_is_the_only_thread_runs_on(lab: Machine) -> None:
     pid = start_test_vmm(lab, "--run", "0x40000000:0x100000")
     in_guest = f"grep -qE '^(running|29 0x[0-9a-f]* 0xae80 )' /proc/{pid}/syscall"
-    lab.sh(f"until {in_guest}; do sleep 0.01; done")
+    lab.sh(f"until {in_guest}; do sleep 0.1; done")
     for _ in range(3):
         lab.mtetool(_SAVE.format(pid=pid))
         lab.mtetool(_SAVE.format(pid=pid) + " --freeze")
     used = f"read -r line </proc/{pid}/stat; set -- ${{line##*)}}; echo ${{12}} ${{13}}"
-    lab.sh(f'a=$({used}); until [ "$({used})" != "$a" ]; do sleep 0.01; done; {in_guest}')
+    lab.sh(f'a=$({used}); until [ "$({used})" != "$a" ]; do sleep 0.1; done; {in_guest}')
     assert lab.sh(f"ls /proc/{pid}/task | wc -l").stdout == b"1\n"
     assert _ours(lab, pid) == b"0\n"
 

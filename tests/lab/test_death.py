@@ -77,7 +77,7 @@ def _stalled_save(lab: Machine) -> int:
         "tool=$!; echo $tool >/tmp/pid;"
         # The helper is there, and the thread that made it is home again: attached.
         f" until [ $(ls /proc/{pid}/task | wc -l) = 2 ]"
-        f" && grep -q 'TracerPid:.0' /proc/{pid}/status || ! kill -0 $tool; do sleep 0.02; done"
+        f" && grep -q 'TracerPid:.0' /proc/{pid}/status || ! kill -0 $tool; do sleep 0.1; done"
     )
     return pid
 
@@ -89,7 +89,7 @@ def _threads(lab: Machine, pid: int) -> int:
 def test_interrupted_save_ends_by_its_signal_and_leaves_nothing(lab: Machine) -> None:
     pid = _stalled_save(lab)
     assert _threads(lab, pid) == 2
-    script = "kill -TERM $(cat /tmp/pid); while kill -0 $(cat /tmp/pid); do sleep 0.05; done"
+    script = "kill -TERM $(cat /tmp/pid); while kill -0 $(cat /tmp/pid); do sleep 0.1; done"
     lab.sh(script + " 2>/dev/null", timeout=60, check=False)
     assert lab.sh(f"grep -c ^6d74 /proc/{pid}/maps; true").stdout == b"0\n"
     assert _threads(lab, pid) == 1
@@ -98,10 +98,10 @@ def test_interrupted_save_ends_by_its_signal_and_leaves_nothing(lab: Machine) ->
 def test_vmm_that_ends_while_attached_is_gone_at_once(lab: Machine) -> None:
     pid = _stalled_save(lab)
     # The tool stands still in its pipe; it must not keep the VMM as a zombie.
-    lab.sh(f"kill -KILL {pid}; while [ -e /proc/{pid} ]; do sleep 0.05; done", timeout=30)
+    lab.sh(f"kill -KILL {pid}; while [ -e /proc/{pid} ]; do sleep 0.1; done", timeout=30)
     assert lab.sh("kill -0 $(cat /tmp/pid)").returncode == 0
     # With a reader the save goes on, up to the guest that is not there any more.
-    lab.sh("cat /tmp/pipe >/dev/null; while kill -0 $(cat /tmp/pid); do sleep 0.05; done 2>&1")
+    lab.sh("cat /tmp/pipe >/dev/null; while kill -0 $(cat /tmp/pid); do sleep 0.1; done 2>&1")
     assert b"ended" in lab.get("/tmp/err")
 
 

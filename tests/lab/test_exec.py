@@ -47,8 +47,8 @@ holder=$!
 exec 8<in
 "$@" /lab/newvms 1 <&8 >out 2>&1 &
 vmm=$!
-until grep -q ready out; do kill -0 $vmm || break; sleep 0.05; done
-while grep -qsx mtetool /proc/[0-9]*/comm; do sleep 0.05; done
+until grep -q ready out; do kill -0 $vmm || break; sleep 0.1; done
+while grep -qsx mtetool /proc/[0-9]*/comm; do sleep 0.1; done
 sed "s/\\b$$\\b/SHELL/g; s/\\b$vmm\\b/VMM/g" <<END
 $(sh -c "$state" state $vmm)
 END
@@ -258,7 +258,7 @@ def test_whatever_goes_wrong_there_is_no_vm_without_mte(lab: Machine) -> None:
 def test_no_vm_in_time(lab: Machine) -> None:
     result = lab.sh(
         "mtetool exec --wait 0.5 -- sleep 1000 2>/tmp/err & until grep -q try /tmp/err; do"
-        " sleep 0.05; done; while grep -qsx mtetool /proc/[0-9]*/comm; do sleep 0.05; done;"
+        " sleep 0.1; done; while grep -qsx mtetool /proc/[0-9]*/comm; do sleep 0.1; done;"
         " grep TracerPid /proc/$!/status; kill $!; wait $!; cat /tmp/err"
     )
     assert result.stdout.startswith(b"TracerPid:\t0\nmtetool: no VM was made within 0.5 seconds")
@@ -354,7 +354,7 @@ def test_blocked_signals_stay_blocked_and_stop_no_timer(lab: Machine) -> None:
     lab.put("/tmp/blocking.py", script.encode())
     result = lab.sh(
         f"python3 /tmp/blocking.py mtetool exec --wait 0.5 -- sh -c '{show}' </tmp/in 2>/tmp/err &"
-        " until grep -q try /tmp/err; do sleep 0.05; done; kill $(cat /tmp/holder); wait $!"
+        " until grep -q try /tmp/err; do sleep 0.1; done; kill $(cat /tmp/holder); wait $!"
     )
     assert result.stdout == b"SigBlk:\t0000000000006000\n"
 

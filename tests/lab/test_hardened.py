@@ -55,7 +55,7 @@ def test_qemu_as_libvirt_starts_it(lab: Machine) -> None:
     lab.put("/tmp/hold.py", _HOLD.encode())
     lab.sh(
         f"python3 /tmp/hold.py {guest.qmp_path} >/tmp/held 2>&1 &"
-        " until grep -q QMP /tmp/held; do sleep 0.05; done"
+        " until grep -q QMP /tmp/held; do sleep 0.1; done"
     )
     executable = _executable(lab, guest.pid)
     lab.run([*_SAVE, f"kvm:{guest.pid}"], check=True)

@@ -11,7 +11,7 @@ from tests.lab.machine import Machine
 _START = """
 cd /opt/mtetool
 { sleep 1000 & echo $! >/tmp/sleeper; wait; } | python3 -m tests.lab.hugetlb >/tmp/out 2>&1 &
-until grep -q ready /tmp/out || ! kill -0 $!; do sleep 0.05; done
+until grep -q ready /tmp/out || ! kill -0 $!; do sleep 0.1; done
 cat /tmp/out; echo $!
 """
 

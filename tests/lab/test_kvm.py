@@ -198,7 +198,7 @@ def test_process_that_is_traced_already(lab: Machine) -> None:
     lab.put("/tmp/tracer.py", tracer.encode())
     lab.sh(
         "python3 /tmp/tracer.py >/tmp/on & echo $! >/tmp/pid;"
-        " until grep -q on /tmp/on; do sleep 0.05; done"
+        " until grep -q on /tmp/on; do sleep 0.1; done"
     )
     save = ["mtetool", "save", f"kvm:{pid}", "-o", "/tmp/s", "--memslot", "0x40000000:1M"]
     result = lab.run(save)

@@ -75,7 +75,7 @@ def test_monitor_that_somebody_holds_is_done_without(lab: Machine) -> None:
         "time.sleep(1000)\n"
     )
     lab.put("/tmp/hold.py", hold.encode())
-    lab.sh("python3 /tmp/hold.py >/tmp/held & until grep -q QMP /tmp/held; do sleep 0.05; done")
+    lab.sh("python3 /tmp/hold.py >/tmp/held & until grep -q QMP /tmp/held; do sleep 0.1; done")
     vm = _list(lab)[guest.pid]
     assert _keys(vm, "mte", "state") == [True, "running"]
     assert vm["memslots"][-1]["size_bytes"] == 256 * MIB

@@ -68,7 +68,7 @@ class Contained(Qemu):
 
 def _started(lab: Machine, command: str, socket: str) -> int:
     """The PID of a command that was started, once there is its socket."""
-    wait = f"until [ -S {socket} ]; do kill -0 $! || exit 1; sleep 0.05; done"
+    wait = f"until [ -S {socket} ]; do kill -0 $! || exit 1; sleep 0.1; done"
     return int(lab.sh(f"mkdir -p /tmp/vm/run; {command} >/tmp/out 2>&1 & echo $!; {wait}").stdout)
 
 
@@ -90,7 +90,7 @@ def _managed(lab: Machine, memory: str, path: str, namespace: str) -> int:
     lab.put("/tmp/manager.py", _MANAGER.encode())
     _started(lab, f"python3 /tmp/manager.py {path} {namespace} {_qemu(memory)}", path)
     look = f"grep -l '^qemu.*{memory}.*id=c,fd=' /proc/[0-9]*/cmdline"
-    found = lab.sh(f"until {look} 2>/dev/null; do sleep 0.05; done").stdout
+    found = lab.sh(f"until {look} 2>/dev/null; do sleep 0.1; done").stdout
     return int(found.split(b"/")[2])
 
 

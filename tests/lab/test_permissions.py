@@ -80,7 +80,7 @@ def _vmm(lab: Machine, words: str = "uid=1000", program: str = "/lab/testvmm") -
     _prepare(lab)
     result = lab.sh(
         f"python3 /tmp/as.py stdin,{words} {program} {_SLOT} >/tmp/vmm.out 2>&1 & echo $!;"
-        " until grep -q ready /tmp/vmm.out || ! kill -0 $!; do sleep 0.02; done;"
+        " until grep -q ready /tmp/vmm.out || ! kill -0 $!; do sleep 0.1; done;"
         " cat /tmp/vmm.out >&2"
     )
     assert b"ready" in result.stderr, result.stderr
@@ -159,7 +159,7 @@ def test_a_process_that_protects_itself_from_its_user(lab: Machine) -> None:
 
 
 def test_where_nobody_may_until_the_next_boot() -> None:
-    with Machine() as lab:
+    with Machine(cpus=1) as lab:
         pid = start_test_vmm(lab, _SLOT)
         lab.sh(f"echo 3 >{_SCOPE}")
         told = _told(_save(lab, "", pid))
@@ -180,7 +180,7 @@ def test_a_process_that_is_traced_names_its_tracer(lab: Machine) -> None:
     )
     lab.put("/tmp/tracer.py", tracer.encode())
     started = lab.sh(
-        "python3 /tmp/tracer.py >/tmp/on & echo $!; until grep -q on /tmp/on; do sleep 0.05; done"
+        "python3 /tmp/tracer.py >/tmp/on & echo $!; until grep -q on /tmp/on; do sleep 0.1; done"
     )
     told = _told(_save(lab, "", pid))
     lab.sh(f"kill -KILL {int(started.stdout)}")
@@ -197,7 +197,7 @@ def test_a_zombie_is_one_that_has_ended(lab: Machine) -> None:
     )
     lab.put("/tmp/parent.py", program.encode())
     started = lab.sh(
-        "python3 /tmp/parent.py >/tmp/pid & echo $!; until [ -s /tmp/pid ]; do sleep 0.05; done"
+        "python3 /tmp/parent.py >/tmp/pid & echo $!; until [ -s /tmp/pid ]; do sleep 0.1; done"
     )
     parent, ended = int(started.stdout), int(lab.get("/tmp/pid"))
     told = _told(_save(lab, "", ended))
@@ -218,7 +218,7 @@ def test_threads_are_no_vmms(lab: Machine) -> None:
     )
     lab.put("/tmp/threads.py", program.encode())
     started = lab.sh(
-        "python3 /tmp/threads.py >/tmp/tid & echo $!; until [ -s /tmp/tid ]; do sleep 0.05; done"
+        "python3 /tmp/threads.py >/tmp/tid & echo $!; until [ -s /tmp/tid ]; do sleep 0.1; done"
     )
     pid = int(started.stdout)
     tid = int(lab.get("/tmp/tid"))

@@ -395,8 +395,8 @@ def test_what_is_no_process(lab: Machine) -> None:
 def test_what_has_ended(lab: Machine, program: str, error: str, words: str) -> None:
     lab.put("/tmp/p.py", f"import ctypes, os, threading, time\n{program}".encode())
     started = lab.sh(
-        "python3 /tmp/p.py >/tmp/pid & echo $!; until [ -s /tmp/pid ]; do sleep 0.05; done;"
-        " until grep -q 'State:.Z' /proc/$(cat /tmp/pid)/status; do sleep 0.05; done"
+        "python3 /tmp/p.py >/tmp/pid & echo $!; until [ -s /tmp/pid ]; do sleep 0.1; done;"
+        " until grep -q 'State:.Z' /proc/$(cat /tmp/pid)/status; do sleep 0.1; done"
     )
     told = _refused(lab, "dump", f"proc:{int(lab.get('/tmp/pid'))}")
     lab.sh(f"kill -KILL {int(started.stdout)}")
@@ -416,7 +416,7 @@ def test_who_may_not(lab: Machine) -> None:
     )
     lab.put("/tmp/tracer.py", tracer.encode())
     started = lab.sh(
-        "python3 /tmp/tracer.py >/tmp/on & echo $!; until grep -q on /tmp/on; do sleep 0.05; done"
+        "python3 /tmp/tracer.py >/tmp/on & echo $!; until grep -q on /tmp/on; do sleep 0.1; done"
     )
     outcomes = commands(
         lab,
