@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 from tests.lab.machine import Machine
 
 _START_SECONDS = 300.0  # after which it is taken for hung, on however busy a machine
-NICE = "nice -n 19"
-"""What runs in a lab machine all the time takes only what mtetool leaves of its CPU."""
-
 _CHECK = re.compile(rb"check=(\d+) granules=(\d+) wrong=(\d+) data_wrong=(\d+)\n")
 _BECOME = """
 import os, sys
@@ -69,7 +66,7 @@ class Qemu:
         machine = "virt,gic-version=3" + (",mte=on" if self.mte else "")
         become = " ".join(as_user(self.lab, self.uid))
         return (
-            f"{become} {self.wrapper or NICE} qemu-system-aarch64"
+            f"{become} {self.wrapper} qemu-system-aarch64"
             f" -M {machine} -accel kvm -cpu {self.cpu} -m {self.memory} -nodefaults -display none"
             f" -kernel /lab/Image -initrd {self.initrd}"
             # The guest's kernel protects nothing here, and to map its memory in pages takes time.
@@ -163,8 +160,7 @@ def start_test_vmm(lab: Machine, *words: str, wrapper: str = "") -> int:
     result = lab.sh(
         "rm -f /tmp/vmm.in; mkfifo /tmp/vmm.in; : >/tmp/vmm.out;"
         " sleep 100000 >/tmp/vmm.in 2>/dev/null &"
-        f" {wrapper or NICE} /lab/testvmm {' '.join(words)} </tmp/vmm.in >/tmp/vmm.out 2>&1 &"
-        " echo $!;"
+        f" {wrapper} /lab/testvmm {' '.join(words)} </tmp/vmm.in >/tmp/vmm.out 2>&1 & echo $!;"
         " until grep -q ready /tmp/vmm.out || ! kill -0 $!; do sleep 0.1; done;"
         " cat /tmp/vmm.out >&2"
     )

@@ -12,7 +12,6 @@ import numpy as np
 
 from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES
-from tests.lab.guests import NICE
 from tests.lab.machine import Machine
 
 _SECONDS = 60.0
@@ -35,7 +34,7 @@ class Tagged:
 
     def __post_init__(self) -> None:
         result = self.lab.sh(
-            f"{NICE} /lab/tagged {self.words} >{self.log} 2>&1 & echo $!;"
+            f"/lab/tagged {self.words} >{self.log} 2>&1 & echo $!;"
             f" until grep -q check= {self.log} || ! kill -0 $!; do sleep 0.1; done"
         )
         self.pid = int(result.stdout)
