@@ -197,6 +197,21 @@ def test_freeze_stops_all_threads_and_lets_them_go(lab: Machine) -> None:
     program.unharmed()
 
 
+@pytest.mark.parametrize("step", ["thaw/detach", "visit/detach"])
+def test_nobody_waits_for_one_that_is_stopped(lab: Machine, step: str) -> None:
+    """SIGSTOP while it holds all threads, or the one that it copies by: it is ended for that."""
+    program = Tagged(lab, "--threads 3")
+    freeze = ["--freeze"] if step.startswith("thaw") else []
+    result = lab.run(
+        ["mtetool", "save", program.source, *freeze, "-o", "/tmp/s"],
+        env={"MTETOOL_FAULT": f"STOP@{step}"},
+        fork=False,  # it reads that when it starts
+    )
+    assert result.returncode == -9, result
+    program.unharmed()
+    lab.mtetool(f"save {program.source} -o /tmp/s --force")
+
+
 def test_a_stopped_process_stays_stopped(lab: Machine) -> None:
     program = Tagged(lab)
     stop = (
