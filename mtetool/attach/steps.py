@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable
 
@@ -56,7 +57,8 @@ def fault(plan: str) -> Hook:
     def hook(reached: str) -> None:
         seen[reached] += 1
         if reached == step and seen[reached] == due:
-            os.kill(os.getpid(), number)
+            # To this thread: to the process, another may have to take it, and this one goes on.
+            signal.pthread_kill(threading.get_ident(), number)
 
     return hook
 
