@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 import pytest
@@ -13,7 +12,7 @@ from mtetool.errors import UsageError
 
 def test_fault_comes_at_the_nth_time(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
-    monkeypatch.setattr(os, "kill", lambda _, number: sent.append(number))
+    monkeypatch.setattr(signal, "pthread_kill", lambda _, number: sent.append(number))
     steps.on_step(steps.fault("TERM@home/setregset:2"))
     told = []
     try:
