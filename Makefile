@@ -37,7 +37,7 @@ check: venv ## style, types and scripts
 
 test: deps venv ## everything: checks, tests, the lab on a real kernel
 	$(MAKE) --no-print-directory check lab
-	MTETOOL_DEATH_STRIDE=4 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=30 -m 'not long'
+	MTETOOL_DEATH_STRIDE=7 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=30 -m 'not long'
 	$(MAKE) --no-print-directory -j 2 differential fuzz-short
 
 test-fast: venv ## the tests that need no lab
@@ -63,8 +63,8 @@ bench: deps venv ## how fast and how small, beside zstd, lz4 and cp, with charts
 bench-lab: deps venv ## what attaching, saving and restoring cost in the lab
 	$(BIN)/python -m tests.bench.lab
 
-differential: deps venv ## a few thousand calls on real kernels and on the emulated one: same answers
-	$(BIN)/python -m tests.differential --calls 4000 --seed 1
+differential: deps venv ## two thousand calls on real kernels and on the emulated one: same answers
+	$(BIN)/python -m tests.differential --calls 2000 --seed 1
 
 differential-full: deps venv ## the same with 100,000 calls on each kernel, and another seed each time
 	$(BIN)/python -m tests.differential --calls 100000
@@ -72,8 +72,8 @@ differential-full: deps venv ## the same with 100,000 calls on each kernel, and 
 fuzz: venv ## two million hostile snapshots, guided by coverage (about twenty minutes)
 	$(BIN)/python -m tests.fuzz --executions 2000000
 
-fuzz-short: venv ## some ten thousand of them, always the same
-	$(BIN)/python -m tests.fuzz --executions 20000 --seed 1
+fuzz-short: venv ## some thousand of them, always the same
+	$(BIN)/python -m tests.fuzz --executions 8000 --seed 1
 
 clean: ## remove what make made here; the cache outside stays
 	rm -rf $(VENV) build dist demo fuzz-findings *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

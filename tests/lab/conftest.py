@@ -30,8 +30,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     own = metafunc.definition.get_closest_marker("kernel")
     if own is not None:
         metafunc.parametrize("lab", [own.args[0]], indirect=True)
-    elif metafunc.definition.get_closest_marker("every_kernel") and not _asked(metafunc.config):
-        metafunc.parametrize("lab", list(KERNELS), indirect=True)
+        return
+    every = metafunc.definition.get_closest_marker("every_kernel")
+    if every is not None and not _asked(metafunc.config):
+        long = {name: [pytest.mark.long] for name in every.kwargs.get("long", ())}
+        kernels = [pytest.param(name, marks=long.get(name, ())) for name in KERNELS]
+        metafunc.parametrize("lab", kernels, indirect=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

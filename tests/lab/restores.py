@@ -18,7 +18,7 @@ from mtetool.attach import steps
 from tests.lab.deaths import settled, state
 from tests.lab.torture import _LOADED, Command, drain, learn, start
 
-_SIGNALS = ("KILL", "KILL", "TERM", "INT")
+_SIGNALS = ("KILL", "TERM", "INT")
 
 
 def ended(words: list[str], hook: steps.Hook | None = None) -> int:

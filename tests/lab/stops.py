@@ -11,7 +11,6 @@ import json
 import os
 import pty
 import signal
-import subprocess
 import sys
 import termios
 import threading
@@ -19,6 +18,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from mtetool.attach import steps
 
 _PATIENCE_SECONDS = 300.0
 _F_SETPIPE_SZ = 1031
@@ -71,31 +72,51 @@ def save(guest: Guest, *more: str) -> list[str]:
     return [*words, "--memslot", "0x40000000:64M", *more]
 
 
-def fault(name: str) -> dict[str, str]:
-    """The environment in which mtetool gets that signal while it holds the vCPUs."""
-    return {**os.environ, "MTETOOL_FAULT": f"{name}@{_HELD}"}
+def start(
+    words: list[str], *, signal_held: str = "", prepare: Callable[[], object] = lambda: None
+) -> int:
+    """Start mtetool in a forked child, where `prepare` is called first; its PID.
+
+    With `signal_held`, it gets that signal while it holds the vCPUs.
+    """
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            from mtetool.__main__ import main
+
+            os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+            prepare()
+            steps.on_step(steps.fault(f"{signal_held}@{_HELD}") if signal_held else None)
+            sys.argv = words
+            status = main()
+        finally:
+            os._exit(status)
+    return child
+
+
+def status_of(pid: int) -> int:
+    """Wait for a child's end; its status, or -N for signal N."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def whole() -> bool:
     """Whether the snapshot is."""
-    done = subprocess.run(["mtetool", "verify", _SNAPSHOT], check=False, capture_output=True)
-    return done.returncode == 0
+    return status_of(start(["mtetool", "verify", _SNAPSHOT])) == 0
 
 
 def by_sigstop(guest: Guest) -> tuple[int, float]:
     """How it ended, and for how long the guest stood still after the stop."""
-    process = subprocess.Popen(save(guest), env=fault("STOP"), stdout=subprocess.DEVNULL)
-    until(lambda: fields(Path(f"/proc/{process.pid}"))[0] in "TZX")
+    pid = start(save(guest), signal_held="STOP")
+    until(lambda: fields(Path(f"/proc/{pid}"))[0] in "TZX")
     seconds = guest.goes_on()
-    return process.wait(), seconds
+    return status_of(pid), seconds
 
 
 def by_sigtstp(guest: Guest) -> dict[str, object]:
     """Ctrl-Z's signal while the vCPUs are held, in a job of its own."""
-    process = subprocess.Popen(
-        save(guest), env=fault("TSTP"), stdout=subprocess.DEVNULL, process_group=0
-    )
-    return stopped_and_continued(guest, process.pid)
+    pid = start(save(guest), signal_held="TSTP", prepare=lambda: os.setpgid(0, 0))
+    return stopped_and_continued(guest, pid)
 
 
 def stopped_and_continued(guest: Guest, pid: int) -> dict[str, object]:
@@ -140,16 +161,16 @@ def _look_at(master: int) -> None:
 def job(words: list[str], *, foreground: bool) -> tuple[int, int]:
     """Start a job of this session's terminal; its PID, and the terminal."""
     terminal = os.open("/dev/tty", os.O_RDWR)
-    pid = os.fork()
-    if pid == 0:
+
+    def prepare() -> None:
         os.setpgid(0, 0)
         if foreground:
             os.tcsetpgrp(terminal, os.getpid())
         signal.signal(signal.SIGTTOU, signal.SIG_DFL)
         for fd in range(3):
             os.dup2(terminal, fd)
-        os.execvp(words[0], words)  # noqa: S606
-    return pid, terminal
+
+    return start(words, prepare=prepare), terminal
 
 
 def by_ctrl_z(guest: Guest) -> dict[str, object]:
@@ -206,17 +227,17 @@ def by_nobody_reading(guest: Guest) -> dict[str, object]:
     fcntl.fcntl(writing, _F_SETPIPE_SZ, 4096)
     os.write(writing, bytes(4096))
     words = save(guest, "--progress", "json")
-    process = subprocess.Popen(words, stderr=writing, stdout=subprocess.DEVNULL)
+    pid = start(words, prepare=lambda: os.dup2(writing, 2))
     os.close(writing)
     # The first line comes once the guest is held. It is let go though nobody has read that.
-    until(lambda: writes_to_stderr(process.pid))
+    until(lambda: writes_to_stderr(pid))
     guest.goes_on()
     held = guest.stands()
     with open(reading, "rb") as source:  # noqa: PTH123 - a descriptor
         lines = source.read()[4096:].splitlines()
     last = json.loads(lines[-1])
     done = last["done_bytes"] == last["total_bytes"]
-    return {"held": held, "done": done, "status": process.wait(), "whole": whole()}
+    return {"held": held, "done": done, "status": status_of(pid), "whole": whole()}
 
 
 def writes_to_stderr(pid: int) -> bool:

@@ -50,6 +50,7 @@ FINDINGS = {
 HWCAP2_OF_32_BIT = 0x7F
 
 
+@pytest.mark.long
 def test_32_bit_process_in_a_guest_with_mte(lab: Machine, tmp_path: Path) -> None:
     guest = Qemu(lab, "g", initrd="/lab/mixed.cpio", memory="128M").start()
     # From now on the guest's CPU is in AArch32 most of the time.

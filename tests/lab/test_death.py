@@ -1,69 +1,17 @@
-"""mtetool killed at any instant: the VMM and its guest go on, and nothing of ours stays."""
+"""mtetool killed: the VMM and its guest go on, and nothing of ours stays.
+
+At instants drawn by lot: `test_torture`.
+"""
 
 from __future__ import annotations
 
 import json
-import random
 
 import pytest
 
 from tests.lab.guests import Qemu, fill_with_random_tags, start_test_vmm
 from tests.lab.machine import Machine
 from tests.lab.stride import ENVIRONMENT, enough
-
-_DEATHS = 15
-
-# Start a save over and over, kill it after a while that differs each time, and see what it
-# left in the VMM: "threads mappings traced" a line.
-_TORTURE = """
-pid=$1; shift
-for delay in "$@"; do
-    mtetool save kvm:$pid -o /tmp/s --force >/dev/null 2>&1 &
-    tool=$!
-    sleep "$delay"
-    kill -KILL $tool 2>/dev/null
-    wait $tool 2>/dev/null
-    kill -0 $pid || { echo dead; exit; }
-    # A helper that was cut off ends by itself; give it the time that takes.
-    for i in 1 2 3 4 5 6 7 8 9 10; do
-        [ "$(ls /proc/$pid/task | wc -l)" = "$threads" ] && break
-        sleep 0.2
-    done
-    echo "$(ls /proc/$pid/task | wc -l) $(grep -c '^6d74' /proc/$pid/maps)" \
-        "$(grep TracerPid /proc/$pid/status)" "$(grep SigBlk /proc/$pid/status)"
-done
-"""
-
-
-@pytest.mark.two_cpus
-def test_killed_saves_leave_vmm_and_guest_unharmed(lab: Machine) -> None:
-    guest = Qemu(lab, "guest").start()
-    guest.wait_for_checks()
-    threads = int(lab.sh(f"ls /proc/{guest.pid}/task | wc -l").stdout)
-    mask = lab.sh(f"grep SigBlk /proc/{guest.pid}/status").stdout.decode().strip()
-    lab.run(["mtetool", "save", f"kvm:{guest.pid}", "-o", "/tmp/s"], check=True)
-    # How long a save takes here decides when to kill it: between its start and its end.
-    took = float(
-        lab.sh(
-            "a=$(cut -d' ' -f1 /proc/uptime);"
-            f" mtetool save kvm:{guest.pid} -o /tmp/s --force >/dev/null 2>&1;"
-            " b=$(cut -d' ' -f1 /proc/uptime); awk \"BEGIN { print $b - $a }\""
-        ).stdout
-    )
-    chance = random.Random(20)  # noqa: S311 - no secret
-    delays = [f"{took * chance.uniform(0.3, 1.0):.3f}" for _ in range(_DEATHS)]
-    script = f"threads={threads}\n{_TORTURE}"
-    result = lab.run(["sh", "-c", script, "torture", str(guest.pid), *delays], timeout=300)
-    lines = result.stdout.decode().splitlines()
-    assert len(lines) == _DEATHS, result
-    for line in lines:
-        count, _, rest = line.split(" ", 2)
-        assert int(count) == threads, lines
-        assert rest == f"TracerPid:\t0 {mask}", lines
-    # What a killed run may leave is a mapping; the next run removes it.
-    lab.run(["mtetool", "save", f"kvm:{guest.pid}", "-o", "/tmp/s", "--force"], check=True)
-    assert lab.sh(f"grep -c ^6d74 /proc/{guest.pid}/maps; true").stdout == b"0\n"
-    assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]
 
 
 def _stalled_save(lab: Machine) -> int:
@@ -105,6 +53,7 @@ def test_vmm_that_ends_while_attached_is_gone_at_once(lab: Machine) -> None:
     assert b"ended" in lab.get("/tmp/err")
 
 
+@pytest.mark.long
 def test_death_before_every_step_is_harmless_without_the_c_librarys_exit(lab: Machine) -> None:
     # With it: test_hardened, in a QEMU as libvirt starts it.
     guest = Qemu(lab, "guest").start()

@@ -7,7 +7,7 @@ import json
 from tests.lab.guests import Qemu
 from tests.lab.machine import Machine
 
-_ENDS = 5
+_ENDS = 3
 _RANGES = 4
 
 

@@ -1,6 +1,6 @@
 """A campaign: commands on a busy VMM, ended in every bad way, and nobody is worse off.
 
-`make torture` lets a thousand of them die; the test run, as many as MTETOOL_DEATHS says (12).
+`make torture` lets a thousand of them die; the test run, as many as MTETOOL_DEATHS says (8).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 from tests.lab.guests import Qemu
 from tests.lab.machine import Machine
 
-_DEATHS = int(os.environ.get("MTETOOL_DEATHS", "12"))
+_DEATHS = int(os.environ.get("MTETOOL_DEATHS", "8"))
 _BATCH = 50
 
 
