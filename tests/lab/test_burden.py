@@ -198,9 +198,7 @@ def test_save_freeze_of_a_running_guest_is_consistent(lab: Machine) -> None:
 
 
 def test_nothing_is_made_ready_while_the_guest_waits(lab: Machine) -> None:
-    guest = Qemu(lab, "g").start()
-    guest.wait_for_checks(1)
-    guest.qmp("stop")
+    guest = Qemu(lab, "g", extra="-S").start().wait_for_machine()
     lab.mtetool(
         "emu create /root/heap --memory 256M --fill heap",
         "save emu:/root/heap -o /root/s",

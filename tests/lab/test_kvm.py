@@ -223,6 +223,7 @@ def test_disk_full_in_the_middle_leaves_no_file(lab: Machine) -> None:
     assert _state(lab, pid) == before
 
 
+@pytest.mark.long  # test_hardened has one that runs as another user, too
 def test_sandboxed_qemu_is_borrowed_from_within_its_filter(lab: Machine) -> None:
     sandbox = "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
     guest = Qemu(lab, "guest", extra=sandbox).start()

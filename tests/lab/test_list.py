@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from tests.jsonkeys import check_keys
 from tests.lab.guests import Qemu, page_bytes, start_test_vmm
 from tests.lab.machine import Machine
@@ -64,6 +66,7 @@ def test_vm_that_refuses_is_listed_with_the_reason(lab: Machine) -> None:
     assert _list(lab)[strict]["reason"]["error"] == "attach-refused"
 
 
+@pytest.mark.long  # test_hardened attaches to one whose monitor is held
 def test_monitor_that_somebody_holds_is_done_without(lab: Machine) -> None:
     guest = Qemu(lab, "busy").start().wait_for_machine()
     hold = (

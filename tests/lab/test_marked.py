@@ -74,6 +74,7 @@ def test_a_mark_inside_of_a_huge_page_does_not_show(lab: Machine) -> None:
     assert (same.returncode, same.stdout) == (0, b""), same.stdout[:400]
 
 
+@pytest.mark.long
 def test_without_the_right_to_see_frames_all_that_exists_is_read(lab: Machine) -> None:
     _huge(lab, "never")
     guest = Qemu(lab, "g", extra=_PREALLOCATED["anonymous"], uid=1000).start()

@@ -46,7 +46,8 @@ def file_bytes(lab: Machine, pid: int) -> int:
     return 512 * sum(map(int, lab.sh(script).stdout.split()))
 
 
-@pytest.mark.parametrize("memory", [pytest.param("private", marks=pytest.mark.long), "memfd"])
+@pytest.mark.long
+@pytest.mark.parametrize("memory", ["private", "memfd"])
 def test_words_show_what_the_scan_shows(lab: Machine, memory: str) -> None:
     guest = Qemu(lab, "g", extra=MEMORIES[memory]).start()
     guest.wait_for_checks(1)

@@ -186,12 +186,13 @@ def main() -> None:
     for module in _LOADED:
         import_module(module)
     kinds = commands(pid, snapshot)
+    drawn = [chance.choice(kinds) for _ in range(deaths)]
     for command in kinds:
-        learn(command)
+        if command in drawn:
+            learn(command)
     vmm = Vmm(pid, state(pid))
     by_signal, by_step, most_left = Counter[str](), Counter[str](), 0
-    for number in range(deaths):
-        command = chance.choice(kinds)
+    for number, command in enumerate(drawn):
         # A short campaign has all stops, too.
         name = _STOPS[number] if number < len(_STOPS) else chance.choice(_SIGNALS)
         step = die(command, chance, name, vmm)
