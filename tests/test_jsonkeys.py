@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import mtetool
-from mtetool.backends import vms
-from mtetool.backends.vms import ListedVm, Listing
+from mtetool.backends.kvm import listing as vms
+from mtetool.backends.kvm.listing import ListedVm, Listing
 from mtetool.errors import DETAIL_KEYS, AttachRefusedError, MtetoolError
 from mtetool.guest import GuestInfo, Memslot
 from tests.cli.running import BASE, KIB, make_guest, run, set_tag

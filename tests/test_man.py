@@ -11,12 +11,12 @@ from pathlib import Path
 import click
 import pytest
 
-from mtetool.attach.permission import REASONS
 from mtetool.cli import group
 from mtetool.emulator import Behaviour
-from mtetool.flows.patterns import CHANGED, NOT_KEPT, OVERWRITE, OVERWRITE_IN_PAGE
 from mtetool.flows.probe import judge
 from mtetool.flows.selftest import CHECK_IDS
+from mtetool.flows.selftest_patterns import CHANGED, NOT_KEPT, OVERWRITE, OVERWRITE_IN_PAGE
+from mtetool.permission import REASONS
 from mtetool.vmm.host import host_facts
 
 MAN = Path(__file__).parent.parent / "man"

@@ -22,8 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mtetool.attach import frame, gadgets, memory, restart, seccomp, steps
-from mtetool.attach.frame import ThreadState
+from mtetool.attach import gadgets, memory, restart, seccomp, signal_frame, steps
 from mtetool.attach.gadgets import Gadgets
 from mtetool.attach.ptrace import (
     EVENT_CLONE,
@@ -36,6 +35,7 @@ from mtetool.attach.ptrace import (
     Registers,
     Tracee,
 )
+from mtetool.attach.signal_frame import ThreadState
 from mtetool.errors import AttachRefusedError, BusyError, GuestLostError
 
 # Kept free below the stack pointer: arm64 has no red zone, but a leaf may be about to push.
@@ -184,14 +184,14 @@ class BorrowedThread:
         registers = state.registers
         # rt_sigreturn takes the kernel's note of a call to go on with: the call is made anew.
         crash = replace(state, registers=registers.with_call(self._original_call))
-        length = len(frame.build(crash))
+        length = len(signal_frame.build(crash))
         self._frame_at = (registers.sp - _STACK_GAP_BYTES - length) & ~15
         if not _has_room(self.pid, self._tracee, self._frame_at, registers.sp):
             raise AttachRefusedError(
                 f"thread {self.tid} of process {self.pid} has no room left on its stack",
                 hint="try again; it may stand elsewhere then",
             )
-        memory.write(self.pid, self._frame_at, frame.build(crash, self._frame_at))
+        memory.write(self.pid, self._frame_at, signal_frame.build(crash, self._frame_at))
         self._call_base = Registers(registers.x, self._frame_at, registers.pc, registers.pstate)
         self._blocked = False
 
@@ -203,7 +203,7 @@ class BorrowedThread:
         )
         if not self._blocked:
             # Not before the registers: dying between the two would leave it blocked for ever.
-            self._tracee.set_signal_mask(frame.ALL_SIGNALS)
+            self._tracee.set_signal_mask(signal_frame.ALL_SIGNALS)
             self._blocked = True
 
     def _go_home(self) -> None:
@@ -281,7 +281,7 @@ def _read_state(tracee: Tracee) -> ThreadState:
 def _obstacle(pid: int, tracee: Tracee) -> str | None:
     """Why the thread cannot be borrowed where it stands; None where it can."""
     ssve = tracee.regset(NT_ARM_SSVE)
-    if ssve and frame.vectors_live(ssve):
+    if ssve and signal_frame.vectors_live(ssve):
         return "is in SME streaming mode, whose state a call would lose"
     if _inside_rseq(pid, tracee):
         return "is in a restartable sequence"

@@ -14,7 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 
-from mtetool.attach import memory, procfs
+from mtetool import procfs
+from mtetool.attach import memory
 from mtetool.attach.alarm import SIGNAL, IoctlAlarm
 from mtetool.attach.ptrace import (
     EVENT_EXEC,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 
-from mtetool.attach.permission import refusal, thread_has_ended
 from mtetool.attach.ptrace import Tracee
 from mtetool.errors import GuestLostError
+from mtetool.permission import refusal, thread_has_ended
 
 
 class HeldThreads:

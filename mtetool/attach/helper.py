@@ -14,12 +14,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mtetool.attach import frame, memory, seccomp, steps
+from mtetool.attach import memory, seccomp, signal_frame, steps
 from mtetool.attach.borrow import BorrowedThread, run_call, state_letter
 from mtetool.attach.gadgets import Gadgets
-from mtetool.attach.permission import status_of
 from mtetool.attach.ptrace import Registers, Tracee
 from mtetool.errors import AttachRefusedError, BusyError
+from mtetool.permission import status_of
 
 # System call numbers: include/uapi/asm-generic/unistd.h
 _NR_IOCTL, _NR_EXIT, _NR_RT_SIGRETURN = 29, 93, 139
@@ -112,11 +112,11 @@ class Helper:
 
 
 def _crash_road_at(base: int) -> int:
-    return (base + PAGE_BYTES + _STACK_BYTES - frame.FRAME_BYTES) & ~15
+    return (base + PAGE_BYTES + _STACK_BYTES - signal_frame.FRAME_BYTES) & ~15
 
 
 def _second_road_at(base: int) -> int:
-    return _crash_road_at(base) - (frame.FRAME_BYTES + 15 & ~15)
+    return _crash_road_at(base) - (signal_frame.FRAME_BYTES + 15 & ~15)
 
 
 def map_bytes(buffer_bytes: int) -> int:
@@ -176,14 +176,14 @@ def start_helper(thread: BorrowedThread, length: int) -> Helper:
 def _lay_helper_road(thread: BorrowedThread, base: int, length: int) -> None:
     gadgets = thread.gadgets
     if gadgets.exit is not None:
-        first = frame.build_calling(
+        first = signal_frame.build_calling(
             _NR_MUNMAP, (base, length), gadget=gadgets.svc_ret, home=gadgets.exit, poe=thread.poe
         )
     else:
         # No exit to return to: unmap only what does not carry the frames, then a second
         # frame's call ends the thread. What stays is removed by the next run.
         buffer_at = base + _BUFFER_AT
-        first = frame.build_calling(
+        first = signal_frame.build_calling(
             _NR_MUNMAP,
             (buffer_at, base + length - buffer_at),
             gadget=gadgets.svc_ret,
@@ -191,7 +191,7 @@ def _lay_helper_road(thread: BorrowedThread, base: int, length: int) -> None:
             sp=_second_road_at(base),
             poe=thread.poe,
         )
-        second = frame.build_calling(
+        second = signal_frame.build_calling(
             _NR_EXIT, (0,), gadget=gadgets.svc_ret, home=gadgets.sigreturn, poe=thread.poe
         )
         memory.write(thread.pid, _second_road_at(base), second)

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from mtetool.attach import procfs, steps
+from mtetool import procfs
+from mtetool.attach import steps
 
 
 class _Iovec(ctypes.Structure):

@@ -17,7 +17,8 @@ import errno
 import struct
 from dataclasses import replace
 
-from mtetool.attach import memory, procfs
+from mtetool import procfs
+from mtetool.attach import memory
 from mtetool.attach.ptrace import Registers, Tracee
 
 # include/uapi/asm-generic/unistd.h

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mtetool.attach import procfs
+from mtetool import procfs
 from mtetool.attach.ptrace import Tracee
 from mtetool.errors import AttachRefusedError
 

@@ -32,7 +32,6 @@ from mtetool.attach.helper import (
     remove_leftovers,
     start_helper,
 )
-from mtetool.attach.permission import refusal
 from mtetool.attach.ptrace import Registers
 from mtetool.attach.tracer import ATTACH_PATIENCE_SECONDS, CALL_PATIENCE_SECONDS, Tracer
 from mtetool.errors import (
@@ -40,6 +39,7 @@ from mtetool.errors import (
     GuestError,
     GuestLostError,
 )
+from mtetool.permission import refusal
 
 T = TypeVar("T")
 

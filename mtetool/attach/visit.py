@@ -19,10 +19,10 @@ from mtetool.attach import steps
 from mtetool.attach.exclusion import alone
 from mtetool.attach.guard import Level, Watch
 from mtetool.attach.held import HeldThreads
-from mtetool.attach.permission import refusal, thread_has_ended
 from mtetool.attach.ptrace import Tracee
 from mtetool.attach.tracer import Tracer
 from mtetool.errors import BusyError, GuestError, GuestLostError, NoSuchProcessError
+from mtetool.permission import refusal, thread_has_ended
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ from typing import cast
 
 from mtetool.backends.base import Guest
 from mtetool.errors import SourceError
+from mtetool.files.kinds import FileKind, kind_of
 from mtetool.guest import GuestInfo, Memslot
-from mtetool.snapshot.kinds import FileKind, kind_of
 from mtetool.words import quoted
 
 __all__ = [
@@ -41,9 +41,9 @@ Opener = Callable[[str, GuestOptions], Guest]
 
 # Modules are named, not imported: `--help` and `info` load neither numpy nor ptrace.
 _OPENERS = {
-    "emu": ("mtetool.backends.rehearsal", "open_with_faults"),
-    "kvm": ("mtetool.backends.kvm", "open_kvm"),
-    "proc": ("mtetool.backends.process", "open_process"),
+    "emu": ("mtetool.backends.emu.opening", "open_with_faults"),
+    "kvm": ("mtetool.backends.kvm.guest", "open_kvm"),
+    "proc": ("mtetool.backends.proc.guest", "open_process"),
 }
 
 

@@ -58,8 +58,8 @@ def command(
     (absent). Status 0 when they are the same, 1 when they differ.
     """
     from mtetool.flows.diff import check_ranges, diff
-    from mtetool.flows.source import open_source
     from mtetool.snapshot.model import Extent
+    from mtetool.sources.source import open_source
 
     check_inputs(sources=[a, b])
     asked = [Extent(*one) for one in ranges]
@@ -80,7 +80,7 @@ class _Output:
     """Streams rows, and counts them: all differences of a big guest may not fit into memory."""
 
     def __init__(self, a: str, b: str, *, as_json: bool) -> None:
-        from mtetool.flows.tally import Tally
+        from mtetool.sources.tally import Tally
 
         self._names = {"a": a, "b": b}
         self._as_json = as_json

@@ -29,8 +29,8 @@ from mtetool.words import counted, printable
 
 if TYPE_CHECKING:
     from mtetool.flows.dump import Run
-    from mtetool.flows.tally import Tally
     from mtetool.snapshot.model import Extent, Missing
+    from mtetool.sources.tally import Tally
 
     Rows = Iterator[Run | Missing]
 
@@ -62,10 +62,10 @@ def command(
     raw is one byte a granule, slots in order of address, and 0xff for what cannot be read.
     Status 3 when some tags could not be read.
     """
+    from mtetool.files.output import output_file
     from mtetool.flows.dump import granules, tag_runs, write_raw
-    from mtetool.flows.source import asked, open_source
     from mtetool.snapshot.model import Extent
-    from mtetool.snapshot.output import output_file
+    from mtetool.sources.source import asked, open_source
 
     if output == "raw" and sys.stdout.isatty():
         raise UsageError("raw tags are not for a terminal", hint="a pipe, or > FILE behind it")
@@ -91,8 +91,8 @@ def command(
 
 def _text(rows: Rows, *, each: bool) -> Tally[Missing]:
     """Stream rows as text; returns what was missing."""
-    from mtetool.flows.tally import Tally
     from mtetool.snapshot.model import Missing
+    from mtetool.sources.tally import Tally
 
     missing: Tally[Missing] = Tally()
 
@@ -114,8 +114,8 @@ def _json(
     source: str, page_size_bytes: int, extents: list[Extent], rows: Rows, *, each: bool
 ) -> Tally[Missing]:
     """Stream one JSON object: a guest's rows may not fit into memory."""
-    from mtetool.flows.tally import Tally
     from mtetool.snapshot.model import Missing
+    from mtetool.sources.tally import Tally
 
     missing: Tally[Missing] = Tally()
 

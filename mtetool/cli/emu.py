@@ -31,15 +31,15 @@ from mtetool.guest import Memslot
 from mtetool.words import counted, quoted
 
 if TYPE_CHECKING:
-    from mtetool.backends.emulator import EmulatedGuest
-    from mtetool.emulator.faults import Fault
+    from mtetool.backends.emu.guest import EmulatedGuest
+    from mtetool.faults.model import Fault
     from mtetool.guest import GuestInfo
 
 # Where the memory of QEMU's machine `virt` begins.
 _MEMORY_IPA = 0x40000000
 _MEMORY_BYTES = 1 << 30
 _PAGE_SIZES = {"4K": 4096, "16K": 16384, "64K": 65536}
-# Those of mtetool.backends.patterns, named here so that the help does not load numpy.
+# Those of mtetool.backends.emu.patterns, named here so that the help does not load numpy.
 _PATTERNS = ("zero", "sparse", "heap", "kernel", "random")
 
 
@@ -163,7 +163,7 @@ def create(
         raise UsageError("--memory and --slot exclude each other")
     if no_mte and fill != "zero":
         raise UsageError("--no-mte and --fill exclude each other: without MTE there are no tags")
-    from mtetool.backends.emulator import create_emulated
+    from mtetool.backends.emu.guest import create_emulated
 
     wanted = slots or (_Slot(Memslot(0, _MEMORY_IPA, memory or _MEMORY_BYTES), False),)
     numbered = [replace(slot.memslot, id=index) for index, slot in enumerate(wanted)]
@@ -297,8 +297,8 @@ def fill(
 
 def _opened(path: str) -> EmulatedGuest:
     from mtetool.backends import GuestOptions
-    from mtetool.backends.emulator import open_emulated
-    from mtetool.snapshot.output import keep_standard_output_off
+    from mtetool.backends.emu.guest import open_emulated
+    from mtetool.files.output import keep_standard_output_off
 
     keep_standard_output_off([path])
     return open_emulated(path, GuestOptions())

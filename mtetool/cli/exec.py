@@ -44,7 +44,7 @@ def command(
     For a VMM that cannot do so itself. It keeps mtetool's PID, and its status is the VMM's; 2
     or 4 when it could not be started.
     """
-    from mtetool.backends.starting import Wish
+    from mtetool.backends.kvm.starting import Wish
     from mtetool.flows.exec import exec_vmm
 
     sys.stdout.flush()

@@ -14,7 +14,7 @@ from mtetool.cli.render import say, table
 from mtetool.words import quoted
 
 if TYPE_CHECKING:
-    from mtetool.emulator.faults import Effect, Fault, Faults
+    from mtetool.faults.model import Effect, Fault, Faults
 
 _FORM = "EFFECT[,CONDITION=VALUE]..., such as EFAULT,on=read,at=0x40010000 or vanish,after=1000"
 _TIME = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?(s|ms|us|ns)")
@@ -24,7 +24,7 @@ _CHANCE = re.compile(r"[01](?:\.[0-9]{1,15})?")
 
 def parse_fault(text: str) -> Fault:
     """A fault as it is written on the command line, see mtetool-emu(1). Raises ValueError."""
-    from mtetool.emulator.faults import Fault
+    from mtetool.faults.model import Fault
 
     effect_text, *words = text.split(",")
     effect = _parse_effect(effect_text)
@@ -44,7 +44,7 @@ def parse_fault(text: str) -> Fault:
 
 
 def _parse_effect(text: str) -> Effect:
-    from mtetool.emulator.faults import Fail, Vanish
+    from mtetool.faults.model import Fail, Vanish
 
     if text == "vanish":
         return Vanish()
@@ -60,7 +60,7 @@ def _parse_effect(text: str) -> Effect:
 
 
 def _parse_slowness(text: str) -> Effect:
-    from mtetool.emulator.faults import Delay, Rate
+    from mtetool.faults.model import Delay, Rate
 
     if text.endswith("/s"):
         return Rate(parse_number(text.removesuffix("/s")))

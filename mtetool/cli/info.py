@@ -10,8 +10,8 @@ from mtetool.cli.naming import check_inputs
 from mtetool.cli.options import NAME, completes, report_option
 from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size
 from mtetool.cli.render import describe_guest, print_json, say, table
-from mtetool.flows.tally import Tally
 from mtetool.guest import GuestInfo, Memslot
+from mtetool.sources.tally import Tally
 from mtetool.words import counted
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def command(file: str, output: str) -> None:
 
     The tags are not decompressed: see mtetool verify to know whether they are sound.
     """
-    from mtetool.snapshot.opening import read_summary
+    from mtetool.snapshot.summary import read_summary
 
     check_inputs([file], instead=_describe)
     summary = read_summary(file)

@@ -14,7 +14,7 @@ from mtetool.words import counted
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from mtetool.backends.vms import ListedVm
+    from mtetool.backends.kvm.listing import ListedVm
     from mtetool.errors import PermissionRefusedError
 
 # By the `reason` of the error; the hint says the rest.
@@ -37,7 +37,7 @@ def command(no_attach: bool, quiet: bool, output: str) -> int:
     Each VMM is attached to for a moment, to ask the kernel whether MTE is on. What cannot be
     learnt is shown as unknown, and why is told on standard error.
     """
-    from mtetool.backends.vms import list_vms
+    from mtetool.backends.kvm.listing import list_vms
 
     listing = list_vms(attach=not no_attach)
     if not quiet:

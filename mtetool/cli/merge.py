@@ -64,9 +64,9 @@ def command(
     Of deltas only, the result is a delta to the same base; of BASE alone, the same snapshot,
     written anew. Status 3 when some ranges are missing.
     """
-    from mtetool.flows.layers import open_layers
+    from mtetool.files.output import output_file
     from mtetool.flows.merge import merge
-    from mtetool.snapshot.output import output_file
+    from mtetool.sources.layers import open_layers
 
     target = snapshot_target(out)
     inputs = check_inputs(files)

@@ -35,7 +35,7 @@ def check_inputs(
             hint="name the others, or use the shell's <(command)",
         )
     inputs = [*plain, *guest_files(*sources)]
-    from mtetool.snapshot.output import keep_standard_output_off
+    from mtetool.files.output import keep_standard_output_off
 
     keep_standard_output_off(inputs)
     return inputs

@@ -262,7 +262,7 @@ def snapshot_target(out: str | None) -> str:
 
     Raises UsageError for a terminal.
     """
-    from mtetool.snapshot.output import names_standard_output
+    from mtetool.files.output import names_standard_output
 
     to_stdout = out is None or names_standard_output(out)
     if to_stdout and sys.stdout is not None and sys.stdout.isatty():

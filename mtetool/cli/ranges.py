@@ -13,9 +13,9 @@ from mtetool.words import counted
 if TYPE_CHECKING:
     from mtetool.flows.diff import Difference
     from mtetool.flows.dump import Run
-    from mtetool.flows.tally import Tally
     from mtetool.guest import Memslot
     from mtetool.snapshot.model import Extent, Missing
+    from mtetool.sources.tally import Tally
 
 TEXT_ROWS = 20
 """How many ranges are listed for people; all of them are in the JSON form."""

@@ -84,8 +84,8 @@ def command(
     From a file nothing is written before all of it was checked. Read-only slots are compared
     instead. Status 3 when some pages did not get their tags; what and where is reported.
     """
-    from mtetool.flows.opening import snapshot_input
     from mtetool.flows.restore import RestoreOptions, restore
+    from mtetool.sources.opening import snapshot_input
 
     def swapped(named: str) -> str:
         if named == file and not is_guest(guest):

@@ -36,8 +36,8 @@ from mtetool.cli.ranges import (
 from mtetool.cli.render import print_json, reporting_on, say, warn
 
 if TYPE_CHECKING:
-    from mtetool.flows.layers import Layers
     from mtetool.flows.save import SaveResult
+    from mtetool.sources.layers import Layers
 
 _CONSISTENT = {
     True: "yes, the guest stood still",
@@ -118,9 +118,9 @@ def command(
     read. Without -o the snapshot goes down the pipe. Status 3 when some pages could not be read.
     """
     # Everything is loaded before the guest is looked at: it may be waiting, paused.
+    from mtetool.files.output import output_file
     from mtetool.flows.save import SaveOptions, save
     from mtetool.snapshot.model import Extent
-    from mtetool.snapshot.output import output_file
 
     target = snapshot_target(out)
     inputs = [*check_inputs(bases, [guest]), *open_files(guest)]
@@ -161,7 +161,7 @@ def command(
 
 def _opened(bases: Sequence[str]) -> AbstractContextManager[Layers]:
     """The base of a delta, and the deltas to it that it is to be taken with."""
-    from mtetool.flows.layers import open_layers
+    from mtetool.sources.layers import open_layers
 
     return open_layers(bases)
 
@@ -210,7 +210,7 @@ def _document(
 
 
 def _tell(guest: str, target: str, file_bytes: int, elapsed: float, result: SaveResult) -> None:
-    from mtetool.flows.layout import UNREACHABLE
+    from mtetool.sources.layout import UNREACHABLE
 
     name = "standard output" if target == "-" else target
     say(f"saved the tags of {size(result.saved_bytes)} of {guest} to {name}")

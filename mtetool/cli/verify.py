@@ -64,8 +64,8 @@ def command(
     With --against every tag is compared with a guest's: status 1 where they differ. Status 3
     when the snapshot marks ranges as missing, or some could not be compared.
     """
-    from mtetool.flows.opening import snapshot_input
     from mtetool.flows.verify import verify, verify_against
+    from mtetool.sources.opening import snapshot_input
 
     check_inputs(
         [*bases, file],

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mtetool.emulator.behaviours import Behaviour, Host
-    from mtetool.emulator.copying import CopyRequest
+    from mtetool.emulator.ioctl import CopyRequest
     from mtetool.emulator.machine import EmulatedKvm, EmulatedVm
     from mtetool.emulator.memory import AddressSpace, MemoryFile
 

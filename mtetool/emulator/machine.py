@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from mtetool import uapi
 from mtetool.emulator.behaviours import Behaviour, Host
-from mtetool.emulator.copying import CopyRequest, check_request, copy_pages
+from mtetool.emulator.ioctl import CopyRequest, check_request, copy_pages
 from mtetool.emulator.memory import AddressSpace
 
 # arch/arm64/kvm/mmu.c, kvm_init_stage2_mmu: the type's low byte is the size of guest addresses.

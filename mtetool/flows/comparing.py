@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from mtetool import loops
 from mtetool.buffers import as_bytes
-from mtetool.flows.copying import Copied, Fill, TagReader
-from mtetool.flows.pieces import constant
-from mtetool.flows.tally import Tally
 from mtetool.snapshot.model import Extent, Missing
+from mtetool.sources.copying import Copied, Fill, TagReader
+from mtetool.sources.pieces import constant
+from mtetool.sources.tally import Tally
 from mtetool.uapi import GRANULE_BYTES
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mtetool.flows.copying import Copied, Fill, Step, cut
-from mtetool.flows.layout import check_aligned, check_inside
-from mtetool.flows.source import TagSource, clip
 from mtetool.snapshot.model import Extent, Missing
+from mtetool.sources.copying import Copied, Fill, Step, cut
+from mtetool.sources.layout import check_aligned, check_inside
+from mtetool.sources.source import TagSource, clip
 from mtetool.tags import as_array, differences, runs
 from mtetool.uapi import GRANULE_BYTES
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
-from mtetool.flows.copying import Copied, Fill
-from mtetool.flows.pieces import constant
-from mtetool.flows.source import TagSource
-from mtetool.flows.tally import Tally
 from mtetool.snapshot.model import Extent, Missing
+from mtetool.sources.copying import Copied, Fill
+from mtetool.sources.pieces import constant
+from mtetool.sources.source import TagSource
+from mtetool.sources.tally import Tally
 from mtetool.tags import as_array, runs
 from mtetool.uapi import GRANULE_BYTES
 

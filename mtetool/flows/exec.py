@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mtetool.attach import companion
-from mtetool.backends.starting import Wish, attach
+from mtetool.backends.kvm.starting import Wish, attach
 from mtetool.errors import (
     GuestError,
     MteUnsupportedError,
@@ -60,7 +60,7 @@ def _start_companion(wish: Wish) -> None:
         companion.accompany(lambda pid: attach(pid, wish))
     except OSError as error:
         # Not needed, and not loaded, for a start that goes well.
-        from mtetool.attach.permission import refusal
+        from mtetool.permission import refusal
 
         raise refusal(os.getpid(), error) from error
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from mtetool.errors import STATUS_OK, STATUS_PARTIAL
-from mtetool.flows.checking import Checked
-from mtetool.flows.copying import Copied, Fill
-from mtetool.flows.layers import Layers
-from mtetool.flows.layout import total_bytes
-from mtetool.flows.pieces import Progress, no_progress
 from mtetool.snapshot.model import Footer, Header, Missing
 from mtetool.snapshot.writer import SnapshotWriter
+from mtetool.sources.checking import Checked
+from mtetool.sources.copying import Copied, Fill
+from mtetool.sources.layers import Layers
+from mtetool.sources.layout import total_bytes
+from mtetool.sources.pieces import Progress, no_progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from mtetool.errors import LayoutError, MisalignedError, UsageError
-from mtetool.flows.layout import Layout, hex_range, merged, without
 from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent
+from mtetool.sources.layout import Layout, hex_range, merged, without
 
 
 class Relocation:

@@ -20,9 +20,13 @@ from mtetool.errors import (
     MtetoolError,
     SignalError,
 )
-from mtetool.flows.allocating import check_allocates_nothing
 from mtetool.flows.comparing import Comparer
-from mtetool.flows.copying import (
+from mtetool.flows.relocation import Relocation, check_fit
+from mtetool.guest import Memslot
+from mtetool.snapshot.model import Extent, Header, Missing
+from mtetool.snapshot.reader import SnapshotReader
+from mtetool.sources.allocating import check_allocates_nothing
+from mtetool.sources.copying import (
     CHUNK_GRANULES,
     Copied,
     Fill,
@@ -31,15 +35,11 @@ from mtetool.flows.copying import (
     tagged_layout,
     write_extent,
 )
-from mtetool.flows.layers import Layers
-from mtetool.flows.layout import Layout, common, hex_range, merged, slots_of, total_bytes
-from mtetool.flows.pieces import Progress, constant, no_progress
-from mtetool.flows.relocation import Relocation, check_fit
-from mtetool.flows.stored import Stored, stored
-from mtetool.flows.tally import Tally
-from mtetool.guest import Memslot
-from mtetool.snapshot.model import Extent, Header, Missing
-from mtetool.snapshot.reader import SnapshotReader
+from mtetool.sources.layers import Layers
+from mtetool.sources.layout import Layout, common, hex_range, merged, slots_of, total_bytes
+from mtetool.sources.pieces import Progress, constant, no_progress
+from mtetool.sources.stored import Stored, stored
+from mtetool.sources.tally import Tally
 from mtetool.streaming import Rows, extent_row
 from mtetool.uapi import GRANULE_BYTES
 

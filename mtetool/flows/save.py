@@ -17,10 +17,13 @@ from mtetool.errors import (
     UsageError,
     errno_name,
 )
-from mtetool.flows.allocating import check_allocates_nothing
-from mtetool.flows.copying import Copied, Fill, Later, TagReader, check_has_tags, check_mte_is_on
 from mtetool.flows.freezing import DEFAULT_SPOOL_BYTES, Spool, held_still
-from mtetool.flows.layout import (
+from mtetool.guest import GuestInfo, Memslot
+from mtetool.snapshot.model import Extent, Header, Missing
+from mtetool.snapshot.writer import SnapshotWriter
+from mtetool.sources.allocating import check_allocates_nothing
+from mtetool.sources.copying import Copied, Fill, Later, TagReader, check_has_tags, check_mte_is_on
+from mtetool.sources.layout import (
     UNREACHABLE,
     Layout,
     check_aligned,
@@ -30,15 +33,12 @@ from mtetool.flows.layout import (
     total_bytes,
     without,
 )
-from mtetool.flows.pieces import Progress, no_progress
-from mtetool.flows.tally import Tally
-from mtetool.guest import GuestInfo, Memslot
-from mtetool.snapshot.model import Extent, Header, Missing
-from mtetool.snapshot.writer import SnapshotWriter
+from mtetool.sources.pieces import Progress, no_progress
+from mtetool.sources.tally import Tally
 from mtetool.uapi import GRANULE_BYTES
 
 if TYPE_CHECKING:
-    from mtetool.flows.layers import Layers
+    from mtetool.sources.layers import Layers
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mtetool import uapi
 from mtetool.errors import errno_name
-from mtetool.flows.patterns import Defect, compare, diagnose, patterns
+from mtetool.flows.selftest_patterns import Defect, compare, diagnose, patterns
 from mtetool.tags import Tags
 from mtetool.vmm.host import HostFacts
 

@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 
 from mtetool.backends.base import Guest
 from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL
-from mtetool.flows.allocating import check_allocates_nothing
-from mtetool.flows.checking import Checked, check
 from mtetool.flows.comparing import Comparer
-from mtetool.flows.copying import Copied, Fill, TagReader, tagged_layout
-from mtetool.flows.layers import Layers
-from mtetool.flows.layout import slots_of, total_bytes
-from mtetool.flows.pieces import Progress, no_progress
-from mtetool.flows.stored import stored
-from mtetool.flows.tally import Tally
 from mtetool.snapshot.model import Extent, Missing
 from mtetool.snapshot.reader import SnapshotReader
+from mtetool.sources.allocating import check_allocates_nothing
+from mtetool.sources.checking import Checked, check
+from mtetool.sources.copying import Copied, Fill, TagReader, tagged_layout
+from mtetool.sources.layers import Layers
+from mtetool.sources.layout import slots_of, total_bytes
+from mtetool.sources.pieces import Progress, no_progress
+from mtetool.sources.stored import stored
+from mtetool.sources.tally import Tally
 
 
 @dataclass

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from mtetool.errors import UnknownVersionError
+from mtetool.files.fields import Fields, pack_map, storable_text, unpack_map
 from mtetool.guest import Memslot, SlotKind
-from mtetool.snapshot.maps import Fields, pack_map, storable_text, unpack_map
 from mtetool.snapshot.model import (
     ADDRESS_LIMIT,
     MAX_CHUNK_GRANULES,

@@ -13,6 +13,7 @@ from mtetool.errors import (
     TruncatedError,
     UnknownVersionError,
 )
+from mtetool.files.kinds import EMULATED_MAGIC
 from mtetool.snapshot.heads import (
     DoneHead,
     TagsHead,
@@ -22,7 +23,6 @@ from mtetool.snapshot.heads import (
     decode_missing,
     decode_tags,
 )
-from mtetool.snapshot.kinds import EMULATED_MAGIC
 from mtetool.snapshot.ledger import Ledger, LedgerError
 from mtetool.snapshot.model import CHUNK_GRANULES, Footer, Header, Missing
 from mtetool.snapshot.records import (

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from mtetool.errors import DamagedError, HostIoError, TruncatedError, host_error
-from mtetool.snapshot.kinds import SNAPSHOT_MAGIC
+from mtetool.files.kinds import SNAPSHOT_MAGIC
 from mtetool.words import counted
 
 MAGIC = SNAPSHOT_MAGIC

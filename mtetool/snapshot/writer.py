@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self, TypeVar
 
 from mtetool.buffers import as_bytes
 from mtetool.errors import HostIoError, LayoutError, RangeError, no_thread
+from mtetool.files.fields import storable_text
 from mtetool.snapshot.frames import BaseTags, Encoded, Encoder
 from mtetool.snapshot.heads import (
     DoneHead,
@@ -28,7 +29,6 @@ from mtetool.snapshot.heads import (
     storable,
 )
 from mtetool.snapshot.ledger import Ledger, LedgerError
-from mtetool.snapshot.maps import storable_text
 from mtetool.snapshot.model import (
     ADDRESS_LIMIT,
     MAX_ERRNO,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtetool import uapi
-from mtetool.attach.permission import own_rights
+from mtetool.permission import own_rights
 from mtetool.vmm.scratch import Kvm
 
 
@@ -21,7 +21,7 @@ class HostFacts:
     """What was found; None where it could not be found out.
 
     `kvm_errno` is 0 when /dev/kvm could be opened. The last four are those of
-    `mtetool.attach.permission.Rights`.
+    `mtetool.permission.Rights`.
     """
 
     machine: str

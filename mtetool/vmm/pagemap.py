@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtetool.vmm import pagewords
-from mtetool.vmm.frames import Frames
+from mtetool.vmm.page_flags import Frames
 
 # include/uapi/linux/fs.h: struct pm_scan_arg and struct page_region.
 _ARGUMENT = struct.Struct("<12Q")

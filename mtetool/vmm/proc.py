@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from mtetool import uapi
-from mtetool.attach import permission
+from mtetool import permission, uapi
 from mtetool.errors import (
     NoSuchProcessError,
     NotAProcessError,

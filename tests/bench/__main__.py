@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mtetool.backends.patterns import PATTERNS
+from mtetool.backends.emu.patterns import PATTERNS
 from mtetool.cli.options import parse_number
 from tests.bench import machine, report
 from tests.bench.contenders import Material, Race

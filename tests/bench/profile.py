@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TypeVar
 
-from mtetool.backends.patterns import PATTERNS
+from mtetool.backends.emu.patterns import PATTERNS
 from mtetool.cli import group
 from mtetool.cli.options import parse_number
 from tests.bench.contenders import Material

@@ -17,7 +17,7 @@ import numpy as np
 
 from mtetool.__main__ import main
 from mtetool.backends import open_guest
-from mtetool.backends.emulator import create_emulated
+from mtetool.backends.emu.guest import create_emulated
 from mtetool.guest import Memslot
 from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtetool.flows.layers import open_layers
 from mtetool.flows.save import SaveOptions, save
 from mtetool.guest import Memslot
+from mtetool.sources.layers import open_layers
 from tests.cli.running import BASE, KIB, make_guest, run, set_tag
 from tests.flows.fakes import PAGE, FakeGuest
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtetool.backends import open_guest
-from mtetool.backends.patterns import PATTERNS, pattern_tags
+from mtetool.backends.emu.patterns import PATTERNS, pattern_tags
 from mtetool.cli import emu
 from mtetool.guest import Memslot
 from tests.cli.running import run, tags_of

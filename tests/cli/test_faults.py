@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtetool.cli.faults import parse_fault
-from mtetool.emulator.faults import Delay, Direction, Fail, Fault, Rate, Vanish
+from mtetool.faults.model import Delay, Direction, Fail, Fault, Rate, Vanish
 from tests.cli.running import BASE, KIB, ROM, Outcome, make_guest, run, same_tags, set_tag
 
 PAGE = 4096

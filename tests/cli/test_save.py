@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mtetool.backends.emulator import EmulatedGuest
+from mtetool.backends.emu.guest import EmulatedGuest
 from mtetool.buffers import TagBuffer
 from mtetool.errors import GuestLostError
 from mtetool.guest import Memslot

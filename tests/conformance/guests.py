@@ -12,7 +12,7 @@ from typing import Protocol
 
 from mtetool.backends import GuestOptions, open_guest
 from mtetool.backends.base import Guest
-from mtetool.backends.emulator import create_emulated
+from mtetool.backends.emu.guest import create_emulated
 from mtetool.guest import Memslot
 
 Slot = tuple[int, int, bool]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtetool.backends.base import Guest
-from mtetool.backends.faulty import Fail, Fault, FaultyGuest
+from mtetool.faults.guest import Fail, Fault, FaultyGuest
 from mtetool.uapi import GRANULE_BYTES
 from tests.conformance.guests import Factory
 

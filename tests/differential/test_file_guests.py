@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mtetool import uapi
 from mtetool.backends import GuestOptions
-from mtetool.backends.emulator import EmulatedGuest, create_emulated, open_emulated
+from mtetool.backends.emu.guest import EmulatedGuest, create_emulated, open_emulated
 from mtetool.emulator import Host
 from mtetool.guest import Memslot
 from mtetool.tags import Tags

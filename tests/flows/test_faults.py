@@ -13,17 +13,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mtetool.backends.faulty import Delay, Fail, Fault, FaultyGuest, Rate, Vanish
 from mtetool.errors import GuestError, MtetoolError
-from mtetool.flows import copying
+from mtetool.faults.guest import Delay, Fail, Fault, FaultyGuest, Rate, Vanish
 from mtetool.flows.diff import Difference, diff
 from mtetool.flows.restore import RestoreOptions, RestoreResult, restore
 from mtetool.flows.save import SaveOptions, SaveResult, save
-from mtetool.flows.source import GuestSource, SnapshotSource
 from mtetool.guest import Memslot
 from mtetool.snapshot.index import IndexedSnapshot
 from mtetool.snapshot.model import Extent, Missing
 from mtetool.snapshot.reader import SnapshotReader
+from mtetool.sources import copying
+from mtetool.sources.source import GuestSource, SnapshotSource
 from mtetool.streaming import Rows
 from mtetool.uapi import GRANULE_BYTES
 from tests.flows.fakes import PAGE, FakeGuest

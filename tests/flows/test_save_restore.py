@@ -27,7 +27,6 @@ from mtetool.errors import (
     TruncatedError,
     UsageError,
 )
-from mtetool.flows.around import ONE_BY_ONE_PAGES
 from mtetool.flows.restore import RestoreOptions, RestoreResult, restore
 from mtetool.flows.save import SaveOptions, SaveResult, save
 from mtetool.flows.verify import verify, verify_against
@@ -35,6 +34,7 @@ from mtetool.guest import GuestInfo, Memslot
 from mtetool.snapshot.model import Extent, Header
 from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.snapshot.writer import SnapshotWriter
+from mtetool.sources.around import ONE_BY_ONE_PAGES
 from mtetool.uapi import GRANULE_BYTES
 from tests.flows.fakes import PAGE, FakeGuest
 

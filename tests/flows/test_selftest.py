@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from mtetool import uapi
 from mtetool.errors import SignalError
-from mtetool.flows.patterns import (
+from mtetool.flows.selftest import CHECK_IDS, Report, selftest
+from mtetool.flows.selftest_patterns import (
     CHANGED,
     NOT_KEPT,
     OVERWRITE,
@@ -28,7 +29,6 @@ from mtetool.flows.patterns import (
     diagnose,
     patterns,
 )
-from mtetool.flows.selftest import CHECK_IDS, Report, selftest
 from mtetool.tags import Tags
 from mtetool.vmm.host import HostFacts
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtetool.backends import GuestOptions
-from mtetool.backends.emulator import EmulatedGuest, create_emulated, open_emulated
+from mtetool.backends.emu.guest import EmulatedGuest, create_emulated, open_emulated
 from mtetool.flows.restore import RestoreOptions, restore
 from mtetool.flows.save import SaveOptions, save
 from mtetool.guest import Memslot

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from mtetool.backends import GuestOptions
-from mtetool.backends.emulated_file import read_header
-from mtetool.backends.emulator import EmulatedGuest, create_emulated, open_emulated
+from mtetool.backends.emu.file import read_header
+from mtetool.backends.emu.guest import EmulatedGuest, create_emulated, open_emulated
 from mtetool.errors import MtetoolError, SnapshotError
 from mtetool.flows.restore import RestoreOptions, restore
 from mtetool.guest import Memslot

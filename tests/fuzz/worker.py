@@ -8,7 +8,9 @@ from pathlib import Path
 
 import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-with atheris.instrument_imports(include=["mtetool.snapshot", "mtetool.flows"]):
+with atheris.instrument_imports(
+    include=["mtetool.files", "mtetool.snapshot", "mtetool.sources", "mtetool.flows"]
+):
     from tests.fuzz.targets import Restorer, read_emulated_guest, read_snapshot
 
 from tests.fuzz.mutate import mutate

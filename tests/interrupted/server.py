@@ -53,18 +53,10 @@ class Request:
 
 def _preload() -> None:
     """Import what the commands import when they run."""
-    from mtetool.backends import asking, patterns, rehearsal  # noqa: F401
-    from mtetool.flows import (  # noqa: F401
-        diff,
-        dump,
-        enable,
-        opening,
-        restore,
-        save,
-        source,
-        verify,
-    )
-    from mtetool.snapshot import frames, output  # noqa: F401
+    from mtetool.backends.emu import opening, patterns  # noqa: F401
+    from mtetool.backends.kvm import memslots  # noqa: F401
+    from mtetool.files import output  # noqa: F401
+    from mtetool.snapshot import frames  # noqa: F401
 
     for name in COMMANDS:
         group.get_command(None, name)  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ _COMMANDS = (
     "exec",
 )
 _FLOWS = ("save", "restore", "diff", "dump", "verify", "enable", "exec")
-_BACKENDS = ("kvm", "process", "emulator", "vms")
+_BACKENDS = ("kvm.guest", "kvm.listing", "proc.guest", "emu.guest")
 MODULES = (
     "mtetool.__main__",
     *(f"mtetool.cli.{name}" for name in _COMMANDS),

@@ -71,7 +71,7 @@ def main() -> None:
         import_module(f"mtetool.cli.{name}")
     for name in ("save", "restore", "diff", "dump", "verify"):
         import_module(f"mtetool.flows.{name}")
-    import_module("mtetool.backends.process")
+    import_module("mtetool.backends.proc.guest")
     print(json.dumps([run(words) for words in json.load(sys.stdin)]))
 
 

@@ -18,7 +18,7 @@ from mtetool import uapi
 from mtetool.attach import memory
 from mtetool.attach.memory import Mapping
 from mtetool.attach.session import Session
-from mtetool.backends import asking
+from mtetool.backends.kvm import memslots as asking
 from mtetool.errors import BusyError
 from mtetool.vmm.scratch import ScratchVm, scratch_vm
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mtetool.attach import alarm, follow, memory, ptrace
-from mtetool.backends.starting import Wish
+from mtetool.backends.kvm.starting import Wish
 from mtetool.flows.exec import exec_vmm
 from tests.lab.stride import deaths_before, turns
 

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 
 from mtetool.attach import alarm, follow, memory, ptrace, stderr
-from mtetool.backends.starting import Wish
+from mtetool.backends.kvm.starting import Wish
 from mtetool.errors import BusyError, MtetoolError
 from mtetool.flows.exec import exec_vmm
 from tests.lab.stride import deaths_before, turns

@@ -34,7 +34,7 @@ _LOADED = (
     "mtetool.cli.save",
     "mtetool.cli.restore",
     "mtetool.cli.enable",
-    "mtetool.backends.kvm",
+    "mtetool.backends.kvm.guest",
     "mtetool.flows.restore",
     "mtetool.flows.save",
 )

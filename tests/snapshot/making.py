@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from mtetool.snapshot.newfile import NewFile, new_file
-from mtetool.snapshot.output import output_file
-from mtetool.snapshot.place import located
+from mtetool.files.newfile import NewFile, new_file
+from mtetool.files.output import output_file
+from mtetool.files.place import located
 
 
 def without_nameless_files(patch: pytest.MonkeyPatch) -> None:

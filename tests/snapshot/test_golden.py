@@ -16,8 +16,8 @@ import pytest
 
 from mtetool.guest import Memslot
 from mtetool.snapshot.model import Extent, Footer, Missing
-from mtetool.snapshot.opening import open_snapshot, read_summary
 from mtetool.snapshot.reader import Piece
+from mtetool.snapshot.summary import open_snapshot, read_summary
 from mtetool.snapshot.writer import SnapshotWriter
 from mtetool.tags import Tags
 from tests.snapshot.forge import BASE, HEADER, PAGE, PAGE_GRANULES, header

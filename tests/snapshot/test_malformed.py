@@ -28,8 +28,8 @@ from mtetool.errors import (
 )
 from mtetool.snapshot.coverage import Coverage, MissingMap, ScatteredError
 from mtetool.snapshot.model import Extent, Missing
-from mtetool.snapshot.opening import open_snapshot, read_range, read_summary
 from mtetool.snapshot.reader import Piece, SnapshotReader
+from mtetool.snapshot.summary import open_snapshot, read_range, read_summary
 from tests.snapshot.forge import (
     BASE,
     PAGE,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mtetool.errors import HostError, HostIoError, SignalError
-from mtetool.snapshot.output import output_file
+from mtetool.files.output import output_file
 from tests.snapshot.making import making, without_nameless_files, write
 
 OLD, NEW = b"old" * 1000, b"new" * 100_000

@@ -20,7 +20,7 @@ from mtetool.errors import (
     NoSuchFileError,
     UsageError,
 )
-from mtetool.snapshot.output import output_file
+from mtetool.files.output import output_file
 from tests.snapshot.making import making, without_nameless_files, write
 
 

@@ -23,8 +23,8 @@ from mtetool.errors import (
     PermissionRefusedError,
     UsageError,
 )
-from mtetool.snapshot.output import output_file
-from mtetool.snapshot.place import located
+from mtetool.files.output import output_file
+from mtetool.files.place import located
 from tests.snapshot.making import making, without_nameless_files, write
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="files of other users need root")

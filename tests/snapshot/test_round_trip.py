@@ -21,8 +21,8 @@ from mtetool.errors import LayoutError, RangeError, SnapshotError, TruncatedErro
 from mtetool.guest import GuestInfo, Memslot
 from mtetool.snapshot.frames import Encoded, Encoder
 from mtetool.snapshot.model import Extent, Footer, Header, Missing
-from mtetool.snapshot.opening import open_snapshot, read_range, read_summary
 from mtetool.snapshot.reader import Piece, SnapshotReader
+from mtetool.snapshot.summary import open_snapshot, read_range, read_summary
 from mtetool.snapshot.writer import SnapshotWriter
 from mtetool.tags import Tags
 from tests.snapshot.forge import (
@@ -537,13 +537,13 @@ def test_open_snapshot_reads_a_file(tmp_path: Path) -> None:
     ("code", "absent"),
     [
         ("import mtetool.snapshot.model", {"numpy", "zstandard", "xxhash", "msgpack"}),
-        ("import mtetool.snapshot.output", {"numpy", "zstandard", "xxhash", "msgpack"}),
+        ("import mtetool.files.output", {"numpy", "zstandard", "xxhash", "msgpack"}),
         (
-            "from mtetool.snapshot.opening import read_summary as r; import sys; r(sys.argv[1])",
+            "from mtetool.snapshot.summary import read_summary as r; import sys; r(sys.argv[1])",
             {"numpy", "zstandard"},
         ),
         (
-            "from mtetool.snapshot.opening import read_summary as r; r('-')",
+            "from mtetool.snapshot.summary import read_summary as r; r('-')",
             {"numpy", "zstandard"},
         ),
     ],

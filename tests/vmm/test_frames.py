@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtetool.vmm import frames
-from mtetool.vmm.frames import Frames
+from mtetool.vmm import page_flags as frames
+from mtetool.vmm.page_flags import Frames
 
 PAGE = mmap.PAGESIZE
 PRESENT, SWAPPED, SHARED = 1 << 63, 1 << 62, 1 << 61

@@ -1,0 +1,42 @@
+"""Emulated guests as the commands meet them: with the faults that they were given."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mtetool.backends.base import Guest
+from mtetool.backends.emu.guest import open_emulated
+from mtetool.errors import NoSuchProcessError
+
+if TYPE_CHECKING:
+    from mtetool.backends import GuestOptions
+
+
+def open_with_faults(path: str, options: GuestOptions) -> Guest:
+    """Open the emulated guest kept in the file `path`, with the faults that it was given.
+
+    Raises NoSuchProcessError, as for a VMM that ended, once a fault made it vanish; and what
+    `open_emulated` raises.
+    """
+    guest = open_emulated(path, options)
+    try:
+        kept = guest.kept_faults()
+    except BaseException:
+        guest.close()
+        raise
+    if kept is None:
+        return guest
+    # Imported here: it needs numpy, and hardly any guest has faults.
+    from mtetool.faults.guest import FaultyGuest
+
+    faulty = FaultyGuest(guest, kept=kept)
+    try:
+        if kept.read().vanished:
+            raise NoSuchProcessError(
+                f"the guest emu:{path} vanished, as a fault has it",
+                hint=f"mtetool emu fault {path} --clear brings it back",
+            )
+    except BaseException:
+        faulty.close()
+        raise
+    return faulty

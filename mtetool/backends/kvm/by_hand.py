@@ -1,0 +1,81 @@
+"""Memslots that the user told by hand, and where in the VMM's own memory they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from mtetool.attach import memory
+from mtetool.attach.helper import PAGE_BYTES
+from mtetool.backends.kvm.placing import Place
+from mtetool.errors import MisalignedError, RangeError, UsageError
+from mtetool.guest import Memslot
+
+
+def check_by_hand(pid: int, memslots: Sequence[Memslot]) -> None:
+    """Memslots told by hand must be ones that process `pid` can have on this host.
+
+    Raises MisalignedError, RangeError.
+    """
+    end = 0
+    for slot in sorted(memslots, key=lambda slot: slot.ipa):
+        named = f"the memslot {slot.ipa:#x}:{slot.size_bytes:#x}"
+        numbers = (slot.ipa, slot.size_bytes, slot.host_address or 0)
+        if any(number % PAGE_BYTES for number in numbers):
+            raise MisalignedError(
+                f"{named} is not a multiple of the host's page size, {PAGE_BYTES} bytes",
+                hint="memslots consist of whole pages; look at the VMM's own configuration",
+            )
+        if slot.ipa < end:
+            raise RangeError(f"{named} overlaps the one before it, which ends at {end:#x}")
+        end = slot.end
+    for _, size_bytes, address in places_by_hand(memslots):
+        _check_is_mapped(pid, address, size_bytes)
+
+
+def _check_is_mapped(pid: int, address: int, size_bytes: int) -> None:
+    at = address
+    # The attach reports it where this user may not look there.
+    with suppress(OSError):
+        for mapping in memory.mappings(pid):
+            if mapping.start <= at < mapping.end and "w" in mapping.flags:
+                at = mapping.end
+        if at < address + size_bytes:
+            raise RangeError(
+                f"process {pid} has not mapped {size_bytes} bytes of memory at {address:#x}:"
+                f" there is none at {at:#x}",
+                hint=f"find the guest's memory in /proc/{pid}/maps, or leave the address out",
+                pid=pid,
+            )
+
+
+def places_by_hand(memslots: Sequence[Memslot]) -> list[Place]:
+    """(ipa, size, address) of the memslots that were told with an address."""
+    return [
+        (slot.ipa, slot.size_bytes, slot.host_address)
+        for slot in memslots
+        if slot.host_address is not None
+    ]
+
+
+def by_hand_and_proven(by_hand: Sequence[Place], proven: Sequence[Place]) -> list[Place]:
+    """What is proven, and what was told by hand where nothing is proven.
+
+    Raises UsageError where they contradict each other.
+    """
+    found = list(proven)
+    for ipa, size_bytes, address in by_hand:
+        there = [
+            place for place in proven if place[0] < ipa + size_bytes and ipa < place[0] + place[1]
+        ]
+        true = {start_address - start for start, _, start_address in there}
+        if true and address - ipa not in true:
+            places = " or ".join(f"{ipa + shift:#x}" for shift in sorted(true))
+            raise UsageError(
+                f"the memslot {ipa:#x}:{size_bytes:#x} is not at {address:#x} of the VMM's memory:"
+                f" the kernel says that it is at {places}",
+                hint="leave the address out: the kernel confirms where this memory is",
+            )
+        # What is proven may be a part of what was told, and the other way round.
+        found.append((ipa, size_bytes, address))
+    return found

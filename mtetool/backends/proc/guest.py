@@ -1,0 +1,262 @@
+"""A process's own memory with tags: `proc:PID`, through ptrace.
+
+Its memslots are its mappings with PROT_MTE, addresses its own; mappings that touch and are alike
+count as one. A copy needs a thread of the process to stand still (`mtetool.attach.visit`) and
+changes nothing else there. What the requests do was measured on Linux 6.12 and 7.3:
+
+- A page that was never touched reads as zeros and stays without memory of its own (a hole of a
+  memfd gets a page).
+- Private memory takes tags whatever its protection: read-only, too (the tracer's right, by
+  FOLL_FORCE). Shared memory that the program may not write is refused; such slots are read-only.
+- An address with a tag in its top byte, and memory that the program was never allowed to read
+  (PROT_NONE, PROT_EXEC alone), make the kernel complain in its log (WARN_ON_ONCE in
+  mte_ptrace_copy_tags): a host with panic_on_warn would go down. So neither is ever asked for:
+  such mappings are slots of the kind "device".
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from mtetool import permission, uapi
+from mtetool.attach.helper import PAGE_BYTES
+from mtetool.attach.ptrace import Tracee
+from mtetool.attach.visit import Visitor
+from mtetool.backends.proc.requests import peek, poke
+from mtetool.backends.proc.smaps import AddressSpace, as_memslots
+from mtetool.buffers import as_bytes
+from mtetool.errors import (
+    AttachRefusedError,
+    BusyError,
+    MteOffError,
+    MteUnsupportedError,
+    SourceError,
+    UsageError,
+    WrongHostError,
+)
+from mtetool.guest import GuestInfo, Memslot
+from mtetool.tags import as_array
+from mtetool.vmm import proc
+
+if TYPE_CHECKING:
+    from mtetool.backends import GuestOptions
+    from mtetool.buffers import TagBuffer
+
+
+def open_process(rest: str, options: GuestOptions) -> ProcessGuest:
+    """Open `PID`, a process of this host.
+
+    Raises WrongHostError, SourceError, UsageError, NoSuchProcessError, NotAProcessError,
+    AttachRefusedError, PermissionRefusedError. Nothing is attached to before the first copy.
+    """
+    if platform.machine() != "aarch64":
+        raise WrongHostError(
+            f"proc:{rest} needs an arm64 host with MTE; this one is {platform.machine()}",
+            hint="run mtetool on the host of the process; emu: works everywhere",
+        )
+    if not rest.isdecimal():
+        raise SourceError(f"proc:{rest} is not of the form proc:PID")
+    if options.memslots or options.qmp:
+        raise UsageError(
+            "--memslot and --qmp are for VMs: the kernel itself tells the memory of a process",
+            hint="parts of it are chosen by --range",
+        )
+    pid = int(rest)
+    if pid == os.getpid():
+        raise AttachRefusedError(
+            f"process {pid} is this mtetool itself, and no process can trace itself", pid=pid
+        )
+    proc.check_is_process(pid, "proc")
+    return ProcessGuest(pid)
+
+
+class ProcessGuest:
+    """A process, its address space as it was when it was opened; a `Guest`."""
+
+    def __init__(self, pid: int) -> None:
+        self.page_size_bytes = PAGE_BYTES
+        self.makes_pages = True
+        self._pid = pid
+        self._program = proc.program(pid)
+        self._space = AddressSpace(pid)
+        self._slots: tuple[Memslot, ...] = ()
+        self._visitor: Visitor | None = None
+        self._frozen_since: float | None = None
+
+    @property
+    def stopped_seconds(self) -> float:
+        """The longest time for which a thread of the process stood still for a copy."""
+        return self._visitor.stopped_seconds if self._visitor else 0.0
+
+    def info(self) -> GuestInfo:
+        """The process: `mte` is whether any of its memory has PROT_MTE now, `name` its program."""
+        self._slots = self._layout()
+        return GuestInfo(
+            source=f"proc:{self._pid}",
+            mte=bool(self._slots),
+            page_size_bytes=self.page_size_bytes,
+            memslots=self._slots,
+            name=self._program,
+            pid=self._pid,
+        )
+
+    def paused(self) -> bool | None:
+        """Whether all threads are stopped, by us or by a signal (SIGSTOP)."""
+        if self._frozen_since is not None:
+            return True
+        return proc.is_stopped(self._pid)
+
+    def freeze(self) -> None:
+        """See `Guest.freeze`: all threads of the process.
+
+        Raises BusyError where its memory is not that of the last `info` any more, too. Other
+        processes that share memory with it run on.
+        """
+        self._frozen_since = time.monotonic()
+        try:
+            self._visits().freeze()
+            if self._slots and self._slots != self._layout():
+                raise BusyError(
+                    f"process {self._pid} mapped or unmapped memory while it was being stopped",
+                    hint="try again, or stop it by a signal first: kill -STOP",
+                    pid=self._pid,
+                )
+        except BaseException:
+            self.thaw()
+            raise
+
+    def thaw(self) -> float:
+        """See `Guest.thaw`."""
+        since, self._frozen_since = self._frozen_since, None
+        if since is None:
+            return 0.0
+        self._visits().thaw()
+        return time.monotonic() - since
+
+    def read_tags(self, ipa: int, out: TagBuffer, *, then_bytes: int = 0) -> int:
+        """See `Guest.read_tags`."""
+        view = as_bytes(out)
+        size_bytes = len(view) * uapi.GRANULE_BYTES
+        self._check(ipa, size_bytes)
+        n_granules = self._space.accessible(ipa, size_bytes) // uapi.GRANULE_BYTES
+        part = as_array(view[:n_granules])
+        return self._copy(ipa, size_bytes, n_granules, lambda tracee: peek(tracee, ipa, part))
+
+    def any_thread_reads(self, ipa: int, size_bytes: int) -> bool:
+        """See `Guest.any_thread_reads`; one copy after the other."""
+        return False
+
+    def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+        """See `Guest.may_be_tagged`; all of it."""
+        yield ipa, size_bytes
+
+    def would_make(self, ranges: Sequence[tuple[int, int]]) -> int:
+        """See `Guest.would_make`; not counted: mtetool(1) says what reading fills."""
+        return 0
+
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
+        """See `Guest.write_tags`; never EBUSY."""
+        view = as_bytes(tags)
+        size_bytes = len(view) * uapi.GRANULE_BYTES
+        self._check(ipa, size_bytes)
+        allowed = min(self._space.accessible(ipa, size_bytes), self._to_readonly(ipa, size_bytes))
+        n_granules = allowed // uapi.GRANULE_BYTES
+        part = as_array(view[:n_granules])
+        return self._copy(ipa, size_bytes, n_granules, lambda tracee: poke(tracee, ipa, part))
+
+    def begin_write(
+        self, ipa: int, tags: TagBuffer, *, then_read: bool = False
+    ) -> Callable[[], int]:
+        """See `Guest.begin_write`; written when it is waited for."""
+        return partial(self.write_tags, ipa, tags)
+
+    def enable_mte(self) -> bool:
+        """False where any memory has tags; else raises MteUnsupportedError."""
+        if self._has_tags():
+            return False
+        raise MteUnsupportedError(
+            f"process {self._pid} ({self._program}) has no memory with tags, and nobody but the"
+            " program itself can change that: it maps its memory with PROT_MTE",
+            hint="with glibc, for a program's heap: GLIBC_TUNABLES=glibc.mem.tagging=3",
+            pid=self._pid,
+        )
+
+    def close(self) -> None:
+        """Let go of the process."""
+        visitor, self._visitor = self._visitor, None
+        try:
+            if visitor is not None:
+                visitor.close()
+        finally:
+            self._space.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _visits(self) -> Visitor:
+        if self._visitor is None:
+            pid = self._pid
+            self._visitor = Visitor(
+                pid,
+                living=lambda: proc.activities(pid),
+                ranked=lambda: proc.threads_to_borrow(pid),
+                check=self._space.check,
+            )
+        return self._visitor
+
+    def _layout(self) -> tuple[Memslot, ...]:
+        return as_memslots(self._space.tagged_mappings())
+
+    def _has_tags(self) -> bool:
+        # Memory that was found is there until the next `info`; none is looked for again.
+        self._slots = self._slots or self._layout()
+        return bool(self._slots)
+
+    def _check(self, ipa: int, size_bytes: int) -> None:
+        """The checks that KVM makes of a request, for a process."""
+        if not self._has_tags():
+            raise MteOffError(
+                f"process {self._pid} ({self._program}) has no memory with tags (PROT_MTE)",
+                hint="its program or allocator has to ask for it; with glibc, for the heap:"
+                " GLIBC_TUNABLES=glibc.mem.tagging=3",
+                pid=self._pid,
+            )
+        misaligned = ipa % self.page_size_bytes or size_bytes % self.page_size_bytes
+        if misaligned or size_bytes > uapi.COPY_LENGTH_MAX:
+            raise OSError(errno.EINVAL, f"{size_bytes} bytes at {ipa:#x} are not to be copied")
+
+    def _to_readonly(self, ipa: int, size_bytes: int) -> int:
+        """How many bytes from `ipa` on come before read-only memory."""
+        behind = (slot.ipa for slot in self._slots if slot.readonly and slot.end > ipa)
+        return max(min(next(behind, ipa + size_bytes), ipa + size_bytes) - ipa, 0)
+
+    def _copy(
+        self, ipa: int, size_bytes: int, n_granules: int, function: Callable[[Tracee], int]
+    ) -> int:
+        if not size_bytes:
+            return 0
+        done = 0
+        if n_granules:
+            try:
+                done = self._visits().visit(function)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise permission.refusal(self._pid, error) from error
+        if not done:
+            raise OSError(errno.EFAULT, f"no tags of process {self._pid} can be copied at {ipa:#x}")
+        return done * uapi.GRANULE_BYTES

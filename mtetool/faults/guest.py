@@ -1,0 +1,241 @@
+"""Any guest, with faults on request: for rehearsing what a guest does once in a thousand days.
+
+    from mtetool.backends.faulty import Fail, Fault, FaultyGuest
+
+    with FaultyGuest(guest, [Fault(Fail(errno.EFAULT), on="write", after=100, times=1)]) as faulty:
+        faulty.write_tags(ipa, tags)
+
+Answers are cut as the kernel cuts them: a fault in the middle of a copy leaves what was completed
+before it, by pages, and its errno is given where nothing was.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+from mtetool.backends.base import Guest
+from mtetool.buffers import as_bytes
+from mtetool.errors import GuestLostError, MtetoolError, errno_name
+from mtetool.faults.model import Delay, Direction, Fail, Fault, Faults, Rate, Vanish
+from mtetool.faults.plan import Plan, Stretch
+from mtetool.guest import GuestInfo
+from mtetool.uapi import COPY_LENGTH_MAX, GRANULE_BYTES
+
+if TYPE_CHECKING:
+    from mtetool.buffers import TagBuffer
+
+__all__ = ["Delay", "Fail", "Fault", "Faults", "FaultyGuest", "Kept", "Rate", "Vanish"]
+
+
+class Kept(Protocol):
+    """Where the faults of a guest are, with what they have seen."""
+
+    def held(self) -> AbstractContextManager[Faults]:
+        """The faults, for this caller alone until the end of the `with`, which keeps changes."""
+        ...
+
+    def close(self) -> None:
+        """Let go. May be called twice."""
+        ...
+
+
+class _InMemory:
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
+
+    @contextmanager
+    def held(self) -> Iterator[Faults]:
+        yield self._faults
+
+    def close(self) -> None:
+        pass
+
+
+# What the kernel says of a whole VM, whichever page is written: of none, too.
+_OF_THE_WHOLE_VM = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+def _refuses_all_writes(faults: Faults) -> int | None:
+    """The errno that every write gets for now; asking for it counts as no copy."""
+    for index, fault in enumerate(faults.ordered):
+        if fault.on == "read" or fault.at or fault.every != 1 or fault.chance < 1.0:
+            continue
+        due = faults.counted[index].pages >= fault.after and not faults.is_spent(index)
+        if due and isinstance(fault.effect, Fail) and fault.effect.errno in _OF_THE_WHOLE_VM:
+            return fault.effect.errno
+    return None
+
+
+class FaultyGuest:
+    """A `Guest` in front of another, which it closes; `faults` fire in copies of tags.
+
+    EIO, and `Vanish`, are told as `kvm:` guests tell them, by GuestLostError: EIO for as long as
+    the fault fires, while a guest that vanished is gone for good. Counters live as long as this
+    object, or in `kept`, which then has the faults too. `sleep` is what slow copies call.
+    """
+
+    def __init__(
+        self,
+        guest: Guest,
+        faults: Iterable[Fault] = (),
+        *,
+        kept: Kept | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._guest = guest
+        self._kept: Kept = kept or _InMemory(Faults.of(faults))
+        self._sleep = sleep
+        self._closed = False
+
+    def faults(self) -> Faults:
+        """The faults, and what they have seen so far."""
+        with self._kept.held() as faults:
+            return deepcopy(faults)
+
+    @property
+    def page_size_bytes(self) -> int:
+        """See `Guest.page_size_bytes`."""
+        return self._guest.page_size_bytes
+
+    @property
+    def makes_pages(self) -> bool:
+        """See `Guest.makes_pages`."""
+        return self._guest.makes_pages
+
+    def any_thread_reads(self, ipa: int, size_bytes: int) -> bool:
+        """False: faults count the pages in their order."""
+        return False
+
+    def info(self) -> GuestInfo:
+        """See `Guest.info`. Raises GuestLostError once it vanished."""
+        self._check_there()
+        return self._guest.info()
+
+    def paused(self) -> bool | None:
+        """See `Guest.paused`. Raises GuestLostError once it vanished."""
+        self._check_there()
+        return self._guest.paused()
+
+    def freeze(self) -> None:
+        """See `Guest.freeze`. Raises GuestLostError once it vanished."""
+        self._check_there()
+        self._guest.freeze()
+
+    def thaw(self) -> float:
+        """See `Guest.thaw`; also where it vanished: nothing is left to run on."""
+        return self._guest.thaw()
+
+    def enable_mte(self) -> bool:
+        """See `Guest.enable_mte`. Raises GuestLostError once it vanished."""
+        self._check_there()
+        return self._guest.enable_mte()
+
+    def read_tags(self, ipa: int, out: TagBuffer, *, then_bytes: int = 0) -> int:
+        """See `Guest.read_tags`; with the faults for reads."""
+        return self._copied("read", self._guest.read_tags, ipa, as_bytes(out))
+
+    def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+        """All of it: a fault may wait where there are no tags."""
+        yield ipa, size_bytes
+
+    def would_make(self, ranges: Sequence[tuple[int, int]]) -> int:
+        """See `Guest.would_make`."""
+        return self._guest.would_make(ranges)
+
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
+        """See `Guest.write_tags`; with the faults for writes."""
+        if not len(as_bytes(tags)):
+            self._check_there()
+            with self._kept.held() as faults:
+                number = _refuses_all_writes(faults)
+            done = self._guest.write_tags(ipa, tags)
+            return done if number is None else self._answer(ipa, 0, Fault(Fail(number)))
+        return self._copied("write", self._guest.write_tags, ipa, as_bytes(tags))
+
+    def begin_write(
+        self, ipa: int, tags: TagBuffer, *, then_read: bool = False
+    ) -> Callable[[], int]:
+        """See `Guest.begin_write`; written when it is waited for."""
+        return partial(self.write_tags, ipa, tags)
+
+    def _copied(
+        self,
+        direction: Direction,
+        copy: Callable[[int, memoryview], int],
+        ipa: int,
+        tags: memoryview,
+    ) -> int:
+        page_bytes, length_bytes = self.page_size_bytes, len(tags) * GRANULE_BYTES
+        misaligned = ipa % page_bytes or length_bytes % page_bytes
+        if self._closed or misaligned or not 0 < length_bytes <= COPY_LENGTH_MAX:
+            self._check_there()
+            return copy(ipa, tags)  # the guest's own answer comes first, as the kernel's checks do
+        with self._kept.held() as faults:
+            if faults.vanished:
+                raise self._gone()
+            stretch = Stretch(direction, ipa, length_bytes // page_bytes, page_bytes)
+            plan = Plan(faults, stretch)
+            # A copy of nothing passes every check, or does not.
+            part = tags[: plan.n_pages * page_bytes // GRANULE_BYTES]
+            done = copy(ipa, part)
+            seconds = plan.settle(done // page_bytes)
+            stopped = plan.stopped_by if done == len(part) * GRANULE_BYTES else None
+        if seconds:
+            self._sleep(seconds)
+        return self._answer(ipa, done, stopped)
+
+    def _answer(self, ipa: int, done: int, stopped: Fault | None) -> int:
+        if stopped is None:
+            return done
+        if isinstance(stopped.effect, Vanish):
+            raise self._gone()
+        if done:
+            return done
+        assert isinstance(stopped.effect, Fail)
+        number = stopped.effect.errno
+        if number == errno.EIO:
+            raise GuestLostError(f"the VM behind {self._name()} is dead (EIO), as a fault has it")
+        raise OSError(number, f"copying tags at {ipa:#x}: {errno_name(number)}, as a fault has it")
+
+    def _check_there(self) -> None:
+        if self._closed:
+            return  # what the guest says to that
+        with self._kept.held() as faults:
+            if faults.vanished:
+                raise self._gone()
+
+    def _gone(self) -> GuestLostError:
+        return GuestLostError(
+            f"{self._name()} vanished while it was worked on, as a fault has it",
+            hint="mtetool emu fault brings an emulated guest back: --clear, or other faults",
+        )
+
+    def _name(self) -> str:
+        try:
+            return self._guest.info().source
+        except MtetoolError:
+            return "the guest"
+
+    def close(self) -> None:
+        """See `Guest.close`: closes the guest behind it too."""
+        self._closed = True
+        self._kept.close()
+        self._guest.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

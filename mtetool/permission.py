@@ -1,0 +1,272 @@
+"""Who may trace whom: what this process may do, and why a process was refused to it.
+
+The kernel says EPERM to everything (`__ptrace_may_access` in kernel/ptrace.c, Yama in
+security/yama/yama_lsm.c); what it looked at can mostly be seen in /proc, and is named here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from mtetool import procfs
+from mtetool.errors import (
+    BusyError,
+    NoSuchProcessError,
+    PermissionRefusedError,
+    errno_name,
+)
+
+# include/uapi/linux/capability.h
+_CAP_SYS_PTRACE = 19
+# The number of the first user namespace: PROC_USER_INIT_INO, include/linux/proc_ns.h.
+_FIRST_USER_NAMESPACE = "user:[4026531837]"
+
+_Reason = Literal[
+    "other-user",
+    "ptrace-scope",
+    "capabilities",
+    "not-dumpable",
+    "user-namespace",
+    "seccomp",
+    "unknown",
+]
+REASONS: tuple[str, ...] = get_args(_Reason)
+"""All values of an error's `reason`; stable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """What this process may do to others; None where it cannot be known.
+
+    `ptrace_scope` is None where the kernel has no Yama. `seccomp` is the mode of this process:
+    0 none, 1 strict, 2 a filter. `first_user_namespace`: not in a namespace of a container.
+    """
+
+    cap_sys_ptrace: bool | None
+    ptrace_scope: int | None
+    seccomp: int | None
+    first_user_namespace: bool | None
+
+
+def own_rights(proc: Path = Path("/proc")) -> Rights:
+    """Look at this process. Raises nothing."""
+    status = status_of("self", proc)
+    capabilities = _number(status.get("CapEff"), 16)
+    namespace = None
+    with suppress(OSError):
+        namespace = str((proc / "self/ns/user").readlink()) == _FIRST_USER_NAMESPACE
+    scope = None
+    with suppress(OSError):
+        scope = _number((proc / "sys/kernel/yama/ptrace_scope").read_text(errors="replace"))
+    return Rights(
+        cap_sys_ptrace=None if capabilities is None else bool(capabilities >> _CAP_SYS_PTRACE & 1),
+        ptrace_scope=scope,
+        seccomp=_number(status.get("Seccomp")),
+        first_user_namespace=namespace,
+    )
+
+
+def status_of(pid: int | str, proc: Path = Path("/proc")) -> dict[str, str]:
+    """The fields of /proc/PID/status; empty where it cannot be read."""
+    try:
+        lines = procfs.lines(proc / str(pid) / "status")
+    except OSError:
+        return {}
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def refusal(pid: int, error: OSError) -> NoSuchProcessError | PermissionRefusedError | BusyError:
+    """The error for a failed attach, with its cause as far as that can be seen."""
+    status = status_of(pid)
+    if error.errno == errno.ESRCH or not status:
+        return NoSuchProcessError(f"process {pid} is gone", pid=pid)
+    if (ended := zombie(pid, status)) is not None:
+        return ended
+    tracer = _tracer_of(pid)
+    if tracer:
+        return BusyError(
+            f"process {pid} is being traced by {_named(tracer)} already, and a thread can have"
+            " only one tracer",
+            hint="let the debugger (or the other mtetool) finish first",
+            pid=pid,
+            tracer=tracer,
+        )
+    return refused(pid, f"attaching to {_named(pid)}", error)
+
+
+def refused(pid: int, asked: str, error: OSError) -> PermissionRefusedError:
+    """The error for what was `asked` of a process and not allowed."""
+    cause = _cause(own_rights(), pid, status_of(pid))
+    return PermissionRefusedError(
+        f"{asked} was refused ({errno_name(error.errno or 0)}): {cause.text}",
+        hint=cause.hint,
+        pid=pid,
+        errno=errno_name(error.errno or 0),
+        reason=cause.id,
+    )
+
+
+def zombie(pid: int, status: dict[str, str]) -> NoSuchProcessError | None:
+    """The error for a process that has ended and is only not collected by its parent yet."""
+    if not status.get("State", "").startswith(("Z", "X")) or _has_threads_left(pid):
+        return None
+    parent = _number(status.get("PPid")) or 0
+    return NoSuchProcessError(
+        f"process {pid} ({status.get('Name', '?')}) has ended; it stays in the list only until its"
+        f" parent, {_named(parent)}, has collected it",
+        hint="what it held in memory went with it: start it again",
+        pid=pid,
+    )
+
+
+def thread_has_ended(pid: int, tid: int) -> bool:
+    """Whether that thread of the process is gone, or about to be."""
+    state = status_of(f"{pid}/task/{tid}").get("State", "X")
+    return state.startswith(("Z", "X"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Cause:
+    """Why it was refused; `text` goes on after a colon."""
+
+    id: _Reason
+    text: str
+    hint: str
+
+
+_AS_ROOT = "run mtetool as root (with CAP_SYS_PTRACE)"
+
+
+def _cause(rights: Rights, pid: int, status: dict[str, str]) -> _Cause:
+    """What of all that the kernel looks at is in the way, the most certain first."""
+    if rights.ptrace_scope == 3:
+        return _Cause(
+            "ptrace-scope",
+            "kernel.yama.ptrace_scope is 3, so that nobody may trace on this host",
+            "only a reboot without that setting changes it",
+        )
+    if rights.cap_sys_ptrace:
+        return _cause_with_capability(rights)
+    user = _user(status)
+    if user is not None and user != os.getuid():
+        return _Cause(
+            "other-user",
+            f"it runs as {_user_name(user)} and mtetool as {_user_name(os.getuid())}, without"
+            " CAP_SYS_PTRACE",
+            f"{_AS_ROOT}, or as {_user_name(user)}",
+        )
+    if rights.ptrace_scope == 2:
+        return _Cause(
+            "ptrace-scope",
+            "kernel.yama.ptrace_scope is 2, which asks for CAP_SYS_PTRACE also of the same user",
+            _AS_ROOT,
+        )
+    if user is not None and _is_protected(pid, user):
+        return _Cause(
+            "not-dumpable",
+            "it is protected against its own user (not dumpable: it changed its user or"
+            " capabilities, asked for that, or its program is not readable)",
+            _AS_ROOT,
+        )
+    if _holds_more(status):
+        return _Cause(
+            "capabilities",
+            "it holds capabilities that mtetool does not have, as in a container",
+            f"{_AS_ROOT}; in a container: --cap-add SYS_PTRACE, or run it on the host",
+        )
+    if rights.ptrace_scope == 1:
+        return _Cause(
+            "ptrace-scope",
+            "kernel.yama.ptrace_scope is 1, which lets a user trace only what the tracing program"
+            " itself has started",
+            f"{_AS_ROOT}, or set kernel.yama.ptrace_scope to 0",
+        )
+    return _cause_unseen(rights)
+
+
+def _cause_with_capability(rights: Rights) -> _Cause:
+    if rights.first_user_namespace is False:
+        return _Cause(
+            "user-namespace",
+            "mtetool runs in a user namespace (a container, unshare), and its rights do not reach"
+            " processes outside of it",
+            "run mtetool on the host itself, or in the VMM's own container",
+        )
+    return _cause_unseen(rights)
+
+
+def _cause_unseen(rights: Rights) -> _Cause:
+    if rights.seccomp:
+        return _Cause(
+            "seccomp",
+            "mtetool itself runs under a seccomp filter, which may deny ptrace",
+            "run mtetool on the host itself, or in a container with --cap-add SYS_PTRACE",
+        )
+    return _Cause(
+        "unknown",
+        "no usual reason can be seen; a security module (SELinux, AppArmor) may forbid it",
+        "look into the kernel's log (dmesg, ausearch -m avc)",
+    )
+
+
+def _user(status: dict[str, str]) -> int | None:
+    """The user a process runs as, as seen from here."""
+    words = status.get("Uid", "").split()
+    return _number(words[1]) if len(words) > 1 else None
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"user {uid}"
+
+
+def _is_protected(pid: int, user: int) -> bool:
+    # The files in /proc/PID of a process that is not dumpable belong to root.
+    try:
+        return Path(f"/proc/{pid}/fd").stat().st_uid != user
+    except OSError:
+        return False
+
+
+def _holds_more(status: dict[str, str]) -> bool:
+    theirs = _number(status.get("CapPrm"), 16)
+    ours = _number(status_of("self").get("CapEff"), 16)
+    return theirs is not None and ours is not None and bool(theirs & ~ours)
+
+
+def _has_threads_left(pid: int) -> bool:
+    # A main thread that ended alone looks like a zombie too.
+    try:
+        return len(list(Path(f"/proc/{pid}/task").iterdir())) > 1
+    except OSError:
+        return False
+
+
+def _tracer_of(pid: int) -> int:
+    """Who traces the process, or one of its threads; 0 where nobody is seen to."""
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return 0
+    tracers = (_number(status_of(task.name, task.parent).get("TracerPid")) for task in tasks)
+    return next((tracer for tracer in tracers if tracer), 0)
+
+
+def _named(pid: int) -> str:
+    name = status_of(pid).get("Name")
+    return f"process {pid} ({name})" if name else f"process {pid}"
+
+
+def _number(text: str | None, base: int = 10) -> int | None:
+    try:
+        return int(text, base) if text is not None else None
+    except ValueError:
+        return None

@@ -1,0 +1,158 @@
+"""Finding the way around guest memory that cannot be copied: where a copy may go on.
+
+The kernel says of one page only that it cannot be copied, never how far that goes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+from mtetool.errors import BusyError, GuestError, errno_name
+from mtetool.snapshot.model import Missing
+from mtetool.sources.layout import UNREACHABLE, Layout
+
+ONE_BY_ONE_PAGES = 1024
+"""How long a stretch of pages that cannot be copied may be for every one of them to be tried.
+
+A memslot that ends early can have 100,000s of them, and each try costs up to a millisecond on a
+real VM, which a guest that was frozen waits for.
+"""
+
+# What is found out at once where every page is tried: whoever waits sees how far it is.
+_STEP_PAGES = 1 << 14
+
+# Answers that are about the request or the whole VM, not about the page asked for:
+# going on to the next page would only collect them again.
+_WHOLE_VM = {
+    errno.EINVAL: "the kernel takes the request for a malformed one; is MTE on for this VM?",
+    errno.EIO: "the VM belongs to another process, or is dead",
+    errno.EBADF: "the VM's file descriptor is gone",
+    errno.ENOTTY: "what was asked is not a VM, or its kernel has no KVM_ARM_MTE_COPY_TAGS",
+    errno.EPERM: "the kernel does not permit it",
+    errno.EACCES: "the kernel does not permit it",
+}
+
+Transfer = Callable[[int, int], int]
+"""Copies the tags of so many bytes from an address on, and returns the bytes done."""
+
+
+class Gap(NamedTuple):
+    """What cannot be copied; of its pages, how many failed and how many were not tried."""
+
+    missing: Missing
+    failed_pages: int
+    untried_pages: int
+
+
+def way_around(
+    transfer: Transfer,
+    at: int,
+    end: int,
+    error: OSError,
+    layout: Layout,
+    *,
+    writing: bool,
+    insist: bool,
+) -> Gap:
+    """What is missing from `at` on, where a copy failed with nothing done.
+
+    With `insist` every page is tried, however many there are.
+    """
+    number = error.errno or errno.EIO
+    raise_for_whole_vm(number, at, writing=writing)
+    slot = layout.slot_at(at)
+    if layout.slots and (slot is None or slot.kind == "device"):
+        # The layout says where the next memory is: nothing needs to be tried.
+        stop = slot.end if slot else layout.next_start(at) or end
+        missing = Missing(at, min(stop, end) - at, number, _reason(number, at, layout, writing))
+        return Gap(missing, 0, 0)
+    page = layout.page_size_bytes
+    limit = min(slot.end if slot else end, end)
+    if insist:
+        limit = min(limit, at + _STEP_PAGES * page)
+    stop, failed = first_that_answers(transfer, at, limit, page, insist=insist)
+    reason = _reason(number, at, layout, writing)
+    untried = (stop - at) // page - failed
+    if untried:
+        reason += f"; {failed:,} of these {failed + untried:,} pages were tried"
+    return Gap(Missing(at, stop - at, number, reason), failed, untried)
+
+
+def first_that_answers(
+    transfer: Transfer, start: int, end: int, page_bytes: int, *, insist: bool = False
+) -> tuple[int, int]:
+    """The first page behind `start` that can be copied (else `end`), and how many cannot.
+
+    The page at `start` is known to fail. Those after it are tried one by one; where
+    `ONE_BY_ONE_PAGES` have failed, without `insist`, at doubling distances, then bisecting back.
+    Good pages between two failing tries can be missed there; the count lets the caller say so.
+    """
+    failed = 1
+
+    def answers(ipa: int) -> bool:
+        nonlocal failed
+        try:
+            return transfer(ipa, page_bytes) > 0
+        except OSError as error:
+            raise_for_whole_vm(error.errno or errno.EIO, ipa, writing=False)
+            failed += 1
+            return False
+
+    bad = start
+    while insist or failed <= ONE_BY_ONE_PAGES:
+        if bad + page_bytes >= end:
+            return end, failed
+        if answers(bad + page_bytes):
+            return bad + page_bytes, failed
+        bad += page_bytes
+    distance = bad - start
+    while True:
+        distance *= 2
+        good = min(start + distance, end - page_bytes)
+        if good <= bad:
+            return end, failed
+        if answers(good):
+            break
+        bad = good
+    while good - bad > page_bytes:
+        middle = bad + (good - bad) // page_bytes // 2 * page_bytes
+        if answers(middle):
+            good = middle
+        else:
+            bad = middle
+    return good, failed
+
+
+def raise_for_whole_vm(number: int, ipa: int, *, writing: bool) -> None:
+    name = errno_name(number)
+    verb = "written" if writing else "read"
+    if number == errno.EBUSY:
+        raise BusyError(
+            f"tags cannot be {verb} at {ipa:#x}: {name}: the VM logs dirty pages",
+            hint="a migration, snapshot or dirty-rate measurement is under way in the VMM:"
+            " let it end (QMP: query-migrate, query-dirty-rate), then try again",
+            ipa=ipa,
+            errno=name,
+        )
+    if number in _WHOLE_VM:
+        raise GuestError(
+            f"tags cannot be {verb} at {ipa:#x}: {name}: {_WHOLE_VM[number]}",
+            ipa=ipa,
+            errno=name,
+        )
+
+
+def _reason(number: int, ipa: int, layout: Layout, writing: bool) -> str:
+    slot = layout.slot_at(ipa)
+    if layout.slots and slot is None:
+        return "no memslot there"
+    if slot is not None and slot.kind == "device":
+        return f"tags that cannot be reached: {UNREACHABLE}"
+    if writing and slot is not None and (slot.readonly or slot.kind == "rom"):
+        return "read-only"
+    if number == errno.EFAULT:
+        return "no memory that the host can reach"
+    return os.strerror(number)

@@ -1,0 +1,366 @@
+"""Copying tags out of a guest and into one, around what cannot be copied (`flows.around`).
+
+The kernel answers a copy with what it completed, and with an errno only when that is nothing
+(Documentation/virt/kvm/api.rst, KVM_ARM_MTE_COPY_TAGS). So a copy that came back short is
+asked again at the place where it stopped, which gives the errno.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from mtetool.backends.base import Guest
+from mtetool.buffers import prepared
+from mtetool.errors import GuestError, errno_name
+from mtetool.guest import Memslot
+from mtetool.snapshot.model import Extent, Missing
+from mtetool.sources.around import Transfer, raise_for_whole_vm, way_around
+from mtetool.sources.layout import Layout, layout_of
+from mtetool.uapi import GRANULE_BYTES
+
+CHUNK_GRANULES = 4 << 20
+"""4 MiB of tag bytes, 64 MiB of guest memory: the fastest size that was measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """Tags that were read, one byte a granule, in a buffer that is written again later.
+
+    By the next step, or where the reader has several buffers, when their turn comes again. With
+    `over_base`, of a delta, they are the exclusive-or of the tags and those of its base.
+    """
+
+    ipa: int
+    tags: memoryview
+    over_base: bool = False
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of guest memory."""
+        return len(self.tags) * GRANULE_BYTES
+
+
+def check_mte_is_on(guest: Guest) -> None:
+    """Raise MteOffError for a guest without MTE, whatever its layout and its snapshot are.
+
+    Before anything else is asked of it: where nothing has to be read (memory that was never
+    touched, an empty snapshot) no copy would say so.
+    """
+    guest.read_tags(0, bytearray())  # a copy of nothing passes every check, or says why not
+
+
+def check_has_tags(layout: Layout, name: str) -> None:
+    """Raise GuestError for a guest without any memory that has tags."""
+    if not layout.taggable:
+        raise GuestError(
+            f"{name} has no memory that carries tags",
+            hint="see its memslots with: mtetool emu show, or name them with --memslot IPA:SIZE",
+        )
+
+
+def tagged_layout(guest: Guest, name: str, otherwise: Sequence[Memslot] | None = None) -> Layout:
+    """The layout of a guest that has tags; `otherwise` is that of `layout_of`.
+
+    Raises MteOffError, GuestError for a guest without memory, LayoutUnknownError.
+    """
+    check_mte_is_on(guest)
+    layout = layout_of(guest, otherwise)
+    check_has_tags(layout, name)
+    return layout
+
+
+def check_takes_tags(guest: Guest, ipa: int) -> None:
+    """Raise what a write of tags at `ipa` would raise for any memory; nothing is written.
+
+    PermissionRefusedError where this user may not write to the guest, BusyError while it logs
+    dirty pages, GuestError.
+    """
+    try:
+        guest.write_tags(ipa, bytearray())
+    except OSError as error:
+        number = error.errno or errno.EIO
+        raise_for_whole_vm(number, ipa, writing=True)
+        raise GuestError(
+            f"no tags can be written: {os.strerror(number)} ({errno_name(number)})",
+            errno=errno_name(number),
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Granules that all have one tag, as many as one likes: nothing was read for them."""
+
+    ipa: int
+    size_bytes: int
+    tag: int
+    over_base: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """Tags that whoever needs them reads, in a thread of its own."""
+
+    ipa: int
+    size_bytes: int
+    read: Callable[[memoryview], None]
+    """Fills a buffer of one byte a granule. Raises OSError where not all can be read."""
+
+
+Step = Copied | Fill | Missing
+"""What reading gives: each has `ipa` and `size_bytes` of guest memory."""
+
+
+class TagReader:
+    """Reads a guest's tags in chunks, into `n_buffers` buffers that are used in turn.
+
+    (Fresh buffers a chunk cost more than the copy: they are faulted in each time.) With `insist`
+    every page is tried of what cannot be read, however long that is.
+    """
+
+    def __init__(
+        self,
+        guest: Guest,
+        layout: Layout,
+        *,
+        chunk_granules: int = CHUNK_GRANULES,
+        n_buffers: int = 1,
+        insist: bool = False,
+    ) -> None:
+        self._guest = guest
+        self._insist = insist
+        self.failed_pages = 0
+        """Pages that were tried and cannot be read."""
+        self.untried_pages = 0
+        """Pages that were taken for such without a try, beside those that failed."""
+        self._layout = layout
+        page = layout.page_size_bytes
+        self._chunk_bytes = -(-chunk_granules * GRANULE_BYTES // page) * page
+        # Faulted in now: a guest may be waiting, paused, from the first copy on.
+        n_granules = self._chunk_bytes // GRANULE_BYTES
+        self._buffers = [prepared(n_granules) for _ in range(n_buffers)]
+        self._zeros = memoryview(bytes(n_granules))
+
+    def read(self, extents: Iterable[Extent], *, every_page: bool = False) -> Iterator[Step]:
+        """The tags of `extents` (page-aligned), in their order, and what could not be read.
+
+        Every page of the extents is in exactly one of the results. What the guest says cannot
+        be tagged is not read, unless `every_page` is true; results are cut at the same places
+        either way, every chunk from the extent's start. Raises GuestError when the guest is gone
+        or refuses as a whole.
+        """
+        for step in self._read_all(extents, every_page, later=False):
+            assert not isinstance(step, Later)
+            yield step
+
+    def read_later(
+        self, extents: Iterable[Extent], *, every_page: bool = False
+    ) -> Iterator[Step | Later]:
+        """As `read`, but chunks that can be read by any thread are left to others."""
+        return self._read_all(extents, every_page, later=True)
+
+    def _read_all(
+        self, extents: Iterable[Extent], every_page: bool, *, later: bool
+    ) -> Iterator[Step | Later]:
+        for extent in extents:
+            whole = [(extent.ipa, extent.size_bytes)]
+            parts = whole if every_page else self._guest.may_be_tagged(*whole[0])
+            yield from self._read(extent, _Ahead(parts), later=later)
+
+    def _read(self, extent: Extent, parts: _Ahead, *, later: bool) -> Iterator[Step | Later]:
+        at = extent.ipa
+        while at < extent.end:
+            # Where the chunk ends: on the extent's own grid, whatever is left out.
+            behind = at + self._chunk_bytes - (at - extent.ipa) % self._chunk_bytes
+            behind = min(behind, extent.end)
+            part = parts.at_or_behind(at)
+            if part is None or part.ipa >= behind:
+                stop = extent.end
+                if part is not None:
+                    stop = part.ipa - (part.ipa - extent.ipa) % self._chunk_bytes
+                yield Fill(at, stop - at, 0)
+                at = stop
+                continue
+            if later and self._guest.any_thread_reads(at, behind - at):
+                yield self._later(at, behind, parts)
+                at = behind
+                continue
+            stop, error = self._read_chunk(at, behind, parts)
+            if stop > at:
+                tags = self._buffers[0][: (stop - at) // GRANULE_BYTES]
+                self._buffers.append(self._buffers.pop(0))
+                yield Copied(at, tags)
+                at = stop
+            if error is not None:
+                part = parts.at_or_behind(at)
+                end = part.end if part is not None else extent.end
+                missing = self._around(at, end, error)
+                yield missing
+                at += missing.size_bytes
+
+    def _around(self, at: int, end: int, error: OSError) -> Missing:
+        gap = way_around(
+            self._probe, at, end, error, self._layout, writing=False, insist=self._insist
+        )
+        self.failed_pages += gap.failed_pages
+        self.untried_pages += gap.untried_pages
+        return gap.missing
+
+    def _later(self, start: int, end: int, parts: _Ahead) -> Later:
+        here: list[tuple[int, int]] = []
+        at = start
+        while at < end and (part := parts.at_or_behind(at)) is not None and part.ipa < end:
+            here.append((max(part.ipa, at), min(part.end, end)))
+            at = here[-1][1]
+
+        def read(out: memoryview) -> None:
+            done = start
+            for first, stop in [*here, (end, end)]:
+                _slice(out, start, done, first)[:] = _slice(self._zeros, done, done, first)
+                part = _slice(out, start, first, stop)
+                if part and self._guest.read_tags(first, part) != stop - first:
+                    raise OSError(errno.EFAULT, "not all of it can be read")
+                done = stop
+
+        return Later(start, end - start, read)
+
+    def _read_chunk(self, start: int, end: int, parts: _Ahead) -> tuple[int, OSError | None]:
+        """Read into the first buffer: up to where, and what kept it from the end."""
+        at = start
+        while at < end:
+            room = self._buffers[0][(at - start) // GRANULE_BYTES :]
+            part = parts.at_or_behind(at)
+            if part is None or part.ipa > at:
+                stop = end if part is None else min(part.ipa, end)
+                n_granules = (stop - at) // GRANULE_BYTES
+                room[:n_granules] = self._zeros[:n_granules]
+                at = stop
+                continue
+            size_bytes = min(part.end, end) - at
+            then_bytes = max(part.end - end, 0)
+            try:
+                done = self._guest.read_tags(
+                    at, room[: size_bytes // GRANULE_BYTES], then_bytes=then_bytes
+                )
+            except OSError as error:
+                return at, error
+            _check_completed(done, size_bytes, at, self._layout)
+            at += done
+        return at, None
+
+    def _probe(self, ipa: int, size_bytes: int) -> int:
+        return self._guest.read_tags(ipa, self._buffers[0][: size_bytes // GRANULE_BYTES])
+
+    def read_granules(
+        self, extents: Iterable[Extent], *, every_page: bool = False
+    ) -> Iterator[Step]:
+        """As `read`, for extents of whole granules: the pages around them are read."""
+        page = self._layout.page_size_bytes
+        for extent in extents:
+            stop = extent.end
+            first = extent.ipa // page * page
+            around = Extent(first, -(-stop // page) * page - first)
+            for step in self.read([around], every_page=every_page):
+                start = max(step.ipa, extent.ipa)
+                size_bytes = min(step.ipa + step.size_bytes, stop) - start
+                yield cut(step, start, size_bytes)
+
+
+def _slice(tags: memoryview, ipa: int, start: int, stop: int) -> memoryview:
+    """The part for [start, stop) of tags that begin at `ipa`."""
+    return tags[(start - ipa) // GRANULE_BYTES : (stop - ipa) // GRANULE_BYTES]
+
+
+def cut(step: Step, ipa: int, size_bytes: int) -> Step:
+    """The part of a step from `ipa` on; whole granules inside of it."""
+    if not isinstance(step, Copied):
+        return replace(step, ipa=ipa, size_bytes=size_bytes)
+    offset = (ipa - step.ipa) // GRANULE_BYTES
+    tags = step.tags[offset : offset + size_bytes // GRANULE_BYTES]
+    return Copied(ipa, tags, step.over_base)
+
+
+class _Ahead:
+    """Ascending ranges, looked at one ahead."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        self._ranges = iter(ranges)
+        self._next: Extent | None = None
+        self._ended = False
+
+    def at_or_behind(self, ipa: int) -> Extent | None:
+        """The first range that ends behind `ipa`; None where there is none."""
+        while not self._ended and (self._next is None or self._next.end <= ipa):
+            found = next(self._ranges, None)
+            if found is None:
+                self._ended = True
+                self._next = None
+            else:
+                self._next = Extent(*found)
+        return self._next
+
+
+def write_extent(
+    guest: Guest,
+    ipa: int,
+    tags: memoryview,
+    layout: Layout,
+    *,
+    then_read: bool = False,
+    insist: bool = False,
+) -> Iterator[Extent | Missing]:
+    """Begin to write `tags` from `ipa` on (both page-aligned), as `Guest.begin_write` does.
+
+    The steps of the result do the rest: what was written, and what could not be. With `then_read`
+    each of them is read back before the next. With `insist` every page is tried of what cannot be
+    written. They raise BusyError while the VM logs dirty pages,
+    GuestError when the guest is gone.
+    """
+    chunk_bytes = CHUNK_GRANULES * GRANULE_BYTES
+
+    def write(at: int, size_bytes: int) -> int:
+        first = (at - ipa) // GRANULE_BYTES
+        return guest.write_tags(at, tags[first : first + size_bytes // GRANULE_BYTES])
+
+    whole = Extent(ipa, len(tags) * GRANULE_BYTES)
+    begun = guest.begin_write(ipa, tags[:CHUNK_GRANULES], then_read=then_read)
+    return _walk(write, whole, layout, chunk_bytes, begun, insist=insist)
+
+
+def _walk(
+    transfer: Transfer,
+    extent: Extent,
+    layout: Layout,
+    chunk_bytes: int,
+    begun: Callable[[], int],
+    *,
+    insist: bool,
+) -> Iterator[Extent | Missing]:
+    """Write an extent chunk by chunk, the first of which was begun.
+
+    Each result is done with before the next call.
+    """
+    at, end = extent.ipa, extent.end
+    while at < end:
+        size_bytes = min(chunk_bytes, end - at)
+        try:
+            done = begun() if at == extent.ipa else transfer(at, size_bytes)
+        except OSError as error:
+            gap = way_around(transfer, at, end, error, layout, writing=True, insist=insist)
+            yield gap.missing
+            at += gap.missing.size_bytes
+            continue
+        _check_completed(done, size_bytes, at, layout)
+        yield Extent(at, done)
+        at += done
+
+
+def _check_completed(done: int, size_bytes: int, at: int, layout: Layout) -> None:
+    if not 0 < done <= size_bytes or done % layout.page_size_bytes:
+        raise GuestError(
+            f"the copy of {size_bytes} bytes at {at:#x} answered {done}, which is no"
+            " length it can have completed",
+            ipa=at,
+        )

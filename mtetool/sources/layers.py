@@ -1,0 +1,206 @@
+"""A snapshot and the deltas to it, read as one: what a delta does not have comes from below."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import BinaryIO
+
+from mtetool import loops
+from mtetool.errors import BaseNeededError, DamagedError, LayoutError, UsageError, host_error
+from mtetool.snapshot.index import IndexedSnapshot
+from mtetool.snapshot.model import Extent, Header, Missing
+from mtetool.snapshot.reader import SnapshotReader
+from mtetool.snapshot.summary import display_name, opened
+from mtetool.sources.checking import Checked, check
+from mtetool.sources.copying import Copied, Fill, Step
+from mtetool.sources.layout import common, merged, without
+from mtetool.sources.pieces import Progress, constant, no_progress
+from mtetool.sources.source import SnapshotSource, seekable_stream
+from mtetool.sources.tally import Tally
+from mtetool.uapi import GRANULE_BYTES
+
+
+@contextmanager
+def open_layers(paths: Sequence[str]) -> Iterator[Layers]:
+    """Open snapshots as one: a base, a delta to it, a delta to that, and so on.
+
+    The first may be a delta as well; then so are all of them together. "-" is standard input.
+    Raises what opening a snapshot raises, and BaseNeededError where one is no delta to that
+    before it.
+    """
+    with ExitStack() as stack:
+        streams = []
+        for path in paths:
+            name = display_name(path)
+            stream = stack.enter_context(opened(path))
+            streams.append((stack.enter_context(seekable_stream(stream, name)), name))
+        yield Layers(streams)
+
+
+class Layers:
+    """Several snapshots, each a delta to the one before; a `TagSource`.
+
+    Every record that is read has its checksum compared; `check` looks at all of them.
+    """
+
+    def __init__(self, streams: Sequence[tuple[BinaryIO, str]]) -> None:
+        self._streams = streams
+        snapshots = [IndexedSnapshot.of(stream, name) for stream, name in streams]
+        self._sources = [
+            SnapshotSource(snapshot, name)
+            for snapshot, (_, name) in zip(snapshots, streams, strict=True)
+        ]
+        headers = [snapshot.header for snapshot in snapshots]
+        for number, below in enumerate(headers[:-1]):
+            _check_on(below, streams[number][1], headers[number + 1], streams[number + 1][1])
+        scopes = merged([extent for header in headers for extent in header.scope])
+        self.header: Header = replace(
+            headers[-1],
+            base_id=headers[0].base_id,
+            scope=tuple(scopes),
+            chunk_granules=max(header.chunk_granules for header in headers),
+        )
+        self.consistent = snapshots[-1].footer.consistent
+        self.name = streams[-1][1]
+        self.page_size_bytes = self.header.page_size_bytes
+        self._lock = threading.Lock()
+        self._missing: tuple[Missing, ...] = ()
+
+    @property
+    def missing(self) -> tuple[Missing, ...]:
+        """What is missing in the end; known once `check` was done."""
+        return self._missing
+
+    def need_whole(self) -> None:
+        """Raise BaseNeededError where the first of them is a delta too."""
+        if self.header.base_id is not None:
+            name = self._streams[0][1]
+            raise BaseNeededError(
+                f"{name} is a delta to the snapshot {self.header.base_id}, which is not here",
+                hint="name that before it; mtetool info says the id of a snapshot",
+                base_id=self.header.base_id,
+            )
+
+    def extents(self) -> list[Extent]:
+        """See `TagSource.extents`."""
+        return list(self.header.scope)
+
+    def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
+        """See `TagSource.read`; steps are over the base where that is not here."""
+        for extent in extents:
+            yield from self._read(len(self._sources) - 1, extent)
+
+    def steps(self) -> Iterator[Step]:
+        """All tags, in order of address."""
+        return self.read(self.header.scope)
+
+    def check(self, *, progress: Progress = no_progress) -> Checked:
+        """Check every byte of every snapshot, and find out what is missing in the end."""
+        n_pieces = stored_bytes = 0
+        for stream, name in self._streams:
+            try:
+                stream.seek(0)
+            except OSError as error:
+                raise host_error(error, f"{name}: seeking failed") from error
+            found = check(SnapshotReader(stream, name), progress=progress)
+            n_pieces += found.n_pieces
+            stored_bytes += found.stored_bytes
+        self._missing = tuple(step for step in self.steps() if isinstance(step, Missing))
+        missing: Tally[Missing] = Tally()
+        for item in self._missing:
+            missing.add(item)
+        gone = [Extent(item.ipa, item.size_bytes) for item in self._missing]
+        held = without(list(self.header.scope), gone)
+        return Checked(self.header, held, missing, n_pieces, stored_bytes)
+
+    def fill_in(self, ipa: int, out: memoryview) -> bool:
+        """Write the tags from `ipa` on to `out`; False where not all of them are here.
+
+        May be called by several threads at a time.
+        """
+        extent = Extent(ipa, len(out) * GRANULE_BYTES)
+        with self._lock:
+            for step in self.read([extent]):
+                if isinstance(step, Missing) or step.over_base:
+                    return False
+                first = (step.ipa - ipa) // GRANULE_BYTES
+                n_granules = step.size_bytes // GRANULE_BYTES
+                tags = step.tags if isinstance(step, Copied) else constant(step.tag, n_granules)
+                out[first : first + n_granules] = tags
+        return True
+
+    def changed_by(self, fill: Fill) -> list[tuple[Extent, int]]:
+        """The parts of a range, and how many granules there have another tag than `fill`."""
+        with self._lock:
+            return [
+                (Extent(step.ipa, step.size_bytes), self._count_others(step, fill.tag))
+                for step in self.read([Extent(fill.ipa, fill.size_bytes)])
+            ]
+
+    def _count_others(self, step: Step, tag: int) -> int:
+        n_granules = step.size_bytes // GRANULE_BYTES
+        if isinstance(step, Missing) or step.over_base:
+            return n_granules
+        if isinstance(step, Fill):
+            return 0 if step.tag == tag else n_granules
+        if tag:
+            loops.xor(step.tags, constant(tag, n_granules))
+        return loops.scan(step.tags, self.page_size_bytes // GRANULE_BYTES)[1]
+
+    def _read(self, level: int, extent: Extent) -> Iterator[Step]:
+        source = self._sources[level]
+        mine = common([extent], source.extents())
+        others = without([extent], mine)
+        for part in sorted([*mine, *others], key=lambda part: part.ipa):
+            if level and part in others:
+                yield from self._read(level - 1, part)
+                continue
+            for step in source.read([part]):
+                if level and not isinstance(step, Missing) and step.over_base:
+                    yield from self._resolved(level, step)
+                else:
+                    yield step
+
+    def _resolved(self, level: int, step: Copied | Fill) -> Iterator[Step]:
+        """A step over the layer below, together with that."""
+        extent = Extent(step.ipa, step.size_bytes)
+        if isinstance(step, Fill):
+            yield from self._read(level - 1, extent)
+            return
+        for below in self._read(level - 1, extent):
+            first = (below.ipa - step.ipa) // GRANULE_BYTES
+            tags = step.tags[first : first + below.size_bytes // GRANULE_BYTES]
+            if isinstance(below, Missing):
+                raise DamagedError(
+                    f"{self._streams[level][1]} changes tags at {below.ipa:#x} that its base"
+                    f" does not have: {below.reason}",
+                    ipa=below.ipa,
+                )
+            if isinstance(below, Copied):
+                loops.xor(tags, below.tags)
+            elif below.tag:
+                loops.xor(tags, constant(below.tag, len(tags)))
+            yield Copied(below.ipa, tags, below.over_base)
+
+
+def _check_on(below: Header, below_name: str, above: Header, name: str) -> None:
+    if above.base_id is None:
+        raise UsageError(
+            f"{name} is a whole snapshot, no delta to {below_name}",
+            hint="a base comes first, and behind it deltas only",
+        )
+    if above.base_id != below.snapshot_id:
+        raise BaseNeededError(
+            f"{name} is a delta to the snapshot {above.base_id}, and {below_name} is"
+            f" {below.snapshot_id}",
+            hint="name the snapshots in the order in which they were saved, none left out",
+            base_id=above.base_id,
+        )
+    if above.page_size_bytes != below.page_size_bytes:
+        raise LayoutError(
+            f"{name} is of pages of {above.page_size_bytes} bytes, and its base {below_name}"
+            f" of {below.page_size_bytes}"
+        )

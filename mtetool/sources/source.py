@@ -1,0 +1,251 @@
+"""One way to read tags from whatever has them: a guest, a snapshot file, a pipe."""
+
+from __future__ import annotations
+
+import heapq
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import BinaryIO, Protocol, cast
+
+from mtetool.backends import GuestOptions, is_guest, open_guest
+from mtetool.backends.base import Guest
+from mtetool.errors import BaseNeededError, host_error
+from mtetool.snapshot.index import Entry, IndexedSnapshot
+from mtetool.snapshot.model import Extent, Missing
+from mtetool.snapshot.reader import SnapshotReader
+from mtetool.snapshot.summary import display_name, is_seekable, opened
+from mtetool.sources.allocating import check_allocates_nothing
+from mtetool.sources.copying import Copied, Fill, Step, TagReader, cut, tagged_layout
+from mtetool.sources.layout import check_aligned, check_inside, common, merged
+from mtetool.uapi import GRANULE_BYTES
+
+
+class TagSource(Protocol):
+    """What has tags for some extents of guest memory."""
+
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+        ...
+
+    @property
+    def page_size_bytes(self) -> int:
+        """The page size of the guest's host."""
+        ...
+
+    def extents(self) -> list[Extent]:
+        """The memory that it speaks of, in order of address."""
+        ...
+
+    def check(self, extents: Sequence[Extent]) -> None:
+        """Raise WouldAllocateError where reading these makes memory that nobody asked for."""
+        ...
+
+    def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
+        """The tags of ascending extents of whole granules, in order of address.
+
+        Every granule of the extents is in exactly one of the results, whose tags are valid
+        until the next step. Raises GuestError, SnapshotError.
+        """
+        ...
+
+
+def asked(source: TagSource, ranges: Sequence[Extent]) -> list[Extent]:
+    """What to read of a source: the ranges that were asked for, or all of it.
+
+    Raises MisalignedError for parts of granules, RangeError for a range outside all of it,
+    WouldAllocateError.
+    """
+    extents = held = merged(source.extents())
+    if ranges:
+        check_aligned(ranges, GRANULE_BYTES, "granule")
+        check_inside(ranges, held, source.name)
+        extents = merged(ranges)
+    source.check(extents)
+    return extents
+
+
+@contextmanager
+def open_source(
+    source: str, options: GuestOptions | None = None, *, every_page: bool = False
+) -> Iterator[TagSource]:
+    """Open a guest (`emu:PATH`, `kvm:PID`, `proc:PID`), a snapshot file, or standard input for "-".
+
+    With `every_page` all of a guest is read, even where that allocates memory.
+    Raises what opening those raises; LayoutUnknownError for a guest without a layout.
+    """
+    if is_guest(source):
+        with open_guest(source, options) as guest:
+            yield GuestSource(guest, source, every_page=every_page)
+        return
+    name = display_name(source)
+    with opened(source) as stream, seekable_stream(stream, name) as seekable:
+        snapshot = IndexedSnapshot.of(seekable, name)
+        base_id = snapshot.header.base_id
+        if base_id is not None:
+            raise BaseNeededError(
+                f"{source} is a delta to the snapshot {base_id}, and says nothing without it",
+                hint="make one of the two: mtetool merge BASE DELTA -o WHOLE",
+                base_id=base_id,
+            )
+        yield SnapshotSource(snapshot, source)
+
+
+@contextmanager
+def seekable_stream(stream: BinaryIO, name: str) -> Iterator[BinaryIO]:
+    """The stream of a snapshot, or a checked copy of one that comes through a pipe."""
+    if is_seekable(stream):
+        yield stream
+        return
+    with _spool(stream, name) as spool:
+        yield spool
+
+
+class GuestSource:
+    """The tags that a guest has now."""
+
+    def __init__(self, guest: Guest, name: str, *, every_page: bool = False) -> None:
+        self.name = name
+        self.page_size_bytes = guest.page_size_bytes
+        self._guest = guest
+        self._every_page = every_page
+        self._layout = tagged_layout(guest, name)
+        self._reader = TagReader(guest, self._layout, insist=every_page)
+
+    def extents(self) -> list[Extent]:
+        """See `TagSource.extents`: all slots but those of devices."""
+        return self._layout.taggable
+
+    def check(self, extents: Sequence[Extent]) -> None:
+        """See `TagSource.check`."""
+        check_allocates_nothing(self._guest, extents, self.name, every_page=self._every_page)
+
+    def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
+        """See `TagSource.read`."""
+        return self._reader.read_granules(extents, every_page=self._every_page)
+
+
+class SnapshotSource:
+    """The tags of a snapshot in a file, read by its index."""
+
+    def __init__(self, snapshot: IndexedSnapshot, name: str) -> None:
+        self.name = name
+        self.page_size_bytes = snapshot.header.page_size_bytes
+        self._snapshot = snapshot
+        self._entries = list(_in_force(snapshot.entries()))
+        self._starts = [extent.ipa for extent, _ in self._entries]
+
+    def extents(self) -> list[Extent]:
+        """See `TagSource.extents`: the scope of the snapshot."""
+        return list(self._snapshot.header.scope)
+
+    def check(self, extents: Sequence[Extent]) -> None:
+        """See `TagSource.check`: a file is only read."""
+
+    def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
+        """See `TagSource.read`."""
+        for extent in extents:
+            at = extent.ipa
+            entries = islice(self._entries, max(bisect_right(self._starts, at) - 1, 0), None)
+            current = next(entries, None)
+            while at < extent.end:
+                while current is not None and current[0].end <= at:
+                    current = next(entries, None)
+                if current is None or current[0].ipa > at:
+                    stop = min(extent.end, current[0].ipa if current else extent.end)
+                    yield Missing(at, stop - at, None, "not in the snapshot")
+                else:
+                    stop = min(extent.end, current[0].end)
+                    yield self._load(current[1], Extent(at, stop - at))
+                at = stop
+
+    def _load(self, entry: Entry, part: Extent) -> Step:
+        record = self._snapshot.load(entry)
+        step: Step
+        if isinstance(record, Missing):
+            step = record
+        elif record.fill is not None:
+            step = Fill(record.ipa, record.size_bytes, record.fill, record.over_base)
+        else:
+            step = Copied(record.ipa, record.tags(), record.over_base)
+        return cut(step, part.ipa, part.size_bytes)
+
+
+def _in_force(entries: Iterable[Entry]) -> Iterator[tuple[Extent, Entry]]:
+    """Which record counts where, in order of address: a later one replaces earlier ones."""
+    by_ipa = sorted(
+        ((entry.ipa, entry.ipa + entry.size_bytes, -number, entry))
+        for number, entry in enumerate(entries)
+    )
+    # The record with the highest number is on top; those that ended are dropped late.
+    open_now: list[tuple[int, int, Entry]] = []
+    at = index = 0
+    while index < len(by_ipa) or open_now:
+        if not open_now:
+            at = by_ipa[index][0]
+        while index < len(by_ipa) and by_ipa[index][0] <= at:
+            _, end, number, entry = by_ipa[index]
+            heapq.heappush(open_now, (number, end, entry))
+            index += 1
+        while open_now and open_now[0][1] <= at:
+            heapq.heappop(open_now)
+        if not open_now:
+            continue
+        _, end, entry = open_now[0]
+        stop = min(end, by_ipa[index][0]) if index < len(by_ipa) else end
+        yield Extent(at, stop - at), entry
+        at = stop
+
+
+class _Copying:
+    """A stream that keeps a copy of what is read from it."""
+
+    def __init__(self, stream: BinaryIO, copy: BinaryIO) -> None:
+        self._stream = stream
+        self._copy = copy
+
+    def read(self, n_bytes: int = -1) -> bytes:
+        data = self._stream.read(n_bytes)
+        with _about_spool():
+            self._copy.write(data)
+        return data
+
+
+@contextmanager
+def _spool(stream: BinaryIO, name: str) -> Iterator[BinaryIO]:
+    """A snapshot from a pipe in a file without a name, checked on the way there.
+
+    What is no snapshot ends at its first bytes, and fills no disk.
+    """
+    with _about_spool():
+        spool = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
+    # Closed by hand: what `with` would flush once more behind an error is not wanted.
+    try:
+        for _ in SnapshotReader(cast(BinaryIO, _Copying(stream, spool)), name):
+            pass
+        with _about_spool():
+            spool.seek(0)
+        yield spool
+    finally:
+        with suppress(OSError):
+            spool.close()
+
+
+@contextmanager
+def _about_spool() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = "a snapshot from a pipe needs room in a directory for temporary files, which failed"
+        told = host_error(error, what)
+        told.hint = "another directory: TMPDIR=DIRECTORY mtetool ...; or save to a file first"
+        raise told from error
+
+
+def clip(source: TagSource, within: Sequence[Extent] | None) -> list[Extent]:
+    """The extents of a source, cut to `within`."""
+    held = merged(source.extents())
+    return held if within is None else common(held, within)

@@ -1,0 +1,276 @@
+"""Asking the kernel for memslots: what happens where the kernel is not as it has to be."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import cast
+
+import pytest
+from hypothesis import event, example, given
+from hypothesis import strategies as st
+
+from mtetool import uapi
+from mtetool.attach import memory
+from mtetool.attach.helper import PAGE_BYTES
+from mtetool.attach.memory import Mapping
+from mtetool.attach.session import Session
+from mtetool.backends.kvm import memslots as asking
+from mtetool.backends.kvm.placing import Guess
+from mtetool.errors import BusyError, GuestLostError, LayoutUnknownError
+from mtetool.guest import Memslot
+from tests.backends.kvm.test_placing import Slot, machines
+
+
+class FakeSession:
+    """A process whose kernel gives the same answer to every ioctl."""
+
+    pid = os.getpid()
+
+    def __init__(self, answer: int) -> None:
+        self.answer = answer
+        self.sizes: list[int] = []
+
+    def mappings(self) -> list[Mapping]:
+        return memory.mappings(self.pid)
+
+    def ioctl(self, fd: int, request: int, argument: bytes) -> int:
+        assert (fd, request) == (7, uapi.KVM_SET_USER_MEMORY_REGION)
+        self.sizes.append(uapi.KVM_MEMORY_REGION_STRUCT.unpack(argument)[3])
+        return self.answer
+
+
+def ask(session: FakeSession) -> None:
+    asking.memslots_of(cast(Session, session), 7)
+
+
+def test_kernel_that_may_take_it_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "_kernel_refuses", lambda: False)
+    session = FakeSession(0)
+    with pytest.raises(LayoutUnknownError, match="must refuse"):
+        ask(session)
+    assert session.sizes == []
+
+
+def test_slot_that_was_made_after_all_is_deleted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "_kernel_refuses", lambda: True)
+    session = FakeSession(0)
+    with pytest.raises(LayoutUnknownError, match="answered"):
+        ask(session)
+    assert len(session.sizes) == 2
+    assert session.sizes[1] == 0
+
+
+def test_dead_vm_and_no_slots_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "_kernel_refuses", lambda: True)
+    with pytest.raises(GuestLostError):
+        ask(FakeSession(-errno.EIO))
+    with pytest.raises(LayoutUnknownError, match="as if there were none"):
+        ask(FakeSession(-errno.EFAULT))
+
+
+MIB, GIB = 1 << 20, 1 << 30
+VVAR = 0xFFFF_0000_0000
+MAIN = 0x7000_0000_0000
+# (ipa, size, address, flags) by id.
+SLOTS = {
+    0: (GIB, 256 * MIB, MAIN, 0),
+    1: (0, 64 * MIB, MAIN + GIB, uapi.KVM_MEM_READONLY),
+    3: (128 * MIB, 2 * MIB, MAIN + 2 * GIB, 0),
+}
+Slots = dict[int, tuple[int, int, int, int]]
+
+
+class Vmm(FakeSession):
+    """A process whose kernel knows memslots, and fails where it would change any."""
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__(0)
+        self.slots = dict(slots)
+        self.then: Callable[[Vmm], None] = lambda vmm: None
+
+    def ioctl(self, fd: int, request: int, argument: bytes) -> int:
+        super().ioctl(fd, request, argument)
+        self.then(self)
+        slot, flags, ipa, size, address = uapi.KVM_MEMORY_REGION_STRUCT.unpack(argument)
+        own = self.slots.get(slot)
+        if own is not None and (size, address, flags) != own[1:]:
+            return -errno.EINVAL
+        for number, (at, length, *_) in self.slots.items():
+            if number != slot and at < ipa + size and ipa < at + length:
+                return -errno.EEXIST
+        assert own is None, "it would be moved"
+        if ipa + size > 1 << 40:
+            return -errno.EFAULT
+        assert address <= VVAR < address + size, "it would be made"
+        return -errno.EINVAL
+
+    def places(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+        maps = [Mapping(at, at + size, "rw-p", 0, "") for _, size, at, _ in SLOTS.values()]
+        maps += [Mapping(VVAR, VVAR + PAGE_BYTES, "r--p", 0, "[vvar]")]
+        monkeypatch.setattr("mtetool.attach.memory.mappings", lambda pid: maps)
+        monkeypatch.setattr(asking, "_kernel_refuses", lambda: True)
+        monkeypatch.setattr(asking, "_kernel_confirms", lambda: True)
+        return asking.places_of(cast(Session, self), 7, None)
+
+
+def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    vmm = Vmm(SLOTS)
+    places = vmm.places(monkeypatch)
+    assert places == sorted((ipa, size, address) for ipa, size, address, _ in SLOTS.values())
+    slots = tuple(Memslot(0, ipa, size) for ipa, size, *_ in SLOTS.values())
+    found = asking.places_of(cast(Session, vmm), 7, tuple(sorted(slots, key=lambda s: s.ipa)))
+    assert found == places
+
+
+def test_kernel_that_may_move_a_slot_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "_kernel_confirms", lambda: False)
+    session = FakeSession(0)
+    with pytest.raises(LayoutUnknownError, match="may move"):
+        asking.places_of(cast(Session, session), 7, ())
+    assert session.sizes == []
+
+
+def test_the_only_slot_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "_kernel_confirms", lambda: True)
+    session = FakeSession(0)
+    assert asking.places_of(cast(Session, session), 7, (Memslot(0, 0, GIB),)) == []
+    assert session.sizes == []
+
+
+@pytest.mark.parametrize("change", ["added", "gone", "moved", "another", "renamed"])
+def test_what_changes_meanwhile_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    new: Slots = {
+        "added": {**SLOTS, 2: (GIB * 8, GIB, MAIN + 9 * GIB, 0)},
+        "gone": {0: SLOTS[0], 1: SLOTS[1]},
+        "moved": {**SLOTS, 3: (160 * MIB, *SLOTS[3][1:])},
+        "another": {**SLOTS, 3: (SLOTS[3][0], SLOTS[3][1], MAIN + 5 * GIB, 0)},
+        "renamed": {0: SLOTS[0], 1: SLOTS[1], 2: SLOTS[3]},
+    }[change]
+    vmm = Vmm(SLOTS)
+    confirms = asking._Asking.confirms
+
+    def changing(self: asking._Asking, guess: Guess) -> bool:
+        found = confirms(self, guess)
+        if guess.slot_id == 3 and found:
+            vmm.slots = dict(new)
+        return found
+
+    monkeypatch.setattr(asking._Asking, "confirms", changing)
+    assert vmm.places(monkeypatch) == []
+
+
+class MovingVmm(Vmm):
+    """A process that removes what is in the way in the very moment of a question."""
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__(slots)
+        self.removed = 0
+        self.calls_while_moved = 0
+
+    def ioctl(self, fd: int, request: int, argument: bytes) -> int:
+        slot, flags, ipa, size, address = uapi.KVM_MEMORY_REGION_STRUCT.unpack(argument)
+        own = self.slots.get(slot)
+        if own is None or (size, address, flags) != own[1:]:
+            self.calls_while_moved += self.removed
+            return super().ioctl(fd, request, argument)
+        there = [
+            number
+            for number, (at, length, *_) in self.slots.items()
+            if number != slot and at < ipa + size and ipa < at + length
+        ]
+        if there and not self.removed:
+            self.removed = len(there)
+            for number in there:
+                del self.slots[number]
+            there = []
+        if there:
+            return -errno.EEXIST
+        self.slots[slot] = (ipa, *own[1:])
+        return 0
+
+
+# Two slots of one size touch, and the only place for the question overlaps one of them.
+_TWINS = [
+    Slot(0, 0, MIB, MAIN),
+    Slot(1, MIB, MIB, MAIN + 18 * MIB),
+    Slot(2, 3 * MIB, MIB, MAIN + 19 * MIB),
+    Slot(3, 5 * MIB, 16 * MIB, MAIN + 20 * MIB),
+    Slot(4, 21 * MIB, 16 * MIB, MAIN + MIB),
+]
+_TWINS_MEMORY = [(MAIN, MAIN + 17 * MIB), (MAIN + 18 * MIB, MAIN + 36 * MIB)]
+
+
+@given(machines(), st.booleans())
+@example((_TWINS, _TWINS_MEMORY), False)
+def test_a_slot_that_was_moved_is_put_back(
+    machine: tuple[list[Slot], list[tuple[int, int]]], is_told: bool
+) -> None:
+    slots, memory = machine
+    known = {
+        slot.id: (slot.ipa, slot.size, slot.address, uapi.KVM_MEM_READONLY * slot.readonly)
+        for slot in slots
+    }
+    vmm = MovingVmm(known)
+    told = [(slot.ipa, slot.size, slot.address) for slot in slots] if is_told else []
+    with pytest.MonkeyPatch.context() as patch:
+        maps = [Mapping(start, end, "rw-p", 0, "") for start, end in memory]
+        maps += [Mapping(VVAR, VVAR + PAGE_BYTES, "r--p", 0, "[vvar]")]
+        patch.setattr("mtetool.attach.memory.mappings", lambda pid: maps)
+        patch.setattr(asking, "_kernel_refuses", lambda: True)
+        patch.setattr(asking, "_kernel_confirms", lambda: True)
+        moved = False
+        try:
+            asking.places_of(cast(Session, vmm), 7, None, told)
+        except BusyError:
+            moved = True
+            event(f"put back, told: {is_told}")
+    assert moved is bool(vmm.removed)
+    # What the VMM did not remove is where it was.
+    assert all(vmm.slots[number] == known[number] for number in vmm.slots)
+    assert len(vmm.slots) == len(known) - vmm.removed
+
+
+def test_the_very_next_call_puts_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    vmm = MovingVmm(SLOTS)
+    with pytest.raises(BusyError, match="put back to 0x40000000"):
+        vmm.places(monkeypatch)
+    assert vmm.calls_while_moved == 0
+    assert vmm.slots[0] == SLOTS[0]
+
+
+def test_blockers_that_are_gone_end_the_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the question is asked that could move a slot then."""
+    vmm = Vmm(SLOTS)
+    asked: list[Guess] = []
+    confirms = asking._Asking.confirms
+
+    def without_the_others(self: asking._Asking, guess: Guess) -> bool:
+        asked.append(guess)
+        vmm.slots = {0: SLOTS[0]}
+        return confirms(self, guess)
+
+    monkeypatch.setattr(asking._Asking, "confirms", without_the_others)
+    assert vmm.places(monkeypatch) == []
+    assert len(asked) == 1
+
+
+def test_a_layout_that_was_told_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not the kernel's would not say what is in the way."""
+    main = Memslot(0, *SLOTS[0][:2])
+    for layout in ([main], [main, Memslot(1, 0, MIB)], [main, Memslot(1, 4 * GIB, MIB)]):
+        vmm = Vmm(SLOTS)
+        vmm.places(monkeypatch)
+        told = [(ipa, size, address) for ipa, size, address, _ in SLOTS.values()]
+        found = asking.places_of(cast(Session, vmm), 7, layout, told)
+        assert found == ([] if len(layout) < 2 else sorted(told))
+    vmm = Vmm(SLOTS)
+    vmm.places(monkeypatch)
+    vmm.sizes.clear()
+    layout = [Memslot(0, ipa, size) for ipa, size, *_ in SLOTS.values()]
+    assert asking.places_of(cast(Session, vmm), 7, layout, told) == sorted(told)
+    print(len(vmm.sizes), "questions")
+    assert len(vmm.sizes) < 100
