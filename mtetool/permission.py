@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from mtetool import procfs
 from mtetool.errors import (
     BusyError,
     NoSuchProcessError,
     PermissionRefusedError,
     errno_name,
 )
+from mtetool.procfs import status_of
 
 # include/uapi/linux/capability.h
 _CAP_SYS_PTRACE = 19
@@ -70,15 +70,6 @@ def own_rights(proc: Path = Path("/proc")) -> Rights:
         seccomp=_number(status.get("Seccomp")),
         first_user_namespace=namespace,
     )
-
-
-def status_of(pid: int | str, proc: Path = Path("/proc")) -> dict[str, str]:
-    """The fields of /proc/PID/status; empty where it cannot be read."""
-    try:
-        lines = procfs.lines(proc / str(pid) / "status")
-    except OSError:
-        return {}
-    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def refusal(pid: int, error: OSError) -> NoSuchProcessError | PermissionRefusedError | BusyError:

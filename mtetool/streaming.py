@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mtetool.snapshot.model import Extent
+    from mtetool.guest import Extent
 
 # What is joined to one piece: one write a row is ten times slower.
 _BATCH_ROWS = 4096

@@ -11,6 +11,10 @@ import struct
 GRANULE_BYTES = 16
 TAG_MAX = 15
 
+# --- arm64: arch/arm64/Kconfig, ARM64_*_PAGES -----------------------------------------------
+PAGE_SIZES = (4 << 10, 16 << 10, 64 << 10)
+"""The page sizes that kernels are built with, in bytes."""
+
 # --- ioctl numbers: include/uapi/asm-generic/ioctl.h --------------------------------------
 _IOC_NONE, _IOC_WRITE, _IOC_READ = 0, 1, 2
 

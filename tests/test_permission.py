@@ -11,7 +11,8 @@ import pytest
 
 from mtetool import permission
 from mtetool.errors import NoSuchProcessError, PermissionRefusedError
-from mtetool.permission import Rights, own_rights, refusal, status_of
+from mtetool.permission import Rights, own_rights, refusal
+from mtetool.procfs import status_of
 
 EPERM = OSError(errno.EPERM, "Operation not permitted")
 PLAIN = Rights(cap_sys_ptrace=False, ptrace_scope=0, seccomp=0, first_user_namespace=True)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from mtetool import permission
-from mtetool.attach import gadgets, memory, restart, seccomp
+from mtetool import procfs
+from mtetool.attach import gadgets, restart, seccomp
 from mtetool.backends.proc import smaps
 from mtetool.backends.proc.smaps import tagged_mappings
-from mtetool.vmm import pagemap, proc
+from mtetool.vmm import proc
 
 # All that Python takes for the end of a line.
 ENDS = ("\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029")
@@ -57,11 +57,9 @@ def test_names_of_files_do_not_break_lines(tmp_path: Path, end: str) -> None:
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ),
         ):
             shown = str(path).replace("\n", "\\012")
-            found = memory.mappings(os.getpid())
+            found = procfs.mappings(os.getpid())
             assert [m.name for m in found].count(shown) == 1
             assert all(m.start < m.end and len(m.flags) == 4 for m in found)
-            text = os.fsdecode(Path("/proc/self/maps").read_bytes())
-            assert [m.name for m in pagemap._parsed(text)].count(shown) == 1
             space = smaps.AddressSpace(os.getpid())
             assert space.tagged_mappings() == []
             assert [m.name for m in space._mappings()].count(shown) == 1
@@ -70,10 +68,10 @@ def test_names_of_files_do_not_break_lines(tmp_path: Path, end: str) -> None:
 
 def test_odd_lines_of_maps_are_passed_over() -> None:
     lines = ["", "x", "0-1", "0-1 r", "0-1 r-xp 0 0:0", "z-y r-xp 0 0:0 0", "0-1 r-xp 0 0:0 z n"]
-    assert memory.parsed(lines) == []
+    assert procfs.parsed(lines) == []
     assert list(tagged_mappings([*lines, "VmFlags: mt"])) == []
     good = "1000-2000 r-xp 00000000 00:00 7 /a b"
-    assert memory.parsed([*lines, good]) == [memory.Mapping(0x1000, 0x2000, "r-xp", 7, "/a b")]
+    assert procfs.parsed([*lines, good]) == [procfs.Mapping(0x1000, 0x2000, "r-xp", 7, "/a b")]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +86,7 @@ def test_odd_lines_of_maps_are_passed_over() -> None:
 )
 def test_names_of_programs_do_not_lie(name: str) -> None:
     with _named(name) as pid:
-        status = permission.status_of(pid)
+        status = procfs.status_of(pid)
         assert (status["Tgid"], status["State"][:1] in "RSD") == (str(pid), True)
         assert proc.inner_tids(pid) == {pid}
         assert proc.uid_of(pid) == os.getuid()
@@ -123,7 +121,7 @@ def test_code_is_searched_within_bounds(tmp_path: Path) -> None:
     with path.open("rb") as file:
         huge = mmap.mmap(file.fileno(), 1 << 38, prot=mmap.PROT_READ | mmap.PROT_EXEC)
         small = mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC)
-    ours = [m for m in memory.mappings(os.getpid()) if m.name == str(path)]
+    ours = [m for m in procfs.mappings(os.getpid()) if m.name == str(path)]
     assert sorted(m.end - m.start for m in ours) == [4096, 1 << 38]
     ours.sort(key=lambda m: m.start - m.end)
     assert gadgets._find_exit(os.getpid(), ours) == ours[1].start

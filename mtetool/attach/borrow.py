@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from mtetool import procfs
 from mtetool.attach import gadgets, memory, restart, seccomp, signal_frame, steps
 from mtetool.attach.gadgets import Gadgets
 from mtetool.attach.ptrace import (
@@ -307,7 +308,7 @@ def _has_room(pid: int, tracee: Tracee, low: int, high: int) -> bool:
     So it must be one whose end is known: the main thread's, the one that holds the thread's
     TLS (as C libraries make them), or one with a guard page below it (as coroutines have).
     """
-    maps = memory.mappings(pid)
+    maps = procfs.mappings(pid)
     for below, m in zip([None, *maps], maps, strict=False):
         if m.start <= low and high <= m.end and m.flags.startswith("rw"):
             tls = tracee.regset(NT_ARM_TLS)
@@ -321,7 +322,6 @@ def _has_room(pid: int, tracee: Tracee, low: int, high: int) -> bool:
 def state_letter(task: Path) -> str:
     """A thread's state as /proc/PID/task/TID/stat has it: R, S, T, Z, …; X where it is gone."""
     try:
-        stat = (task / "stat").read_text(errors="replace")
+        return procfs.stat_of(task)[0]
     except OSError:
         return "X"
-    return stat.rpartition(")")[2].split()[0]

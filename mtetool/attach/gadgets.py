@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
+from mtetool import procfs
 from mtetool.attach import memory
 from mtetool.errors import AttachRefusedError
 
@@ -55,7 +56,7 @@ def find(pid: int) -> Gadgets:
     Raises AttachRefusedError where the vDSO lacks one of the two that are needed, or may not be
     executed.
     """
-    maps = memory.mappings(pid)
+    maps = procfs.mappings(pid)
     vdso = next((m for m in maps if m.name == "[vdso]" and "x" in m.flags), None)
     code = _code(pid, vdso, _VDSO_BYTES) if vdso else b""
     svc_ret = find_aligned(code, _SVC_RET)
@@ -68,7 +69,7 @@ def find(pid: int) -> Gadgets:
     return Gadgets(vdso.start + svc_ret, vdso.start + sigreturn, _find_exit(pid, maps))
 
 
-def _find_exit(pid: int, maps: list[memory.Mapping]) -> int | None:
+def _find_exit(pid: int, maps: list[procfs.Mapping]) -> int | None:
     # The C library ends its threads this way; only file-backed text is searched. What bears such a
     # name need not be one: a process can map a file of any size, as often as it likes.
     left = _LIBRARY_BYTES
@@ -84,7 +85,7 @@ def _find_exit(pid: int, maps: list[memory.Mapping]) -> int | None:
     return None
 
 
-def _code(pid: int, mapping: memory.Mapping, limit_bytes: int) -> bytes:
+def _code(pid: int, mapping: procfs.Mapping, limit_bytes: int) -> bytes:
     """What is in the mapping; nothing where that is more, or is not there (behind a file's end)."""
     size = mapping.end - mapping.start
     try:

@@ -37,6 +37,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NoReturn
 
+from mtetool import procfs
 from mtetool.attach.stops import Stops
 from mtetool.errors import HostError, errno_name, no_thread
 
@@ -277,7 +278,7 @@ def _call_yourself(title: str) -> None:
     name = ctypes.create_string_buffer(_NAME.encode())
     _libc.prctl(_PR_SET_NAME, ctypes.addressof(name), 0, 0, 0)
     # Fields 48 and 49 of /proc/PID/stat: where the command line lies.
-    fields = Path("/proc/self/stat").read_text(errors="replace").rpartition(")")[2].split()
+    fields = procfs.stat_of("/proc/self")
     start, end = int(fields[45]), int(fields[46])
     if 0 < start < end:
         text = title.encode()[: end - start - 1]
@@ -317,6 +318,6 @@ def _look(tasks: Path) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for tid in sorted(os.listdir(tasks)):  # noqa: PTH208 - one call
         with suppress(OSError):
-            fields = (tasks / tid / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            fields = procfs.stat_of(tasks / tid)
             found.append((tid, fields[0], fields[11], fields[12]))
     return found

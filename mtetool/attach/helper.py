@@ -14,12 +14,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from mtetool import procfs
 from mtetool.attach import memory, seccomp, signal_frame, steps
 from mtetool.attach.borrow import BorrowedThread, run_call, state_letter
 from mtetool.attach.gadgets import Gadgets
 from mtetool.attach.ptrace import Registers, Tracee
 from mtetool.errors import AttachRefusedError, BusyError
-from mtetool.permission import status_of
+from mtetool.procfs import status_of
 
 # System call numbers: include/uapi/asm-generic/unistd.h
 _NR_IOCTL, _NR_EXIT, _NR_RT_SIGRETURN = 29, 93, 139
@@ -223,7 +224,7 @@ def remove_leftovers(thread: BorrowedThread, length: int) -> None:
     memory: a run that had mapped it then, and is alive, traces a thread now.
     """
     steps.enter("leftovers")
-    mappings = memory.mappings(thread.pid)
+    mappings = procfs.mappings(thread.pid)
     if _others_traced(thread.pid, thread.tid):
         return
     for mapping in mappings:

@@ -1,4 +1,4 @@
-"""Another process's memory: its map, and copies from and to it that need no stop.
+"""Another process's memory: copies from and to it that need no stop.
 
 Copies go by process_vm_readv(2): it respects the pages' protection, so that nothing
 read-only is ever written by mistake.
@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import dataclass
 
-from mtetool import procfs
 from mtetool.attach import steps
 
 
@@ -73,31 +69,3 @@ def write_from(pid: int, address: int, data: memoryview) -> None:
     # ctypes gives the address of writable buffers only.
     ours = bytearray(data) if data.readonly else data
     _transfer(True, pid, address, ctypes.addressof(ctypes.c_char.from_buffer(ours)), len(data))
-
-
-@dataclass(frozen=True, slots=True)
-class Mapping:
-    """A line of /proc/PID/maps: [start, end), `rwxp` flags, inode and name."""
-
-    start: int
-    end: int
-    flags: str
-    inode: int
-    name: str
-
-
-def mappings(pid: int) -> list[Mapping]:
-    """The process's mappings in order of address. Raises OSError."""
-    return parsed(procfs.lines(f"/proc/{pid}/maps"))
-
-
-def parsed(lines: Iterable[str]) -> list[Mapping]:
-    """The mappings in lines as those of /proc/PID/maps."""
-    result = []
-    for line in lines:
-        fields = line.split(None, 5)
-        with suppress(ValueError, IndexError):  # an empty line at the end, and what is no mapping
-            start, end = (int(word, 16) for word in fields[0].split("-"))
-            name = fields[5] if len(fields) > 5 else ""
-            result.append(Mapping(start, end, fields[1], int(fields[4]), name))
-    return result

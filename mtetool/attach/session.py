@@ -19,6 +19,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
+from mtetool import procfs
 from mtetool.attach import memory, seccomp, steps
 from mtetool.attach.borrow import BorrowedThread
 from mtetool.attach.exclusion import alone
@@ -125,10 +126,10 @@ class Session:
         """Copy `data` to the transfer buffer, from there on. Raises GuestLostError."""
         self._copy(memory.write_from, data, offset)
 
-    def mappings(self) -> list[memory.Mapping]:
+    def mappings(self) -> list[procfs.Mapping]:
         """The process's mappings. Raises GuestLostError."""
         try:
-            return memory.mappings(self.pid)
+            return procfs.mappings(self.pid)
         except (FileNotFoundError, ProcessLookupError) as error:
             raise self._gone() from error
 

@@ -3,39 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import cast
 
-from mtetool.backends.base import Guest
 from mtetool.errors import SourceError
 from mtetool.files.kinds import FileKind, kind_of
-from mtetool.guest import GuestInfo, Memslot
+from mtetool.guest import Guest, GuestOptions
 from mtetool.words import quoted
-
-__all__ = [
-    "Guest",
-    "GuestInfo",
-    "GuestOptions",
-    "Memslot",
-    "guest_files",
-    "is_guest",
-    "open_files",
-    "open_guest",
-]
-
-
-@dataclass(frozen=True, slots=True)
-class GuestOptions:
-    """What the user told about a guest besides its name.
-
-    `memslots` replaces whatever could be learnt; `qmp` is the VMM's monitor socket.
-    """
-
-    memslots: tuple[Memslot, ...] = ()
-    qmp: Path | None = None
-
 
 Opener = Callable[[str, GuestOptions], Guest]
 

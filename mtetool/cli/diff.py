@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mtetool.backends import GuestOptions
 from mtetool.cli.naming import check_inputs
 from mtetool.cli.options import (
     EVERY_PAGE_OPTION,
@@ -24,11 +23,12 @@ from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import columns, missing_json, size, why
 from mtetool.cli.render import print_tail, put, warn
 from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL
+from mtetool.guest import GuestOptions
 from mtetool.words import counted, printable
 
 if TYPE_CHECKING:
     from mtetool.flows.diff import Difference
-    from mtetool.snapshot.model import Missing
+    from mtetool.guest import Missing
 
 _BATCH_ROWS = 4096
 
@@ -58,7 +58,7 @@ def command(
     (absent). Status 0 when they are the same, 1 when they differ.
     """
     from mtetool.flows.diff import check_ranges, diff
-    from mtetool.snapshot.model import Extent
+    from mtetool.guest import Extent
     from mtetool.sources.source import open_source
 
     check_inputs(sources=[a, b])
@@ -112,7 +112,7 @@ class _Output:
         return STATUS_PARTIAL if self.missing else STATUS_OK
 
     def _parts(self, rows: Iterator[Difference | Missing]) -> Iterator[str]:
-        from mtetool.snapshot.model import Missing
+        from mtetool.guest import Missing
 
         for row in rows:
             if isinstance(row, Missing):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mtetool.backends import GuestOptions
 from mtetool.cli.naming import check_inputs
 from mtetool.cli.options import (
     EVERY_PAGE_OPTION,
@@ -25,11 +24,12 @@ from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import columns, extent_rows, missing_json, size, why
 from mtetool.cli.render import print_tail, put, warn
 from mtetool.errors import STATUS_OK, STATUS_PARTIAL, UsageError
+from mtetool.guest import GuestOptions
 from mtetool.words import counted, printable
 
 if TYPE_CHECKING:
     from mtetool.flows.dump import Run
-    from mtetool.snapshot.model import Extent, Missing
+    from mtetool.guest import Extent, Missing
     from mtetool.sources.tally import Tally
 
     Rows = Iterator[Run | Missing]
@@ -64,7 +64,7 @@ def command(
     """
     from mtetool.files.output import output_file
     from mtetool.flows.dump import granules, tag_runs, write_raw
-    from mtetool.snapshot.model import Extent
+    from mtetool.guest import Extent
     from mtetool.sources.source import asked, open_source
 
     if output == "raw" and sys.stdout.isatty():
@@ -91,7 +91,7 @@ def command(
 
 def _text(rows: Rows, *, each: bool) -> Tally[Missing]:
     """Stream rows as text; returns what was missing."""
-    from mtetool.snapshot.model import Missing
+    from mtetool.guest import Missing
     from mtetool.sources.tally import Tally
 
     missing: Tally[Missing] = Tally()
@@ -114,7 +114,7 @@ def _json(
     source: str, page_size_bytes: int, extents: list[Extent], rows: Rows, *, each: bool
 ) -> Tally[Missing]:
     """Stream one JSON object: a guest's rows may not fit into memory."""
-    from mtetool.snapshot.model import Missing
+    from mtetool.guest import Missing
     from mtetool.sources.tally import Tally
 
     missing: Tally[Missing] = Tally()

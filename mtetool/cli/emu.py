@@ -28,6 +28,7 @@ from mtetool.cli.render import describe_guest, print_json, printing, say, table
 from mtetool.emulator.behaviours import Behaviour
 from mtetool.errors import InterruptedWorkError, SignalError, UsageError
 from mtetool.guest import Memslot
+from mtetool.uapi import PAGE_SIZES
 from mtetool.words import counted, quoted
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 # Where the memory of QEMU's machine `virt` begins.
 _MEMORY_IPA = 0x40000000
 _MEMORY_BYTES = 1 << 30
-_PAGE_SIZES = {"4K": 4096, "16K": 16384, "64K": 65536}
+_PAGE_SIZES = {f"{size >> 10}K": size for size in PAGE_SIZES}
 # Those of mtetool.backends.emu.patterns, named here so that the help does not load numpy.
 _PATTERNS = ("zero", "sparse", "heap", "kernel", "random")
 
@@ -296,9 +297,9 @@ def fill(
 
 
 def _opened(path: str) -> EmulatedGuest:
-    from mtetool.backends import GuestOptions
     from mtetool.backends.emu.guest import open_emulated
     from mtetool.files.output import keep_standard_output_off
+    from mtetool.guest import GuestOptions
 
     keep_standard_output_off([path])
     return open_emulated(path, GuestOptions())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import click
 
-from mtetool.backends import GuestOptions, open_guest
+from mtetool.backends import open_guest
 from mtetool.cli.options import NAME, completes, report_option
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.render import print_json, printing, say
+from mtetool.guest import GuestOptions
 
 
 @click.command("enable")

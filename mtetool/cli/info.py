@@ -15,7 +15,8 @@ from mtetool.sources.tally import Tally
 from mtetool.words import counted
 
 if TYPE_CHECKING:
-    from mtetool.snapshot.model import Missing, Summary
+    from mtetool.guest import Missing
+    from mtetool.snapshot.model import Summary
 
 _CONSISTENT = {True: "yes", False: "no, the guest ran during the save", None: "unknown"}
 

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import click
 
-from mtetool.backends import GuestOptions
 from mtetool.errors import UsageError
-from mtetool.guest import Memslot
+from mtetool.guest import GuestOptions, Memslot
 from mtetool.uapi import TAG_MAX
 from mtetool.words import quoted
 

@@ -13,8 +13,7 @@ from mtetool.words import counted
 if TYPE_CHECKING:
     from mtetool.flows.diff import Difference
     from mtetool.flows.dump import Run
-    from mtetool.guest import Memslot
-    from mtetool.snapshot.model import Extent, Missing
+    from mtetool.guest import Extent, Memslot, Missing
     from mtetool.sources.tally import Tally
 
 TEXT_ROWS = 20

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 import click
 
-from mtetool.backends import GuestOptions, open_files, open_guest
+from mtetool.backends import open_files, open_guest
 from mtetool.cli.naming import check_inputs
 from mtetool.cli.options import (
     EVERY_PAGE_OPTION,
@@ -34,6 +34,7 @@ from mtetool.cli.ranges import (
     warn_partial,
 )
 from mtetool.cli.render import print_json, reporting_on, say, warn
+from mtetool.guest import GuestOptions
 
 if TYPE_CHECKING:
     from mtetool.flows.save import SaveResult
@@ -120,7 +121,7 @@ def command(
     # Everything is loaded before the guest is looked at: it may be waiting, paused.
     from mtetool.files.output import output_file
     from mtetool.flows.save import SaveOptions, save
-    from mtetool.snapshot.model import Extent
+    from mtetool.guest import Extent
 
     target = snapshot_target(out)
     inputs = [*check_inputs(bases, [guest]), *open_files(guest)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtetool.backends import GuestOptions, open_guest
+from mtetool.backends import open_guest
 from mtetool.cli.naming import check_inputs
 from mtetool.cli.options import (
     BASE_OPTION,
@@ -30,6 +30,7 @@ from mtetool.cli.ranges import (
     warn_partial,
 )
 from mtetool.cli.render import print_json, say, warn
+from mtetool.guest import GuestOptions
 
 if TYPE_CHECKING:
     from mtetool.flows.verify import VerifyResult

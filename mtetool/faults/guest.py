@@ -20,12 +20,11 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
-from mtetool.backends.base import Guest
 from mtetool.buffers import as_bytes
 from mtetool.errors import GuestLostError, MtetoolError, errno_name
 from mtetool.faults.model import Delay, Direction, Fail, Fault, Faults, Rate, Vanish
 from mtetool.faults.plan import Plan, Stretch
-from mtetool.guest import GuestInfo
+from mtetool.guest import Guest, GuestInfo
 from mtetool.uapi import COPY_LENGTH_MAX, GRANULE_BYTES
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mtetool import loops
 from mtetool.buffers import as_bytes
-from mtetool.snapshot.model import Extent, Missing
+from mtetool.guest import Extent, Missing
 from mtetool.sources.copying import Copied, Fill, TagReader
 from mtetool.sources.pieces import constant
 from mtetool.sources.tally import Tally

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mtetool.snapshot.model import Extent, Missing
+from mtetool.guest import Extent, Missing
 from mtetool.sources.copying import Copied, Fill, Step, cut
 from mtetool.sources.layout import check_aligned, check_inside
 from mtetool.sources.source import TagSource, clip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
-from mtetool.snapshot.model import Extent, Missing
+from mtetool.guest import Extent, Missing
 from mtetool.sources.copying import Copied, Fill
 from mtetool.sources.pieces import constant
 from mtetool.sources.source import TagSource

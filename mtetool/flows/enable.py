@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mtetool.backends.base import Guest
+from mtetool.guest import Guest
 
 
 def enable(guest: Guest) -> bool:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
-from mtetool.backends.base import Guest
 from mtetool.buffers import prepared, unshared
 from mtetool.errors import OutputStalledError
+from mtetool.guest import Guest
 
 DEFAULT_SPOOL_BYTES = 1 << 30
 """What a frozen guest's snapshot may take in memory: 32 GiB of random tags, 300 of a heap's."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from mtetool.errors import STATUS_OK, STATUS_PARTIAL
-from mtetool.snapshot.model import Footer, Header, Missing
+from mtetool.guest import Missing
+from mtetool.snapshot.model import Footer, Header
 from mtetool.snapshot.writer import SnapshotWriter
 from mtetool.sources.checking import Checked
 from mtetool.sources.copying import Copied, Fill

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from mtetool.errors import LayoutError, MisalignedError, UsageError
-from mtetool.guest import Memslot
-from mtetool.snapshot.model import Extent
+from mtetool.guest import Extent, Memslot
 from mtetool.sources.layout import Layout, hex_range, merged, without
 
 

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import InitVar, dataclass, field
 
 from mtetool import loops
-from mtetool.backends.base import Guest
 from mtetool.errors import (
     STATUS_OK,
     STATUS_PARTIAL,
@@ -22,8 +21,8 @@ from mtetool.errors import (
 )
 from mtetool.flows.comparing import Comparer
 from mtetool.flows.relocation import Relocation, check_fit
-from mtetool.guest import Memslot
-from mtetool.snapshot.model import Extent, Header, Missing
+from mtetool.guest import Extent, Guest, Memslot, Missing
+from mtetool.snapshot.model import Header
 from mtetool.snapshot.reader import SnapshotReader
 from mtetool.sources.allocating import check_allocates_nothing
 from mtetool.sources.copying import (

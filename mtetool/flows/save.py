@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, BinaryIO, Literal, cast
 
-from mtetool.backends.base import Guest
 from mtetool.errors import (
     STATUS_GUEST,
     STATUS_OK,
@@ -18,8 +17,8 @@ from mtetool.errors import (
     errno_name,
 )
 from mtetool.flows.freezing import DEFAULT_SPOOL_BYTES, Spool, held_still
-from mtetool.guest import GuestInfo, Memslot
-from mtetool.snapshot.model import Extent, Header, Missing
+from mtetool.guest import Extent, Guest, GuestInfo, Memslot, Missing
+from mtetool.snapshot.model import Header
 from mtetool.snapshot.writer import SnapshotWriter
 from mtetool.sources.allocating import check_allocates_nothing
 from mtetool.sources.copying import Copied, Fill, Later, TagReader, check_has_tags, check_mte_is_on

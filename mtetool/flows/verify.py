@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mtetool.backends.base import Guest
 from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL
 from mtetool.flows.comparing import Comparer
-from mtetool.snapshot.model import Extent, Missing
+from mtetool.guest import Extent, Guest, Missing
 from mtetool.snapshot.reader import SnapshotReader
 from mtetool.sources.allocating import check_allocates_nothing
 from mtetool.sources.checking import Checked, check

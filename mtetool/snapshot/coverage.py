@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from mtetool.snapshot.model import Extent, Missing
+from mtetool.guest import Extent, Missing
 
 MAX_FRAGMENTS = 1 << 18
 """The most separate ranges that are kept track of: bounds memory and time for hostile files."""

@@ -7,16 +7,14 @@ from typing import cast
 
 from mtetool.errors import UnknownVersionError
 from mtetool.files.fields import Fields, pack_map, storable_text, unpack_map
-from mtetool.guest import Memslot, SlotKind
+from mtetool.guest import Extent, Memslot, Missing, SlotKind
 from mtetool.snapshot.model import (
     ADDRESS_LIMIT,
     MAX_CHUNK_GRANULES,
     MAX_ERRNO,
     MAX_SLOT_ID,
-    Extent,
     Footer,
     Header,
-    Missing,
     header_problem,
 )
 from mtetool.snapshot.records import MAX_INDEX_ENTRIES, MAX_RECORDS, MAX_RUNS_SHARE, frame_bound

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple, Self
 
 from mtetool.errors import DamagedError, host_error
+from mtetool.guest import Extent, Missing
 from mtetool.snapshot.heads import DoneHead, decode_done, decode_missing
 from mtetool.snapshot.ledger import Ledger, LedgerError
-from mtetool.snapshot.model import Extent, Footer, Header, Missing, Summary
+from mtetool.snapshot.model import Footer, Header, Summary
 from mtetool.snapshot.reader import Piece, SnapshotReader, index_entries, piece_of, tags_head
 from mtetool.snapshot.records import (
     DONE,

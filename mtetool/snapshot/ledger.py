@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from mtetool.guest import Missing
 from mtetool.snapshot.coverage import Coverage, MissingMap, ScatteredError
 from mtetool.snapshot.heads import TagsHead
-from mtetool.snapshot.model import ADDRESS_LIMIT, Footer, Header, Missing
+from mtetool.snapshot.model import ADDRESS_LIMIT, Footer, Header
 from mtetool.uapi import GRANULE_BYTES
 from mtetool.words import counted
 

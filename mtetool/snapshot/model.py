@@ -14,10 +14,8 @@ from datetime import UTC, datetime
 from typing import Self
 
 import mtetool
-from mtetool.guest import GuestInfo, Memslot
-from mtetool.uapi import GRANULE_BYTES
-
-PAGE_SIZES = (4 << 10, 16 << 10, 64 << 10)
+from mtetool.guest import Extent, GuestInfo, Memslot, Missing
+from mtetool.uapi import GRANULE_BYTES, PAGE_SIZES
 
 CHUNK_GRANULES = 4 << 20
 """Granules of one record of tags unless the header says otherwise: 4 MiB of tag bytes."""
@@ -29,34 +27,6 @@ ADDRESS_LIMIT = 1 << 64
 
 MAX_SLOT_ID = (1 << 32) - 1
 MAX_ERRNO = (1 << 31) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A range of guest physical memory, in bytes."""
-
-    ipa: int
-    size_bytes: int
-
-    @property
-    def end(self) -> int:
-        """The first address behind the extent."""
-        return self.ipa + self.size_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Missing:
-    """Guest memory whose tags could not be read, and why; `errno` is Linux's number or None."""
-
-    ipa: int
-    size_bytes: int
-    errno: int | None
-    reason: str
-
-    @property
-    def end(self) -> int:
-        """The first address behind it."""
-        return self.ipa + self.size_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from mtetool.errors import (
     UnknownVersionError,
 )
 from mtetool.files.kinds import EMULATED_MAGIC
+from mtetool.guest import Missing
 from mtetool.snapshot.heads import (
     DoneHead,
     TagsHead,
@@ -24,7 +25,7 @@ from mtetool.snapshot.heads import (
     decode_tags,
 )
 from mtetool.snapshot.ledger import Ledger, LedgerError
-from mtetool.snapshot.model import CHUNK_GRANULES, Footer, Header, Missing
+from mtetool.snapshot.model import CHUNK_GRANULES, Footer, Header
 from mtetool.snapshot.records import (
     CHECKSUM,
     DONE,

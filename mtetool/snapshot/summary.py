@@ -18,8 +18,9 @@ from mtetool.errors import (
     file_error,
     host_error,
 )
+from mtetool.guest import Extent, Missing
 from mtetool.snapshot.index import IndexedSnapshot
-from mtetool.snapshot.model import Extent, Missing, Summary
+from mtetool.snapshot.model import Summary
 from mtetool.snapshot.reader import Piece, SnapshotReader
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self, TypeVar
 from mtetool.buffers import as_bytes
 from mtetool.errors import HostIoError, LayoutError, RangeError, no_thread
 from mtetool.files.fields import storable_text
+from mtetool.guest import Missing
 from mtetool.snapshot.frames import BaseTags, Encoded, Encoder
 from mtetool.snapshot.heads import (
     DoneHead,
@@ -29,14 +30,7 @@ from mtetool.snapshot.heads import (
     storable,
 )
 from mtetool.snapshot.ledger import Ledger, LedgerError
-from mtetool.snapshot.model import (
-    ADDRESS_LIMIT,
-    MAX_ERRNO,
-    Footer,
-    Header,
-    Missing,
-    header_problem,
-)
+from mtetool.snapshot.model import ADDRESS_LIMIT, MAX_ERRNO, Footer, Header, header_problem
 from mtetool.snapshot.records import (
     CHECKSUM,
     DONE,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mtetool.backends.base import Guest
 from mtetool.errors import WouldAllocateError
-from mtetool.snapshot.model import Extent
+from mtetool.guest import Extent, Guest
 from mtetool.sources.layout import merged, total_bytes
 
 # The unit in which a kernel makes memory where it makes the most of it at a time: a huge page.

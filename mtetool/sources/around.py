@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mtetool.errors import BusyError, GuestError, errno_name
-from mtetool.snapshot.model import Missing
+from mtetool.guest import Missing
 from mtetool.sources.layout import UNREACHABLE, Layout
 
 ONE_BY_ONE_PAGES = 1024

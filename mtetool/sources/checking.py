@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mtetool.errors import DamagedError
-from mtetool.snapshot.model import Extent, Header, Missing
+from mtetool.guest import Extent, Missing
+from mtetool.snapshot.model import Header
 from mtetool.snapshot.reader import SnapshotReader
 from mtetool.sources.copying import Fill
 from mtetool.sources.layout import total_bytes, without

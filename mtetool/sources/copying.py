@@ -12,11 +12,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mtetool.backends.base import Guest
 from mtetool.buffers import prepared
 from mtetool.errors import GuestError, errno_name
-from mtetool.guest import Memslot
-from mtetool.snapshot.model import Extent, Missing
+from mtetool.guest import Extent, Guest, Memslot, Missing
 from mtetool.sources.around import Transfer, raise_for_whole_vm, way_around
 from mtetool.sources.layout import Layout, layout_of
 from mtetool.uapi import GRANULE_BYTES

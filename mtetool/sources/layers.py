@@ -10,8 +10,9 @@ from typing import BinaryIO
 
 from mtetool import loops
 from mtetool.errors import BaseNeededError, DamagedError, LayoutError, UsageError, host_error
+from mtetool.guest import Extent, Missing
 from mtetool.snapshot.index import IndexedSnapshot
-from mtetool.snapshot.model import Extent, Header, Missing
+from mtetool.snapshot.model import Header
 from mtetool.snapshot.reader import SnapshotReader
 from mtetool.snapshot.summary import display_name, opened
 from mtetool.sources.checking import Checked, check

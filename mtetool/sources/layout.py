@@ -6,10 +6,9 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from mtetool.backends.base import Guest
 from mtetool.errors import LayoutUnknownError, MisalignedError, RangeError
-from mtetool.guest import Memslot
-from mtetool.snapshot.model import Extent, Header
+from mtetool.guest import Extent, Guest, Memslot
+from mtetool.snapshot.model import Header
 
 UNREACHABLE = "a device's memory, or protected from its own program"
 """What a slot of the kind "device" is."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mtetool.buffers import prepared
 from mtetool.errors import no_thread
-from mtetool.snapshot.model import Missing
+from mtetool.guest import Missing
 
 if TYPE_CHECKING:
     from mtetool.snapshot.reader import Piece

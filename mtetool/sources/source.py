@@ -10,11 +10,10 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import BinaryIO, Protocol, cast
 
-from mtetool.backends import GuestOptions, is_guest, open_guest
-from mtetool.backends.base import Guest
+from mtetool.backends import is_guest, open_guest
 from mtetool.errors import BaseNeededError, host_error
+from mtetool.guest import Extent, Guest, GuestOptions, Missing
 from mtetool.snapshot.index import Entry, IndexedSnapshot
-from mtetool.snapshot.model import Extent, Missing
 from mtetool.snapshot.reader import SnapshotReader
 from mtetool.snapshot.summary import display_name, is_seekable, opened
 from mtetool.sources.allocating import check_allocates_nothing

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from mtetool.errors import BaseNeededError
-from mtetool.snapshot.model import Header, Missing
+from mtetool.guest import Missing
+from mtetool.snapshot.model import Header
 from mtetool.snapshot.reader import SnapshotReader
 from mtetool.sources.checking import Checked, check
 from mtetool.sources.copying import Copied, Fill, Step

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from mtetool.attach import memory
+from mtetool import procfs
 from mtetool.vmm import pagewords
 from mtetool.vmm.hostmemory import HostMemory
 from mtetool.vmm.pagemap import (
     HUGETLBFS,
     TMPFS,
-    Mappings,
     UnknownError,
     file_system,
     open_mapped,
@@ -98,13 +97,10 @@ def _holes(windows: Iterable[_Window]) -> int:
 
 def _windows(pid: int) -> Iterator[_Window]:
     """The mappings that may be a guest's memory and are of files in memory."""
-    with closing(Mappings(pid)) as mappings, suppress(OSError):
-        for line in memory.mappings(pid):
-            start, end = line.start, line.end
-            mapping = mappings.at(start)
-            if not line.inode or line.flags[1] != "w" or end - start < _WORTH_BYTES:
-                continue
-            if mapping is None or mapping.end != end:
+    with suppress(OSError):
+        for mapping in procfs.mappings(pid):
+            start, end = mapping.start, mapping.end
+            if not mapping.inode or mapping.flags[1] != "w" or end - start < _WORTH_BYTES:
                 continue
             file = mapping.device, mapping.inode
             try:

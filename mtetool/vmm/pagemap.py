@@ -17,9 +17,10 @@ import stat
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+from mtetool import procfs
+from mtetool.procfs import Mapping
 from mtetool.vmm import pagewords
 from mtetool.vmm.page_flags import Frames
 
@@ -31,6 +32,7 @@ _IS_PRESENT, _IS_SWAPPED, _IS_ZERO_PAGE = 1 << 3, 1 << 4, 1 << 5
 _REGIONS = 1024
 # struct procmap_query, with a name of at most so many bytes.
 _QUERY = struct.Struct("<9Q4I2Q")
+_FLAGS = ("r-", "w-", "x-", "sp")  # by bit: PROCMAP_QUERY_VMA_FLAGS
 _PROCMAP_QUERY = 0xC0000000 | _QUERY.size << 16 | ord("f") << 8 | 17
 _NAME_BYTES = 4096
 
@@ -41,18 +43,6 @@ TMPFS, HUGETLBFS = 0x01021994, 0x958458F6
 
 class UnknownError(Exception):
     """Nobody may know which pages of some memory exist."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Mapping:
-    """A line of /proc/PID/maps; `device` and `inode` are those of the file, 0 of no file."""
-
-    start: int
-    end: int
-    offset: int
-    device: int
-    inode: int
-    name: str
 
 
 class Mappings:
@@ -69,7 +59,7 @@ class Mappings:
         with suppress(OSError):
             self._fd = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
 
-    def at(self, address: int) -> _Mapping | None:
+    def at(self, address: int) -> Mapping | None:
         """The mapping of that address; None where there is none, or the process is gone."""
         try:
             return self._asked(address)
@@ -77,12 +67,12 @@ class Mappings:
             if error.errno in (errno.ENOENT, errno.ESRCH):
                 return None
         try:
-            text = os.fsdecode(Path(f"/proc/{self._pid}/maps").read_bytes())
+            every = procfs.mappings(self._pid)
         except OSError:
             return None
-        return next((found for found in _parsed(text) if found.start <= address < found.end), None)
+        return next((found for found in every if found.start <= address < found.end), None)
 
-    def _asked(self, address: int) -> _Mapping:
+    def _asked(self, address: int) -> Mapping:
         """Raises OSError: ENOENT where there is none, ENOTTY where the kernel does not know it."""
         if self._fd < 0:
             raise OSError(errno.EBADF, "it could not be opened")
@@ -90,9 +80,11 @@ class Mappings:
         words = (0, address, 0, 0, 0, 0, 0, 0, 0, 0, _NAME_BYTES, 0, name, 0)
         argument = bytearray(_QUERY.pack(_QUERY.size, *words))
         fcntl.ioctl(self._fd, _PROCMAP_QUERY, argument)
-        _, _, _, start, end, _, _, offset, inode, major, minor, size, *_ = _QUERY.unpack(argument)
+        _, _, _, start, end, bits, _, *of_file, size, _, _, _ = _QUERY.unpack(argument)
+        offset, inode, major, minor = of_file
         text = os.fsdecode(bytes(self._name[: max(size - 1, 0)]))
-        return _Mapping(start, end, offset, os.makedev(major, minor), inode, text)
+        flags = "".join(letters[not bits >> bit & 1] for bit, letters in enumerate(_FLAGS))
+        return Mapping(start, end, flags, inode, text, offset, os.makedev(major, minor))
 
     def close(self) -> None:
         """Let go of the process. Idempotent."""
@@ -160,7 +152,7 @@ class Pagemap:
         if self._frames is not None:
             self._frames.close()
 
-    def _of_mapping(self, mapping: _Mapping, start: int, end: int) -> Iterator[tuple[int, int]]:
+    def _of_mapping(self, mapping: Mapping, start: int, end: int) -> Iterator[tuple[int, int]]:
         at = start
         try:
             for first, stop in self._known(mapping, start, end):
@@ -169,7 +161,7 @@ class Pagemap:
         except UnknownError:
             yield at, end  # what was not looked at yet
 
-    def _known(self, mapping: _Mapping, start: int, end: int) -> Iterator[tuple[int, int]]:
+    def _known(self, mapping: Mapping, start: int, end: int) -> Iterator[tuple[int, int]]:
         if mapping.inode == 0:
             yield from self._in_page_tables(start, end)
         else:
@@ -219,7 +211,7 @@ class Pagemap:
         found = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, argument)
         return found, _ARGUMENT.unpack(argument)[4]
 
-    def _in_file(self, mapping: _Mapping, start: int, end: int) -> Iterator[tuple[int, int]]:
+    def _in_file(self, mapping: Mapping, start: int, end: int) -> Iterator[tuple[int, int]]:
         fd = self._open(mapping)
         shift = mapping.offset - mapping.start
         page = os.sysconf("SC_PAGE_SIZE")
@@ -237,14 +229,14 @@ class Pagemap:
             at = -(-hole // page) * page
             yield data // page * page - shift, at - shift
 
-    def _open(self, mapping: _Mapping) -> int:
+    def _open(self, mapping: Mapping) -> int:
         key = (mapping.device, mapping.inode)
         if key not in self._files:
             self._files[key] = _open_file(self._pid, mapping)
         return self._files[key]
 
 
-def _open_file(pid: int, mapping: _Mapping) -> int:
+def _open_file(pid: int, mapping: Mapping) -> int:
     """The file of a mapping, if it is small pages of memory. Raises UnknownError."""
     fd = open_mapped(pid, mapping, os.O_RDONLY | os.O_NONBLOCK)
     if file_system(fd) == TMPFS:
@@ -254,7 +246,7 @@ def _open_file(pid: int, mapping: _Mapping) -> int:
     raise UnknownError(f"{mapping.name} is not a file in memory")
 
 
-def open_mapped(pid: int, mapping: _Mapping, flags: int) -> int:
+def open_mapped(pid: int, mapping: Mapping, flags: int) -> int:
     """The regular file of a mapping, opened. Raises UnknownError.
 
     No device is ever opened: that could do something, and /dev/zero is one.
@@ -290,19 +282,6 @@ def _has_userfaultfd(pid: int) -> bool:
             if str(path.readlink()).startswith("anon_inode:[userfaultfd]"):
                 return True
     return False
-
-
-def _parsed(text: str) -> list[_Mapping]:
-    found = []
-    for line in filter(None, text.split("\n")):  # a name may hold any other end of a line
-        addresses, _, offset, device, inode, *name = line.split(None, 5)
-        start, end = (int(word, 16) for word in addresses.split("-"))
-        major, minor = (int(word, 16) for word in device.split(":"))
-        where = os.makedev(major, minor)
-        found.append(
-            _Mapping(start, end, int(offset, 16), where, int(inode), name[0] if name else "")
-        )
-    return found
 
 
 def united(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from mtetool import permission, uapi
+from mtetool import permission, procfs, uapi
 from mtetool.errors import (
     NoSuchProcessError,
     NotAProcessError,
@@ -65,7 +65,7 @@ def check_is_process(pid: int, prefix: str) -> None:
 
     Raises NoSuchProcessError (also of one that has ended), NotAProcessError.
     """
-    status = permission.status_of(pid)
+    status = procfs.status_of(pid)
     if not status:
         raise no_process(pid)
     # /proc also answers to the ids of threads, which it does not list.
@@ -180,10 +180,9 @@ def vm_fds(pid: int) -> frozenset[int]:
 def start_time(pid: int) -> int:
     """When the process started, in clock ticks since boot: with the PID, its identity."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        return int(procfs.stat_of(f"/proc/{pid}")[19])
     except (FileNotFoundError, ProcessLookupError):
         raise no_process(pid) from None
-    return int(stat.rpartition(")")[2].split()[19])
 
 
 class Activity(Enum):
@@ -201,10 +200,10 @@ def activities(pid: int) -> dict[int, Activity]:
     are left out: they have no code of their own to stop in, and registers that mean nothing.
     """
     found = {}
-    kernels = ~_flags(Path(f"/proc/{pid}/stat")) & (_PF_IO_WORKER | _PF_USER_WORKER)
+    kernels = ~_flags(Path(f"/proc/{pid}")) & (_PF_IO_WORKER | _PF_USER_WORKER)
     for task in _tasks(pid):
         with suppress(OSError, IndexError):
-            fields = (task / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            fields = procfs.stat_of(task)
             # What the main thread has too is from its parent, with another meaning (Linux 5.16).
             if fields[0] in "ZX" or int(fields[6]) & kernels:
                 continue
@@ -225,7 +224,7 @@ def is_stopped(pid: int) -> bool | None:
     states = set()
     for task in _tasks(pid):
         with suppress(OSError, IndexError):
-            states.add((task / "stat").read_text(errors="replace").rpartition(")")[2].split()[0])
+            states.add(procfs.stat_of(task)[0])
     states -= {"Z", "X"}
     return states == {"T"} if states else None
 
@@ -283,14 +282,14 @@ def command_line(pid: int) -> list[str]:
 
 def inner_tids(pid: int) -> frozenset[int]:
     """The ids of the process's threads as it sees them itself, in its own PID namespace."""
-    statuses = (permission.status_of(task.name, task.parent) for task in _tasks(pid))
+    statuses = (procfs.status_of(task.name, task.parent) for task in _tasks(pid))
     ids = (status.get("NSpid", "").split() for status in statuses)
     return frozenset(int(each[-1]) for each in ids if each and each[-1].isdecimal())
 
 
 def uid_of(pid: int) -> int | None:
     """The user that the process runs as; None where it is gone."""
-    uids = permission.status_of(pid).get("Uid", "").split()
+    uids = procfs.status_of(pid).get("Uid", "").split()
     return int(uids[1]) if len(uids) > 1 and uids[1].isdecimal() else None
 
 
@@ -318,13 +317,13 @@ def _fd_links(pid: int) -> dict[int, str]:
 
 
 def _is_kernel_thread(pid: int) -> bool:
-    return bool(_flags(Path(f"/proc/{pid}/stat")) & _PF_KTHREAD)
+    return bool(_flags(Path(f"/proc/{pid}")) & _PF_KTHREAD)
 
 
-def _flags(stat: Path) -> int:
+def _flags(task: Path) -> int:
     """The PF_ flags of a task; 0 where it is gone."""
     try:
-        return int(stat.read_text(errors="replace").rpartition(")")[2].split()[6])
+        return int(procfs.stat_of(task)[6])
     except OSError:
         return 0
 

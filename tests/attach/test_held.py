@@ -11,7 +11,7 @@ import pytest
 
 from mtetool.attach.borrow import BorrowedThread
 from mtetool.attach.held import HeldThreads
-from mtetool.permission import status_of
+from mtetool.procfs import status_of
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mtetool.backends import GuestOptions
 from mtetool.cli.options import (
     MEMSLOT,
     RANGE,
@@ -27,7 +26,7 @@ from mtetool.cli.options import (
     progress_options,
     report_option,
 )
-from mtetool.guest import Memslot
+from mtetool.guest import GuestOptions, Memslot
 
 
 @pytest.mark.parametrize(

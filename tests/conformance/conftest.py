@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from mtetool.backends.emu.file import PAGE_SIZES
+from mtetool.uapi import PAGE_SIZES
 from tests.conformance.guests import EmulatedGuests, Factory, ProcessGuests, RealGuests
 
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from mtetool.backends import GuestOptions, open_guest
-from mtetool.backends.base import Guest
+from mtetool.backends import open_guest
 from mtetool.backends.emu.guest import create_emulated
-from mtetool.guest import Memslot
+from mtetool.guest import Guest, GuestOptions, Memslot
 
 Slot = tuple[int, int, bool]
 """A memslot as a test wants it: address, size in bytes, read-only."""

@@ -8,8 +8,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from mtetool.backends.base import Guest
 from mtetool.faults.guest import Fail, Fault, FaultyGuest
+from mtetool.guest import Guest
 from mtetool.uapi import GRANULE_BYTES
 from tests.conformance.guests import Factory
 

@@ -1,4 +1,4 @@
-"""What every backend answers, as the kernel does: see `mtetool.backends.base`."""
+"""What every backend answers, as the kernel does: see `mtetool.guest.Guest`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mtetool.backends.base import Guest
 from mtetool.errors import MteOffError, TooLateError
+from mtetool.guest import Guest
 from mtetool.tags import Tags
 from mtetool.uapi import COPY_LENGTH_MAX, GRANULE_BYTES
 from tests.conformance.guests import Factory

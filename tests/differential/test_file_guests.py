@@ -10,10 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mtetool import uapi
-from mtetool.backends import GuestOptions
 from mtetool.backends.emu.guest import EmulatedGuest, create_emulated, open_emulated
 from mtetool.emulator import Host
-from mtetool.guest import Memslot
+from mtetool.guest import GuestOptions, Memslot
 from mtetool.tags import Tags
 from tests.differential.emulated import EmulatedSide
 from tests.differential.sides import ARENA, pattern

@@ -18,9 +18,8 @@ from mtetool.faults.guest import Delay, Fail, Fault, FaultyGuest, Rate, Vanish
 from mtetool.flows.diff import Difference, diff
 from mtetool.flows.restore import RestoreOptions, RestoreResult, restore
 from mtetool.flows.save import SaveOptions, SaveResult, save
-from mtetool.guest import Memslot
+from mtetool.guest import Extent, Memslot, Missing
 from mtetool.snapshot.index import IndexedSnapshot
-from mtetool.snapshot.model import Extent, Missing
 from mtetool.snapshot.reader import SnapshotReader
 from mtetool.sources import copying
 from mtetool.sources.source import GuestSource, SnapshotSource

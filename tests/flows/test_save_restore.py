@@ -30,8 +30,8 @@ from mtetool.errors import (
 from mtetool.flows.restore import RestoreOptions, RestoreResult, restore
 from mtetool.flows.save import SaveOptions, SaveResult, save
 from mtetool.flows.verify import verify, verify_against
-from mtetool.guest import GuestInfo, Memslot
-from mtetool.snapshot.model import Extent, Header
+from mtetool.guest import Extent, GuestInfo, Memslot
+from mtetool.snapshot.model import Header
 from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.snapshot.writer import SnapshotWriter
 from mtetool.sources.around import ONE_BY_ONE_PAGES

@@ -12,12 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtetool.backends import GuestOptions
 from mtetool.backends.emu.guest import EmulatedGuest, create_emulated, open_emulated
 from mtetool.flows.restore import RestoreOptions, restore
 from mtetool.flows.save import SaveOptions, save
-from mtetool.guest import Memslot
-from mtetool.snapshot.model import Missing
+from mtetool.guest import GuestOptions, Memslot, Missing
 from mtetool.snapshot.reader import SnapshotReader
 from tests.flows.fakes import PAGE, FakeGuest
 

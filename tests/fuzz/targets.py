@@ -8,14 +8,12 @@ import time
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from mtetool.backends import GuestOptions
 from mtetool.backends.emu.file import read_header
 from mtetool.backends.emu.guest import EmulatedGuest, create_emulated, open_emulated
 from mtetool.errors import MtetoolError, SnapshotError
 from mtetool.flows.restore import RestoreOptions, restore
-from mtetool.guest import Memslot
+from mtetool.guest import GuestOptions, Memslot, Missing
 from mtetool.snapshot.index import IndexedSnapshot
-from mtetool.snapshot.model import Missing
 from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.tags import as_array
 from mtetool.uapi import GRANULE_BYTES

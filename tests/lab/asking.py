@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 
 from mtetool.attach.session import Session
-from mtetool.backends import GuestOptions
 from mtetool.backends.kvm import memslots as asking
 from mtetool.backends.kvm.guest import open_kvm
-from mtetool.guest import Memslot
+from mtetool.guest import GuestOptions, Memslot
 from mtetool.vmm.monitors import open_given
 from tests.lab.existing import large_memory
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from mtetool.attach import gadgets, steps
-from mtetool.backends import GuestOptions, open_guest
-from mtetool.guest import Memslot
+from mtetool.backends import open_guest
+from mtetool.guest import GuestOptions, Memslot
 from tests.lab.stops import guards
 from tests.lab.stride import deaths_before, turns
 

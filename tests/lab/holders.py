@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 
 from mtetool.attach import gadgets, steps
-from mtetool.backends import GuestOptions, open_guest
+from mtetool.backends import open_guest
 from mtetool.errors import AttachRefusedError
-from mtetool.guest import Memslot
+from mtetool.guest import GuestOptions, Memslot
 
 _MEMORY = Memslot(0, 0x40000000, 1 << 20)
 _COUNTS = Path("/tmp/holder.counts")

@@ -14,12 +14,11 @@ import mmap
 import os
 from typing import cast
 
-from mtetool import uapi
-from mtetool.attach import memory
-from mtetool.attach.memory import Mapping
+from mtetool import procfs, uapi
 from mtetool.attach.session import Session
 from mtetool.backends.kvm import memslots as asking
 from mtetool.errors import BusyError
+from mtetool.procfs import Mapping
 from mtetool.vmm.scratch import ScratchVm, scratch_vm
 
 MIB = 1 << 20
@@ -39,7 +38,7 @@ class Own:
 
     def mappings(self) -> list[Mapping]:
         """See `Session.mappings`."""
-        return memory.mappings(self.pid)
+        return procfs.mappings(self.pid)
 
     def ioctl(self, fd: int, request: int, argument: bytes) -> int:
         """See `Session.ioctl`."""

@@ -15,11 +15,10 @@ import time
 from pathlib import Path
 
 from mtetool.attach.session import Session
-from mtetool.backends import GuestOptions
 from mtetool.backends.kvm import memslots as asking
 from mtetool.backends.kvm.guest import open_kvm
 from mtetool.backends.kvm.placing import Guess, Place
-from mtetool.guest import Memslot
+from mtetool.guest import GuestOptions, Memslot
 from mtetool.vmm.monitors import open_given
 from tests.lab.existing import large_memory
 

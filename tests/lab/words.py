@@ -14,7 +14,7 @@ import struct
 import sys
 import time
 
-from mtetool.attach import memory
+from mtetool import procfs
 from mtetool.vmm import pagewords
 from mtetool.vmm.pagemap import Pagemap
 
@@ -45,7 +45,7 @@ def main() -> None:
     flags = os.open("/proc/kpageflags", os.O_RDONLY)
     result = {"scanned": 0, "words": 0, "lost": 0, "not_zeros": 0}
     seconds = [0.0, 0.0]
-    for mapping in memory.mappings(pid):
+    for mapping in procfs.mappings(pid):
         # Not what maps a device or the kernel's own pages: of those the scan says nothing.
         if mapping.flags[1] != "w" or mapping.name.startswith("anon_inode:"):
             continue

@@ -16,8 +16,8 @@ import numpy as np
 import zstandard
 from xxhash import xxh3_64_intdigest
 
-from mtetool.guest import Memslot
-from mtetool.snapshot.model import Extent, Header, Missing
+from mtetool.guest import Extent, Memslot, Missing
+from mtetool.snapshot.model import Header
 from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.snapshot.writer import SnapshotWriter
 from mtetool.tags import Tags

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtetool.guest import Memslot
-from mtetool.snapshot.model import Extent, Footer, Missing
+from mtetool.guest import Extent, Memslot, Missing
+from mtetool.snapshot.model import Footer
 from mtetool.snapshot.reader import Piece
 from mtetool.snapshot.summary import open_snapshot, read_summary
 from mtetool.snapshot.writer import SnapshotWriter

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from mtetool.errors import DamagedError, LayoutError, RangeError
-from mtetool.guest import Memslot
-from mtetool.snapshot.model import Extent, Missing
+from mtetool.guest import Extent, Memslot, Missing
 from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.snapshot.writer import SnapshotWriter
 from tests.snapshot.forge import (

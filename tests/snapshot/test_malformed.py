@@ -26,8 +26,8 @@ from mtetool.errors import (
     UnknownVersionError,
     UsageError,
 )
+from mtetool.guest import Extent, Missing
 from mtetool.snapshot.coverage import Coverage, MissingMap, ScatteredError
-from mtetool.snapshot.model import Extent, Missing
 from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.snapshot.summary import open_snapshot, read_range, read_summary
 from tests.snapshot.forge import (

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from mtetool.buffers import TagBuffer
 from mtetool.errors import LayoutError, RangeError, SnapshotError, TruncatedError
-from mtetool.guest import GuestInfo, Memslot
+from mtetool.guest import Extent, GuestInfo, Memslot, Missing
 from mtetool.snapshot.frames import Encoded, Encoder
-from mtetool.snapshot.model import Extent, Footer, Header, Missing
+from mtetool.snapshot.model import Footer, Header
 from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.snapshot.summary import open_snapshot, read_range, read_summary
 from mtetool.snapshot.writer import SnapshotWriter

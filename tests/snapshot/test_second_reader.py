@@ -19,7 +19,8 @@ from mtetool.errors import (
     TruncatedError,
     UnknownVersionError,
 )
-from mtetool.snapshot.model import Footer, Missing
+from mtetool.guest import Missing
+from mtetool.snapshot.model import Footer
 from mtetool.snapshot.reader import Piece
 from mtetool.tags import as_array
 from tests.snapshot.forge import (

@@ -13,8 +13,7 @@ from mtetool.flows.diff import check_ranges, diff
 from mtetool.flows.restore import RestoreOptions, restore
 from mtetool.flows.save import SaveOptions, save
 from mtetool.flows.verify import verify_against
-from mtetool.guest import Memslot
-from mtetool.snapshot.model import Extent
+from mtetool.guest import Extent, Memslot
 from mtetool.snapshot.reader import SnapshotReader
 from mtetool.sources.source import GuestSource, asked
 from tests.flows.fakes import PAGE, FakeGuest

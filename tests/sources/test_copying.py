@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtetool.errors import BusyError, GuestError, GuestLostError
-from mtetool.guest import Memslot
-from mtetool.snapshot.model import Extent, Missing
+from mtetool.guest import Extent, Memslot, Missing
 from mtetool.sources.around import ONE_BY_ONE_PAGES
 from mtetool.sources.copying import Copied, Fill, TagReader, write_extent
 from mtetool.sources.layout import UNREACHABLE, Layout

@@ -18,9 +18,8 @@ from mtetool.flows.merge import merge
 from mtetool.flows.restore import RestoreOptions, restore
 from mtetool.flows.save import SaveOptions, SaveResult, save
 from mtetool.flows.verify import verify_against
-from mtetool.guest import Memslot
+from mtetool.guest import Extent, Memslot, Missing
 from mtetool.snapshot.index import IndexedSnapshot
-from mtetool.snapshot.model import Extent, Missing
 from mtetool.snapshot.reader import SnapshotReader
 from mtetool.snapshot.writer import SnapshotWriter
 from mtetool.sources.layers import Layers, open_layers

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from mtetool.errors import LayoutError, MisalignedError, RangeError, UsageError
 from mtetool.flows.relocation import Relocation, check_fit
-from mtetool.guest import Memslot
-from mtetool.snapshot.model import Extent
+from mtetool.guest import Extent, Memslot
 from mtetool.sources.layout import (
     Layout,
     check_aligned,

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from mtetool.flows.diff import Difference, diff
 from mtetool.flows.dump import Run, tag_runs
-from mtetool.guest import GuestInfo, Memslot
+from mtetool.guest import Extent, GuestInfo, Memslot, Missing
 from mtetool.snapshot.index import IndexedSnapshot
-from mtetool.snapshot.model import Extent, Header, Missing
+from mtetool.snapshot.model import Header
 from mtetool.snapshot.writer import SnapshotWriter
 from mtetool.sources.source import GuestSource, SnapshotSource, asked, open_source
 from mtetool.tags import Tags

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtetool.flows.comparing import add_differences
-from mtetool.snapshot.model import Extent, Missing
+from mtetool.guest import Extent, Missing
 from mtetool.sources import tally as tally_module
 from mtetool.sources.tally import Tally
 

@@ -6,12 +6,13 @@ import mmap
 import os
 import tempfile
 from itertools import compress
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtetool import procfs
+from mtetool.procfs import Mapping
 from mtetool.vmm import pagemap
 from mtetool.vmm.pagemap import Mappings, Pagemap, UnknownError, united
 
@@ -47,7 +48,7 @@ def test_what_fails_half_way_is_taken_to_exist(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Pagemap, "_scan", scan)
     memory = Pagemap(os.getpid())
-    whole = pagemap._Mapping(0, 1000 * PAGE, 0, 0, 0, "")
+    whole = Mapping(0, 1000 * PAGE, "rw-p", 0, "")
     monkeypatch.setattr(Mappings, "at", lambda self, address: whole)
     found = list(memory.existing(0, 1000 * PAGE))
     assert found == [(3 * PAGE, 4 * PAGE), (50 * PAGE, 51 * PAGE), (51 * PAGE, 1000 * PAGE)]
@@ -72,9 +73,9 @@ def test_mappings(asks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryFile() as file, mmap.mmap(-1, 2 * PAGE):
         file.write(bytes(4 * PAGE))
         with mmap.mmap(file.fileno(), PAGE, offset=2 * PAGE):
-            before = pagemap._parsed(Path("/proc/self/maps").read_text())
+            before = procfs.mappings(os.getpid())
             found = [(mappings.at(each.start), mappings.at(each.end - 1)) for each in before]
-            after = pagemap._parsed(Path("/proc/self/maps").read_text())
+            after = procfs.mappings(os.getpid())
     # But those that grew meanwhile; [vsyscall] is no memory of the process.
     stayed = [each.name != "[vsyscall]" and each in after for each in before]
     assert sum(stayed) > 20

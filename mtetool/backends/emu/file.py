@@ -42,11 +42,8 @@ from mtetool.files.newfile import exists, new_file
 from mtetool.files.output import check_not_a_stream
 from mtetool.files.place import Place, located, named
 from mtetool.guest import Memslot, SlotKind
-from mtetool.uapi import GRANULE_BYTES
+from mtetool.uapi import GRANULE_BYTES, PAGE_SIZES
 from mtetool.words import counted
-
-PAGE_SIZES = (4096, 16384, 65536)
-"""The page sizes that arm64 kernels are built with, in bytes."""
 
 FAULTS_BYTES = 64 << 10
 """The size of the block behind the tags of a guest that has faults."""

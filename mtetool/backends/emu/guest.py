@@ -51,10 +51,10 @@ from mtetool.guest import GuestInfo, Memslot
 from mtetool.uapi import GRANULE_BYTES, TAG_MAX
 
 if TYPE_CHECKING:
-    from mtetool.backends import GuestOptions
     from mtetool.backends.emu.fault_block import FaultsInFile
     from mtetool.buffers import TagBuffer
     from mtetool.faults.model import Fault, Faults
+    from mtetool.guest import GuestOptions
 
 # What is compared and written at once; and the unit that is left alone where nothing in it
 # changes, so that zeros onto a hole allocate nothing: a file system's block.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mtetool.backends.base import Guest
 from mtetool.backends.emu.guest import open_emulated
 from mtetool.errors import NoSuchProcessError
+from mtetool.guest import Guest
 
 if TYPE_CHECKING:
-    from mtetool.backends import GuestOptions
+    from mtetool.guest import GuestOptions
 
 
 def open_with_faults(path: str, options: GuestOptions) -> Guest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from mtetool.attach import memory
+from mtetool import procfs
 from mtetool.attach.helper import PAGE_BYTES
 from mtetool.backends.kvm.placing import Place
 from mtetool.errors import MisalignedError, RangeError, UsageError
@@ -37,7 +37,7 @@ def _check_is_mapped(pid: int, address: int, size_bytes: int) -> None:
     at = address
     # The attach reports it where this user may not look there.
     with suppress(OSError):
-        for mapping in memory.mappings(pid):
+        for mapping in procfs.mappings(pid):
             if mapping.start <= at < mapping.end and "w" in mapping.flags:
                 at = mapping.end
         if at < address + size_bytes:

@@ -43,8 +43,8 @@ from mtetool.vmm.hostmemory import HostMemory
 from mtetool.vmm.pagemap import Pagemap, UnknownError
 
 if TYPE_CHECKING:
-    from mtetool.backends import GuestOptions
     from mtetool.buffers import TagBuffer
+    from mtetool.guest import GuestOptions
 
 
 class _NotAsked(Enum):

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mtetool.attach.helper import PAGE_BYTES
-from mtetool.backends import GuestOptions
 from mtetool.backends.kvm.guest import KvmGuest
 from mtetool.errors import MtetoolError, PermissionRefusedError, host_error
-from mtetool.guest import GuestInfo
+from mtetool.guest import GuestInfo, GuestOptions
 from mtetool.vmm import proc
 
 State = Literal["running", "paused"]

@@ -23,15 +23,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain
 
-from mtetool import uapi
-from mtetool.attach import memory
+from mtetool import procfs, uapi
 from mtetool.attach.helper import PAGE_BYTES
-from mtetool.attach.memory import Mapping
 from mtetool.attach.session import Session
 from mtetool.backends.kvm.overlaps import Answer, Prober
 from mtetool.backends.kvm.placing import SMALLEST_BYTES, Guess, Place, Placer
 from mtetool.errors import BusyError, GuestError, GuestLostError, LayoutUnknownError, errno_name
 from mtetool.guest import Memslot
+from mtetool.procfs import Mapping
 from mtetool.vmm.scratch import ScratchVm, scratch_vm
 
 # No VMM uses the highest ids. Where one does, each answer is EINVAL (another address than the
@@ -140,7 +139,7 @@ def _kernel_confirms() -> bool:
 
 def _refuses_to_move(vm: ScratchVm) -> bool:
     page, readonly = PAGE_BYTES, uapi.KVM_MEM_READONLY
-    untaggable = _untaggable(memory.mappings(os.getpid()))
+    untaggable = _untaggable(procfs.mappings(os.getpid()))
     if untaggable is None or vm.enable(uapi.KVM_CAP_ARM_MTE):
         return False
     # Two pages, a hole of two, one page.
@@ -164,7 +163,7 @@ def _kernel_refuses() -> bool:
     """Whether this kernel answers as is needed, tried on a VM that ends here."""
     try:
         with scratch_vm() as vm:
-            untaggable = _untaggable(memory.mappings(os.getpid()))
+            untaggable = _untaggable(procfs.mappings(os.getpid()))
             if (
                 untaggable is None
                 or vm.enable(uapi.KVM_CAP_ARM_MTE)

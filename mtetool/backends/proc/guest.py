@@ -46,8 +46,8 @@ from mtetool.tags import as_array
 from mtetool.vmm import proc
 
 if TYPE_CHECKING:
-    from mtetool.backends import GuestOptions
     from mtetool.buffers import TagBuffer
+    from mtetool.guest import GuestOptions
 
 
 def open_process(rest: str, options: GuestOptions) -> ProcessGuest:

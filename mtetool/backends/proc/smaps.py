@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mtetool import permission
-from mtetool.attach.memory import Mapping, parsed
 from mtetool.errors import AttachRefusedError, GuestError, GuestLostError
 from mtetool.guest import Memslot
+from mtetool.procfs import Mapping, parsed
 from mtetool.vmm import proc
 
 

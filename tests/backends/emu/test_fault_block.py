@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtetool.backends import GuestOptions, open_guest
+from mtetool.backends import open_guest
 from mtetool.backends.emu import guest as emulator
 from mtetool.backends.emu.fault_block import _packed
 from mtetool.backends.emu.file import FAULTS_BYTES, open_file
@@ -28,7 +28,7 @@ from mtetool.errors import (
 from mtetool.faults.guest import Delay, Fail, Fault, FaultyGuest, Rate, Vanish
 from mtetool.faults.model import Counted, Faults
 from mtetool.files.fields import pack_map
-from mtetool.guest import Memslot
+from mtetool.guest import GuestOptions, Memslot
 from mtetool.uapi import GRANULE_BYTES
 
 BASE = 0x4000_0000

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtetool.backends import GuestOptions, open_guest
+from mtetool.backends import open_guest
 from mtetool.backends.emu.file import damaged, refused
 from mtetool.backends.emu.guest import EmulatedGuest, create_emulated, open_emulated
 from mtetool.errors import (
@@ -34,7 +34,7 @@ from mtetool.errors import (
     UsageError,
 )
 from mtetool.files.fields import pack_map
-from mtetool.guest import Memslot
+from mtetool.guest import GuestOptions, Memslot
 from mtetool.uapi import GRANULE_BYTES
 
 BASE = 0x4000_0000

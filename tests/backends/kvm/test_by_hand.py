@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from mtetool.attach import memory
+from mtetool import procfs
 from mtetool.attach.helper import PAGE_BYTES
 from mtetool.backends.kvm.by_hand import by_hand_and_proven, check_by_hand, places_by_hand
 from mtetool.errors import MisalignedError, RangeError, UsageError
@@ -38,7 +38,7 @@ def test_it_must_be_memory_of_the_process() -> None:
 
 
 def test_what_may_not_be_written_is_no_guest_s() -> None:
-    maps = memory.mappings(os.getpid())
+    maps = procfs.mappings(os.getpid())
     readonly = next(m.start for m in maps if m.flags == "r--p" and m.inode)
     with pytest.raises(RangeError):
         check_by_hand(os.getpid(), [told(readonly, PAGE_BYTES)])

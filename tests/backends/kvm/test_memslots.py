@@ -11,15 +11,14 @@ import pytest
 from hypothesis import event, example, given
 from hypothesis import strategies as st
 
-from mtetool import uapi
-from mtetool.attach import memory
+from mtetool import procfs, uapi
 from mtetool.attach.helper import PAGE_BYTES
-from mtetool.attach.memory import Mapping
 from mtetool.attach.session import Session
 from mtetool.backends.kvm import memslots as asking
 from mtetool.backends.kvm.placing import Guess
 from mtetool.errors import BusyError, GuestLostError, LayoutUnknownError
 from mtetool.guest import Memslot
+from mtetool.procfs import Mapping
 from tests.backends.kvm.test_placing import Slot, machines
 
 
@@ -33,7 +32,7 @@ class FakeSession:
         self.sizes: list[int] = []
 
     def mappings(self) -> list[Mapping]:
-        return memory.mappings(self.pid)
+        return procfs.mappings(self.pid)
 
     def ioctl(self, fd: int, request: int, argument: bytes) -> int:
         assert (fd, request) == (7, uapi.KVM_SET_USER_MEMORY_REGION)
@@ -109,7 +108,7 @@ class Vmm(FakeSession):
     def places(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
         maps = [Mapping(at, at + size, "rw-p", 0, "") for _, size, at, _ in SLOTS.values()]
         maps += [Mapping(VVAR, VVAR + PAGE_BYTES, "r--p", 0, "[vvar]")]
-        monkeypatch.setattr("mtetool.attach.memory.mappings", lambda pid: maps)
+        monkeypatch.setattr("mtetool.procfs.mappings", lambda pid: maps)
         monkeypatch.setattr(asking, "_kernel_refuses", lambda: True)
         monkeypatch.setattr(asking, "_kernel_confirms", lambda: True)
         return asking.places_of(cast(Session, self), 7, None)
@@ -219,7 +218,7 @@ def test_a_slot_that_was_moved_is_put_back(
     with pytest.MonkeyPatch.context() as patch:
         maps = [Mapping(start, end, "rw-p", 0, "") for start, end in memory]
         maps += [Mapping(VVAR, VVAR + PAGE_BYTES, "r--p", 0, "[vvar]")]
-        patch.setattr("mtetool.attach.memory.mappings", lambda pid: maps)
+        patch.setattr("mtetool.procfs.mappings", lambda pid: maps)
         patch.setattr(asking, "_kernel_refuses", lambda: True)
         patch.setattr(asking, "_kernel_confirms", lambda: True)
         moved = False
