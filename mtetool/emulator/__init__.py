@@ -30,7 +30,7 @@ __all__ = [
 _HOMES = {
     "AddressSpace": "memory",
     "Behaviour": "behaviours",
-    "CopyRequest": "copying",
+    "CopyRequest": "ioctl",
     "EmulatedKvm": "machine",
     "EmulatedVm": "machine",
     "Host": "behaviours",

@@ -1,0 +1,4 @@
+"""Faults that are ordered: what they are, when they are due, and a guest that meets them.
+
+They stand in front of any guest, in memory; only `backends/emu` keeps them in a file.
+"""

@@ -1,6 +1,6 @@
 """Any guest, with faults on request: for rehearsing what a guest does once in a thousand days.
 
-    from mtetool.backends.faulty import Fail, Fault, FaultyGuest
+    from mtetool.faults.guest import Fail, Fault, FaultyGuest
 
     with FaultyGuest(guest, [Fault(Fail(errno.EFAULT), on="write", after=100, times=1)]) as faulty:
         faulty.write_tags(ipa, tags)

@@ -75,7 +75,7 @@ print(json.dumps([len(tasks), states, main, first == second, seconds > 0.5]))
 # What mtetool imports, and the pages that it faults in, while the guest stands still.
 _WHILE_FROZEN = """
 import gc, json, resource, sys
-from mtetool.backends.kvm import KvmGuest
+from mtetool.backends.kvm.guest import KvmGuest
 from mtetool.__main__ import main
 freeze, thaw, seen = KvmGuest.freeze, KvmGuest.thaw, []
 def look():

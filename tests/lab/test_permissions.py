@@ -50,7 +50,7 @@ _KILLING = """
 import os, signal, sys, time
 sys.path.insert(0, "/opt/mtetool")
 from mtetool.__main__ import main
-from mtetool.backends import kvm
+from mtetool.backends.kvm import guest as kvm
 
 read, calls = kvm.KvmGuest.read_tags, []
 

@@ -55,7 +55,7 @@ with open_guest(f"proc:{sys.argv[1]}") as guest:
 _MEANWHILE = """
 import os, signal, sys, time
 from mtetool.__main__ import main
-from mtetool.backends.process import ProcessGuest
+from mtetool.backends.proc.guest import ProcessGuest
 
 read, calls = ProcessGuest.read_tags, []
 

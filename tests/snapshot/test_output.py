@@ -228,7 +228,7 @@ def test_standard_output_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 _SLEEPER = """
 import sys, time
-from mtetool.snapshot.output import output_file
+from mtetool.files.output import output_file
 with output_file(sys.argv[1], force=True) as out:
     out.write(b"x" * 1_000_000)
     print("ready", flush=True)

@@ -155,7 +155,7 @@ def test_a_file_that_may_only_be_read(path: str, monkeypatch: pytest.MonkeyPatch
 def test_readers_at_the_same_time_count_together(path: str) -> None:
     order(path, Fault(Fail(errno.EFAULT), every=5))
     program = (
-        "import sys, tests.backends.test_fault_block as t;"
+        "import sys, tests.backends.emu.test_fault_block as t;"
         "print([t.read(sys.argv[1]) for _ in range(100)].count('EFAULT'))"
     )
     readers = [
