@@ -35,10 +35,15 @@ check: venv ## style, types and scripts
 	$(BIN)/mypy
 	shellcheck examples/*.sh tools/deps .ci/run
 
-test: deps venv ## everything: checks, tests, the lab on a real kernel
+ifdef T
+test: deps venv
+	$(BIN)/python -m pytest $(T)
+else
+test: deps venv ## everything: checks, tests, the lab on a real kernel; T=PATH: that test alone
 	$(MAKE) --no-print-directory check lab
 	MTETOOL_DEATH_STRIDE=7 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=30 -m 'not long'
 	$(MAKE) --no-print-directory -j 2 differential fuzz-short
+endif
 
 test-fast: venv ## the tests that need no lab
 	$(BIN)/python -m pytest -n 2 --ignore tests/lab
