@@ -63,7 +63,7 @@ def _take_closed_descriptors() -> None:
 
     The next file that is opened would be given such a number. As glibc does for setuid programs
     (csu/check_fds.c), each is opened the wrong way round, so that what is read or written fails
-    with EBADF: a result that nobody gets is no success. Standard error takes what it is told,
+    with EBADF: a result that nobody gets is not a success. Standard error takes what it is told,
     as nobody could be told of a failure.
     """
     for fd, name, flags, mode in (
@@ -129,7 +129,7 @@ def _usage_error(error: Exception) -> MtetoolError:
 
 
 def _guarded(run: Callable[[], int], arguments: Sequence[str]) -> int:
-    """The status of `run`, with whatever it raises but signals told on standard error."""
+    """The status of `run`, with whatever it raises but signals printed on standard error."""
     try:
         return run()
     except BrokenPipeError:
@@ -210,7 +210,7 @@ def wants_json(arguments: Sequence[str]) -> bool:
 
 
 def _flushed(status: int) -> int:
-    """`status`, once what was written is out: a result that did not arrive is no result."""
+    """`status`, once what was written is out: a result that did not arrive is not a result."""
     try:
         _flush()
     except BrokenPipeError:
@@ -230,7 +230,7 @@ def _drop_unwritten() -> None:
     """Flush standard output, or else point it to nowhere.
 
     The interpreter flushes once more at its end, and would complain. Whatever went wrong here
-    went wrong before, and was told.
+    went wrong before, and was reported.
     """
     try:
         _flush()

@@ -10,11 +10,13 @@ Nothing here imports numpy, so that a program which only names memory starts qui
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 if TYPE_CHECKING:
     from mtetool.buffers import TagBuffer
@@ -26,7 +28,7 @@ SlotKind = Literal["ram", "rom", "device"]
 class Memslot:
     """A range of guest physical memory that the VMM has given to KVM.
 
-    `readonly` is None where nobody may know (a slot found by asking the kernel). `kind`
+    `readonly` is None where that is unknown (a slot found by asking the kernel). `kind`
     is "device" for memory that cannot carry tags; such slots are never copied. `host_address` is
     where the slot begins in the VMM's own memory, if the user said so.
     """
@@ -40,7 +42,7 @@ class Memslot:
 
     @property
     def end(self) -> int:
-        """The first address behind the slot."""
+        """The first address after the slot."""
         return self.ipa + self.size_bytes
 
 
@@ -51,9 +53,14 @@ class Extent:
     ipa: int
     size_bytes: int
 
+    @classmethod
+    def between(cls, ipa: int, end: int) -> Self:
+        """The extent from an address up to another."""
+        return cls(ipa, end - ipa)
+
     @property
     def end(self) -> int:
-        """The first address behind the extent."""
+        """The first address after the extent."""
         return self.ipa + self.size_bytes
 
 
@@ -68,7 +75,7 @@ class Missing:
 
     @property
     def end(self) -> int:
-        """The first address behind it."""
+        """The first address after it."""
         return self.ipa + self.size_bytes
 
 
@@ -88,7 +95,7 @@ class GuestInfo:
 
 @dataclass(frozen=True, slots=True)
 class GuestOptions:
-    """What the user told about a guest besides its name.
+    """What the user said about a guest besides its name.
 
     `memslots` replaces whatever could be learnt; `qmp` is the VMM's monitor socket.
     """
@@ -97,52 +104,38 @@ class GuestOptions:
     qmp: Path | None = None
 
 
-class Guest(Protocol):
+class Guest(ABC):
     """A guest that was opened: its layout, and its tags.
 
-    Used as a context manager; after `close` nothing of ours is left in the guest or VMM.
+    A backend has to write six methods; the others are right for any guest, and a backend that can
+    do better, or faster, has its own. Used as a context manager; after `close` nothing of ours is
+    left in the guest or VMM.
     """
 
-    @property
-    def page_size_bytes(self) -> int:
-        """The page size that addresses and lengths of copies must be aligned to."""
-        ...
+    page_size_bytes: int
+    """The page size that addresses and lengths of copies must be aligned to."""
+    makes_pages: bool = True
+    """Whether writing tags of 0 where there is no memory yet makes that memory."""
 
-    @property
-    def makes_pages(self) -> bool:
-        """Whether writing tags of 0 where there is no memory yet makes that memory."""
-        ...
-
-    def any_thread_reads(self, ipa: int, size_bytes: int) -> bool:
-        """Whether several threads may read such a range at a time, and be faster than one.
-
-        So may they any part of it, then. Nothing is in the way of reading it: only the host can
-        fail.
-        """
-        ...
-
+    @abstractmethod
     def info(self) -> GuestInfo:
         """The guest as it is now.
 
         Raises LayoutUnknownError where the memslots cannot be learnt.
         """
-        ...
 
-    def paused(self) -> bool | None:
-        """Whether the guest's vCPUs stand still now; None where nobody may know."""
-        ...
-
+    @abstractmethod
     def freeze(self) -> None:
         """Stop all vCPUs until `thaw`, so that nothing of the guest changes its tags.
 
         They run on by themselves if mtetool dies. Raises GuestError; then none is stopped.
         """
-        ...
 
+    @abstractmethod
     def thaw(self) -> float:
         """Let the vCPUs run on; for how many seconds they stood still (0.0: they never ran)."""
-        ...
 
+    @abstractmethod
     def read_tags(self, ipa: int, out: TagBuffer, *, then_bytes: int = 0) -> int:
         """Copy the tags of guest memory from `ipa` on into `out` (one byte a granule).
 
@@ -150,33 +143,15 @@ class Guest(Protocol):
         memory. Returns the bytes of guest memory completed, a multiple of the page
         size, short where something stopped the copy: ask again at that place to learn why.
 
-        `then_bytes` of guest memory right behind will be read by the next calls: their copy may
+        `then_bytes` of guest memory right after will be read by the next calls: their copy may
         begin at once, so that those tags may be of a moment before they are asked for.
 
         Raises OSError with the kernel's errno when nothing was copied (EFAULT: no memory
         there, EINVAL: misaligned, too long), and GuestError when the guest is gone or has
         no MTE.
         """
-        ...
 
-    def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
-        """The parts (address, size) of a range that may have tags other than 0.
-
-        Ascending, whole pages, as is the range, and no two of them touch. What lies between
-        them has been found to have no tags at all, by looking and not by reading: memory that
-        nobody ever touched is not made by that. What cannot be told, and addresses without
-        memory, are in the parts.
-        """
-        ...
-
-    def would_make(self, ranges: Sequence[tuple[int, int]]) -> int:
-        """At most how many bytes of memory the host would newly allocate for a read of ranges.
-
-        `ranges` are (address, size) of whole pages; of them only what `may_be_tagged` gives is
-        read. Found by looking and not by reading.
-        """
-        ...
-
+    @abstractmethod
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """Copy `tags` (one byte a granule) onto the guest memory from `ipa` on.
 
@@ -184,7 +159,43 @@ class Guest(Protocol):
         logs dirty pages. Of no tags at all it is refused where any write would be (EBUSY, no
         permission), and changes nothing.
         """
-        ...
+
+    @abstractmethod
+    def enable_mte(self) -> bool:
+        """Turn MTE on, before the first vCPU; False where it was on already.
+
+        Raises TooLateError, MteUnsupportedError.
+        """
+
+    def paused(self) -> bool | None:
+        """Whether the guest's vCPUs stand still now; None where that is unknown."""
+        return None
+
+    def any_thread_reads(self, extent: Extent) -> bool:
+        """Whether several threads may read an extent at a time, and be faster than one.
+
+        So may they any part of it, then. Nothing is in the way of reading it: only the host can
+        fail.
+        """
+        return False
+
+    def may_be_tagged(self, extent: Extent) -> Iterator[Extent]:
+        """The parts of an extent that may have tags other than 0.
+
+        Ascending, whole pages, as is the extent, and no two of them touch. What lies between
+        them has been found to have no tags at all, by looking and not by reading: memory that
+        nobody ever touched is not made by that. What is unknown, and addresses without
+        memory, are in the parts.
+        """
+        yield extent
+
+    def would_make(self, extents: Sequence[Extent]) -> int:
+        """At most how many bytes of memory the host would newly allocate for a read of `extents`.
+
+        They are whole pages; of them only what `may_be_tagged` gives is read. Found by looking and
+        not by reading.
+        """
+        return 0
 
     def begin_write(
         self, ipa: int, tags: TagBuffer, *, then_read: bool = False
@@ -195,24 +206,18 @@ class Guest(Protocol):
         called in their order, and `tags` stay as they are until then. With `then_read` the same
         memory, if all was written, is read in one call before the next result is called.
         """
-        ...
+        return partial(self.write_tags, ipa, tags)
 
-    def enable_mte(self) -> bool:
-        """Turn MTE on, before the first vCPU; False where it was on already.
-
-        Raises TooLateError, MteUnsupportedError.
-        """
-        ...
-
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to let go of
         """Let go of the guest. May be called twice."""
-        ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self,
         kind: type[BaseException] | None,
         value: BaseException | None,
         traceback: TracebackType | None,
-    ) -> None: ...
+    ) -> None:
+        self.close()

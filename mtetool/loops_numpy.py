@@ -152,7 +152,7 @@ def page_run(tags: TagBuffer, page_granules: int, first: int) -> tuple[bool, int
 def frame_run(entries: bytes, first: int) -> int:
     """Where a run of page table entries, words of 64 bits, that begins at number `first` ends.
 
-    In a run each is the one before plus 1: pages alike, their frames one behind the other.
+    In a run each is the one before plus 1: pages alike, their frames one after the other.
     """
     if len(entries) % 8:
         raise ValueError("entries that are not whole")

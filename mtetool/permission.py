@@ -111,7 +111,7 @@ def zombie(pid: int, status: dict[str, str]) -> NoSuchProcessError | None:
     return NoSuchProcessError(
         f"process {pid} ({status.get('Name', '?')}) has ended; it stays in the list only until its"
         f" parent, {_named(parent)}, has collected it",
-        hint="what it held in memory went with it: start it again",
+        hint="its memory is gone with it: start it again",
         pid=pid,
     )
 
@@ -139,7 +139,7 @@ def _cause(rights: Rights, pid: int, status: dict[str, str]) -> _Cause:
     if rights.ptrace_scope == 3:
         return _Cause(
             "ptrace-scope",
-            "kernel.yama.ptrace_scope is 3, so that nobody may trace on this host",
+            "kernel.yama.ptrace_scope is 3, so that no process may trace another on this host",
             "only a reboot without that setting changes it",
         )
     if rights.cap_sys_ptrace:

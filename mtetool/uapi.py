@@ -90,6 +90,15 @@ KVM_ARM_VCPU_HAS_EL2 = 1 << 7
 COPY_LENGTH_MAX = (1 << 31) - 1
 
 
+def is_copy_range(ipa: int, length_bytes: int, page_size_bytes: int) -> bool:
+    """Whether KVM_ARM_MTE_COPY_TAGS accepts such a range: whole pages, and not too many.
+
+    Else it is EINVAL (arch/arm64/kvm/guest.c, kvm_vm_ioctl_mte_copy_tags).
+    """
+    aligned = ipa % page_size_bytes == 0 and length_bytes % page_size_bytes == 0
+    return aligned and length_bytes <= COPY_LENGTH_MAX
+
+
 def enable_cap(cap: int) -> bytes:
     """The argument of KVM_ENABLE_CAP for a capability without arguments."""
     return KVM_ENABLE_CAP_STRUCT.pack(cap, 0, 0, 0, 0, 0)

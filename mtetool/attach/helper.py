@@ -234,7 +234,7 @@ def remove_leftovers(thread: BorrowedThread, length: int) -> None:
             continue
         helper, _, magic = _HEADER.unpack(memory.read(thread.pid, mapping.start, _HEADER.size))
         alive = helper != 0 and _lives(thread.pid, helper)
-        # One that died right behind its mmap has no header yet: then the length must be ours.
+        # One that died right after its mmap has no header yet: then the length must be ours.
         nameless = magic == bytes(8) and mapping.end - mapping.start == length
         if (magic == _MAGIC or nameless) and not alive:
             thread.syscall(_NR_MUNMAP, mapping.start, mapping.end - mapping.start)

@@ -12,7 +12,9 @@ import os
 from mtetool.attach import steps
 
 
-class _Iovec(ctypes.Structure):
+class Iovec(ctypes.Structure):
+    """struct iovec: a piece of memory."""
+
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
@@ -21,9 +23,9 @@ for _function in (_libc.process_vm_readv, _libc.process_vm_writev):
     _function.restype = ctypes.c_ssize_t
     _function.argtypes = [
         ctypes.c_int,
-        ctypes.POINTER(_Iovec),
+        ctypes.POINTER(Iovec),
         ctypes.c_ulong,
-        ctypes.POINTER(_Iovec),
+        ctypes.POINTER(Iovec),
         ctypes.c_ulong,
         ctypes.c_ulong,
     ]
@@ -34,8 +36,8 @@ def _transfer(write: bool, pid: int, address: int, local: int, length: int) -> N
     done = 0
     steps.reach("writev" if write else "readv")
     while done < length:
-        ours = _Iovec(local + done, length - done)
-        theirs = _Iovec(address + done, length - done)
+        ours = Iovec(local + done, length - done)
+        theirs = Iovec(address + done, length - done)
         count = int(function(pid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0))
         if count <= 0:
             number = ctypes.get_errno()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from mtetool.attach import steps
+from mtetool.attach.memory import Iovec
 from mtetool.errors import AttachRefusedError, GuestLostError
 
 # include/uapi/linux/ptrace.h
@@ -96,10 +97,6 @@ _REGSET_MAX = 16 + 16 * (32 * 16 + 16 * 2 + 2) + 64
 PSTATE_BTYPE = 0xC00
 
 
-class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.restype = ctypes.c_long
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
@@ -154,7 +151,7 @@ class Registers:
         return replace(self, x=tuple(x), pc=gadget, pstate=self.pstate & ~PSTATE_BTYPE)
 
     def returning(self, result: int) -> Registers:
-        """These registers, behind a call, with that result of it (-errno)."""
+        """These registers, after a call, with that result of it (-errno)."""
         return replace(self, x=(result & 0xFFFF_FFFF_FFFF_FFFF, *self.x[1:]))
 
 
@@ -350,7 +347,7 @@ class Tracee:
         How many were copied. Raises OSError when none were: EIO whatever is wrong with
         `address`, ESRCH where the thread is not stopped any more.
         """
-        iovec = _Iovec(local, n_bytes)
+        iovec = Iovec(local, n_bytes)
         _ptrace(request, self.tid, address, ctypes.addressof(iovec))
         return int(iovec.length)
 
@@ -363,7 +360,7 @@ class Tracee:
     def regset(self, kind: int) -> bytes | None:
         """A register set by its NT_ number; None where this CPU or kernel has none."""
         buffer = ctypes.create_string_buffer(_REGSET_MAX)
-        iovec = _Iovec(ctypes.addressof(buffer), len(buffer))
+        iovec = Iovec(ctypes.addressof(buffer), len(buffer))
         try:
             _ptrace(_GETREGSET, self.tid, kind, ctypes.addressof(iovec))
         except OSError as error:
@@ -375,7 +372,7 @@ class Tracee:
     def set_regset(self, kind: int, data: bytes) -> None:
         """Write a register set, all of `data`."""
         buffer = ctypes.create_string_buffer(data, len(data))
-        iovec = _Iovec(ctypes.addressof(buffer), len(buffer))
+        iovec = Iovec(ctypes.addressof(buffer), len(buffer))
         _ptrace(_SETREGSET, self.tid, kind, ctypes.addressof(iovec))
 
     def registers(self) -> Registers:

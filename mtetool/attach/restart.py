@@ -1,4 +1,4 @@
-"""System calls that a stop broke off, and that the kernel makes anew behind it.
+"""System calls that a stop broke off, and that the kernel makes again after it.
 
 At the stop, pc is back at the `svc` and x0 is what it was. Where the thread then runs on by
 itself, the kernel still adds what is not in the registers:
@@ -7,7 +7,7 @@ itself, the kernel still adds what is not in the registers:
 - a call that a handler's signal must break off (poll, a sleep) answers EINTR.
 
 It does neither for a thread that was sent elsewhere meanwhile. `settle` lets the first happen
-before the thread is borrowed, `resume` the second behind it.
+before the thread is borrowed, `resume` the second after it.
 Source: do_signal, arch/arm64/kernel/signal.c.
 """
 

@@ -42,7 +42,8 @@ class Call:
 def check(tracee: Tracee, pid: int, calls: Iterable[Call]) -> tuple[Program, ...]:
     """See that the stopped thread's filters allow all the calls; the filters.
 
-    Raises AttachRefusedError naming the call that is not allowed, or that nobody may know.
+    Raises AttachRefusedError, which names the call that is not allowed, or says that the filters
+    cannot be read.
     """
     mode = _mode(pid, tracee.tid)
     if mode == 0:

@@ -68,7 +68,9 @@ def command(
     from mtetool.sources.source import asked, open_source
 
     if output == "raw" and sys.stdout.isatty():
-        raise UsageError("raw tags are not for a terminal", hint="a pipe, or > FILE behind it")
+        raise UsageError(
+            "raw tags are not for a terminal", hint="write to a pipe, or append > FILE"
+        )
     if output == "raw" and each:
         raise UsageError("--granules is for text and json: raw has one byte a granule anyway")
     check_inputs(sources=[source])

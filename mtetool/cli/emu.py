@@ -333,7 +333,7 @@ def _fill(
                 caught.word = InterruptedWorkError(
                     f"{size(filled_bytes)} of {size(total)} had their tags written",
                     caught.number,
-                    hint="fill it again, or create it anew",
+                    hint="fill it again, or create it again",
                 )
             raise
 

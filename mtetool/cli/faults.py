@@ -33,7 +33,7 @@ def parse_fault(text: str) -> Fault:
         key, equals, value = word.partition("=")
         if not equals or key not in _CONDITIONS:
             known = ", ".join(_CONDITIONS)
-            raise ValueError(f"{quoted(word)} is no condition ({known}): a fault is {_FORM}")
+            raise ValueError(f"{quoted(word)} is not a condition ({known}): a fault is {_FORM}")
         if key in conditions:
             raise ValueError(f"{key}= stands twice: a fault is {_FORM}")
         try:
@@ -54,7 +54,7 @@ def _parse_effect(text: str) -> Effect:
     if isinstance(number, int):
         return Fail(number)
     raise ValueError(
-        f"{quoted(text)} is no effect (an errno by name, vanish, slow=1ms, slow=64M/s):"
+        f"{quoted(text)} is not an effect (an errno by name, vanish, slow=1ms, slow=64M/s):"
         f" a fault is {_FORM}"
     )
 
@@ -90,7 +90,7 @@ def _parse_on(text: str) -> str:
 
 def _parse_chance(text: str) -> float:
     if not _CHANCE.fullmatch(text):
-        raise ValueError(f"{quoted(text)} is no probability such as 0.01")
+        raise ValueError(f"{quoted(text)} is not a probability such as 0.01")
     return float(text)
 
 
@@ -126,7 +126,7 @@ def faults_json(faults: Faults) -> dict[str, Any]:
 def say_faults(faults: Faults) -> None:
     """The faults, for people; nothing where there are none."""
     if faults.vanished:
-        say("vanished, as a fault has it")
+        say("vanished (an ordered fault)")
     if faults.ordered:
         rows = [
             (str(fault), counted.fired, "spent" if faults.is_spent(index) else "")

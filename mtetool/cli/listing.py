@@ -35,7 +35,7 @@ def command(no_attach: bool, quiet: bool, output: str) -> int:
     """List the VMs of this host: PID, VMM, name, vCPUs, memory, MTE, state, owner.
 
     Each VMM is attached to for a moment, to ask the kernel whether MTE is on. What cannot be
-    learnt is shown as unknown, and why is told on standard error.
+    learnt is shown as unknown, and why is printed on standard error.
     """
     from mtetool.backends.kvm.listing import list_vms
 

@@ -170,7 +170,7 @@ def guest_options(command: _F) -> _F:
         type=MEMSLOT,
         multiple=True,
         metavar="IPA:SIZE[@ADDRESS]",
-        help="A memslot of the guest, told by hand (repeatable); where it is in the VMM.",
+        help="A memslot of the guest, given by hand (repeatable), and where it is in the VMM.",
     )
     qmp = click.option(
         "--qmp",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from mtetool.emulator.behaviours import Behaviour
-from mtetool.uapi import COPY_LENGTH_MAX, KVM_ARM_TAGS_FROM_GUEST, TAG_MAX
+from mtetool.uapi import KVM_ARM_TAGS_FROM_GUEST, TAG_MAX, is_copy_range
 
 if TYPE_CHECKING:
     from mtetool.emulator.memory import AddressSpace, Found
@@ -48,9 +48,7 @@ def check_request(request: CopyRequest, *, mte: bool, page_size_bytes: int) -> i
         return -errno.EINVAL
     if request.flags & ~KVM_ARM_TAGS_FROM_GUEST:
         return -errno.EINVAL
-    if request.length % page_size_bytes or request.guest_ipa % page_size_bytes:
-        return -errno.EINVAL
-    if request.length > COPY_LENGTH_MAX:
+    if not is_copy_range(request.guest_ipa, request.length, page_size_bytes):
         return -errno.EINVAL
     return 0
 

@@ -39,7 +39,7 @@ class Slot:
 
     @property
     def end(self) -> int:
-        """The first guest address behind it."""
+        """The first guest address after it."""
         return self.ipa + self.size_bytes
 
 

@@ -17,15 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 from mtetool.buffers import as_bytes
 from mtetool.errors import GuestLostError, MtetoolError, errno_name
 from mtetool.faults.model import Delay, Direction, Fail, Fault, Faults, Rate, Vanish
 from mtetool.faults.plan import Plan, Stretch
-from mtetool.guest import Guest, GuestInfo
-from mtetool.uapi import COPY_LENGTH_MAX, GRANULE_BYTES
+from mtetool.guest import Extent, Guest, GuestInfo
+from mtetool.uapi import GRANULE_BYTES, is_copy_range
 
 if TYPE_CHECKING:
     from mtetool.buffers import TagBuffer
@@ -72,11 +71,11 @@ def _refuses_all_writes(faults: Faults) -> int | None:
     return None
 
 
-class FaultyGuest:
+class FaultyGuest(Guest):
     """A `Guest` in front of another, which it closes; `faults` fire in copies of tags.
 
-    EIO, and `Vanish`, are told as `kvm:` guests tell them, by GuestLostError: EIO for as long as
-    the fault fires, while a guest that vanished is gone for good. Counters live as long as this
+    EIO, and `Vanish`, are reported as `kvm:` guests report them, by GuestLostError: EIO for as long
+    as the fault fires, while a guest that vanished is gone for good. Counters live as long as this
     object, or in `kept`, which then has the faults too. `sleep` is what slow copies call.
     """
 
@@ -89,6 +88,8 @@ class FaultyGuest:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._guest = guest
+        self.page_size_bytes = guest.page_size_bytes
+        self.makes_pages = guest.makes_pages
         self._kept: Kept = kept or _InMemory(Faults.of(faults))
         self._sleep = sleep
         self._closed = False
@@ -97,20 +98,6 @@ class FaultyGuest:
         """The faults, and what they have seen so far."""
         with self._kept.held() as faults:
             return deepcopy(faults)
-
-    @property
-    def page_size_bytes(self) -> int:
-        """See `Guest.page_size_bytes`."""
-        return self._guest.page_size_bytes
-
-    @property
-    def makes_pages(self) -> bool:
-        """See `Guest.makes_pages`."""
-        return self._guest.makes_pages
-
-    def any_thread_reads(self, ipa: int, size_bytes: int) -> bool:
-        """False: faults count the pages in their order."""
-        return False
 
     def info(self) -> GuestInfo:
         """See `Guest.info`. Raises GuestLostError once it vanished."""
@@ -140,13 +127,9 @@ class FaultyGuest:
         """See `Guest.read_tags`; with the faults for reads."""
         return self._copied("read", self._guest.read_tags, ipa, as_bytes(out))
 
-    def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
-        """All of it: a fault may wait where there are no tags."""
-        yield ipa, size_bytes
-
-    def would_make(self, ranges: Sequence[tuple[int, int]]) -> int:
+    def would_make(self, extents: Sequence[Extent]) -> int:
         """See `Guest.would_make`."""
-        return self._guest.would_make(ranges)
+        return self._guest.would_make(extents)
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`; with the faults for writes."""
@@ -172,8 +155,8 @@ class FaultyGuest:
         tags: memoryview,
     ) -> int:
         page_bytes, length_bytes = self.page_size_bytes, len(tags) * GRANULE_BYTES
-        misaligned = ipa % page_bytes or length_bytes % page_bytes
-        if self._closed or misaligned or not 0 < length_bytes <= COPY_LENGTH_MAX:
+        copies = length_bytes > 0 and is_copy_range(ipa, length_bytes, page_bytes)
+        if self._closed or not copies:
             self._check_there()
             return copy(ipa, tags)  # the guest's own answer comes first, as the kernel's checks do
         with self._kept.held() as faults:
@@ -200,8 +183,11 @@ class FaultyGuest:
         assert isinstance(stopped.effect, Fail)
         number = stopped.effect.errno
         if number == errno.EIO:
-            raise GuestLostError(f"the VM behind {self._name()} is dead (EIO), as a fault has it")
-        raise OSError(number, f"copying tags at {ipa:#x}: {errno_name(number)}, as a fault has it")
+            raise GuestLostError(f"the VM behind {self._name()} is dead (EIO, an ordered fault)")
+        raise OSError(
+            number,
+            f"copying tags at {ipa:#x}: {errno_name(number)} (an ordered fault)",
+        )
 
     def _check_there(self) -> None:
         if self._closed:
@@ -212,7 +198,7 @@ class FaultyGuest:
 
     def _gone(self) -> GuestLostError:
         return GuestLostError(
-            f"{self._name()} vanished while it was worked on, as a fault has it",
+            f"{self._name()} vanished while it was worked on (an ordered fault)",
             hint="mtetool emu fault brings an emulated guest back: --clear, or other faults",
         )
 
@@ -227,14 +213,3 @@ class FaultyGuest:
         self._closed = True
         self._kept.close()
         self._guest.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -31,7 +31,7 @@ def _once(pairs: Iterable[tuple[object, object]]) -> dict[object, object]:
     result: dict[object, object] = {}
     for key, value in pairs:
         if not isinstance(key, str):
-            raise ValueError("a key that is no string")
+            raise ValueError("a key that is not a string")
         if key in result:
             raise ValueError(f"the key {key[:40]!r} twice")
         result[key] = value
@@ -62,7 +62,7 @@ class Fields:
 
     def __init__(self, value: object, where: str) -> None:
         if not isinstance(value, dict):
-            raise DamagedError(f"{where} is no map")
+            raise DamagedError(f"{where} is not a map")
         self._values: dict[str, object] = dict(value)
         self.where = where
 
@@ -97,7 +97,7 @@ class Fields:
         """A string of at most `MAX_TEXT_BYTES` bytes of UTF-8."""
         value = self._take(key)
         if not isinstance(value, str) or len(value.encode()) > MAX_TEXT_BYTES:
-            raise self.wrong(f"{key!r} is no text of at most {MAX_TEXT_BYTES} bytes")
+            raise self.wrong(f"{key!r} is not a text of at most {MAX_TEXT_BYTES} bytes")
         return value
 
     def text_or_none(self, key: str) -> str | None:
@@ -118,7 +118,7 @@ class Fields:
         """An array of anything."""
         value = self._take(key)
         if not isinstance(value, list):
-            raise self.wrong(f"{key!r} is no array")
+            raise self.wrong(f"{key!r} is not an array")
         return value
 
     def end(self) -> None:

@@ -100,7 +100,7 @@ def _yama(facts: HostFacts) -> Row:
     }
     value = f"{facts.ptrace_scope}: {means.get(facts.ptrace_scope, 'not known')}"
     if facts.ptrace_scope == 3:
-        hint = "nobody may trace until the next boot: only emulated guests can be worked on"
+        hint = "no process may trace another until the next boot: use emulated guests"
         return Row(row_id, title, "no", value, hint, needed=True)
     if facts.ptrace_scope == 0 or facts.cap_sys_ptrace:
         return Row(row_id, title, "ok", value)

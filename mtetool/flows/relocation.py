@@ -16,7 +16,7 @@ class Relocation:
     def __init__(self, moves: Iterable[tuple[int, int]], slots: Sequence[Memslot]) -> None:
         """`moves` are pairs of a slot's IPA in the snapshot and its IPA in the guest.
 
-        Raises UsageError for an IPA that is no slot of the snapshot, or is named twice.
+        Raises UsageError for an IPA that is not a slot of the snapshot, or is named twice.
         """
         by_ipa = {slot.ipa: slot for slot in slots}
         self._moved: list[tuple[Extent, int]] = []
@@ -109,8 +109,7 @@ def check_fit(
         raise LayoutError(
             f"the snapshot holds tags of {hex_range(outside[0])}, where the guest has no"
             " memory that takes tags",
-            hint=f"the guest's memory: {known}; a slot that lives elsewhere now is told with"
-            " --map OLD=NEW",
+            hint=f"the guest's memory: {known}; if a slot has moved, say where to: --map OLD=NEW",
             ipa=outside[0].ipa,
             size_bytes=outside[0].size_bytes,
         )

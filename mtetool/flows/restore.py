@@ -312,10 +312,10 @@ class _Restorer:
                 # Over a terabyte that nobody touched, in one step.
                 self._put_constant(fill.tag, at, first, slot)
                 at = first
-                for start, size_bytes in self._tagged_there(first, last):
-                    self._already_so(at, start)
-                    self._put_constant(fill.tag, start, start + size_bytes, slot)
-                    at = start + size_bytes
+                for there in self._tagged_there(Extent.between(first, last)):
+                    self._already_so(at, there.ipa)
+                    self._put_constant(fill.tag, there.ipa, there.end, slot)
+                    at = there.end
                 self._already_so(at, last)
                 at = last
             self._put_constant(fill.tag, at, end, slot)
@@ -364,18 +364,18 @@ class _Restorer:
     def _write_where_it_matters(self, ipa: int, tags: memoryview, slot: Memslot) -> None:
         """Write whole pages; but no tags of 0 where the guest has no others, and maybe no page."""
         at, end = ipa, ipa + len(tags) * GRANULE_BYTES
-        for start, size_bytes in self._tagged_there(at, end):
-            self._write_tagged_pages(at, tags[(at - ipa) // GRANULE_BYTES :], start - at, slot)
-            part = tags[(start - ipa) // GRANULE_BYTES :][: size_bytes // GRANULE_BYTES]
-            self._write(start, part, may_be_readonly=slot.readonly is None)
-            at = start + size_bytes
+        for there in self._tagged_there(Extent.between(at, end)):
+            self._write_tagged_pages(at, tags[(at - ipa) // GRANULE_BYTES :], there.ipa - at, slot)
+            part = tags[(there.ipa - ipa) // GRANULE_BYTES :][: there.size_bytes // GRANULE_BYTES]
+            self._write(there.ipa, part, may_be_readonly=slot.readonly is None)
+            at = there.end
         self._write_tagged_pages(at, tags[(at - ipa) // GRANULE_BYTES :], end - at, slot)
 
-    def _tagged_there(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        self._finish_overlapping(start, end - start)
+    def _tagged_there(self, extent: Extent) -> Iterator[Extent]:
+        self._finish_overlapping(extent.ipa, extent.size_bytes)
         if self._options.every_page:
-            return iter([(start, end - start)])
-        return self._guest.may_be_tagged(start, end - start)
+            return iter([extent])
+        return self._guest.may_be_tagged(extent)
 
     def _write_tagged_pages(
         self, ipa: int, tags: memoryview, size_bytes: int, slot: Memslot
@@ -460,8 +460,8 @@ class _Restorer:
         try:
             self._take_steps(begun)
         except BaseException:
-            # What was begun behind it may be written, and counts for nothing: all up to where
-            # a restore came has its tags, or is told.
+            # What was begun after it may be written, and counts for nothing: all up to where
+            # a restore came has its tags, or is reported.
             self._begun = None
             raise
 

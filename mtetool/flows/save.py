@@ -125,7 +125,7 @@ def save(
     stream = cast(BinaryIO, spool)
     with SnapshotWriter(stream, header, level=options.level, jobs=options.jobs) as writer:
         # Where the writer's threads read, no guest waits, and they have buffers of their own.
-        others = base is None and all(guest.any_thread_reads(e.ipa, e.size_bytes) for e in scope)
+        others = base is None and all(guest.any_thread_reads(extent) for extent in scope)
         if not others:
             writer.warm_up()
         reader = TagReader(

@@ -438,7 +438,7 @@ _CHECKS = (
         _dirty_logging,
         older="this kernel takes the write, without logging it: do not restore during a migration",
     ),
-    _Check("length-zero", "a copy of nothing is no error", _nothing),
+    _Check("length-zero", "a copy of nothing succeeds", _nothing),
     _Check("misaligned-ipa", "no copy from within a page", _misaligned_ipa),
     _Check("misaligned-length", "no copy of part of a page", _misaligned_length),
     _Check("bad-flags", "unknown flags are refused", _bad_flags),

@@ -31,7 +31,7 @@ class Defect:
 
 NOT_KEPT = Defect(
     "tags-not-kept",
-    "what is read does not depend on what was written: this host's memory keeps no tags",
+    "the tags that are read do not depend on those written: this host's memory keeps none",
     "look at the firmware's settings of MTE, and at the emulator if this host is emulated",
 )
 OVERWRITE_IN_PAGE = Defect(

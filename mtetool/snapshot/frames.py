@@ -70,7 +70,7 @@ class Encoder:
         """Encode whole pages of tags, at most `chunk_granules`, bits 7:4 zero.
 
         Frames declare their size and have no checksum: the record has one. Raises ValueError for
-        bytes that are no tags.
+        bytes that are not tags.
         """
         return self._encode(as_bytes(tags), page_granules)
 
@@ -95,7 +95,7 @@ class Encoder:
         loops.xor(change, tags)
         found, changed = loops.scan(tags, page_granules), loops.scan(change, page_granules)
         if found[3] > 15:
-            raise ValueError("bytes that are no tags")
+            raise ValueError("bytes that are not tags")
         is_same = changed[0] == 1 and not changed[3]
         if is_same or changed[0] < found[0]:
             return self._encode(change, page_granules, over_base=True)
@@ -105,7 +105,7 @@ class Encoder:
         mine = self._buffers()
         n_runs, tagged, pages, bits, size = loops.to_runs(view, page_granules, mine.room)
         if bits > TAG_MAX:
-            raise ValueError("bytes that are no tags")
+            raise ValueError("bytes that are not tags")
         changed = tagged if over_base else None
         if n_runs == 1 and not (over_base and view[0]):
             return Encoded(view[0], None, tagged, pages, b"", over_base, None, changed)

@@ -51,7 +51,7 @@ class TagsHead:
 
     @property
     def end(self) -> int:
-        """The first address behind it."""
+        """The first address after it."""
         return self.ipa + self.size_bytes
 
 
@@ -157,7 +157,7 @@ def _extent(value: object, fields: Fields) -> Extent:
         ipa, size = value
         if type(ipa) is int and type(size) is int and 0 <= ipa <= _U64 and 0 < size <= _U64:
             return Extent(ipa, size)
-    raise fields.wrong("a range of the scope is no pair of an address and a size")
+    raise fields.wrong("a range of the scope is not a pair of an address and a size")
 
 
 # --- TAGS, MISS ----------------------------------------------------------------------------

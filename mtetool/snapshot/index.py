@@ -64,7 +64,7 @@ class IndexedSnapshot:
         """A snapshot in a regular file; None where the file has no end mark.
 
         Without the mark something is wrong with the file, and reading it front to back
-        tells what. Raises SnapshotError, HostIoError.
+        says what. Raises SnapshotError, HostIoError.
         """
         header = SnapshotReader(stream, name).header
         try:
@@ -112,7 +112,7 @@ class IndexedSnapshot:
         if record.kind != DONE:
             raise self._damaged(self._end, "it is not the end record, which belongs here")
         if self._end + record.length_bytes + TRAILER.size != self._file_bytes:
-            raise self._damaged(self._end, "the file goes on behind the end record")
+            raise self._damaged(self._end, "the file continues after the end record")
         done = decode_done(
             record.head,
             f"{self._name}: the end record",
@@ -130,7 +130,7 @@ class IndexedSnapshot:
         behind = self._first
         for _ in range(self._done.index_records):
             if offset >= self._end:
-                raise self._damaged(offset, "the index goes on behind the end record")
+                raise self._damaged(offset, "the index continues after the end record")
             record = self._record_at(offset)
             if record.kind != INDX:
                 raise self._damaged(offset, "it is not the index, which belongs here")

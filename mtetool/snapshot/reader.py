@@ -81,7 +81,7 @@ class Piece:
 
     @property
     def end(self) -> int:
-        """The first address behind it."""
+        """The first address after it."""
         return self.ipa + self.size_bytes
 
     def tags(self, out: TagBuffer | None = None) -> memoryview:
@@ -118,7 +118,7 @@ class SnapshotReader:
     The header is read at once. Iterating gives the records of tags and of missing tags in
     the order in which they were written, so that a later one replaces earlier ones; each
     one's checksum was compared before. The iteration ends only when the snapshot is known
-    to be whole: totals, index, coverage, and nothing behind the end.
+    to be whole: totals, index, coverage, and nothing after the end.
 
     Raises NotASnapshotError, UnknownVersionError, TruncatedError, DamagedError, HostIoError.
     """
@@ -238,7 +238,7 @@ class SnapshotReader:
             raise DamagedError(f"{self._source.name}: the end mark is wrong")
         if self._source.read(1):
             raise DamagedError(
-                f"{self._source.name} goes on behind the end of the snapshot,"
+                f"{self._source.name} continues after the end of the snapshot,"
                 f" which is {self._source.offset - 1} bytes long",
                 hint="something was appended to it",
             )

@@ -66,7 +66,7 @@ _MOST_JOBS = 4
 # Chunks under way for each worker: one that it encodes, one that waits for it.
 _WINDOW_PER_JOB = 2
 
-# Fills that wait behind a chunk under way; they are small, but must not pile up either.
+# Fills that wait after a chunk under way; they are small, but must not pile up either.
 _MAX_QUEUED = 4096
 
 
@@ -149,7 +149,7 @@ class SnapshotWriter:
         bits 7:4 zero. It must stay as it is until `window` more chunks were added, or the end:
         who has `window` + 1 buffers uses them in turn. With `base`, which is called in other
         threads, only what has changed since is written. Raises RangeError; ValueError, sooner or
-        later, for bytes that are no tags; what `base` raises.
+        later, for bytes that are not tags; what `base` raises.
         """
         page, view = self._page_granules, as_bytes(tags)
         if base is None:
@@ -360,7 +360,7 @@ def _alike(first: TagsHead, second: TagsHead) -> bool:
 
 
 class _Log:
-    """Puts records behind each other: numbers, checksums, offsets, the index, the end."""
+    """Puts records after each other: numbers, checksums, offsets, the index, the end."""
 
     def __init__(self, out: BinaryIO, header: Header) -> None:
         self._out = out

@@ -28,7 +28,7 @@ def check_allocates_nothing(
         for extent in extents
     ]
     asked = merged(whole)
-    n_bytes = guest.would_make([(extent.ipa, extent.size_bytes) for extent in asked])
+    n_bytes = guest.would_make(asked)
     if n_bytes > _TOLERATED_BYTES:
         raise WouldAllocateError(
             f"up to {n_bytes} bytes of memory would be newly allocated in {name}: it has"

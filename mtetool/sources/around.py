@@ -30,7 +30,7 @@ _WHOLE_VM = {
     errno.EINVAL: "the kernel takes the request for a malformed one; is MTE on for this VM?",
     errno.EIO: "the VM belongs to another process, or is dead",
     errno.EBADF: "the VM's file descriptor is gone",
-    errno.ENOTTY: "what was asked is not a VM, or its kernel has no KVM_ARM_MTE_COPY_TAGS",
+    errno.ENOTTY: "the file descriptor is not a VM's, or its kernel has no KVM_ARM_MTE_COPY_TAGS",
     errno.EPERM: "the kernel does not permit it",
     errno.EACCES: "the kernel does not permit it",
 }
@@ -84,7 +84,7 @@ def way_around(
 def first_that_answers(
     transfer: Transfer, start: int, end: int, page_bytes: int, *, insist: bool = False
 ) -> tuple[int, int]:
-    """The first page behind `start` that can be copied (else `end`), and how many cannot.
+    """The first page after `start` that can be copied (else `end`), and how many cannot.
 
     The page at `start` is known to fail. Those after it are tried one by one; where
     `ONE_BY_ONE_PAGES` have failed, without `insist`, at doubling distances, then bisecting back.

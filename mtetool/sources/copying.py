@@ -1,4 +1,4 @@
-"""Copying tags out of a guest and into one, around what cannot be copied (`flows.around`).
+"""Copying tags out of a guest and into one, around what cannot be copied (`sources.around`).
 
 The kernel answers a copy with what it completed, and with an errno only when that is nothing
 (Documentation/virt/kvm/api.rst, KVM_ARM_MTE_COPY_TAGS). So a copy that came back short is
@@ -163,8 +163,7 @@ class TagReader:
         self, extents: Iterable[Extent], every_page: bool, *, later: bool
     ) -> Iterator[Step | Later]:
         for extent in extents:
-            whole = [(extent.ipa, extent.size_bytes)]
-            parts = whole if every_page else self._guest.may_be_tagged(*whole[0])
+            parts = [extent] if every_page else self._guest.may_be_tagged(extent)
             yield from self._read(extent, _Ahead(parts), later=later)
 
     def _read(self, extent: Extent, parts: _Ahead, *, later: bool) -> Iterator[Step | Later]:
@@ -181,7 +180,7 @@ class TagReader:
                 yield Fill(at, stop - at, 0)
                 at = stop
                 continue
-            if later and self._guest.any_thread_reads(at, behind - at):
+            if later and self._guest.any_thread_reads(Extent.between(at, behind)):
                 yield self._later(at, behind, parts)
                 at = behind
                 continue
@@ -281,22 +280,18 @@ def cut(step: Step, ipa: int, size_bytes: int) -> Step:
 
 
 class _Ahead:
-    """Ascending ranges, looked at one ahead."""
+    """Ascending extents, looked at one ahead."""
 
-    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
-        self._ranges = iter(ranges)
+    def __init__(self, extents: Iterable[Extent]) -> None:
+        self._extents = iter(extents)
         self._next: Extent | None = None
         self._ended = False
 
     def at_or_behind(self, ipa: int) -> Extent | None:
-        """The first range that ends behind `ipa`; None where there is none."""
+        """The first extent that ends after `ipa`; None where there is none."""
         while not self._ended and (self._next is None or self._next.end <= ipa):
-            found = next(self._ranges, None)
-            if found is None:
-                self._ended = True
-                self._next = None
-            else:
-                self._next = Extent(*found)
+            self._next = next(self._extents, None)
+            self._ended = self._next is None
         return self._next
 
 
@@ -358,7 +353,7 @@ def _walk(
 def _check_completed(done: int, size_bytes: int, at: int, layout: Layout) -> None:
     if not 0 < done <= size_bytes or done % layout.page_size_bytes:
         raise GuestError(
-            f"the copy of {size_bytes} bytes at {at:#x} answered {done}, which is no"
-            " length it can have completed",
+            f"the copy of {size_bytes} bytes at {at:#x} answered {done}, which is not a"
+            " length that it can have completed",
             ipa=at,
         )

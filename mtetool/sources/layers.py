@@ -29,7 +29,7 @@ def open_layers(paths: Sequence[str]) -> Iterator[Layers]:
     """Open snapshots as one: a base, a delta to it, a delta to that, and so on.
 
     The first may be a delta as well; then so are all of them together. "-" is standard input.
-    Raises what opening a snapshot raises, and BaseNeededError where one is no delta to that
+    Raises what opening a snapshot raises, and BaseNeededError where one is not a delta to that
     before it.
     """
     with ExitStack() as stack:
@@ -191,7 +191,7 @@ def _check_on(below: Header, below_name: str, above: Header, name: str) -> None:
     if above.base_id is None:
         raise UsageError(
             f"{name} is a whole snapshot, no delta to {below_name}",
-            hint="a base comes first, and behind it deltas only",
+            hint="a base comes first, and only deltas after it",
         )
     if above.base_id != below.snapshot_id:
         raise BaseNeededError(

@@ -37,7 +37,7 @@ class Layout:
         return self.slots[index]
 
     def next_start(self, ipa: int) -> int | None:
-        """Where the first slot behind an address starts."""
+        """Where the first slot after an address starts."""
         index = bisect_right(self._starts, ipa)
         return self._starts[index] if index < len(self._starts) else None
 
@@ -155,7 +155,7 @@ def check_inside(ranges: Iterable[Extent], held: Sequence[Extent], whose: str) -
         if not common([asked], held):
             known = ", ".join(hex_range(extent) for extent in held[:8]) or "none"
             raise RangeError(
-                f"the range {hex_range(asked)} lies outside all memory of {whose}",
+                f"the range {hex_range(asked)} is outside all memory of {whose}",
                 hint=f"its memory: {known}{', …' if len(held) > 8 else ''}",
                 ipa=asked.ipa,
                 size_bytes=asked.size_bytes,

@@ -38,7 +38,7 @@ def decoded(
     *,
     keep: int = 0,
 ) -> Iterator[tuple[Piece | Missing, memoryview | None]]:
-    """The pieces in their order, with the tags of those that are no fills.
+    """The pieces in their order, with the tags of those that are not fills.
 
     Threads decode ahead, as far as there are buffers: one for each CPU and one more, at most
     five, each as large as the largest piece was. A buffer is valid until the next step, or for
@@ -90,7 +90,7 @@ def _decoded(
         raise failed
 
 
-# Fills and missing ranges that wait behind a piece; they are small, but must not pile up.
+# Fills and missing ranges that wait after a piece; they are small, but must not pile up.
 _MOST_PENDING = 1024
 
 

@@ -217,7 +217,7 @@ class _Copying:
 def _spool(stream: BinaryIO, name: str) -> Iterator[BinaryIO]:
     """A snapshot from a pipe in a file without a name, checked on the way there.
 
-    What is no snapshot ends at its first bytes, and fills no disk.
+    A source that is not a snapshot ends at its first bytes, and fills no disk.
     """
     with _about_spool():
         spool = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from mtetool import procfs
+from mtetool.guest import Extent
 from mtetool.vmm import pagewords
 from mtetool.vmm.hostmemory import HostMemory
 from mtetool.vmm.pagemap import (
@@ -43,16 +44,17 @@ class _Window:
     is_huge: bool
 
 
-def bytes_to_be_made(pid: int, known: HostMemory | None, extents: Iterable[Range]) -> int:
+def bytes_to_be_made(pid: int, known: HostMemory | None, extents: Iterable[Extent]) -> int:
     """At most how many bytes reading guest memory would newly allocate in process `pid`.
 
-    `extents` are (ipa, end) of what is read, but for pages that are `known` not to exist.
+    Of `extents`, pages that are `known` not to exist are not read.
     """
     unplaced: list[int] = []
     made = 0
     windows = list(_windows(pid))
-    for ipa, end in extents:
-        for at, stop, addresses in known.told(ipa, end) if known else [(ipa, end, [])]:
+    for each in extents:
+        ends = each.ipa, each.end
+        for at, stop, addresses in known.told(*ends) if known else [(*ends, [])]:
             if addresses:
                 assert known is not None
                 made += _made_of(windows, known, at, stop, addresses)
@@ -77,7 +79,7 @@ def _made_of(
     if len(addresses) < 2 or not any(_holes(some) for some in here):
         return made
     # What exists at any of them is read, wherever the memory is.
-    read = sum(n_bytes for _, n_bytes in known.existing(at, size))
+    read = sum(part.size_bytes for part in known.existing(Extent(at, size)))
     for some, address in zip(here, addresses, strict=True):
         made = max(made, min(_holes(some), read - known.existing_at(address, address + size)))
     return made

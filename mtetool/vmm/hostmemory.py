@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
+from mtetool.guest import Extent
 from mtetool.vmm.pagemap import Pagemap, united
 
 
@@ -21,20 +22,20 @@ class HostMemory:
         ends = {end for ipa, size, _ in where for end in (ipa, ipa + size)}
         self._ends = sorted(ends)
 
-    def existing(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
-        """The parts (address, size) of guest memory whose pages exist, or of which nobody knows.
+    def existing(self, extent: Extent) -> Iterator[Extent]:
+        """The parts of guest memory whose pages exist, or of which that is unknown.
 
         In order, no two of them touching.
         """
-        start = stop = ipa
-        for first, behind in self._parts(ipa, ipa + size_bytes):
+        start = stop = extent.ipa
+        for first, behind in self._parts(extent.ipa, extent.end):
             if first > stop:
                 if stop > start:
-                    yield start, stop - start
+                    yield Extent.between(start, stop)
                 start = first
             stop = behind
         if stop > start:
-            yield start, stop - start
+            yield Extent.between(start, stop)
 
     def addresses(self) -> list[tuple[int, int]]:
         """All ranges (start, end) of addresses that were told."""

@@ -2,7 +2,7 @@
 
 The kernel marks a frame before tags are first set in it (PG_mte_tagged, which is PG_arch_2:
 arch/arm64/include/asm/mte.h), and reads the tags of one without the mark as zeros
-(arch/arm64/kvm/guest.c, kvm_vm_ioctl_mte_copy_tags). With CAP_SYS_ADMIN /proc/PID/pagemap tells
+(arch/arm64/kvm/guest.c, kvm_vm_ioctl_mte_copy_tags). With CAP_SYS_ADMIN /proc/PID/pagemap shows
 frames and /proc/kpageflags their flags. Only what is plain is believed:
 
 - Flags of a compound page (transparent huge pages, hugetlb, large folios) are those of its first
@@ -47,7 +47,7 @@ _RUN_PAGES = 16
 
 
 class Frames:
-    """The marks of this host's frames; it must be closed. Raises OSError where nobody may know."""
+    """The marks of this host's frames; must be closed. Raises OSError: they cannot be read."""
 
     def __init__(self) -> None:
         self._fd = os.open("/proc/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
@@ -156,7 +156,7 @@ def _entries(pagemap: int, start: int, end: int) -> bytes:
 
 
 def _runs(entries: bytes) -> Iterator[tuple[int, int]]:
-    """(first entry, number) of entries that are alike but for their frames, one behind another."""
+    """(first entry, number) of entries that are alike but for their frames, one after another."""
     start, n_entries = 0, len(entries) // 8
     while start < n_entries:
         stop = frame_run(entries, start)

@@ -5,7 +5,7 @@ Documentation/admin-guide/mm/pagemap.rst; before, `vmm.pagewords`). A page of a 
 exist without being in them:
 there the file's own holes are asked too (SEEK_DATA, which counts pages on swap as data:
 mm/filemap.c, folio_seek_hole_data). What is not plainly one of these is taken to exist.
-Of what exists, that is left out too of which the kernel tells that it has no tags (`vmm.frames`).
+Pages of which the kernel shows that they have no tags are left out, too (`vmm.page_flags`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TMPFS, HUGETLBFS = 0x01021994, 0x958458F6
 
 
 class UnknownError(Exception):
-    """Nobody may know which pages of some memory exist."""
+    """It is unknown which pages of some memory exist."""
 
 
 class Mappings:
@@ -94,7 +94,7 @@ class Mappings:
 
 
 class Pagemap:
-    """The memory of process `pid` as it is now. Raises UnknownError where nobody may look.
+    """The memory of process `pid` as it is now. Raises UnknownError where it cannot be looked at.
 
     It must be closed.
     """
@@ -124,7 +124,7 @@ class Pagemap:
         """The parts (start, end) of a range of addresses that may have tags, in their order.
 
         Their pages exist. They may touch. Whole pages; where that cannot be known, all is taken to
-        exist. The process runs: what is made behind where this has come is not seen.
+        exist. The process runs: what is made after the place where this has come to is not seen.
         """
         at = start
         while at < end and (mapping := self._mappings.at(at)) is not None:

@@ -140,7 +140,7 @@ def choose_vm(process: VmmProcess, fd: int | None) -> int:
             pid=pid,
         )
     if fd is not None and fd not in fds:
-        raise SourceError(f"fd {fd} of process {pid} is no VM; its VMs are {listed}", pid=pid)
+        raise SourceError(f"fd {fd} of process {pid} is not a VM; its VMs are {listed}", pid=pid)
     if fd is None and len(fds) > 1:
         raise SeveralVmsError(
             f"process {pid} ({process.program}) has several VMs: fds {listed}",
@@ -167,7 +167,7 @@ def check_same(process: VmmProcess, fd: int) -> None:
 
 
 def vm_fds(pid: int) -> frozenset[int]:
-    """The file descriptors of the process that are VMs; none where nobody may look."""
+    """The file descriptors of the process that are VMs; none where they cannot be looked at."""
     found = []
     with suppress(OSError):
         for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - many, and again and again
@@ -186,7 +186,7 @@ def start_time(pid: int) -> int:
 
 
 class Activity(Enum):
-    """What a thread is at, as /proc tells."""
+    """What a thread is at, as /proc shows."""
 
     VCPU = "in KVM_RUN"
     BLOCKED = "waits in another call"
@@ -194,7 +194,7 @@ class Activity(Enum):
 
 
 def activities(pid: int) -> dict[int, Activity]:
-    """What each living thread is at now. Empty where nobody may know.
+    """What each living thread is at now. Empty where that is unknown.
 
     Threads that the kernel made in the process (of io_uring: iou-sqp-PID, iou-wrk-PID; vhost-PID)
     are left out: they have no code of their own to stop in, and registers that mean nothing.

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from mtetool.attach import signal_frame as frame
+from mtetool.attach import signal_frame
 from mtetool.attach.ptrace import PSTATE_BTYPE, Registers
 from mtetool.attach.signal_frame import ThreadState
 
@@ -39,7 +39,7 @@ def _records(data: bytes) -> dict[int, bytes]:
 
 
 def test_frame_has_the_kernels_offsets() -> None:
-    data = frame.build(_state())
+    data = signal_frame.build(_state())
     assert len(data) == 4688
     assert struct.unpack_from("<Q", data, 168) == (0x2240,)
     assert struct.unpack_from("<31Q", data, 312) == REGISTERS.x
@@ -48,15 +48,15 @@ def test_frame_has_the_kernels_offsets() -> None:
 
 
 def test_floating_point_record_has_status_before_the_vectors() -> None:
-    record = _records(frame.build(_state()))[0x46508001]
+    record = _records(signal_frame.build(_state()))[0x46508001]
     assert len(record) == 0x210
     assert struct.unpack_from("<II", record, 8) == (0x11, 0x22)
     assert record[16:] == FPSIMD[:512]
 
 
 def test_sve_record_only_when_live() -> None:
-    assert 0x53564501 not in _records(frame.build(_state(_sve(64, live=False))))
-    record = _records(frame.build(_state(_sve(64, live=True))))[0x53564501]
+    assert 0x53564501 not in _records(signal_frame.build(_state(_sve(64, live=False))))
+    record = _records(signal_frame.build(_state(_sve(64, live=True))))[0x53564501]
     assert struct.unpack_from("<H", record, 8) == (64,)
     assert record[16 : 16 + 4 * 546] == _sve(64, live=True)[16:]
 
@@ -64,7 +64,7 @@ def test_sve_record_only_when_live() -> None:
 @pytest.mark.parametrize("vector_bytes", [128, 256])
 def test_long_vectors_lie_behind_the_plain_records(vector_bytes: int) -> None:
     at = 0x7FFF_0000
-    data = frame.build(_state(_sve(vector_bytes, live=True)), at)
+    data = signal_frame.build(_state(_sve(vector_bytes, live=True)), at)
     records = _records(data)
     assert set(records) == {0x46508001, 0x45585401}
     extra = records[0x45585401]
@@ -81,18 +81,18 @@ def test_long_vectors_lie_behind_the_plain_records(vector_bytes: int) -> None:
 
 @pytest.mark.parametrize("vector_bytes", [16, 32, 64])
 def test_short_vectors_fit_a_plain_frame(vector_bytes: int) -> None:
-    data = frame.build(_state(_sve(vector_bytes, live=True)))
+    data = signal_frame.build(_state(_sve(vector_bytes, live=True)))
     assert len(data) == 4688
     assert set(_records(data)) == {0x46508001, 0x53564501}
 
 
 def test_protection_keys_record() -> None:
-    record = _records(frame.build(_state(poe=struct.pack("<Q", 0x7531))))[0x504F4530]
+    record = _records(signal_frame.build(_state(poe=struct.pack("<Q", 0x7531))))[0x504F4530]
     assert record == struct.pack("<IIQ", 0x504F4530, 16, 0x7531)
 
 
 def test_calling_frame_makes_one_call_with_all_signals_blocked() -> None:
-    data = frame.build_calling(215, (0x1000, 0x2000), gadget=0x77, home=0x88, sp=0x90)
+    data = signal_frame.build_calling(215, (0x1000, 0x2000), gadget=0x77, home=0x88, sp=0x90)
     x = struct.unpack_from("<31Q", data, 312)
     assert (x[0], x[1], x[8], x[30]) == (0x1000, 0x2000, 215, 0x88)
     assert struct.unpack_from("<2Q", data, 560) == (0x90, 0x77)

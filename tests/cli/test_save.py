@@ -175,7 +175,7 @@ def test_a_guest_that_ends_half_way(
 
     monkeypatch.setattr(EmulatedGuest, "read_tags", read_the_first_slot)
     # As a guest that can be lost: its chunks are read one after the other.
-    monkeypatch.setattr(EmulatedGuest, "any_thread_reads", lambda self, ipa, size_bytes: False)
+    monkeypatch.setattr(EmulatedGuest, "any_thread_reads", lambda self, extent: False)
     options = ["--partial", partial] if partial else []
     done = run("save", guest, "-o", tmp_path / "s", *options)
     assert done.status == 4

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtetool.errors import MteOffError, TooLateError
-from mtetool.guest import Guest
+from mtetool.guest import Extent, Guest
 from mtetool.tags import Tags
 from mtetool.uapi import COPY_LENGTH_MAX, GRANULE_BYTES
 from tests.conformance.guests import Factory
@@ -78,22 +78,22 @@ def test_what_is_tagged_may_be_tagged(make_guest: Factory, page: int) -> None:
         guest.write_tags(ipa, random_tags(page))
     for first, n_pages in ((0, 64), (3, 2), (4, 30), (5, 35), (41, 23)):
         start, end = BASE + first * page, BASE + (first + n_pages) * page
-        parts = list(guest.may_be_tagged(start, end - start))
-        edges = [edge for ipa, size_bytes in parts for edge in (ipa, ipa + size_bytes)]
+        parts = list(guest.may_be_tagged(Extent.between(start, end)))
+        edges = [edge for part in parts for edge in (part.ipa, part.end)]
         assert edges == sorted(edges)
         assert all(edge % page == 0 and start <= edge <= end for edge in edges)
-        assert all(size_bytes > 0 for _, size_bytes in parts)
+        assert all(part.size_bytes > 0 for part in parts)
         for ipa in tagged:
-            told = any(at <= ipa < at + size_bytes for at, size_bytes in parts)
+            told = any(part.ipa <= ipa < part.end for part in parts)
             assert told is (start <= ipa < end)
 
 
 def test_memory_that_is_not_there_may_be_tagged(make_guest: Factory, page: int) -> None:
     """It has to be read, to learn why it cannot be."""
     guest = make_guest([(BASE, 4 * page, False), (BASE + 8 * page, 4 * page, False)])
-    parts = list(guest.may_be_tagged(BASE, 12 * page))
+    parts = list(guest.may_be_tagged(Extent(BASE, 12 * page)))
     for ipa in range(BASE + 4 * page, BASE + 8 * page, page):
-        assert any(at <= ipa < at + size_bytes for at, size_bytes in parts)
+        assert any(part.ipa <= ipa < part.end for part in parts)
 
 
 def test_what_was_written_can_be_overwritten(make_guest: Factory, page: int) -> None:

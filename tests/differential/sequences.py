@@ -26,7 +26,7 @@ Ask = Callable[[list[Call]], list[int]]
 TO_GUEST, FROM_GUEST = uapi.KVM_ARM_TAGS_TO_GUEST, uapi.KVM_ARM_TAGS_FROM_GUEST
 DIRTY, READONLY = uapi.KVM_MEM_LOG_DIRTY_PAGES, uapi.KVM_MEM_READONLY
 
-# The arena in pages: guest memory first, then what buffers lie in, with nothing behind it.
+# The arena in pages: guest memory first, then what buffers lie in, with nothing after it.
 _GUEST_PAGES = 48
 _BUFFER_PAGE = 64
 _BUFFER_PAGES = 8

@@ -5,14 +5,12 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
 from mtetool.buffers import TagBuffer, as_bytes
 from mtetool.errors import GuestLostError, LayoutUnknownError
-from mtetool.guest import GuestInfo, Memslot
+from mtetool.guest import Extent, Guest, GuestInfo, Memslot
 from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES
 
@@ -25,7 +23,7 @@ def nowhere(ipa: int) -> bool:
 
 
 @dataclass
-class FakeGuest:
+class FakeGuest(Guest):
     """Answers as the kernel does; `bad` and `bad_write` say which pages fail."""
 
     slots: tuple[Memslot, ...]
@@ -98,26 +96,23 @@ class FakeGuest:
 
         return self._copy(ipa, np.asarray(out), self.bad, read)
 
-    def any_thread_reads(self, ipa: int, size_bytes: int) -> bool:
-        return False
+    def would_make(self, extents: Sequence[Extent]) -> int:
+        return min(self.would_make_bytes, sum(extent.size_bytes for extent in extents))
 
-    def would_make(self, ranges: Sequence[tuple[int, int]]) -> int:
-        return min(self.would_make_bytes, sum(size_bytes for _, size_bytes in ranges))
-
-    def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+    def may_be_tagged(self, extent: Extent) -> Iterator[Extent]:
         if not self.knows_untagged:
-            yield ipa, size_bytes
+            yield extent
             return
         start = None
-        for at in range(ipa, ipa + size_bytes, self.page_size_bytes):
+        for at in range(extent.ipa, extent.end, self.page_size_bytes):
             page = self._page(at)
             if page is None or self.bad(at) or page.any():
                 start = at if start is None else start
             elif start is not None:
-                yield start, at - start
+                yield Extent.between(start, at)
                 start = None
         if start is not None:
-            yield start, ipa + size_bytes - start
+            yield Extent.between(start, extent.end)
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         if self.busy_after_writes is not None and self.writes >= self.busy_after_writes:
@@ -171,14 +166,3 @@ class FakeGuest:
 
     def close(self) -> None:
         pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -350,7 +350,7 @@ def _frame(rng: random.Random, part: Part) -> bytes:
 
 
 def _change_head(snapshot: Snapshot, rng: random.Random) -> None:
-    """A head that is no map, or is hard to decode."""
+    """A head that is not a map, or is hard to decode."""
     if not snapshot.parts:
         return
     part = rng.choice(snapshot.parts)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from mtetool.attach.session import Session
-from mtetool.backends.kvm import memslots as asking
+from mtetool.backends.kvm import memslots
 from mtetool.backends.kvm.guest import open_kvm
 from mtetool.guest import GuestOptions, Memslot
 from mtetool.vmm.monitors import open_given
@@ -50,7 +50,7 @@ def main() -> None:
         Session.ioctl = counted  # type: ignore[method-assign]
         before = large_memory(pid)
         began = time.monotonic()
-        found = asking.memslots_of(session, guest._fd)
+        found = memslots.memslots_of(session, guest._fd)
         seconds = time.monotonic() - began
         after = large_memory(pid)
     result = {

@@ -10,6 +10,7 @@ import sys
 import time
 
 from mtetool.backends import open_guest
+from mtetool.guest import Extent
 from mtetool.vmm import pagemap
 
 
@@ -21,7 +22,7 @@ def main() -> None:
         with open_guest(source) as guest:
             guest.info()
             began = time.monotonic()
-            found[name] = sum(length for _, length in guest.may_be_tagged(ipa, size))
+            found[name] = sum(part.size_bytes for part in guest.may_be_tagged(Extent(ipa, size)))
             found[f"{name}_seconds"] = round(time.monotonic() - began, 3)
         setattr(pagemap, "Frames", _no_frames)  # noqa: B010 - it is no name of that module
     print(json.dumps(found))

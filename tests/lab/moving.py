@@ -16,7 +16,7 @@ from typing import cast
 
 from mtetool import procfs, uapi
 from mtetool.attach.session import Session
-from mtetool.backends.kvm import memslots as asking
+from mtetool.backends.kvm import memslots
 from mtetool.errors import BusyError
 from mtetool.procfs import Mapping
 from mtetool.vmm.scratch import ScratchVm, scratch_vm
@@ -73,11 +73,11 @@ def main() -> None:
         own = Own(vm)
         message = ""
         try:
-            asking.places_of(cast(Session, own), 0, None)
+            memslots.places_of(cast(Session, own), 0, None)
         except BusyError as error:
             message = error.message
         # Its own place is taken again, from its first to its last page, and nothing else is.
-        untaggable = asking._untaggable(own.mappings())
+        untaggable = memslots._untaggable(own.mappings())
         assert untaggable is not None
         page = mmap.PAGESIZE
         first, last = SLOTS[0][0], SLOTS[0][0] + SLOTS[0][1] - page

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from mtetool.attach.session import Session
-from mtetool.backends.kvm import memslots as asking
+from mtetool.backends.kvm import memslots
 from mtetool.backends.kvm.guest import open_kvm
 from mtetool.backends.kvm.placing import Guess, Place
 from mtetool.guest import GuestOptions, Memslot
@@ -33,14 +33,14 @@ def main() -> None:
             told, layout = monitor.host_addresses(), monitor.memslots()
     questions: list[int] = []
     guesses: list[Guess] = []
-    ioctl, confirms = Session.ioctl, asking._Asking.confirms
+    ioctl, confirms = Session.ioctl, memslots._Asking.confirms
 
     def counted(self: Session, fd: int, request: int, argument: bytes | int) -> int:
         result = ioctl(self, fd, request, argument)
         questions.append(result)
         return result
 
-    def noted(self: asking._Asking, guess: Guess) -> bool:
+    def noted(self: memslots._Asking, guess: Guess) -> bool:
         guesses.append(guess)
         return confirms(self, guess)
 
@@ -48,18 +48,18 @@ def main() -> None:
         assert guest._mte_is_on()
         session = guest._attached()
         Session.ioctl = counted  # type: ignore[method-assign]
-        asking._Asking.confirms = noted  # type: ignore[method-assign]
+        memslots._Asking.confirms = noted  # type: ignore[method-assign]
         before = large_memory(pid)
-        slots = asking.memslots_of(session, guest._fd)
+        slots = memslots.memslots_of(session, guest._fd)
         n_layout = len(questions)
         began = time.monotonic()
-        places = asking.places_of(session, guest._fd, slots)
+        places = memslots.places_of(session, guest._fd, slots)
         seconds = time.monotonic() - began
         n_places = len(questions) - n_layout
-        confirmed = asking.places_of(session, guest._fd, layout, told) if told else []
+        confirmed = memslots.places_of(session, guest._fd, layout, told) if told else []
         n_confirming = len(questions) - n_layout - n_places
         after = large_memory(pid)
-        assert asking.memslots_of(session, guest._fd) == slots
+        assert memslots.memslots_of(session, guest._fd) == slots
     # Nothing that was asked was ever done.
     assert all(result < 0 for result in questions)
     result = {

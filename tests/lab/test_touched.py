@@ -31,6 +31,7 @@ _ONLY_IN_THE_FILE = """
 import os, sys
 from pathlib import Path
 from mtetool.backends import open_guest
+from mtetool.guest import Extent
 pid, base = sys.argv[1], 0x40000000
 (path,) = [p for p in Path(f"/proc/{pid}/fd").iterdir()
            if os.readlink(p).startswith("/memfd:memory-backend-memfd")]
@@ -38,11 +39,12 @@ fd = os.open(path, os.O_RDWR)
 page = os.sysconf("SC_PAGE_SIZE")
 with open_guest(f"kvm:{pid}") as guest:
     at = 200 << 20
-    assert list(guest.may_be_tagged(base + at, 16 * page)) == []
+    around = Extent(base + at, 16 * page)
+    assert list(guest.may_be_tagged(around)) == []
     os.pwrite(fd, b"x", at + 3 * page + 5)
     os.posix_fallocate(fd, at + 8 * page, page)
-    found = list(guest.may_be_tagged(base + at, 16 * page))
-    assert found == [(base + at + 3 * page, page)], found
+    found = list(guest.may_be_tagged(around))
+    assert found == [Extent(base + at + 3 * page, page)], found
 """
 
 

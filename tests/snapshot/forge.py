@@ -121,7 +121,7 @@ def head_map(about: Header = HEADER, /, **changes: object) -> dict[str, object]:
 
 @dataclass
 class Forge:
-    """Puts records behind each other, with whatever in them a test wants."""
+    """Puts records after each other, with whatever in them a test wants."""
 
     head: Mapping[str, object] | bytes = field(default_factory=head_map)
     version: int = 1

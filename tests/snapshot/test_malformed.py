@@ -126,7 +126,7 @@ def test_the_end_is_where_the_message_says() -> None:
 )
 def test_junk_behind_the_end(tmp_path: Path, junk: bytes) -> None:
     data = small_snapshot() + junk
-    refused(data, DamagedError, "behind the end")
+    refused(data, DamagedError, "after the end")
     path = tmp_path / "junk"
     path.write_bytes(data)
     with pytest.raises(DamagedError):

@@ -155,5 +155,5 @@ def test_bytes_that_are_no_tags_are_not_saved() -> None:
             writer.add_tags(BASE, tags)
             writer.finish(consistent=None)
 
-    with pytest.raises(ValueError, match="no tags"):
+    with pytest.raises(ValueError, match="not tags"):
         write()

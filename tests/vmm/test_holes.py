@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from mtetool.guest import Extent
 from mtetool.vmm.holes import bytes_to_be_made
 from mtetool.vmm.hostmemory import HostMemory
 from mtetool.vmm.pagemap import Pagemap
@@ -72,13 +73,13 @@ def test_memory_of_which_nobody_knows_where_it_is(
     words: list[str], guest_mib: int, made_mib: int
 ) -> None:
     with process(*words) as (pid, _):
-        assert bytes_to_be_made(pid, None, [(BASE, BASE + guest_mib * MIB)]) == made_mib * MIB
+        assert bytes_to_be_made(pid, None, [Extent(BASE, guest_mib * MIB)]) == made_mib * MIB
 
 
 def test_memory_whose_place_is_known_is_left_alone() -> None:
     with process("memfd:16:3", "memfd:8:1") as (pid, (one, other)):
         pagemap = Pagemap(pid)
-        whole = [(BASE, BASE + 24 * MIB)]
+        whole = [Extent(BASE, 24 * MIB)]
         both = HostMemory(pagemap, [(BASE, 16 * MIB, one), (BASE + 16 * MIB, 8 * MIB, other)])
         assert bytes_to_be_made(pid, both, whole) == 0
         # Of the rest nobody knows: it is the other mapping, and nothing else.
@@ -86,14 +87,14 @@ def test_memory_whose_place_is_known_is_left_alone() -> None:
         assert bytes_to_be_made(pid, first, whole) == 7 * MIB
         # Either may be it: what exists there is read wherever the memory is.
         either = HostMemory(pagemap, [(BASE, 8 * MIB, one), (BASE, 8 * MIB, other)])
-        assert bytes_to_be_made(pid, either, [(BASE, BASE + 8 * MIB)]) == 2 * MIB
+        assert bytes_to_be_made(pid, either, [Extent(BASE, 8 * MIB)]) == 2 * MIB
         pagemap.close()
 
 
 def test_a_process_that_is_gone() -> None:
-    assert bytes_to_be_made(1 << 30, None, [(BASE, BASE + MIB)]) == 0
+    assert bytes_to_be_made(1 << 30, None, [Extent(BASE, MIB)]) == 0
 
 
 def test_small_memory_is_not_looked_for() -> None:
     with process("memfd:16:0") as (pid, _):
-        assert bytes_to_be_made(pid, None, [(BASE, BASE + mmap.PAGESIZE)]) == 0
+        assert bytes_to_be_made(pid, None, [Extent(BASE, mmap.PAGESIZE)]) == 0

@@ -1,4 +1,4 @@
-"""The faults of an emulated guest, in its file: a block of 64 KiB behind the tags.
+"""The faults of an emulated guest, in its file: a block of 64 KiB after the tags.
 
     magic 8 | length u32 | CRC-32 of the rest u32 | msgpack: faults, what they have seen, vanished
 

@@ -46,7 +46,7 @@ from mtetool.uapi import GRANULE_BYTES, PAGE_SIZES
 from mtetool.words import counted
 
 FAULTS_BYTES = 64 << 10
-"""The size of the block behind the tags of a guest that has faults."""
+"""The size of the block after the tags of a guest that has faults."""
 
 _MAGIC = EMULATED_MAGIC
 _VERSION = 1
@@ -239,7 +239,7 @@ def read_header(fd: int, path: str) -> Description:
                 path=path,
             )
         if not start or start[: len(_MAGIC)] != _MAGIC[: len(start)]:
-            raise damaged(path, "it does not begin as such a file does")
+            raise damaged(path, "it does not begin like one")
         if len(start) < _DESCRIPTION_AT:
             raise damaged(path, "it is truncated")
         _, version, length, size = _HEAD.unpack_from(start)
@@ -280,7 +280,7 @@ def open_file(path: str) -> tuple[int, bool]:
     Raises NoSuchFileError, PermissionRefusedError, EmulatorFileError for a directory and the
     like, HostIoError.
     """
-    # Not blocking, for a FIFO; what is no regular file is refused once it is open.
+    # Not blocking, for a FIFO; what is not a regular file is refused once it is open.
     flags = os.O_CLOEXEC | os.O_NONBLOCK
     try:
         try:

@@ -14,9 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
-from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from mtetool import loops
 from mtetool.backends.emu.file import (
@@ -47,7 +45,7 @@ from mtetool.errors import (
     UsageError,
     file_error,
 )
-from mtetool.guest import GuestInfo, Memslot
+from mtetool.guest import Extent, Guest, GuestInfo, Memslot
 from mtetool.uapi import GRANULE_BYTES, TAG_MAX
 
 if TYPE_CHECKING:
@@ -142,11 +140,13 @@ def create_emulated(
     create(path, described, force=force, fill=fill_file)
 
 
-class EmulatedGuest:
-    """A guest whose tags are in a file; a `Guest`. `open_emulated` makes it.
+class EmulatedGuest(Guest):
+    """A guest whose tags are in a file; `open_emulated` makes it.
 
     Readers share the file; the first write takes it for this process alone, until `close`.
     """
+
+    makes_pages = False  # a hole in the file stays one
 
     def __init__(
         self,
@@ -160,6 +160,7 @@ class EmulatedGuest:
         self._fd = fd
         self._path = path
         self._described = described
+        self.page_size_bytes = described.page_size_bytes
         self._writable = writable
         self._exclusive = False
         self._told = told
@@ -168,27 +169,17 @@ class EmulatedGuest:
         self._scratch: memoryview | None = None
 
     @property
-    def page_size_bytes(self) -> int:
-        """See `Guest.page_size_bytes`."""
-        return self._described.page_size_bytes
-
-    @property
     def behaviours(self) -> frozenset[Behaviour]:
         """What its kernel does differently from others."""
         return self._described.behaviours
 
-    @property
-    def makes_pages(self) -> bool:
-        """See `Guest.makes_pages`: a hole in the file stays one."""
-        return False
-
-    def any_thread_reads(self, ipa: int, size_bytes: int) -> bool:
-        """See `Guest.any_thread_reads`: what lies in one slot, whatever layout was told."""
-        index = self._slot_index(ipa)
+    def any_thread_reads(self, extent: Extent) -> bool:
+        """See `Guest.any_thread_reads`: what lies in one slot, whatever layout was given."""
+        index = self._slot_index(extent.ipa)
         if index is None or not self._described.mte:
             return False
         slot = self._described.memslots[index]
-        return slot.kind != "device" and ipa + size_bytes <= slot.end
+        return slot.kind != "device" and extent.end <= slot.end
 
     def info(self) -> GuestInfo:
         """See `Guest.info`; the memslots are those told with `--memslot`, if any were."""
@@ -219,20 +210,20 @@ class EmulatedGuest:
         self._check_copy(ipa, len(view))
         return self._copied(ipa, view, self._read_span, writing=False)
 
-    def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+    def may_be_tagged(self, extent: Extent) -> Iterator[Extent]:
         """See `Guest.may_be_tagged`: where the file has no holes, small ones left aside."""
         self._check_open()
-        at, end = ipa, ipa + size_bytes
-        start = stop = ipa  # what was found and not given yet
+        at, end = extent.ipa, extent.end
+        start = stop = at  # what was found and not given yet
         while at < end:
             first, behind = self._data_from(at, end)
             if first - stop >= _SMALL_HOLE_BYTES:
                 if stop > start:
-                    yield start, stop - start
+                    yield Extent.between(start, stop)
                 start = first
             stop = at = behind
         if stop > start:
-            yield start, stop - start
+            yield Extent.between(start, stop)
 
     def _data_from(self, ipa: int, end: int) -> tuple[int, int]:
         """The next stretch without a hole: where it begins, `end` if nowhere, and ends."""
@@ -261,10 +252,6 @@ class EmulatedGuest:
         behind = slot.ipa + -(-(hole - base) // per_page) * self.page_size_bytes
         return max(first, ipa), min(behind, end)
 
-    def would_make(self, ranges: Sequence[tuple[int, int]]) -> int:
-        """See `Guest.would_make`: 0, a hole in the file stays one."""
-        return 0
-
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`. Raises also BusyError, PermissionRefusedError, DiskFullError."""
         view = as_bytes(tags)
@@ -276,12 +263,6 @@ class EmulatedGuest:
                 self._share()  # whoever only asks keeps nobody from reading
             return 0
         return self._copied(ipa, view, self._write_span, writing=True)
-
-    def begin_write(
-        self, ipa: int, tags: TagBuffer, *, then_read: bool = False
-    ) -> Callable[[], int]:
-        """See `Guest.begin_write`; written when it is waited for."""
-        return partial(self.write_tags, ipa, tags)
 
     def _check_copy(self, ipa: int, n_granules: int) -> None:
         self._check_open()
@@ -535,7 +516,7 @@ class EmulatedGuest:
         if not self._described.mte:
             raise MteOffError(
                 f"MTE is off in emu:{self._path}, so that it has no tags",
-                hint=f"mtetool enable emu:{self._path} (without vCPUs), or emu create anew",
+                hint=f"mtetool enable emu:{self._path} before it has vCPUs, or emu create again",
             )
 
     def _unwritable(self) -> MtetoolError:
@@ -573,17 +554,6 @@ class EmulatedGuest:
                 # Network file systems tell of a full disk only here.
                 if self._exclusive and error.errno != errno.EINTR:
                     raise refused(error, self._path) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _differing(a: memoryview, b: memoryview, phase: int) -> Iterator[tuple[int, int]]:

@@ -33,7 +33,7 @@ def open_with_faults(path: str, options: GuestOptions) -> Guest:
     try:
         if kept.read().vanished:
             raise NoSuchProcessError(
-                f"the guest emu:{path} vanished, as a fault has it",
+                f"the guest emu:{path} vanished (an ordered fault)",
                 hint=f"mtetool emu fault {path} --clear brings it back",
             )
     except BaseException:

@@ -46,7 +46,7 @@ def pattern_tags(
     step. Raises UsageError for an unknown name.
     """
     if name not in _MAKERS:
-        raise UsageError(f"{name!r} is no pattern; the patterns are {', '.join(PATTERNS)}")
+        raise UsageError(f"{name!r} is not a pattern; the patterns are {', '.join(PATTERNS)}")
     make = _MAKERS[name]
     for number, first in enumerate(range(0, n_granules, _BLOCK_GRANULES)):
         n_pages = min(_BLOCK_GRANULES, n_granules - first) // granules_per_page

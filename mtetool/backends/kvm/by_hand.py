@@ -1,4 +1,4 @@
-"""Memslots that the user told by hand, and where in the VMM's own memory they are."""
+"""Memslots that the user given by hand, and where in the VMM's own memory they are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mtetool.guest import Memslot
 
 
 def check_by_hand(pid: int, memslots: Sequence[Memslot]) -> None:
-    """Memslots told by hand must be ones that process `pid` can have on this host.
+    """Memslots given by hand must be ones that process `pid` can have on this host.
 
     Raises MisalignedError, RangeError.
     """
@@ -59,7 +59,7 @@ def places_by_hand(memslots: Sequence[Memslot]) -> list[Place]:
 
 
 def by_hand_and_proven(by_hand: Sequence[Place], proven: Sequence[Place]) -> list[Place]:
-    """What is proven, and what was told by hand where nothing is proven.
+    """What is proven, and what was given by hand where nothing is proven.
 
     Raises UsageError where they contradict each other.
     """

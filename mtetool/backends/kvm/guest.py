@@ -14,8 +14,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from enum import Enum, auto
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from mtetool import uapi
 from mtetool.attach.helper import PAGE_BYTES
@@ -37,7 +36,7 @@ from mtetool.errors import (
     WrongHostError,
     errno_name,
 )
-from mtetool.guest import GuestInfo, Memslot
+from mtetool.guest import Extent, Guest, GuestInfo, Memslot
 from mtetool.vmm import monitors, proc, qemu
 from mtetool.vmm.hostmemory import HostMemory
 from mtetool.vmm.pagemap import Pagemap, UnknownError
@@ -81,12 +80,11 @@ def open_kvm(rest: str, options: GuestOptions) -> KvmGuest:
     return guest
 
 
-class KvmGuest:
-    """The VM behind one file descriptor of a VMM process; a `Guest`."""
+class KvmGuest(Guest):
+    """The VM behind one file descriptor of a VMM process."""
 
     def __init__(self, process: proc.VmmProcess, fd: int, options: GuestOptions) -> None:
         self.page_size_bytes = PAGE_BYTES
-        self.makes_pages = True
         self._process = process
         self._fd = fd
         self._options = options
@@ -182,24 +180,19 @@ class KvmGuest:
             return self._answered(self._transfers().nothing(), ipa)
         return self._answered(self._transfers().read(ipa, view, then_bytes), ipa)
 
-    def any_thread_reads(self, ipa: int, size_bytes: int) -> bool:
-        """See `Guest.any_thread_reads`; one copy after the other."""
-        return False
-
-    def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
-        """See `Guest.may_be_tagged`: the pages that exist, where QEMU or the kernel tells which."""
+    def may_be_tagged(self, extent: Extent) -> Iterator[Extent]:
+        """See `Guest.may_be_tagged`: the pages that exist, where QEMU or the kernel says which."""
         memory = self._host_memory()
         if memory is None:
-            yield ipa, size_bytes
+            yield extent
         else:
-            yield from memory.existing(ipa, size_bytes)
+            yield from memory.existing(extent)
 
-    def would_make(self, ranges: Sequence[tuple[int, int]]) -> int:
+    def would_make(self, extents: Sequence[Extent]) -> int:
         """See `Guest.would_make`: holes of files in memory that may be the guest's."""
         from mtetool.vmm.holes import bytes_to_be_made
 
-        ends = [(ipa, ipa + size_bytes) for ipa, size_bytes in ranges]
-        return bytes_to_be_made(self._process.pid, self._host_memory(), ends)
+        return bytes_to_be_made(self._process.pid, self._host_memory(), extents)
 
     def _host_memory(self) -> HostMemory | None:
         if self._memory is _NOT_ASKED:
@@ -240,7 +233,7 @@ class KvmGuest:
             at = ipa + done * uapi.GRANULE_BYTES
             completed = self._transfers().begin_write(at, part, then_read=False)()
             if completed <= 0 and done:
-                break  # what was copied before counts; the next call there tells why
+                break  # what was copied before counts; the next call there says why
             done += self._answered(completed, at) // uapi.GRANULE_BYTES
             if completed < len(part) * uapi.GRANULE_BYTES:
                 break
@@ -288,17 +281,6 @@ class KvmGuest:
         self._stack.close()
         self._session = self._monitor = self._transfer = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _attached(self) -> Session:
         if self._session is None:
             process, fd = self._process, self._fd
@@ -317,8 +299,7 @@ class KvmGuest:
         """The kernel's checks of a whole request, which goes there in parts."""
         if not self._mte_is_on():
             raise mte_off(self._process.pid)
-        misaligned = ipa % self.page_size_bytes or length_bytes % self.page_size_bytes
-        if misaligned or length_bytes > uapi.COPY_LENGTH_MAX:
+        if not uapi.is_copy_range(ipa, length_bytes, self.page_size_bytes):
             raise OSError(errno.EINVAL, f"{length_bytes} bytes at {ipa:#x} are not to be copied")
 
     def _transfers(self) -> Transfer:
@@ -347,7 +328,7 @@ class KvmGuest:
         return self._mte
 
     def _memslots(self) -> tuple[Memslot, ...]:
-        """As told by hand, or by the monitor, or by the kernel; in this order."""
+        """As given by hand, or by the monitor, or by the kernel; in this order."""
         if self._options.memslots:
             return tuple(replace(slot, host_address=None) for slot in self._options.memslots)
         if self._slots is None:

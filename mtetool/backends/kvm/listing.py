@@ -18,7 +18,7 @@ State = Literal["running", "paused"]
 
 @dataclass(frozen=True, slots=True)
 class ListedVm:
-    """A VM; None where nobody may know. `reason` says why something is not known."""
+    """A VM; None where that is unknown. `reason` says why something is not known."""
 
     info: GuestInfo
     fd: int

@@ -38,7 +38,7 @@ from mtetool.vmm.scratch import ScratchVm, scratch_vm
 _IDS = range(uapi.MEMSLOTS_MAX - 1, uapi.MEMSLOTS_MAX - 4, -1)
 _PIECE_BYTES_MAX = 1 << 42
 
-# VMMs count ids up from 0 and fill gaps: behind so many that are free is none.
+# VMMs count ids up from 0 and fill gaps: after so many that are free there is none.
 _FREE_IDS = 16
 # Slots whose places were told are mostly among the first ids; the others are not needed then.
 _FREE_IDS_TOLD = 2
@@ -174,7 +174,7 @@ def _kernel_refuses() -> bool:
             free = vm.offer_memory(1, PAGE_BYTES, PAGE_BYTES, untaggable)
             return (taken, free) == (-errno.EEXIST, -errno.EINVAL)
     except OSError:
-        return False  # without /dev/kvm nobody may know
+        return False  # without /dev/kvm that is unknown
 
 
 def _untaggable(maps: Sequence[Mapping]) -> int | None:

@@ -1,6 +1,6 @@
 """Where a guest has memory, from answers to one question: does anything overlap this range?
 
-KVM tells nobody its memslots, but refuses a new one that overlaps another. Pure: the question
+KVM shows nobody its memslots, but refuses a new one that overlaps another. Pure: the question
 is a function. Where a covered range starts is found exactly, and all between the ranges found is
 known to be free. A hole inside a range can only be noticed by a question about that very page;
 such questions are asked at the places where memslots end: behind as much memory as some mapping
@@ -44,7 +44,7 @@ class Prober:
     hints: Iterable[int] = ()
 
     def covered(self) -> list[tuple[int, int]]:
-        """The ranges that are covered, as (first address, address behind), in their order.
+        """The ranges that are covered, as (first address, address after the last), in their order.
 
         Memslots that touch come as one.
         """
@@ -100,7 +100,7 @@ class Prober:
     def _fall(self, start: int, offsets: Iterable[int]) -> int:
         """The end of memory between the last page of `offsets` (in pages) taken and the first not.
 
-        Where all are taken, the page behind the last.
+        Where all are taken, the page after the last.
         """
         low = 0
         for high in offsets:
@@ -118,7 +118,7 @@ class Prober:
         return self.ask(start + page * self.page_bytes, self.page_bytes) is Answer.TAKEN
 
     def _likely_ends(self) -> list[int]:
-        """In pages; the last is behind any address space (2^52 bytes)."""
+        """In pages; the last is after any address space (2^52 bytes)."""
         hinted = {hint // self.page_bytes for hint in self.hints}
         return sorted((hinted | {1 << bit for bit in range(41)}) - {0})
 

@@ -208,7 +208,7 @@ class Placer:
 def settled(covered: Iterable[Range], right: Sequence[Guess]) -> list[Place]:
     """(ipa, size, address) of memory that is proven to be nothing but known slots.
 
-    The kernel tells what a slot is and not where. But the largest ranges can only be made of
+    The kernel says what a slot is and not where. But the largest ranges can only be made of
     slots that fit into no other one, and are, where these fill them. What could be in several
     places comes with each of them, so that some of the memory told for an address is its own.
     """

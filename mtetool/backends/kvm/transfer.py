@@ -48,18 +48,18 @@ class Transfer:
     def __init__(self, session: Session, fd: int) -> None:
         self._session = session
         self._fd = fd
-        # Reads in the order of their addresses, one behind the other, each with half a buffer.
+        # Reads in the order of their addresses, one after the other, each with half a buffer.
         self._ahead: deque[_Copy] = deque()
         # Up to there they were handed out: whoever reads that again wants the tags of now.
         self._used_up_to = 0
-        # What is read back, each behind its write.
+        # What is read back, each after its write.
         self._back: deque[_Copy] = deque()
         self._half = 0
 
     def read(self, ipa: int, out: memoryview, then_bytes: int) -> int:
         """Fill `out` with tags from `ipa` on: bytes of guest memory completed, or -errno.
 
-        `then_bytes` of guest memory behind it will be read next, so that their copy may begin.
+        `then_bytes` of guest memory after it will be read next, so that their copy may begin.
         """
         if self._back:
             back = self._back.popleft()
@@ -84,7 +84,7 @@ class Transfer:
             if n_granules <= 0:
                 self.drop()
                 if first:
-                    continue  # it came to here: asked again, it tells why
+                    continue  # it came to here: asked again, it says why
                 return done * uapi.GRANULE_BYTES or result
             self._session.read_buffer(out[done : done + n_granules], copy.at + first)
             done += n_granules
@@ -109,7 +109,7 @@ class Transfer:
 
         Whoever calls the result waits for it, and gets what the kernel answered. At most two may be
         begun and not waited for. With `then_read` that memory is read afterwards, in the same
-        order: the copy back begins right behind.
+        order: the copy back begins right after.
         """
         self._drop_ahead()
         room = self._next_half()

@@ -20,10 +20,8 @@ import errno
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from mtetool import permission, uapi
 from mtetool.attach.helper import PAGE_BYTES
@@ -41,7 +39,7 @@ from mtetool.errors import (
     UsageError,
     WrongHostError,
 )
-from mtetool.guest import GuestInfo, Memslot
+from mtetool.guest import Guest, GuestInfo, Memslot
 from mtetool.tags import as_array
 from mtetool.vmm import proc
 
@@ -65,7 +63,7 @@ def open_process(rest: str, options: GuestOptions) -> ProcessGuest:
         raise SourceError(f"proc:{rest} is not of the form proc:PID")
     if options.memslots or options.qmp:
         raise UsageError(
-            "--memslot and --qmp are for VMs: the kernel itself tells the memory of a process",
+            "--memslot and --qmp are for VMs: the kernel reports the memory of a process",
             hint="parts of it are chosen by --range",
         )
     pid = int(rest)
@@ -77,12 +75,11 @@ def open_process(rest: str, options: GuestOptions) -> ProcessGuest:
     return ProcessGuest(pid)
 
 
-class ProcessGuest:
-    """A process, its address space as it was when it was opened; a `Guest`."""
+class ProcessGuest(Guest):
+    """A process, its address space as it was when it was opened."""
 
     def __init__(self, pid: int) -> None:
         self.page_size_bytes = PAGE_BYTES
-        self.makes_pages = True
         self._pid = pid
         self._program = proc.program(pid)
         self._space = AddressSpace(pid)
@@ -149,18 +146,6 @@ class ProcessGuest:
         part = as_array(view[:n_granules])
         return self._copy(ipa, size_bytes, n_granules, lambda tracee: peek(tracee, ipa, part))
 
-    def any_thread_reads(self, ipa: int, size_bytes: int) -> bool:
-        """See `Guest.any_thread_reads`; one copy after the other."""
-        return False
-
-    def may_be_tagged(self, ipa: int, size_bytes: int) -> Iterator[tuple[int, int]]:
-        """See `Guest.may_be_tagged`; all of it."""
-        yield ipa, size_bytes
-
-    def would_make(self, ranges: Sequence[tuple[int, int]]) -> int:
-        """See `Guest.would_make`; not counted: mtetool(1) says what reading fills."""
-        return 0
-
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         """See `Guest.write_tags`; never EBUSY."""
         view = as_bytes(tags)
@@ -170,12 +155,6 @@ class ProcessGuest:
         n_granules = allowed // uapi.GRANULE_BYTES
         part = as_array(view[:n_granules])
         return self._copy(ipa, size_bytes, n_granules, lambda tracee: poke(tracee, ipa, part))
-
-    def begin_write(
-        self, ipa: int, tags: TagBuffer, *, then_read: bool = False
-    ) -> Callable[[], int]:
-        """See `Guest.begin_write`; written when it is waited for."""
-        return partial(self.write_tags, ipa, tags)
 
     def enable_mte(self) -> bool:
         """False where any memory has tags; else raises MteUnsupportedError."""
@@ -196,17 +175,6 @@ class ProcessGuest:
                 visitor.close()
         finally:
             self._space.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _visits(self) -> Visitor:
         if self._visitor is None:
@@ -236,8 +204,7 @@ class ProcessGuest:
                 " GLIBC_TUNABLES=glibc.mem.tagging=3",
                 pid=self._pid,
             )
-        misaligned = ipa % self.page_size_bytes or size_bytes % self.page_size_bytes
-        if misaligned or size_bytes > uapi.COPY_LENGTH_MAX:
+        if not uapi.is_copy_range(ipa, size_bytes, self.page_size_bytes):
             raise OSError(errno.EINVAL, f"{size_bytes} bytes at {ipa:#x} are not to be copied")
 
     def _to_readonly(self, ipa: int, size_bytes: int) -> int:

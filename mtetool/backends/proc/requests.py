@@ -91,7 +91,7 @@ def _copy(tracee: Tracee, request: int, address: int, tags: Tags) -> int:
 
 
 def _so_far(error: OSError, done: int) -> int:
-    """What was done before an address failed; the next request, there, tells why."""
+    """What was done before an address failed; the next request, there, says why."""
     if done and error.errno == errno.EIO:
         return done
     raise error

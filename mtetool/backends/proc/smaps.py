@@ -1,4 +1,4 @@
-"""The memory of a process that has tags: its mappings with PROT_MTE, as /proc/PID/smaps tells."""
+"""The memory of a process that has tags: its mappings with PROT_MTE, as /proc/PID/smaps shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memslots told by hand, with addresses: of this process, whose mappings are known."""
+"""Memslots given by hand, with addresses: of this process, whose mappings are known."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mtetool import procfs, uapi
 from mtetool.attach.helper import PAGE_BYTES
 from mtetool.attach.session import Session
-from mtetool.backends.kvm import memslots as asking
+from mtetool.backends.kvm import memslots
 from mtetool.backends.kvm.placing import Guess
 from mtetool.errors import BusyError, GuestLostError, LayoutUnknownError
 from mtetool.guest import Memslot
@@ -41,11 +41,11 @@ class FakeSession:
 
 
 def ask(session: FakeSession) -> None:
-    asking.memslots_of(cast(Session, session), 7)
+    memslots.memslots_of(cast(Session, session), 7)
 
 
 def test_kernel_that_may_take_it_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "_kernel_refuses", lambda: False)
+    monkeypatch.setattr(memslots, "_kernel_refuses", lambda: False)
     session = FakeSession(0)
     with pytest.raises(LayoutUnknownError, match="must refuse"):
         ask(session)
@@ -53,7 +53,7 @@ def test_kernel_that_may_take_it_is_not_asked(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_slot_that_was_made_after_all_is_deleted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "_kernel_refuses", lambda: True)
+    monkeypatch.setattr(memslots, "_kernel_refuses", lambda: True)
     session = FakeSession(0)
     with pytest.raises(LayoutUnknownError, match="answered"):
         ask(session)
@@ -62,7 +62,7 @@ def test_slot_that_was_made_after_all_is_deleted_at_once(monkeypatch: pytest.Mon
 
 
 def test_dead_vm_and_no_slots_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "_kernel_refuses", lambda: True)
+    monkeypatch.setattr(memslots, "_kernel_refuses", lambda: True)
     with pytest.raises(GuestLostError):
         ask(FakeSession(-errno.EIO))
     with pytest.raises(LayoutUnknownError, match="as if there were none"):
@@ -109,9 +109,9 @@ class Vmm(FakeSession):
         maps = [Mapping(at, at + size, "rw-p", 0, "") for _, size, at, _ in SLOTS.values()]
         maps += [Mapping(VVAR, VVAR + PAGE_BYTES, "r--p", 0, "[vvar]")]
         monkeypatch.setattr("mtetool.procfs.mappings", lambda pid: maps)
-        monkeypatch.setattr(asking, "_kernel_refuses", lambda: True)
-        monkeypatch.setattr(asking, "_kernel_confirms", lambda: True)
-        return asking.places_of(cast(Session, self), 7, None)
+        monkeypatch.setattr(memslots, "_kernel_refuses", lambda: True)
+        monkeypatch.setattr(memslots, "_kernel_confirms", lambda: True)
+        return memslots.places_of(cast(Session, self), 7, None)
 
 
 def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,22 +119,22 @@ def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
     places = vmm.places(monkeypatch)
     assert places == sorted((ipa, size, address) for ipa, size, address, _ in SLOTS.values())
     slots = tuple(Memslot(0, ipa, size) for ipa, size, *_ in SLOTS.values())
-    found = asking.places_of(cast(Session, vmm), 7, tuple(sorted(slots, key=lambda s: s.ipa)))
+    found = memslots.places_of(cast(Session, vmm), 7, tuple(sorted(slots, key=lambda s: s.ipa)))
     assert found == places
 
 
 def test_kernel_that_may_move_a_slot_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "_kernel_confirms", lambda: False)
+    monkeypatch.setattr(memslots, "_kernel_confirms", lambda: False)
     session = FakeSession(0)
     with pytest.raises(LayoutUnknownError, match="may move"):
-        asking.places_of(cast(Session, session), 7, ())
+        memslots.places_of(cast(Session, session), 7, ())
     assert session.sizes == []
 
 
 def test_the_only_slot_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "_kernel_confirms", lambda: True)
+    monkeypatch.setattr(memslots, "_kernel_confirms", lambda: True)
     session = FakeSession(0)
-    assert asking.places_of(cast(Session, session), 7, (Memslot(0, 0, GIB),)) == []
+    assert memslots.places_of(cast(Session, session), 7, (Memslot(0, 0, GIB),)) == []
     assert session.sizes == []
 
 
@@ -150,15 +150,15 @@ def test_what_changes_meanwhile_is_not_believed(
         "renamed": {0: SLOTS[0], 1: SLOTS[1], 2: SLOTS[3]},
     }[change]
     vmm = Vmm(SLOTS)
-    confirms = asking._Asking.confirms
+    confirms = memslots._Asking.confirms
 
-    def changing(self: asking._Asking, guess: Guess) -> bool:
+    def changing(self: memslots._Asking, guess: Guess) -> bool:
         found = confirms(self, guess)
         if guess.slot_id == 3 and found:
             vmm.slots = dict(new)
         return found
 
-    monkeypatch.setattr(asking._Asking, "confirms", changing)
+    monkeypatch.setattr(memslots._Asking, "confirms", changing)
     assert vmm.places(monkeypatch) == []
 
 
@@ -219,11 +219,11 @@ def test_a_slot_that_was_moved_is_put_back(
         maps = [Mapping(start, end, "rw-p", 0, "") for start, end in memory]
         maps += [Mapping(VVAR, VVAR + PAGE_BYTES, "r--p", 0, "[vvar]")]
         patch.setattr("mtetool.procfs.mappings", lambda pid: maps)
-        patch.setattr(asking, "_kernel_refuses", lambda: True)
-        patch.setattr(asking, "_kernel_confirms", lambda: True)
+        patch.setattr(memslots, "_kernel_refuses", lambda: True)
+        patch.setattr(memslots, "_kernel_confirms", lambda: True)
         moved = False
         try:
-            asking.places_of(cast(Session, vmm), 7, None, told)
+            memslots.places_of(cast(Session, vmm), 7, None, told)
         except BusyError:
             moved = True
             event(f"put back, told: {is_told}")
@@ -245,14 +245,14 @@ def test_blockers_that_are_gone_end_the_questions(monkeypatch: pytest.MonkeyPatc
     """Before the question is asked that could move a slot then."""
     vmm = Vmm(SLOTS)
     asked: list[Guess] = []
-    confirms = asking._Asking.confirms
+    confirms = memslots._Asking.confirms
 
-    def without_the_others(self: asking._Asking, guess: Guess) -> bool:
+    def without_the_others(self: memslots._Asking, guess: Guess) -> bool:
         asked.append(guess)
         vmm.slots = {0: SLOTS[0]}
         return confirms(self, guess)
 
-    monkeypatch.setattr(asking._Asking, "confirms", without_the_others)
+    monkeypatch.setattr(memslots._Asking, "confirms", without_the_others)
     assert vmm.places(monkeypatch) == []
     assert len(asked) == 1
 
@@ -264,12 +264,12 @@ def test_a_layout_that_was_told_is_checked_first(monkeypatch: pytest.MonkeyPatch
         vmm = Vmm(SLOTS)
         vmm.places(monkeypatch)
         told = [(ipa, size, address) for ipa, size, address, _ in SLOTS.values()]
-        found = asking.places_of(cast(Session, vmm), 7, layout, told)
+        found = memslots.places_of(cast(Session, vmm), 7, layout, told)
         assert found == ([] if len(layout) < 2 else sorted(told))
     vmm = Vmm(SLOTS)
     vmm.places(monkeypatch)
     vmm.sizes.clear()
     layout = [Memslot(0, ipa, size) for ipa, size, *_ in SLOTS.values()]
-    assert asking.places_of(cast(Session, vmm), 7, layout, told) == sorted(told)
+    assert memslots.places_of(cast(Session, vmm), 7, layout, told) == sorted(told)
     print(len(vmm.sizes), "questions")
     assert len(vmm.sizes) < 100
