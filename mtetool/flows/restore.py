@@ -211,6 +211,7 @@ class _Restorer:
         self._reader = TagReader(guest, layout, insist=options.every_page)
         self._comparer = Comparer(self._reader)
         self._begun: _Begun | None = None
+        self._has_begun = False
         self.result = RestoreResult(header, guest.paused(), options.dry_run, options.listed)
 
     def run(self, reader: Stored, progress: Progress) -> RestoreResult:
@@ -268,6 +269,8 @@ class _Restorer:
                 f"; {result.restored_bytes} bytes of guest memory had their tags written"
                 f" already, the last at {result.restored_up_to - GRANULE_BYTES:#x}"
             )
+        elif self._has_begun:
+            error.message += "; the first write had begun, and may have changed tags"
         else:
             error.message += "; nothing was written before that"
         error.args = (error.message,)
@@ -443,6 +446,7 @@ class _Restorer:
         insist = self._options.every_page
         steps = write_extent(self._guest, ipa, tags, self._layout, then_read=verify, insist=insist)
         before, self._begun = self._begun, _Begun(ipa, tags, steps, may_be_readonly)
+        self._has_begun = True
         if before is not None:
             self._finish(before)
 

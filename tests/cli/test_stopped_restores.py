@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mtetool.backends import open_guest
+from mtetool.backends.emu.guest import EmulatedGuest
 from mtetool.errors import SignalError
 from mtetool.flows.restore import RestoreOptions, restore
 from mtetool.guest import Memslot
@@ -60,7 +61,8 @@ def test_a_signal(tmp_path: Path, number: signal.Signals, as_json: bool) -> None
     ]
     with spawn(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
-        while not json.loads(process.stderr.readline())["done_bytes"]:
+        # The second piece is begun when the first is done.
+        while json.loads(process.stderr.readline())["done_bytes"] <= MIB:
             pass
         process.send_signal(number)
         out, err = process.communicate()
@@ -96,6 +98,24 @@ def test_a_signal_before_anything_is_written(tmp_path: Path) -> None:
             assert word is not None
             assert word.details == {"restored_bytes": 0}
             assert "nothing was written" in word.message
+
+
+def test_a_signal_in_the_first_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, name = two_guests(tmp_path)
+    write_tags = EmulatedGuest.write_tags
+
+    def half(self: EmulatedGuest, ipa: int, tags: memoryview) -> int:
+        write_tags(self, ipa, tags[: len(tags) // 2])
+        raise SignalError(signal.SIGINT)
+
+    monkeypatch.setattr(EmulatedGuest, "write_tags", half)
+    with open_guest(name) as guest, pytest.raises(SignalError) as caught, file.open("rb") as stream:
+        restore(lambda: SnapshotReader(stream, "file"), guest, RestoreOptions(), again=False)
+    assert tagged_up_to(tmp_path) > BASE
+    word = caught.value.word
+    assert word is not None
+    assert "the first write had begun, and may have changed tags" in word.message
+    assert word.details["restored_bytes"] == 0
 
 
 @pytest.mark.parametrize("room_bytes", [MIB // 16 // 3, 5 * MIB // 16 // 2])
