@@ -63,7 +63,7 @@ def _take_closed_descriptors() -> None:
 
     The next file that is opened would be given such a number. As glibc does for setuid programs
     (csu/check_fds.c), each is opened the wrong way round, so that what is read or written fails
-    with EBADF: a result that nobody gets is not a success. Standard error takes what it is told,
+    with EBADF: a result that nobody gets is not a success. Standard error accepts anything,
     as nobody could be told of a failure.
     """
     for fd, name, flags, mode in (
