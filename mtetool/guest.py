@@ -10,6 +10,7 @@ Nothing here imports numpy, so that a program which only names memory starts qui
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
     from mtetool.buffers import TagBuffer
 
 SlotKind = Literal["ram", "rom", "device"]
+
+Pending = Callable[[], int]
+"""A copy that was begun: calling it, once, gives or raises the copy's answer.
+
+Copies take effect in the order in which they were begun, by the time they are called, and are
+called in that order; one that is not called may have taken effect or not. The buffer belongs to the
+copy until it was called, or until a later copy was. All other methods of the guest come after
+every copy that was begun.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +124,10 @@ class Guest(ABC):
 
     page_size_bytes: int
     """The page size that addresses and lengths of copies must be aligned to."""
+    max_copy_granules: int = 4 << 20
+    """What is begun as one copy at most: 4 MiB of tags, 64 MiB of guest memory."""
+    depth: int = 1
+    """How many copies, each with its read-back, are worth beginning before the first is taken."""
     makes_pages: bool = True
     """Whether writing tags of 0 where there is no memory yet makes that memory."""
 
@@ -122,6 +136,12 @@ class Guest(ABC):
         """The guest as it is now.
 
         Raises LayoutUnknownError where the memslots cannot be learnt.
+        """
+
+    def prepare(self) -> None:  # noqa: B027 - most have nothing that takes long
+        """Do all that is slow and comes before the first copy, while nobody waits yet.
+
+        Raises GuestError.
         """
 
     @abstractmethod
@@ -136,15 +156,12 @@ class Guest(ABC):
         """Let the vCPUs run on; for how many seconds they stood still (0.0: they never ran)."""
 
     @abstractmethod
-    def read_tags(self, ipa: int, out: TagBuffer, *, then_bytes: int = 0) -> int:
+    def read_tags(self, ipa: int, out: TagBuffer) -> int:
         """Copy the tags of guest memory from `ipa` on into `out` (one byte a granule).
 
         `out` is a writable buffer of bytes; its length times 16 is the length in bytes of guest
         memory. Returns the bytes of guest memory completed, a multiple of the page
         size, short where something stopped the copy: ask again at that place to learn why.
-
-        `then_bytes` of guest memory right after will be read by the next calls: their copy may
-        begin at once, so that those tags may be of a moment before they are asked for.
 
         Raises OSError with the kernel's errno when nothing was copied (EFAULT: no memory
         there, EINVAL: misaligned, too long), and GuestError when the guest is gone or has
@@ -197,15 +214,12 @@ class Guest(ABC):
         """
         return 0
 
-    def begin_write(
-        self, ipa: int, tags: TagBuffer, *, then_read: bool = False
-    ) -> Callable[[], int]:
-        """As `write_tags`, by the time the result is called, which gives or raises its answer.
+    def begin_read(self, ipa: int, out: TagBuffer) -> Pending:
+        """Begin what `read_tags` does, for 1 to `max_copy_granules` granules; see `Pending`."""
+        return partial(self.read_tags, ipa, out)
 
-        At most two writes are begun and not called, of memory that does not overlap; they are
-        called in their order, and `tags` stay as they are until then. With `then_read` the same
-        memory, if all was written, is read in one call before the next result is called.
-        """
+    def begin_write(self, ipa: int, tags: TagBuffer) -> Pending:
+        """Begin what `write_tags` does, for 1 to `max_copy_granules` granules; see `Pending`."""
         return partial(self.write_tags, ipa, tags)
 
     def close(self) -> None:  # noqa: B027 - most have nothing to let go of
@@ -221,3 +235,39 @@ class Guest(ABC):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class LiveGuest(Guest):
+    """A guest that runs in a process of this host: a backend says how its threads are stopped."""
+
+    _frozen_since: float | None = None
+
+    @abstractmethod
+    def _stop(self) -> None:
+        """Stop its threads. Raises GuestError; some may be stopped then."""
+
+    @abstractmethod
+    def _resume(self) -> None:
+        """Let the threads run on that were stopped."""
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether `freeze` stopped it."""
+        return self._frozen_since is not None
+
+    def freeze(self) -> None:
+        """See `Guest.freeze`."""
+        self._frozen_since = time.monotonic()
+        try:
+            self._stop()
+        except BaseException:
+            self.thaw()
+            raise
+
+    def thaw(self) -> float:
+        """See `Guest.thaw`."""
+        since, self._frozen_since = self._frozen_since, None
+        if since is None:
+            return 0.0
+        self._resume()
+        return time.monotonic() - since

@@ -25,6 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "loops_numpy": {"buffers"},
     "loops": {"_loops", "loops_numpy"},
     "procfs": set(),
+    "spans": set(),
     "permission": {"errors", "procfs"},
     "guest": {"buffers"},
     "streaming": {"guest"},
@@ -32,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "emulator": {"uapi"},
     "faults": {"buffers", "errors", "guest", "uapi"},
     "attach": {"errors", "permission", "procfs"},
-    "vmm": {"errors", "guest", "loops", "permission", "procfs", "tags", "uapi"},
+    "vmm": {"errors", "guest", "loops", "permission", "procfs", "spans", "tags", "uapi"},
     "snapshot": {
         "mtetool",
         "buffers",
@@ -43,7 +44,7 @@ ROOMS: dict[str, set[str]] = {
         "uapi",
         "words",
     },
-    "backends.kvm": {"attach", "buffers", "errors", "guest", "procfs", "uapi", "vmm"},
+    "backends.kvm": {"attach", "buffers", "errors", "guest", "procfs", "spans", "uapi", "vmm"},
     "backends.proc": {
         "attach",
         "buffers",

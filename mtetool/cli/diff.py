@@ -14,7 +14,6 @@ from mtetool.cli.options import (
     EVERY_PAGE_OPTION,
     NAME,
     RANGE,
-    Range,
     completes,
     quiet_option,
     report_option,
@@ -23,7 +22,7 @@ from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.ranges import columns, missing_json, size, why
 from mtetool.cli.render import print_tail, put, warn
 from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL
-from mtetool.guest import GuestOptions
+from mtetool.guest import Extent, GuestOptions
 from mtetool.words import counted, printable
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ _BATCH_ROWS = 4096
 def command(
     a: str,
     b: str,
-    ranges: tuple[Range, ...],
+    ranges: tuple[Extent, ...],
     every_page: bool,
     guest_options: GuestOptions,
     quiet: bool,
@@ -58,11 +57,10 @@ def command(
     (absent). Status 0 when they are the same, 1 when they differ.
     """
     from mtetool.flows.diff import check_ranges, diff
-    from mtetool.guest import Extent
     from mtetool.sources.source import open_source
 
     check_inputs(sources=[a, b])
-    asked = [Extent(*one) for one in ranges]
+    asked = list(ranges)
     with (
         open_source(a, guest_options, every_page=every_page) as left,
         open_source(b, guest_options, every_page=every_page) as right,

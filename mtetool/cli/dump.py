@@ -15,7 +15,6 @@ from mtetool.cli.options import (
     EVERY_PAGE_OPTION,
     NAME,
     RANGE,
-    Range,
     completes,
     output_option,
     quiet_option,
@@ -51,7 +50,7 @@ _BATCH_ROWS = 4096
 def command(
     source: str,
     each: bool,
-    ranges: tuple[Range, ...],
+    ranges: tuple[Extent, ...],
     every_page: bool,
     guest_options: GuestOptions,
     quiet: bool,
@@ -64,7 +63,6 @@ def command(
     """
     from mtetool.files.output import output_file
     from mtetool.flows.dump import granules, tag_runs, write_raw
-    from mtetool.guest import Extent
     from mtetool.sources.source import asked, open_source
 
     if output == "raw" and sys.stdout.isatty():
@@ -75,7 +73,7 @@ def command(
         raise UsageError("--granules is for text and json: raw has one byte a granule anyway")
     check_inputs(sources=[source])
     with open_source(source, guest_options, every_page=every_page) as opened:
-        extents = asked(opened, [Extent(*one) for one in ranges])
+        extents = asked(opened, list(ranges))
         if output == "raw":
             with output_file("-", force=False) as out:
                 missing = write_raw(opened, extents, out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
@@ -13,7 +13,6 @@ from mtetool.cli.options import (
     RANGE,
     SIZE,
     Parsed,
-    Range,
     completes,
     parse_memslot,
     parse_name,
@@ -27,7 +26,7 @@ from mtetool.cli.ranges import size
 from mtetool.cli.render import describe_guest, print_json, printing, say, table
 from mtetool.emulator.behaviours import Behaviour
 from mtetool.errors import InterruptedWorkError, SignalError, UsageError
-from mtetool.guest import Memslot
+from mtetool.guest import Extent, Memslot
 from mtetool.uapi import PAGE_SIZES
 from mtetool.words import counted, quoted
 
@@ -45,7 +44,7 @@ _PATTERNS = ("zero", "sparse", "heap", "kernel", "random")
 
 
 class _Setting(NamedTuple):
-    range: Range
+    extent: Extent
     tag: int
 
 
@@ -231,7 +230,7 @@ def fault(path: str, faults: tuple[Fault, ...], clear: bool, output: str) -> Non
 @report_option
 def set_(path: str, setting: _Setting, output: str) -> None:
     """Give all granules (of 16 bytes) of a range one tag, in read-only memory too."""
-    ipa, size_bytes = setting.range
+    ipa, size_bytes = setting.extent.ipa, setting.extent.size_bytes
     with _opened(path) as guest:
         guest.set_tag(ipa, size_bytes, setting.tag)
     if output == "json":
@@ -273,7 +272,7 @@ def fill(
     pattern: str,
     seed: int,
     slots: tuple[int, ...],
-    ranges: tuple[Range, ...],
+    ranges: tuple[Extent, ...],
     quiet: bool,
     progress: str,
     output: str,
@@ -290,7 +289,7 @@ def fill(
             "pattern": pattern,
             "seed": seed,
             "slots": list(slots) or None,
-            "ranges": [found._asdict() for found in ranges] or None,
+            "ranges": [asdict(found) for found in ranges] or None,
         }
         with printing(f"the guest emu:{path} has the tags"):
             print_json(document)
@@ -312,7 +311,7 @@ def _fill(
     mode: str,
     *,
     slots: Sequence[int] | None = None,
-    ranges: Sequence[Range] = (),
+    ranges: Sequence[Extent] = (),
     in_place: bool = False,
 ) -> None:
     memslots = guest.info().memslots

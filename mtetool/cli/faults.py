@@ -77,8 +77,8 @@ def _parse_slowness(text: str) -> Effect:
 
 def _parse_at(text: str) -> tuple[int, int]:
     if ":" in text:
-        ipa, size_bytes = parse_range(text)
-        return ipa, size_bytes
+        found = parse_range(text)
+        return found.ipa, found.size_bytes
     return parse_number(text), 1
 
 

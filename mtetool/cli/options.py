@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
 from mtetool.errors import UsageError
-from mtetool.guest import GuestOptions, Memslot
+from mtetool.guest import Extent, GuestOptions, Memslot
 from mtetool.uapi import TAG_MAX
 from mtetool.words import quoted
 
@@ -30,13 +30,6 @@ _HEX_DIGITS = tuple("0123456789abcdefABCDEF")
 # Not int(text, 0): that takes "1_000", " 12" and digits of other scripts, and refuses "010".
 _NUMBER = re.compile(r"(?:0[xX](?P<hex>[0-9a-fA-F]+)|(?P<decimal>[0-9]+))(?P<suffix>[kmgtKMGT]?)")
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-class Range(NamedTuple):
-    """A range of guest physical addresses; not empty, and it ends within 64 bits."""
-
-    ipa: int
-    size_bytes: int
 
 
 def parse_number(text: str) -> int:
@@ -63,13 +56,13 @@ def parse_size(text: str) -> int:
     return value
 
 
-def parse_range(text: str) -> Range:
+def parse_range(text: str) -> Extent:
     """`IPA:SIZE`. Raises ValueError."""
     ipa_text, colon, size_text = text.partition(":")
     if not colon:
         raise ValueError(f"{quoted(text)} is not of the form IPA:SIZE, such as 0x40000000:64K")
-    found = Range(parse_number(ipa_text), parse_size(size_text))
-    if found.ipa + found.size_bytes > _ADDRESS_END:
+    found = Extent(parse_number(ipa_text), parse_size(size_text))
+    if found.end > _ADDRESS_END:
         raise ValueError(f"{quoted(text)} ends beyond 64 bits")
     return found
 

@@ -17,7 +17,6 @@ from mtetool.cli.options import (
     NAME,
     RANGE,
     SIZE,
-    Range,
     completes,
     progress_options,
     report_option,
@@ -34,7 +33,7 @@ from mtetool.cli.ranges import (
     warn_partial,
 )
 from mtetool.cli.render import print_json, reporting_on, say, warn
-from mtetool.guest import GuestOptions
+from mtetool.guest import Extent, GuestOptions
 
 if TYPE_CHECKING:
     from mtetool.flows.save import SaveResult
@@ -99,7 +98,7 @@ def command(
     guest: str,
     out: str | None,
     force: bool,
-    ranges: tuple[Range, ...],
+    ranges: tuple[Extent, ...],
     slots: tuple[int, ...],
     partial: Literal["keep", "fail"] | None,
     freeze: bool,
@@ -121,12 +120,11 @@ def command(
     # Everything is loaded before the guest is looked at: it may be waiting, paused.
     from mtetool.files.output import output_file
     from mtetool.flows.save import SaveOptions, save
-    from mtetool.guest import Extent
 
     target = snapshot_target(out)
     inputs = [*check_inputs(bases, [guest]), *open_files(guest)]
     options = SaveOptions(
-        ranges=tuple(Extent(*asked) for asked in ranges),
+        ranges=ranges,
         slots=slots,
         partial=partial,
         freeze=freeze,

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from mtetool.buffers import as_bytes
@@ -89,6 +88,7 @@ class FaultyGuest(Guest):
     ) -> None:
         self._guest = guest
         self.page_size_bytes = guest.page_size_bytes
+        self.max_copy_granules = guest.max_copy_granules
         self.makes_pages = guest.makes_pages
         self._kept: Kept = kept or _InMemory(Faults.of(faults))
         self._sleep = sleep
@@ -103,6 +103,10 @@ class FaultyGuest(Guest):
         """See `Guest.info`. Raises GuestLostError once it vanished."""
         self._check_there()
         return self._guest.info()
+
+    def prepare(self) -> None:
+        """See `Guest.prepare`."""
+        self._guest.prepare()
 
     def paused(self) -> bool | None:
         """See `Guest.paused`. Raises GuestLostError once it vanished."""
@@ -123,7 +127,7 @@ class FaultyGuest(Guest):
         self._check_there()
         return self._guest.enable_mte()
 
-    def read_tags(self, ipa: int, out: TagBuffer, *, then_bytes: int = 0) -> int:
+    def read_tags(self, ipa: int, out: TagBuffer) -> int:
         """See `Guest.read_tags`; with the faults for reads."""
         return self._copied("read", self._guest.read_tags, ipa, as_bytes(out))
 
@@ -140,12 +144,6 @@ class FaultyGuest(Guest):
             done = self._guest.write_tags(ipa, tags)
             return done if number is None else self._answer(ipa, 0, Fault(Fail(number)))
         return self._copied("write", self._guest.write_tags, ipa, as_bytes(tags))
-
-    def begin_write(
-        self, ipa: int, tags: TagBuffer, *, then_read: bool = False
-    ) -> Callable[[], int]:
-        """See `Guest.begin_write`; written when it is waited for."""
-        return partial(self.write_tags, ipa, tags)
 
     def _copied(
         self,

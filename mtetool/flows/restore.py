@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import heapq
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import InitVar, dataclass, field
 
 from mtetool import loops
+from mtetool.buffers import prepared
 from mtetool.errors import (
     STATUS_OK,
     STATUS_PARTIAL,
@@ -19,14 +21,13 @@ from mtetool.errors import (
     MtetoolError,
     SignalError,
 )
-from mtetool.flows.comparing import Comparer
+from mtetool.flows.comparing import Comparer, add_differences
 from mtetool.flows.relocation import Relocation, check_fit
-from mtetool.guest import Extent, Guest, Memslot, Missing
+from mtetool.guest import Extent, Guest, Memslot, Missing, Pending
 from mtetool.snapshot.model import Header
 from mtetool.snapshot.reader import SnapshotReader
 from mtetool.sources.allocating import check_allocates_nothing
 from mtetool.sources.copying import (
-    CHUNK_GRANULES,
     Copied,
     Fill,
     TagReader,
@@ -177,14 +178,19 @@ def _prepared(
     return _Restorer(guest, layout, relocation, header, options), reader
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Begun:
-    """Tags whose writing was begun; `steps` finish it."""
+    """Tags whose writing was begun; `steps` finish it.
+
+    `found` is for what the guest has then, and is filled by the call of `read_back`.
+    """
 
     ipa: int
     tags: memoryview
     steps: Iterator[Extent | Missing]
     may_be_readonly: bool
+    found: memoryview
+    read_back: Pending | None
 
     def overlaps(self, ipa: int, size_bytes: int) -> bool:
         return ipa < self.ipa + len(self.tags) * GRANULE_BYTES and self.ipa < ipa + size_bytes
@@ -193,7 +199,8 @@ class _Begun:
 class _Restorer:
     """One restore under way: takes pieces in the order of the snapshot.
 
-    While tags are written, those written before are compared with what the guest has.
+    As many writes are begun as the guest's `depth` says, each with its read-back: while the kernel
+    copies for one, those written before are compared with what the guest has.
     """
 
     def __init__(
@@ -210,8 +217,9 @@ class _Restorer:
         self._options = options
         self._reader = TagReader(guest, layout, insist=options.every_page)
         self._comparer = Comparer(self._reader)
-        self._begun: _Begun | None = None
+        self._begun: deque[_Begun] = deque()
         self._has_begun = False
+        self._found = [prepared(guest.max_copy_granules) for _ in range(guest.depth)]
         self.result = RestoreResult(header, guest.paused(), options.dry_run, options.listed)
 
     def run(self, reader: Stored, progress: Progress) -> RestoreResult:
@@ -221,10 +229,10 @@ class _Restorer:
         try:
             for step in reader.steps():
                 if isinstance(step, Copied):
-                    before = self._begun
+                    before = list(self._begun)
                     self._take(step.ipa, step.tags)
-                    if before is self._begun:
-                        self._finish_writing()  # its buffer is used again
+                    while self._begun and self._begun[0] in before:
+                        self._finish_first()  # its buffer is used again
                 elif isinstance(step, Fill):
                     self._take_fill(step)
                 done += step.size_bytes
@@ -324,8 +332,9 @@ class _Restorer:
             self._put_constant(fill.tag, at, end, slot)
 
     def _put_constant(self, tag: int, start: int, stop: int, slot: Memslot) -> None:
-        for ipa in range(start, stop, CHUNK_GRANULES * GRANULE_BYTES):
-            n_granules = min((stop - ipa) // GRANULE_BYTES, CHUNK_GRANULES)
+        most = self._guest.max_copy_granules
+        for ipa in range(start, stop, most * GRANULE_BYTES):
+            n_granules = min((stop - ipa) // GRANULE_BYTES, most)
             self._put(ipa, constant(tag, n_granules), slot)
 
     def _already_so(self, start: int, stop: int) -> None:
@@ -440,33 +449,41 @@ class _Restorer:
         return None
 
     def _write(self, ipa: int, tags: memoryview, *, may_be_readonly: bool) -> None:
-        """Begin to write; what was begun before is finished and compared meanwhile."""
+        """Begin to write and read back; what was begun before is finished meanwhile."""
+        most = self._guest.max_copy_granules
+        for first in range(0, len(tags), most):
+            part = tags[first : first + most]
+            self._begin(ipa + first * GRANULE_BYTES, part, may_be_readonly=may_be_readonly)
+            if len(self._begun) == self._guest.depth:
+                self._finish_first()
+
+    def _begin(self, ipa: int, tags: memoryview, *, may_be_readonly: bool) -> None:
         self._finish_overlapping(ipa, len(tags) * GRANULE_BYTES)
-        verify = self._options.verify
         insist = self._options.every_page
-        steps = write_extent(self._guest, ipa, tags, self._layout, then_read=verify, insist=insist)
-        before, self._begun = self._begun, _Begun(ipa, tags, steps, may_be_readonly)
+        steps = write_extent(self._guest, ipa, tags, self._layout, insist=insist)
+        self._found.append(self._found.pop(0))
+        found = self._found[0][: len(tags)]
+        back = self._guest.begin_read(ipa, found) if self._options.verify else None
+        self._begun.append(_Begun(ipa, tags, steps, may_be_readonly, found, back))
         self._has_begun = True
-        if before is not None:
-            self._finish(before)
 
     def _finish_overlapping(self, ipa: int, size_bytes: int) -> None:
         """Before anything later is done with the same memory: that replaces it."""
-        if self._begun is not None and self._begun.overlaps(ipa, size_bytes):
+        if any(begun.overlaps(ipa, size_bytes) for begun in self._begun):
             self._finish_writing()
 
     def _finish_writing(self) -> None:
-        begun, self._begun = self._begun, None
-        if begun is not None:
-            self._finish(begun)
+        while self._begun:
+            self._finish_first()
 
-    def _finish(self, begun: _Begun) -> None:
+    def _finish_first(self) -> None:
+        begun = self._begun.popleft()
         try:
             self._take_steps(begun)
         except BaseException:
             # What was begun after it may be written, and counts for nothing: all up to where
             # a restore came has its tags, or is reported.
-            self._begun = None
+            self._begun.clear()
             raise
 
     def _take_steps(self, begun: _Begun) -> None:
@@ -479,11 +496,20 @@ class _Restorer:
                 continue
             result.restored_bytes += step.size_bytes
             result.restored_up_to = step.ipa + step.size_bytes
-            if self._options.verify:
-                self._comparer.compare(
-                    step.ipa, part, result.verify_differing, result.refused, every_page=True
-                )
+            if begun.read_back is not None:
+                self._verify(begun, step, part)
                 result.verified_bytes += step.size_bytes
+
+    def _verify(self, begun: _Begun, step: Extent, wanted: memoryview) -> None:
+        """Compare what was written with the read-back, or where that is not whole, page by page."""
+        result = self.result
+        assert begun.read_back is not None
+        if len(wanted) == len(begun.tags) and _is_whole(begun.read_back, step.size_bytes):
+            add_differences(result.verify_differing, step.ipa, begun.found, wanted)
+        else:
+            self._comparer.compare(
+                step.ipa, wanted, result.verify_differing, result.refused, every_page=True
+            )
 
     def _refuse(self, step: Missing, part: memoryview, *, may_be_readonly: bool) -> None:
         """A page that cannot be written; where nobody knew, reading tells a read-only one."""
@@ -498,3 +524,10 @@ class _Restorer:
             self._compare_readonly(step.ipa, part)
         else:
             self.result.refused.add(step)
+
+
+def _is_whole(copy: Pending, size_bytes: int) -> bool:
+    """Whether a copy did all of that. Whoever asks for that memory again learns what is wrong."""
+    with suppress(OSError):
+        return copy() == size_bytes
+    return False

@@ -110,6 +110,7 @@ def save(
     """
     check_mte_is_on(guest)
     info = guest.info()
+    guest.prepare()
     layout = Layout(info.memslots, guest.page_size_bytes)
     check_has_tags(layout, info.source)
     scope = decide_scope(layout, options, info.source)

@@ -11,16 +11,14 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from mtetool.buffers import prepared
 from mtetool.errors import GuestError, errno_name
-from mtetool.guest import Extent, Guest, Memslot, Missing
+from mtetool.guest import Extent, Guest, Memslot, Missing, Pending
 from mtetool.sources.around import Transfer, raise_for_whole_vm, way_around
 from mtetool.sources.layout import Layout, layout_of
 from mtetool.uapi import GRANULE_BYTES
-
-CHUNK_GRANULES = 4 << 20
-"""4 MiB of tag bytes, 64 MiB of guest memory: the fastest size that was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +63,7 @@ def tagged_layout(guest: Guest, name: str, otherwise: Sequence[Memslot] | None =
     Raises MteOffError, GuestError for a guest without memory, LayoutUnknownError.
     """
     check_mte_is_on(guest)
+    guest.prepare()
     layout = layout_of(guest, otherwise)
     check_has_tags(layout, name)
     return layout
@@ -111,11 +110,20 @@ Step = Copied | Fill | Missing
 """What reading gives: each has `ipa` and `size_bytes` of guest memory."""
 
 
+class _Begun(NamedTuple):
+    """A copy that was begun before its turn."""
+
+    ipa: int
+    n_granules: int
+    copy: Pending
+
+
 class TagReader:
     """Reads a guest's tags in chunks, into `n_buffers` buffers that are used in turn.
 
-    (Fresh buffers a chunk cost more than the copy: they are faulted in each time.) With `insist`
-    every page is tried of what cannot be read, however long that is.
+    (Fresh buffers a chunk cost more than the copy: they are faulted in each time.) A chunk is what
+    the guest copies at once, or `chunk_granules`. With `insist` every page is tried of what cannot
+    be read, however long that is.
     """
 
     def __init__(
@@ -123,7 +131,7 @@ class TagReader:
         guest: Guest,
         layout: Layout,
         *,
-        chunk_granules: int = CHUNK_GRANULES,
+        chunk_granules: int | None = None,
         n_buffers: int = 1,
         insist: bool = False,
     ) -> None:
@@ -135,11 +143,15 @@ class TagReader:
         """Pages that were taken for such without a try, beside those that failed."""
         self._layout = layout
         page = layout.page_size_bytes
-        self._chunk_bytes = -(-chunk_granules * GRANULE_BYTES // page) * page
+        chunk_bytes = (chunk_granules or guest.max_copy_granules) * GRANULE_BYTES
+        self._chunk_bytes = -(-chunk_bytes // page) * page
         # Faulted in now: a guest may be waiting, paused, from the first copy on.
         n_granules = self._chunk_bytes // GRANULE_BYTES
-        self._buffers = [prepared(n_granules) for _ in range(n_buffers)]
+        # One more, into which the next copy is begun before a chunk is handed out.
+        self._looks_ahead = guest.depth > 1
+        self._buffers = [prepared(n_granules) for _ in range(n_buffers + self._looks_ahead)]
         self._zeros = memoryview(bytes(n_granules))
+        self._begun: _Begun | None = None
 
     def read(self, extents: Iterable[Extent], *, every_page: bool = False) -> Iterator[Step]:
         """The tags of `extents` (page-aligned), in their order, and what could not be read.
@@ -163,6 +175,7 @@ class TagReader:
         self, extents: Iterable[Extent], every_page: bool, *, later: bool
     ) -> Iterator[Step | Later]:
         for extent in extents:
+            self._begun = None  # of an earlier moment, where a reading was given up
             parts = [extent] if every_page else self._guest.may_be_tagged(extent)
             yield from self._read(extent, _Ahead(parts), later=later)
 
@@ -206,20 +219,20 @@ class TagReader:
         return gap.missing
 
     def _later(self, start: int, end: int, parts: _Ahead) -> Later:
-        here: list[tuple[int, int]] = []
+        here: list[Extent] = []
         at = start
         while at < end and (part := parts.at_or_behind(at)) is not None and part.ipa < end:
-            here.append((max(part.ipa, at), min(part.end, end)))
-            at = here[-1][1]
+            here.append(Extent.between(max(part.ipa, at), min(part.end, end)))
+            at = here[-1].end
 
         def read(out: memoryview) -> None:
             done = start
-            for first, stop in [*here, (end, end)]:
-                _slice(out, start, done, first)[:] = _slice(self._zeros, done, done, first)
-                part = _slice(out, start, first, stop)
-                if part and self._guest.read_tags(first, part) != stop - first:
+            for there in [*here, Extent(end, 0)]:
+                _slice(out, start, done, there.ipa)[:] = _slice(self._zeros, done, done, there.ipa)
+                part = _slice(out, start, there.ipa, there.end)
+                if part and self._guest.read_tags(there.ipa, part) != there.size_bytes:
                     raise OSError(errno.EFAULT, "not all of it can be read")
-                done = stop
+                done = there.end
 
         return Later(start, end - start, read)
 
@@ -236,16 +249,30 @@ class TagReader:
                 at = stop
                 continue
             size_bytes = min(part.end, end) - at
-            then_bytes = max(part.end - end, 0)
             try:
-                done = self._guest.read_tags(
-                    at, room[: size_bytes // GRANULE_BYTES], then_bytes=then_bytes
-                )
+                copy = self._begin(at, room[: size_bytes // GRANULE_BYTES])
+                if part.end > end and self._looks_ahead:
+                    self._begin_next(end, min(part.end, end + self._chunk_bytes))
+                done = copy()
             except OSError as error:
+                self._begun = None
                 return at, error
             _check_completed(done, size_bytes, at, self._layout)
             at += done
         return at, None
+
+    def _begin(self, ipa: int, room: memoryview) -> Pending:
+        """A copy into a part of the first buffer; the one that was begun there, if it is that."""
+        begun, self._begun = self._begun, None
+        if begun is not None and begun.ipa == ipa and begun.n_granules == len(room):
+            return begun.copy
+        return self._guest.begin_read(ipa, room)
+
+    def _begin_next(self, ipa: int, end: int) -> None:
+        """The first copy of the next chunk, into what will be the first buffer then."""
+        n_granules = (end - ipa) // GRANULE_BYTES
+        copy = self._guest.begin_read(ipa, self._buffers[1][:n_granules])
+        self._begun = _Begun(ipa, n_granules, copy)
 
     def _probe(self, ipa: int, size_bytes: int) -> int:
         return self._guest.read_tags(ipa, self._buffers[0][: size_bytes // GRANULE_BYTES])
@@ -296,56 +323,37 @@ class _Ahead:
 
 
 def write_extent(
-    guest: Guest,
-    ipa: int,
-    tags: memoryview,
-    layout: Layout,
-    *,
-    then_read: bool = False,
-    insist: bool = False,
+    guest: Guest, ipa: int, tags: memoryview, layout: Layout, *, insist: bool = False
 ) -> Iterator[Extent | Missing]:
-    """Begin to write `tags` from `ipa` on (both page-aligned), as `Guest.begin_write` does.
+    """Begin to write `tags`, at most what the guest copies at once, from `ipa` on.
 
-    The steps of the result do the rest: what was written, and what could not be. With `then_read`
-    each of them is read back before the next. With `insist` every page is tried of what cannot be
-    written. They raise BusyError while the VM logs dirty pages,
-    GuestError when the guest is gone.
+    (Both are whole pages.) The steps of the result do the rest: what was written, and what could
+    not be. With `insist` every page is tried of what cannot be written. They raise BusyError while
+    the VM logs dirty pages, GuestError when the guest is gone.
     """
-    chunk_bytes = CHUNK_GRANULES * GRANULE_BYTES
 
     def write(at: int, size_bytes: int) -> int:
         first = (at - ipa) // GRANULE_BYTES
         return guest.write_tags(at, tags[first : first + size_bytes // GRANULE_BYTES])
 
     whole = Extent(ipa, len(tags) * GRANULE_BYTES)
-    begun = guest.begin_write(ipa, tags[:CHUNK_GRANULES], then_read=then_read)
-    return _walk(write, whole, layout, chunk_bytes, begun, insist=insist)
+    return _walk(guest.begin_write(ipa, tags), write, whole, layout, insist=insist)
 
 
 def _walk(
-    transfer: Transfer,
-    extent: Extent,
-    layout: Layout,
-    chunk_bytes: int,
-    begun: Callable[[], int],
-    *,
-    insist: bool,
+    begun: Pending, transfer: Transfer, extent: Extent, layout: Layout, *, insist: bool
 ) -> Iterator[Extent | Missing]:
-    """Write an extent chunk by chunk, the first of which was begun.
-
-    Each result is done with before the next call.
-    """
+    """Write an extent, all of which was begun. Each result is done with before the next call."""
     at, end = extent.ipa, extent.end
     while at < end:
-        size_bytes = min(chunk_bytes, end - at)
         try:
-            done = begun() if at == extent.ipa else transfer(at, size_bytes)
+            done = begun() if at == extent.ipa else transfer(at, end - at)
         except OSError as error:
             gap = way_around(transfer, at, end, error, layout, writing=True, insist=insist)
             yield gap.missing
             at += gap.missing.size_bytes
             continue
-        _check_completed(done, size_bytes, at, layout)
+        _check_completed(done, end - at, at, layout)
         yield Extent(at, done)
         at += done
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from mtetool import procfs
 from mtetool.guest import Extent
+from mtetool.spans import Span
 from mtetool.vmm import pagewords
 from mtetool.vmm.hostmemory import HostMemory
 from mtetool.vmm.pagemap import (
@@ -28,8 +29,6 @@ from mtetool.vmm.pagemap import (
 _BLOCK_BYTES = 512
 # What is smaller is not searched for: a VMM has many mappings of such a size.
 _WORTH_BYTES = 1 << 20
-
-Range = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,7 @@ def _present(pid: int, start: int, end: int) -> int:
     with suppress(OSError):
         fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return sum(stop - first for first, stop in pagewords.existing(fd, start, end))
+            return sum(part.size_bytes for part in pagewords.existing(fd, start, end))
         finally:
             os.close(fd)
     return 0
@@ -138,7 +137,7 @@ def _within(windows: Iterable[_Window], start: int, end: int) -> Iterator[_Windo
             yield replace(window, start=first, end=stop)
 
 
-def _without(windows: Iterable[_Window], ranges: Iterable[Range]) -> list[_Window]:
+def _without(windows: Iterable[_Window], ranges: Iterable[Span]) -> list[_Window]:
     left = list(windows)
     for start, end in ranges:
         left = [

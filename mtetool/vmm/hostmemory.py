@@ -7,19 +7,20 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from mtetool.guest import Extent
-from mtetool.vmm.pagemap import Pagemap, united
+from mtetool.spans import Place, Span, united
+from mtetool.vmm.pagemap import Pagemap
 
 
 class HostMemory:
-    """Where in a VMM's process the memory of its guest is: (ipa, size, address) of each slot.
+    """Where in a VMM's process the memory of its guest is.
 
     Where several are told for some memory, it is one of them, nobody knows which.
     """
 
-    def __init__(self, pagemap: Pagemap, where: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(self, pagemap: Pagemap, where: Sequence[Place]) -> None:
         self._pagemap = pagemap
         self._where = sorted(where)
-        ends = {end for ipa, size, _ in where for end in (ipa, ipa + size)}
+        ends = {end for place in where for end in (place.ipa, place.end)}
         self._ends = sorted(ends)
 
     def existing(self, extent: Extent) -> Iterator[Extent]:
@@ -37,9 +38,9 @@ class HostMemory:
         if stop > start:
             yield Extent.between(start, stop)
 
-    def addresses(self) -> list[tuple[int, int]]:
-        """All ranges (start, end) of addresses that were told."""
-        return [(address, address + size_bytes) for _, size_bytes, address in self._where]
+    def addresses(self) -> list[Span]:
+        """All ranges of addresses that were told."""
+        return [Span(each.address, each.address + each.size_bytes) for each in self._where]
 
     def told(self, ipa: int, end: int) -> Iterator[tuple[int, int, list[int]]]:
         """(start, end, addresses) of each part of a range: where its start may be, if told."""
@@ -47,28 +48,28 @@ class HostMemory:
         for at, stop in itertools.pairwise([ipa, *inside, end]):
             if at < stop:
                 found = {
-                    at - slot + address
-                    for slot, size_bytes, address in self._where
-                    if slot <= at and stop <= slot + size_bytes
+                    at + place.shift
+                    for place in self._where
+                    if place.ipa <= at and stop <= place.end
                 }
                 yield at, stop, sorted(found)
 
     def existing_at(self, start: int, end: int) -> int:
         """How many bytes of a range of addresses exist."""
-        return sum(stop - first for first, stop in self._pagemap.existing(start, end))
+        return sum(part.size_bytes for part in self._pagemap.existing(start, end))
 
-    def _parts(self, ipa: int, end: int) -> Iterator[tuple[int, int]]:
+    def _parts(self, ipa: int, end: int) -> Iterator[Span]:
         for at, stop, addresses in self.told(ipa, end):
             yield from self._part(at, stop, {at - address for address in addresses})
 
-    def _part(self, ipa: int, end: int, shifts: set[int]) -> Iterator[tuple[int, int]]:
+    def _part(self, ipa: int, end: int, shifts: set[int]) -> Iterator[Span]:
         if not shifts:
-            return iter([(ipa, end)])
+            return iter([Span(ipa, end)])
         return functools.reduce(united, (self._at(ipa, end, shift) for shift in shifts))
 
-    def _at(self, ipa: int, end: int, shift: int) -> Iterator[tuple[int, int]]:
+    def _at(self, ipa: int, end: int, shift: int) -> Iterator[Span]:
         for first, behind in self._pagemap.existing(ipa - shift, end - shift):
-            yield first + shift, behind + shift
+            yield Span(first + shift, behind + shift)
 
     def close(self) -> None:
         """Let go of the process. Idempotent."""

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from mtetool.loops import frame_run
+from mtetool.spans import Span
 
 _PAGE = mmap.PAGESIZE
 _PROT_MTE = 0x20  # arch/arm64/include/uapi/asm/mman.h
@@ -64,8 +65,8 @@ class Frames:
         if fd >= 0:
             os.close(fd)
 
-    def may_be_tagged(self, pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """The parts (start, end) of a range of addresses that may have tags, in their order.
+    def may_be_tagged(self, pagemap: int, start: int, end: int) -> Iterator[Span]:
+        """The parts of a range of addresses that may have tags, in their order.
 
         They may touch. `pagemap` is the open /proc/PID/pagemap of whose addresses these are.
         """
@@ -76,10 +77,10 @@ class Frames:
                 for match in _UNMARKED.finditer(self._marks(pagemap, start, stop)):
                     first, behind = (start + n * _PAGE for n in match.span())
                     if at < first:
-                        yield at, first
+                        yield Span(at, first)
                     at = behind
             if at < stop:
-                yield at, stop
+                yield Span(at, stop)
             start = stop
 
     def _is_worth_it(self, pagemap: int, start: int, end: int) -> bool:

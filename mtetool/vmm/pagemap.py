@@ -21,6 +21,7 @@ from pathlib import Path
 
 from mtetool import procfs
 from mtetool.procfs import Mapping
+from mtetool.spans import Span, united
 from mtetool.vmm import pagewords
 from mtetool.vmm.page_flags import Frames
 
@@ -120,8 +121,8 @@ class Pagemap:
             self.close()
             raise UnknownError(str(error)) from error
 
-    def existing(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """The parts (start, end) of a range of addresses that may have tags, in their order.
+    def existing(self, start: int, end: int) -> Iterator[Span]:
+        """The parts of a range of addresses that may have tags, in their order.
 
         Their pages exist. They may touch. Whole pages; where that cannot be known, all is taken to
         exist. The process runs: what is made after the place where this has come to is not seen.
@@ -133,11 +134,11 @@ class Pagemap:
                 yield from self._with_tags(first, behind)
             at = stop
         if at < end:
-            yield at, end  # not mapped, or not as we were told: a copy tells
+            yield Span(at, end)  # not mapped, or not as we were told: a copy tells
 
-    def _with_tags(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+    def _with_tags(self, start: int, end: int) -> Iterator[Span]:
         if self._frames is None:
-            yield start, end
+            yield Span(start, end)
         else:
             yield from self._frames.may_be_tagged(self._fd, start, end)
 
@@ -152,16 +153,16 @@ class Pagemap:
         if self._frames is not None:
             self._frames.close()
 
-    def _of_mapping(self, mapping: Mapping, start: int, end: int) -> Iterator[tuple[int, int]]:
+    def _of_mapping(self, mapping: Mapping, start: int, end: int) -> Iterator[Span]:
         at = start
         try:
             for first, stop in self._known(mapping, start, end):
-                yield first, stop
+                yield Span(first, stop)
                 at = stop
         except UnknownError:
-            yield at, end  # what was not looked at yet
+            yield Span(at, end)  # what was not looked at yet
 
-    def _known(self, mapping: Mapping, start: int, end: int) -> Iterator[tuple[int, int]]:
+    def _known(self, mapping: Mapping, start: int, end: int) -> Iterator[Span]:
         if mapping.inode == 0:
             yield from self._in_page_tables(start, end)
         else:
@@ -176,7 +177,7 @@ class Pagemap:
             return False
         return True
 
-    def _in_page_tables(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+    def _in_page_tables(self, start: int, end: int) -> Iterator[Span]:
         try:
             if self._scans:
                 yield from self._scanned(start, end)
@@ -185,7 +186,7 @@ class Pagemap:
         except OSError as error:
             raise UnknownError(str(error)) from error
 
-    def _scanned(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+    def _scanned(self, start: int, end: int) -> Iterator[Span]:
         at = done = start
         while at < end:
             n_regions, behind = self._scan(at, end, _address_of(self._vector))
@@ -193,7 +194,7 @@ class Pagemap:
             regions = bytes(self._vector[: n_regions * _REGION.size])
             for first, stop, _ in _REGION.iter_unpack(regions):
                 if stop > done:
-                    yield max(first, done), stop
+                    yield Span(max(first, done), stop)
                     done = stop
             # Where the vector is full at the end of the range, this may be before the last regions
             # (seen on 6.18): they come again.
@@ -211,7 +212,7 @@ class Pagemap:
         found = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, argument)
         return found, _ARGUMENT.unpack(argument)[4]
 
-    def _in_file(self, mapping: Mapping, start: int, end: int) -> Iterator[tuple[int, int]]:
+    def _in_file(self, mapping: Mapping, start: int, end: int) -> Iterator[Span]:
         fd = self._open(mapping)
         shift = mapping.offset - mapping.start
         page = os.sysconf("SC_PAGE_SIZE")
@@ -227,7 +228,7 @@ class Pagemap:
             if data >= limit:
                 return
             at = -(-hole // page) * page
-            yield data // page * page - shift, at - shift
+            yield Span(data // page * page - shift, at - shift)
 
     def _open(self, mapping: Mapping) -> int:
         key = (mapping.device, mapping.inode)
@@ -282,24 +283,6 @@ def _has_userfaultfd(pid: int) -> bool:
             if str(path.readlink()).startswith("anon_inode:[userfaultfd]"):
                 return True
     return False
-
-
-def united(
-    one: Iterator[tuple[int, int]], other: Iterator[tuple[int, int]]
-) -> Iterator[tuple[int, int]]:
-    """Both, in order of address, none twice."""
-    sides: list[Iterator[tuple[int, int]]] = [one, other]
-    heads: list[tuple[int, int] | None] = [next(side, None) for side in sides]
-    done = 0
-    while any(heads):
-        _, which = min((head, n) for n, head in enumerate(heads) if head is not None)
-        head = heads[which]
-        assert head is not None
-        start, end = max(head[0], done), head[1]
-        if start < end:
-            yield start, end
-            done = end
-        heads[which] = next(sides[which], None)
 
 
 def _address_of(buffer: bytearray) -> int:

@@ -12,6 +12,8 @@ import os
 import re
 from collections.abc import Iterator
 
+from mtetool.spans import Span
+
 _PAGE = mmap.PAGESIZE
 _WORD_BYTES = 8
 # 512 KiB of words, 256 MiB of memory of small pages.
@@ -21,8 +23,8 @@ _EXISTS = bytes(byte >= 0x40 for byte in range(256))
 _RUN = re.compile(rb"\x01+")
 
 
-def existing(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The parts (start, end) of a range of addresses that are in memory or on swap, in order.
+def existing(pagemap: int, start: int, end: int) -> Iterator[Span]:
+    """The parts of a range of addresses that are in memory or on swap, in order.
 
     Whole pages, as is the range; parts may touch. `pagemap` is the open /proc/PID/pagemap. Raises
     OSError where the kernel gives no words, as for a process that is gone.
@@ -35,5 +37,5 @@ def existing(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         if not n_read:
             raise OSError(f"no page tables at {at:#x}")
         for run in _RUN.finditer(words[_WORD_BYTES - 1 :: _WORD_BYTES].translate(_EXISTS)):
-            yield at + run.start() * _PAGE, at + run.end() * _PAGE
+            yield Span(at + run.start() * _PAGE, at + run.end() * _PAGE)
         at += n_read * _PAGE

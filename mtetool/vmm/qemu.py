@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from mtetool.guest import Memslot, SlotKind
+from mtetool.spans import Place
 from mtetool.vmm.qmp import Conversation
 
 NAME_LENGTH = 1024
@@ -54,8 +55,8 @@ class Monitor:
         except ValueError as error:
             raise self._conversation.error(f"no VM can have the memory it names: {error}") from None
 
-    def host_addresses(self) -> list[tuple[int, int, int]]:
-        """(ipa, size, address) of the slots of RAM that lie in one piece in QEMU's own memory."""
+    def host_addresses(self) -> list[Place]:
+        """Where the slots of RAM are that lie in one piece in QEMU's own memory."""
         found = []
         for slot in self.memslots():
             if slot.kind != "ram":
@@ -63,7 +64,7 @@ class Monitor:
             first = self._host_address(slot.ipa)
             last = self._host_address(slot.end - 1)
             if first is not None and last == first + slot.size_bytes - 1:
-                found.append((slot.ipa, slot.size_bytes, first))
+                found.append(Place(slot.ipa, slot.size_bytes, first))
         return found
 
     def _host_address(self, ipa: int) -> int | None:

@@ -26,7 +26,7 @@ from mtetool.cli.options import (
     progress_options,
     report_option,
 )
-from mtetool.guest import GuestOptions, Memslot
+from mtetool.guest import Extent, GuestOptions, Memslot
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_any_text_is_a_number_or_a_value_error(text: str) -> None:
 @given(NUMBERS, st.integers(1, (1 << 64) - 1))
 def test_any_range_that_ends_within_64_bits(ipa: int, size_bytes: int) -> None:
     if ipa + size_bytes <= 1 << 64:
-        assert parse_range(f"{ipa:#x}:{size_bytes}") == (ipa, size_bytes)
+        assert parse_range(f"{ipa:#x}:{size_bytes}") == Extent(ipa, size_bytes)
     else:
         with pytest.raises(ValueError, match="64 bits"):
             parse_range(f"{ipa:#x}:{size_bytes}")
@@ -102,8 +102,8 @@ def test_sizes() -> None:
 
 
 def test_ranges() -> None:
-    assert parse_range("0x40000000:64K") == (0x40000000, 65536)
-    assert parse_range("0xfffffffffffff000:4K") == ((1 << 64) - 4096, 4096)
+    assert parse_range("0x40000000:64K") == Extent(0x40000000, 65536)
+    assert parse_range("0xfffffffffffff000:4K") == Extent((1 << 64) - 4096, 4096)
     for bad in ("0x1000", "0x1000:", ":4K", "0:0", "0xfffffffffffff000:8K", "1:2:3", "1-2"):
         with pytest.raises(ValueError, match=r"."):
             parse_range(bad)

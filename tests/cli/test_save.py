@@ -166,9 +166,7 @@ def test_a_guest_that_ends_half_way(
 ) -> None:
     read = EmulatedGuest.read_tags
 
-    def read_the_first_slot(
-        self: EmulatedGuest, ipa: int, out: TagBuffer, *, then_bytes: int = 0
-    ) -> int:
+    def read_the_first_slot(self: EmulatedGuest, ipa: int, out: TagBuffer) -> int:
         if ipa >= BASE:
             raise GuestLostError("the process ended")
         return read(self, ipa, out)

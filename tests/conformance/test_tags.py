@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtetool.errors import MteOffError, TooLateError
-from mtetool.guest import Extent, Guest
+from mtetool.guest import Extent, Guest, Pending
 from mtetool.tags import Tags
 from mtetool.uapi import COPY_LENGTH_MAX, GRANULE_BYTES
 from tests.conformance.guests import Factory
@@ -256,6 +256,55 @@ def test_several_megabytes(make_guest: Factory, page: int) -> None:
     assert guest.write_tags(BASE, halves) == size_bytes
     assert guest.write_tags(BASE, np.full_like(halves, 3)) == size_bytes
     assert (tags_of(guest, BASE, size_bytes) == 3).all()
+
+
+# --- copies that are begun ------------------------------------------------------------------
+
+
+def test_begun_copies_take_effect_in_their_order(make_guest: Factory, page: int) -> None:
+    """Each write with its read-back, as many at a time as the guest says."""
+    guest = make_guest([(BASE, 16 * page, False)])
+    tags = random_tags(16 * page).reshape(8, -1)
+    under_way: list[tuple[Pending, Pending, Tags, Tags]] = []
+    for n, part in enumerate(tags):
+        ipa, found = BASE + 2 * n * page, buffer(2 * page)
+        write = guest.begin_write(ipa, part)
+        under_way.append((write, guest.begin_read(ipa, found), part, found))
+        if len(under_way) == guest.depth:
+            write, read, wanted, found = under_way.pop(0)
+            assert write() == read() == 2 * page
+            assert np.array_equal(found, wanted)
+    for write, read, _, _ in under_way:
+        assert write() == read() == 2 * page
+    assert np.array_equal(tags_of(guest, BASE, 16 * page), tags.ravel())
+
+
+def test_begun_copies_answer_as_others_do(make_guest: Factory, page: int) -> None:
+    guest = make_guest([(BASE, 2 * page, False), (BASE + 8 * page, page, True)])
+    short = buffer(4 * page)
+    assert guest.begin_read(BASE, short)() == 2 * page
+    assert (short[len(short) // 2 :] == UNTOUCHED).all()
+    assert guest.begin_write(BASE, random_tags(4 * page))() == 2 * page
+    assert errno_of(guest.begin_read(BASE + 4 * page, buffer(page))) == errno.EFAULT
+    assert errno_of(guest.begin_write(BASE + 4 * page, random_tags(page))) == errno.EFAULT
+
+
+def test_a_begun_copy_that_nobody_takes(make_guest: Factory, page: int) -> None:
+    """It may have happened or not; whatever is asked next is answered as if alone."""
+    guest = make_guest([(BASE, 8 * page, False)])
+    tags = random_tags(page)
+    guest.write_tags(BASE, tags)
+    guest.begin_read(BASE, buffer(page))
+    guest.begin_read(BASE + 4 * page, buffer(page))
+    assert np.array_equal(tags_of(guest, BASE, page), tags)
+    found = buffer(page)
+    guest.begin_write(BASE + page, random_tags(page, seed=2))
+    assert guest.begin_read(BASE, found)() == page
+    assert np.array_equal(found, tags)
+    guest.begin_read(BASE + 2 * page, buffer(page))
+    guest.freeze()
+    assert np.array_equal(tags_of(guest, BASE, page), tags)
+    guest.thaw()
 
 
 # --- MTE on and off -----------------------------------------------------------------------

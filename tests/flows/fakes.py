@@ -10,11 +10,25 @@ import numpy as np
 
 from mtetool.buffers import TagBuffer, as_bytes
 from mtetool.errors import GuestLostError, LayoutUnknownError
-from mtetool.guest import Extent, Guest, GuestInfo, Memslot
+from mtetool.guest import Extent, Guest, GuestInfo, Memslot, Pending
 from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES
 
 PAGE = 4096
+
+
+def told_later(copy: Callable[[], int]) -> Pending:
+    """A copy that was made; what came of it is told by the call of the result."""
+    try:
+        done = copy()
+    except (OSError, GuestLostError) as error:
+        failed = error
+
+        def fail() -> int:
+            raise failed
+
+        return fail
+    return lambda: done
 
 
 def nowhere(ipa: int) -> bool:
@@ -28,6 +42,8 @@ class FakeGuest(Guest):
 
     slots: tuple[Memslot, ...]
     page_size_bytes: int = PAGE
+    max_copy_granules: int = 4 << 20
+    depth: int = 2
     bad: Callable[[int], bool] = nowhere
     bad_write: Callable[[int], bool] = nowhere
     bad_errno: int = errno.EFAULT
@@ -81,7 +97,7 @@ class FakeGuest(Guest):
     def page_granules(self) -> int:
         return self.page_size_bytes // GRANULE_BYTES
 
-    def read_tags(self, ipa: int, out: TagBuffer, *, then_bytes: int = 0) -> int:
+    def read_tags(self, ipa: int, out: TagBuffer) -> int:
         if not len(as_bytes(out)):
             if self.lost_after_reads is not None and self.reads >= self.lost_after_reads:
                 raise GuestLostError("the VM is gone")
@@ -130,20 +146,13 @@ class FakeGuest(Guest):
 
         return self._copy(ipa, np.asarray(tags), fails, write)
 
-    def begin_write(
-        self, ipa: int, tags: TagBuffer, *, then_read: bool = False
-    ) -> Callable[[], int]:
-        """Written at once, and told later; as the kernel may have it."""
-        try:
-            done = self.write_tags(ipa, tags)
-        except (OSError, GuestLostError) as error:
-            failed = error
+    def begin_read(self, ipa: int, out: TagBuffer) -> Pending:
+        """Read at once, and told later; as the kernel may have it."""
+        return told_later(lambda: self.read_tags(ipa, out))
 
-            def fail() -> int:
-                raise failed
-
-            return fail
-        return lambda: done
+    def begin_write(self, ipa: int, tags: TagBuffer) -> Pending:
+        """Written at once, and told later."""
+        return told_later(lambda: self.write_tags(ipa, tags))
 
     def _copy(
         self, ipa: int, tags: Tags, fails: Callable[[int], bool], act: Callable[[Tags, Tags], None]

@@ -21,7 +21,6 @@ from mtetool.flows.save import SaveOptions, SaveResult, save
 from mtetool.guest import Extent, Memslot, Missing
 from mtetool.snapshot.index import IndexedSnapshot
 from mtetool.snapshot.reader import SnapshotReader
-from mtetool.sources import copying
 from mtetool.sources.source import GuestSource, SnapshotSource
 from mtetool.streaming import Rows
 from mtetool.uapi import GRANULE_BYTES
@@ -77,17 +76,9 @@ def faults(draw: st.DrawFn) -> Fault:
 some_faults = st.lists(faults(), max_size=4)
 
 
-@pytest.fixture(autouse=True)
-def _small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four pages a copy, so that a small guest takes many."""
-    granules = 4 * PAGE // GRANULE_BYTES
-    monkeypatch.setattr(copying, "CHUNK_GRANULES", granules)
-    defaults = {**(copying.TagReader.__init__.__kwdefaults__ or {}), "chunk_granules": granules}
-    monkeypatch.setattr(copying.TagReader.__init__, "__kwdefaults__", defaults)
-
-
 def guest_with_tags(seed: int) -> FakeGuest:
-    guest = FakeGuest(SLOTS)
+    # Four pages a copy, so that a small guest takes many.
+    guest = FakeGuest(SLOTS, max_copy_granules=4 * PAGE // GRANULE_BYTES)
     random = np.random.default_rng(seed)
     for tags in guest.memory.values():
         pages = tags.reshape(-1, PAGE // GRANULE_BYTES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,7 +29,7 @@ from mtetool.errors import (
 from mtetool.flows.restore import RestoreOptions, RestoreResult, restore
 from mtetool.flows.save import SaveOptions, SaveResult, save
 from mtetool.flows.verify import verify, verify_against
-from mtetool.guest import Extent, GuestInfo, Memslot
+from mtetool.guest import Extent, GuestInfo, Memslot, Pending
 from mtetool.snapshot.model import Header
 from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.snapshot.writer import SnapshotWriter
@@ -289,11 +288,12 @@ def test_what_cannot_be_written_is_reported() -> None:
 
 
 class Late(FakeGuest):
-    """Writes only when it is waited for."""
+    """Copies only when it is waited for."""
 
-    def begin_write(
-        self, ipa: int, tags: TagBuffer, *, then_read: bool = False
-    ) -> Callable[[], int]:
+    def begin_read(self, ipa: int, out: TagBuffer) -> Pending:
+        return partial(self.read_tags, ipa, out)
+
+    def begin_write(self, ipa: int, tags: TagBuffer) -> Pending:
         return partial(self.write_tags, ipa, tags)
 
 

@@ -45,12 +45,12 @@ def main() -> None:
         return ioctl(self, fd, request, argument)
 
     with open_kvm(str(pid), GuestOptions()) as guest:
-        assert guest._mte_is_on()
-        session = guest._attached()
+        assert guest.vm.has_mte
+        session = guest.vm.session
         Session.ioctl = counted  # type: ignore[method-assign]
         before = large_memory(pid)
         began = time.monotonic()
-        found = memslots.memslots_of(session, guest._fd)
+        found = memslots.memslots_of(session, guest.vm.fd)
         seconds = time.monotonic() - began
         after = large_memory(pid)
     result = {

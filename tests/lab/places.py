@@ -17,8 +17,9 @@ from pathlib import Path
 from mtetool.attach.session import Session
 from mtetool.backends.kvm import memslots
 from mtetool.backends.kvm.guest import open_kvm
-from mtetool.backends.kvm.placing import Guess, Place
+from mtetool.backends.kvm.placing import Guess
 from mtetool.guest import GuestOptions, Memslot
+from mtetool.spans import Place
 from mtetool.vmm.monitors import open_given
 from tests.lab.existing import large_memory
 
@@ -45,21 +46,21 @@ def main() -> None:
         return confirms(self, guess)
 
     with open_kvm(str(pid), GuestOptions()) as guest:
-        assert guest._mte_is_on()
-        session = guest._attached()
+        assert guest.vm.has_mte
+        session = guest.vm.session
         Session.ioctl = counted  # type: ignore[method-assign]
         memslots._Asking.confirms = noted  # type: ignore[method-assign]
         before = large_memory(pid)
-        slots = memslots.memslots_of(session, guest._fd)
+        slots = memslots.memslots_of(session, guest.vm.fd)
         n_layout = len(questions)
         began = time.monotonic()
-        places = memslots.places_of(session, guest._fd, slots)
+        places = memslots.places_of(session, guest.vm.fd, slots)
         seconds = time.monotonic() - began
         n_places = len(questions) - n_layout
-        confirmed = memslots.places_of(session, guest._fd, layout, told) if told else []
+        confirmed = memslots.places_of(session, guest.vm.fd, layout, told) if told else []
         n_confirming = len(questions) - n_layout - n_places
         after = large_memory(pid)
-        assert memslots.memslots_of(session, guest._fd) == slots
+        assert memslots.memslots_of(session, guest.vm.fd) == slots
     # Nothing that was asked was ever done.
     assert all(result < 0 for result in questions)
     result = {

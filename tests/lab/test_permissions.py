@@ -52,20 +52,19 @@ sys.path.insert(0, "/opt/mtetool")
 from mtetool.__main__ import main
 from mtetool.backends.kvm import guest as kvm
 
-read, calls = kvm.KvmGuest.read_tags, []
+read, calls = kvm.KvmGuest.begin_read, []
 
-def killing(self, ipa, out, **more):
-    if len(out):  # not the copy of nothing that asks whether MTE is on
-        calls.append(ipa)
+def killing(self, ipa, out):
+    calls.append(ipa)
     if len(calls) == 2:
-        pid = self._process.pid
+        pid = self.vm.process.pid
         os.kill(pid, signal.SIGKILL)
         # As a zombie or not at all, by who its parent is.
         while os.path.exists(f"/proc/{pid}") and os.listdir(f"/proc/{pid}/fd"):
             time.sleep(0.01)
-    return read(self, ipa, out, **more)
+    return read(self, ipa, out)
 
-kvm.KvmGuest.read_tags = killing
+kvm.KvmGuest.begin_read = killing
 sys.exit(main())
 """
 

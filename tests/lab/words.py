@@ -15,6 +15,7 @@ import sys
 import time
 
 from mtetool import procfs
+from mtetool.spans import Span
 from mtetool.vmm import pagewords
 from mtetool.vmm.pagemap import Pagemap
 
@@ -31,7 +32,7 @@ def is_of_zeros(pagemap: int, flags: int, address: int) -> bool:
     return bool(found & _ZERO)
 
 
-def pages(ranges: list[tuple[int, int]]) -> set[int]:
+def pages(ranges: list[Span]) -> set[int]:
     """The addresses of all pages in ranges."""
     return {at for start, end in ranges for at in range(start, end, PAGE)}
 

@@ -70,7 +70,7 @@ def test_all_of_a_slot_in_chunks() -> None:
 
 def test_a_hole_is_skipped_without_probing() -> None:
     slots = (Memslot(0, BASE, PAGE), Memslot(1, BASE + 1000 * PAGE, PAGE))
-    guest = FakeGuest(slots)
+    guest = FakeGuest(slots, depth=1)
     pages, missing = read_all(guest, [Extent(BASE, 1001 * PAGE)])
     assert sorted(pages) == [BASE, BASE + 1000 * PAGE]
     assert missing == [Missing(BASE + PAGE, 999 * PAGE, errno.EFAULT, "no memslot there")]
@@ -220,7 +220,7 @@ def test_a_lost_guest_is_no_missing_page() -> None:
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
 def test_what_is_wrong_with_the_whole_vm_is_no_missing_page(number: int) -> None:
-    guest = FakeGuest(one_slot(10), bad=lambda ipa: True, bad_errno=number)
+    guest = FakeGuest(one_slot(10), bad=lambda ipa: True, bad_errno=number, depth=1)
     with pytest.raises(GuestError, match=errno.errorcode[number]):
         read_all(guest, [Extent(BASE, 10 * PAGE)])
     assert guest.reads == 1

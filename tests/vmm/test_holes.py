@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from mtetool.guest import Extent
+from mtetool.spans import Place
 from mtetool.vmm.holes import bytes_to_be_made
 from mtetool.vmm.hostmemory import HostMemory
 from mtetool.vmm.pagemap import Pagemap
@@ -80,13 +81,15 @@ def test_memory_whose_place_is_known_is_left_alone() -> None:
     with process("memfd:16:3", "memfd:8:1") as (pid, (one, other)):
         pagemap = Pagemap(pid)
         whole = [Extent(BASE, 24 * MIB)]
-        both = HostMemory(pagemap, [(BASE, 16 * MIB, one), (BASE + 16 * MIB, 8 * MIB, other)])
+        both = HostMemory(
+            pagemap, [Place(BASE, 16 * MIB, one), Place(BASE + 16 * MIB, 8 * MIB, other)]
+        )
         assert bytes_to_be_made(pid, both, whole) == 0
         # Of the rest nobody knows: it is the other mapping, and nothing else.
-        first = HostMemory(pagemap, [(BASE, 16 * MIB, one)])
+        first = HostMemory(pagemap, [Place(BASE, 16 * MIB, one)])
         assert bytes_to_be_made(pid, first, whole) == 7 * MIB
         # Either may be it: what exists there is read wherever the memory is.
-        either = HostMemory(pagemap, [(BASE, 8 * MIB, one), (BASE, 8 * MIB, other)])
+        either = HostMemory(pagemap, [Place(BASE, 8 * MIB, one), Place(BASE, 8 * MIB, other)])
         assert bytes_to_be_made(pid, either, [Extent(BASE, 8 * MIB)]) == 2 * MIB
         pagemap.close()
 

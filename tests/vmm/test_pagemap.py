@@ -13,18 +13,19 @@ from hypothesis import strategies as st
 
 from mtetool import procfs
 from mtetool.procfs import Mapping
+from mtetool.spans import Span, united
 from mtetool.vmm import pagemap
-from mtetool.vmm.pagemap import Mappings, Pagemap, UnknownError, united
+from mtetool.vmm.pagemap import Mappings, Pagemap, UnknownError
 
 PAGE = mmap.PAGESIZE
 
 RANGES = st.lists(st.integers(0, 60), max_size=12, unique=True).map(
-    lambda edges: list(zip(*[iter(sorted(edges))] * 2, strict=False))
+    lambda edges: [Span(*pair) for pair in zip(*[iter(sorted(edges))] * 2, strict=False)]
 )
 
 
 @given(RANGES, RANGES)
-def testunited(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> None:
+def test_united(one: list[Span], other: list[Span]) -> None:
     found = list(united(iter(one), iter(other)))
     covered = [at for start, end in found for at in range(start, end)]
     wanted = {at for ranges in (one, other) for start, end in ranges for at in range(start, end)}

@@ -204,7 +204,7 @@ class EmulatedGuest(Guest):
 
     # --- as the kernel --------------------------------------------------------------------
 
-    def read_tags(self, ipa: int, out: TagBuffer, *, then_bytes: int = 0) -> int:
+    def read_tags(self, ipa: int, out: TagBuffer) -> int:
         """See `Guest.read_tags`. Raises also EmulatorFileError, HostIoError."""
         view = as_bytes(out)
         self._check_copy(ipa, len(view))
@@ -337,26 +337,27 @@ class EmulatedGuest(Guest):
         seed: int,
         slots: Sequence[int] | None = None,
         *,
-        ranges: Sequence[tuple[int, int]] = (),
+        ranges: Sequence[Extent] = (),
         advance: Advance | None = None,
     ) -> None:
         """Give memslots (by id; None: all) the tags of a pattern, see `patterns`.
 
-        Device memory is left out. `ranges`, pairs of address and size in bytes, are filled
+        Device memory is left out. `ranges` are filled
         instead of memslots, each with a pattern of its own. Raises UsageError for unknown slots
         and patterns, MisalignedError for a range that is not whole pages, RangeError where not
         all of it is memory, MteOffError, BusyError; nothing is changed then.
         """
         from mtetool.backends.emu.patterns import pattern_tags
 
-        for ipa, size_bytes in ranges:
-            self._check_pages(ipa, size_bytes)
-        stretches = ranges or [(slot.ipa, slot.size_bytes) for slot in self._chosen(slots)]
+        for extent in ranges:
+            self._check_pages(extent.ipa, extent.size_bytes)
+        chosen = ranges or [Extent(slot.ipa, slot.size_bytes) for slot in self._chosen(slots)]
         self._check_mte()
         self._take_for_writing()
         per_page = self.page_size_bytes // GRANULE_BYTES
-        for ipa, size_bytes in stretches:
-            for tags in pattern_tags(pattern, seed, ipa, size_bytes // GRANULE_BYTES, per_page):
+        for extent in chosen:
+            ipa, n_granules = extent.ipa, extent.size_bytes // GRANULE_BYTES
+            for tags in pattern_tags(pattern, seed, ipa, n_granules, per_page):
                 self._poke(ipa, as_bytes(tags))
                 ipa += tags.size * GRANULE_BYTES
                 if advance is not None:

@@ -7,9 +7,9 @@ from contextlib import suppress
 
 from mtetool import procfs
 from mtetool.attach.helper import PAGE_BYTES
-from mtetool.backends.kvm.placing import Place
 from mtetool.errors import MisalignedError, RangeError, UsageError
 from mtetool.guest import Memslot
+from mtetool.spans import Place
 
 
 def check_by_hand(pid: int, memslots: Sequence[Memslot]) -> None:
@@ -50,9 +50,9 @@ def _check_is_mapped(pid: int, address: int, size_bytes: int) -> None:
 
 
 def places_by_hand(memslots: Sequence[Memslot]) -> list[Place]:
-    """(ipa, size, address) of the memslots that were told with an address."""
+    """Where the memslots are that were told with an address."""
     return [
-        (slot.ipa, slot.size_bytes, slot.host_address)
+        Place(slot.ipa, slot.size_bytes, slot.host_address)
         for slot in memslots
         if slot.host_address is not None
     ]
@@ -64,18 +64,15 @@ def by_hand_and_proven(by_hand: Sequence[Place], proven: Sequence[Place]) -> lis
     Raises UsageError where they contradict each other.
     """
     found = list(proven)
-    for ipa, size_bytes, address in by_hand:
-        there = [
-            place for place in proven if place[0] < ipa + size_bytes and ipa < place[0] + place[1]
-        ]
-        true = {start_address - start for start, _, start_address in there}
-        if true and address - ipa not in true:
-            places = " or ".join(f"{ipa + shift:#x}" for shift in sorted(true))
+    for told in by_hand:
+        true = {place.shift for place in proven if place.ipa < told.end and told.ipa < place.end}
+        if true and told.shift not in true:
+            places = " or ".join(f"{told.ipa + shift:#x}" for shift in sorted(true))
             raise UsageError(
-                f"the memslot {ipa:#x}:{size_bytes:#x} is not at {address:#x} of the VMM's memory:"
-                f" the kernel says that it is at {places}",
+                f"the memslot {told.ipa:#x}:{told.size_bytes:#x} is not at {told.address:#x} of the"
+                f" VMM's memory: the kernel says that it is at {places}",
                 hint="leave the address out: the kernel confirms where this memory is",
             )
         # What is proven may be a part of what was told, and the other way round.
-        found.append((ipa, size_bytes, address))
+        found.append(told)
     return found

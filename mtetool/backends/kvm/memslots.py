@@ -27,10 +27,11 @@ from mtetool import procfs, uapi
 from mtetool.attach.helper import PAGE_BYTES
 from mtetool.attach.session import Session
 from mtetool.backends.kvm.overlaps import Answer, Prober
-from mtetool.backends.kvm.placing import SMALLEST_BYTES, Guess, Place, Placer
+from mtetool.backends.kvm.placing import SMALLEST_BYTES, Guess, Placer
 from mtetool.errors import BusyError, GuestError, GuestLostError, LayoutUnknownError, errno_name
 from mtetool.guest import Memslot
 from mtetool.procfs import Mapping
+from mtetool.spans import Place, Span
 from mtetool.vmm.scratch import ScratchVm, scratch_vm
 
 # No VMM uses the highest ids. Where one does, each answer is EINVAL (another address than the
@@ -78,7 +79,7 @@ def places_of(
     layout: Sequence[Memslot] | None,
     told: Sequence[Place] = (),
 ) -> list[Place]:
-    """(ipa, size, address) of guest memory of which the kernel confirms where it is.
+    """Where guest memory is, as the kernel confirms it.
 
     The VM has MTE on. `layout` is what `memslots_of` gave for it or a monitor told, None where
     neither was asked; `told` is where memory is said to be, which is what is tried first, and all
@@ -98,7 +99,7 @@ def places_of(
     if len(covered) < 2:
         return []  # nothing could be in the way of its only memory
     memory = _guest_memory(maps)
-    largest = max(covered, key=lambda each: each[1] - each[0])[0]
+    largest = max(covered, key=lambda span: span.size_bytes).start
     passes = ((_FREE_IDS_TOLD, []), (_FREE_IDS, memory)) if told else ((_FREE_IDS, memory),)
     with suppress(_ChangedError):
         for n_free, candidates in passes:
@@ -119,12 +120,12 @@ def places_of(
     return []
 
 
-def _ranges(slots: Sequence[Memslot]) -> list[tuple[int, int]]:
+def _ranges(slots: Sequence[Memslot]) -> list[Span]:
     """What memslots cover; those that touch come as one."""
-    found: list[tuple[int, int]] = []
+    found: list[Span] = []
     for slot in sorted(slots, key=lambda slot: slot.ipa):
-        start = found.pop()[0] if found and found[-1][1] == slot.ipa else slot.ipa
-        found.append((start, slot.end))
+        start = found.pop().start if found and found[-1].end == slot.ipa else slot.ipa
+        found.append(Span(start, slot.end))
     return found
 
 
@@ -311,10 +312,10 @@ class _Asking:
         return _unknown(self._session.pid, f"the kernel answered {errno_name(-result)}")
 
 
-def _guest_memory(maps: Sequence[Mapping]) -> list[tuple[int, int]]:
+def _guest_memory(maps: Sequence[Mapping]) -> list[Span]:
     """What may be a guest's memory: neighbours that are alike are one mapping already."""
-    found = [(m.start, m.end) for m in maps if m.flags[1] == "w"]
-    return [(start, end) for start, end in found if end - start >= SMALLEST_BYTES]
+    found = [Span(m.start, m.end) for m in maps if m.flags[1] == "w"]
+    return [span for span in found if span.size_bytes >= SMALLEST_BYTES]
 
 
 def _hints(maps: Sequence[Mapping]) -> set[int]:

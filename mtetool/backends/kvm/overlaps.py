@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from mtetool.spans import Span
+
 # Up to so many pages, each is asked for; of more, so many.
 _EVERY_PAGE = 128
 _SAMPLES = 48
@@ -43,21 +45,21 @@ class Prober:
     piece_bytes: int
     hints: Iterable[int] = ()
 
-    def covered(self) -> list[tuple[int, int]]:
-        """The ranges that are covered, as (first address, address after the last), in their order.
+    def covered(self) -> list[Span]:
+        """The ranges that are covered, in their order.
 
         Memslots that touch come as one.
         """
-        found: list[tuple[int, int]] = []
+        found: list[Span] = []
         at = 0
         while (start := self._first_taken(at)) is not None:
             at = self._end_of(start)
-            if found and found[-1][1] == start:
-                start = found.pop()[0]
-            found.append((start, at))
+            if found and found[-1].end == start:
+                start = found.pop().start
+            found.append(Span(start, at))
         return found
 
-    def still(self, covered: Iterable[tuple[int, int]]) -> bool:
+    def still(self, covered: Iterable[Span]) -> bool:
         """Whether these are the ranges now, by their ends and what is between them."""
         at = 0
         for start, end in covered:

@@ -25,6 +25,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from operator import attrgetter
+
+from mtetool.spans import Place, Span
 
 _BLOCKERS = 2
 # What is smaller is soon read, and too small to be guessed among a VMM's many mappings.
@@ -32,10 +35,7 @@ SMALLEST_BYTES = 1 << 20
 # A VMM's own allocator aligns memory to the huge pages that it hopes for.
 _ALIGNMENTS = (1 << 21, 1 << 30)
 _MOST_TOGETHER = 8
-
-Range = tuple[int, int]
-Place = tuple[int, int, int]
-"""(ipa, size, address) of guest memory and where it is in the VMM's own."""
+_SIZE: Callable[[Span], int] = attrgetter("size_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Guess:
     address: int
     readonly: bool
     blockers: tuple[int, ...] = ()
-    hosts: tuple[Range, ...] = ()
+    hosts: tuple[Span, ...] = ()
     told: int | None = None
 
 
@@ -62,13 +62,13 @@ class Placer:
 
     `covered` are the ranges of guest memory, all that there is; `ids` slots in use (all of them, or
     the first ones); `memory` the ranges of the VMM's own memory that may be a guest's. `ask` says
-    whether a guess is right. With `told`, (ipa, size, address) of slots, it ends as soon as the
+    whether a guess is right. With places that were `told`, it ends as soon as the
     place of all of those is proven.
     """
 
-    covered: Sequence[Range]
+    covered: Sequence[Span]
     ids: Sequence[int]
-    memory: Sequence[Range]
+    memory: Sequence[Span]
     page_bytes: int
     ask: Callable[[Guess], bool]
     most: int
@@ -78,7 +78,7 @@ class Placer:
     _tried: set[tuple[int, int, int, bool]] = field(default_factory=set)
 
     def places(self) -> list[Place]:
-        """(ipa, size, address) of memory whose place is proven; see `settled`."""
+        """Where memory is whose place is proven; see `settled`."""
         while (
             not self.all_told_proven()
             and self.asked < self.most
@@ -89,7 +89,7 @@ class Placer:
 
     def all_told_proven(self) -> bool:
         """Whether places were told, and those worth asking for are all among the proven ones."""
-        worth_it = {place for place in self.told if place[1] >= SMALLEST_BYTES}
+        worth_it = {place for place in self.told if place.size_bytes >= SMALLEST_BYTES}
         return bool(self.told) and worth_it <= set(settled(self.covered, self.right))
 
     def _next_right(self) -> Guess | None:
@@ -109,7 +109,7 @@ class Placer:
 
     def _guesses(self, ids: Sequence[int]) -> Iterator[Guess]:
         known = {(guess.size_bytes, guess.address) for guess in self.right}
-        told = sorted(self.told, key=lambda place: -place[1])
+        told = sorted(self.told, key=lambda place: -place.size_bytes)
         likely = [
             (size, address, ipa)
             for ipa, size, address in told
@@ -124,40 +124,40 @@ class Placer:
 
     def _solid(self) -> int | None:
         """Where the largest range begins, if that is one slot and known."""
-        start, end = max(self.covered, key=_size)
-        alone = sum(_size(each) >= end - start for each in self.covered) == 1
+        start, end = max(self.covered, key=_SIZE)
+        alone = sum(each.size_bytes >= end - start for each in self.covered) == 1
         whole = any(guess.size_bytes == end - start for guess in self.right)
         return start if alone and whole else None
 
     def _candidates(self) -> Iterator[tuple[int, int]]:
         """(size, address), the likely ones of each size first, large ones first."""
         pieces = list(self._pieces())
-        ranges = {_size(each) for each in self.covered}
-        sizes = ranges | {_size(piece) for piece in pieces}
+        ranges = {each.size_bytes for each in self.covered}
+        sizes = ranges | {piece.size_bytes for piece in pieces}
         for size in sorted(sizes, reverse=True):
             if SMALLEST_BYTES <= size <= max(ranges):
                 yield from ((size, start) for start, end in pieces if end - start == size)
                 if size in ranges:
                     yield from ((size, address) for address in _inside(pieces, size))
 
-    def _pieces(self) -> Iterator[Range]:
+    def _pieces(self) -> Iterator[Span]:
         """The VMM's memory without what is known already."""
         taken = sorted((guess.address, guess.address + guess.size_bytes) for guess in self.right)
         for start, end in self.memory:
             for first, behind in taken:
                 if start < behind and first < end:
                     if start < first:
-                        yield start, first
+                        yield Span(start, first)
                     start = behind
             if start < end:
-                yield start, end
+                yield Span(start, end)
 
-    def _hosts(self, size: int) -> list[Range]:
+    def _hosts(self, size: int) -> list[Span]:
         """The ranges in which an unknown slot of that size can be."""
         solid = self._solid()
-        return [each for each in self.covered if _size(each) >= size and each[0] != solid]
+        return [each for each in self.covered if each.size_bytes >= size and each.start != solid]
 
-    def _refused_at(self, size: int, hosts: Sequence[Range]) -> tuple[int, tuple[int, ...]] | None:
+    def _refused_at(self, size: int, hosts: Sequence[Span]) -> tuple[int, tuple[int, ...]] | None:
         """Where to ask for a slot of that size, and pages that other slots surely have there.
 
         None: nowhere are enough others in the way.
@@ -178,13 +178,13 @@ class Placer:
         _, at, blockers = max(found)
         return at, blockers
 
-    def _blockers(self, at: int, size: int, hosts: Sequence[Range]) -> tuple[int, ...]:
+    def _blockers(self, at: int, size: int, hosts: Sequence[Span]) -> tuple[int, ...]:
         """Pages of different slots, other than one of that size, in the way there."""
         page = self.page_bytes
-        there = [each for each in self.covered if each[0] < at + size and at < each[1]]
-        if any(each in hosts for each in there) and [_size(each) for each in hosts] != [size]:
+        there = [each for each in self.covered if each.start < at + size and at < each.end]
+        if any(each in hosts for each in there) and [each.size_bytes for each in hosts] != [size]:
             return ()
-        others = sorted((each for each in self.covered if each not in hosts), key=_size)
+        others = sorted((each for each in self.covered if each not in hosts), key=_SIZE)
         there = [each for each in others if each in there]
         # What is smaller than the question has its first or its last page in it.
         pages = [start if at <= start else end - page for start, end in there]
@@ -193,35 +193,35 @@ class Placer:
         # Where the only host is filled, ids tell how many slots are in the only other range.
         if (
             len(self.ids) > _BLOCKERS
-            and [_size(each) for each in hosts] == [size]
+            and [each.size_bytes for each in hosts] == [size]
             and len(others) == len(there) == 1
-            and at <= there[0][0]
-            and there[0][1] <= at + size
+            and at <= there[0].start
+            and there[0].end <= at + size
         ):
-            return there[0][0], there[0][1] - page
+            return there[0].start, there[0].end - page
         return ()
 
     def _overlapped(self, at: int, size: int) -> int:
         return sum(max(0, min(end, at + size) - max(start, at)) for start, end in self.covered)
 
 
-def settled(covered: Iterable[Range], right: Sequence[Guess]) -> list[Place]:
-    """(ipa, size, address) of memory that is proven to be nothing but known slots.
+def settled(covered: Iterable[Span], right: Sequence[Guess]) -> list[Place]:
+    """Where memory is that is proven to be nothing but known slots.
 
     The kernel says what a slot is and not where. But the largest ranges can only be made of
     slots that fit into no other one, and are, where these fill them. What could be in several
     places comes with each of them, so that some of the memory told for an address is its own.
     """
     found: list[Place] = []
-    left = sorted(covered, key=_size, reverse=True)
+    left = sorted(covered, key=_SIZE, reverse=True)
     slots = list(right)
     n = 1
     while n <= len(left):
-        next_size = _size(left[n]) if n < len(left) else 0
+        next_size = left[n].size_bytes if n < len(left) else 0
         fitting = [slot for slot in slots if slot.size_bytes > next_size]
         if len(fitting) > _MOST_TOGETHER:
             break
-        if sum(slot.size_bytes for slot in fitting) == sum(map(_size, left[:n])):
+        if sum(slot.size_bytes for slot in fitting) == sum(map(_SIZE, left[:n])):
             found += _everywhere(left[:n], fitting)
             slots = [slot for slot in slots if slot not in fitting]
             left, n = left[n:], 0
@@ -229,7 +229,7 @@ def settled(covered: Iterable[Range], right: Sequence[Guess]) -> list[Place]:
     return sorted(found)
 
 
-def _everywhere(ranges: Sequence[Range], slots: Sequence[Guess]) -> Iterator[Place]:
+def _everywhere(ranges: Sequence[Span], slots: Sequence[Guess]) -> Iterator[Place]:
     """All places that the slots can have where together they fill the ranges."""
     for slot in slots:
         offsets = {0}
@@ -239,16 +239,12 @@ def _everywhere(ranges: Sequence[Range], slots: Sequence[Guess]) -> Iterator[Pla
         for start, end in ranges:
             for offset in offsets:
                 if start + offset + slot.size_bytes <= end:
-                    yield start + offset, slot.size_bytes, slot.address
+                    yield Place(start + offset, slot.size_bytes, slot.address)
 
 
-def _inside(pieces: Sequence[Range], size: int) -> Iterator[int]:
+def _inside(pieces: Sequence[Span], size: int) -> Iterator[int]:
     """Likely addresses of so much memory within larger pieces."""
     for start, end in pieces:
         if end - start > size:
             starts = [start, end - size, *(-(-start // each) * each for each in _ALIGNMENTS)]
             yield from (at for at in dict.fromkeys(starts) if at + size <= end)
-
-
-def _size(each: Range) -> int:
-    return each[1] - each[0]

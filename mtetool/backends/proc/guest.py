@@ -19,7 +19,6 @@ from __future__ import annotations
 import errno
 import os
 import platform
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -39,7 +38,7 @@ from mtetool.errors import (
     UsageError,
     WrongHostError,
 )
-from mtetool.guest import Guest, GuestInfo, Memslot
+from mtetool.guest import GuestInfo, LiveGuest, Memslot
 from mtetool.tags import as_array
 from mtetool.vmm import proc
 
@@ -75,7 +74,7 @@ def open_process(rest: str, options: GuestOptions) -> ProcessGuest:
     return ProcessGuest(pid)
 
 
-class ProcessGuest(Guest):
+class ProcessGuest(LiveGuest):
     """A process, its address space as it was when it was opened."""
 
     def __init__(self, pid: int) -> None:
@@ -85,7 +84,6 @@ class ProcessGuest(Guest):
         self._space = AddressSpace(pid)
         self._slots: tuple[Memslot, ...] = ()
         self._visitor: Visitor | None = None
-        self._frozen_since: float | None = None
 
     @property
     def stopped_seconds(self) -> float:
@@ -106,38 +104,25 @@ class ProcessGuest(Guest):
 
     def paused(self) -> bool | None:
         """Whether all threads are stopped, by us or by a signal (SIGSTOP)."""
-        if self._frozen_since is not None:
-            return True
-        return proc.is_stopped(self._pid)
+        return True if self.is_frozen else proc.is_stopped(self._pid)
 
-    def freeze(self) -> None:
-        """See `Guest.freeze`: all threads of the process.
+    def _stop(self) -> None:
+        """All threads of the process; others that share memory with it run on.
 
-        Raises BusyError where its memory is not that of the last `info` any more, too. Other
-        processes that share memory with it run on.
+        Raises BusyError where its memory is not that of the last `info` any more, too.
         """
-        self._frozen_since = time.monotonic()
-        try:
-            self._visits().freeze()
-            if self._slots and self._slots != self._layout():
-                raise BusyError(
-                    f"process {self._pid} mapped or unmapped memory while it was being stopped",
-                    hint="try again, or stop it by a signal first: kill -STOP",
-                    pid=self._pid,
-                )
-        except BaseException:
-            self.thaw()
-            raise
+        self._visits().freeze()
+        if self._slots and self._slots != self._layout():
+            raise BusyError(
+                f"process {self._pid} mapped or unmapped memory while it was being stopped",
+                hint="try again, or stop it by a signal first: kill -STOP",
+                pid=self._pid,
+            )
 
-    def thaw(self) -> float:
-        """See `Guest.thaw`."""
-        since, self._frozen_since = self._frozen_since, None
-        if since is None:
-            return 0.0
+    def _resume(self) -> None:
         self._visits().thaw()
-        return time.monotonic() - since
 
-    def read_tags(self, ipa: int, out: TagBuffer, *, then_bytes: int = 0) -> int:
+    def read_tags(self, ipa: int, out: TagBuffer) -> int:
         """See `Guest.read_tags`."""
         view = as_bytes(out)
         size_bytes = len(view) * uapi.GRANULE_BYTES

@@ -13,6 +13,7 @@ from mtetool.attach.helper import PAGE_BYTES
 from mtetool.backends.kvm.by_hand import by_hand_and_proven, check_by_hand, places_by_hand
 from mtetool.errors import MisalignedError, RangeError, UsageError
 from mtetool.guest import Memslot
+from mtetool.spans import Place
 
 BASE = 0x4000_0000
 SIZE = 16 * PAGE_BYTES
@@ -53,12 +54,12 @@ def test_the_kernel_has_the_last_word() -> None:
     assert by_hand == [(BASE, SIZE, 0x7000_0000)]
     assert by_hand_and_proven(by_hand, []) == by_hand
     # A part of what is proven, or more than that.
-    whole = (BASE - SIZE, 4 * SIZE, 0x7000_0000 - SIZE)
+    whole = Place(BASE - SIZE, 4 * SIZE, 0x7000_0000 - SIZE)
     assert by_hand_and_proven(by_hand, [whole]) == [whole, *by_hand]
     assert by_hand_and_proven([whole], by_hand) == [*by_hand, whole]
-    elsewhere = [(BASE, SIZE, 0x6000_0000)]
+    elsewhere = [Place(BASE, SIZE, 0x6000_0000)]
     with pytest.raises(UsageError, match="the kernel says that it is at 0x60000000"):
         by_hand_and_proven(by_hand, elsewhere)
     # Where it may be in several places, it may be in that one.
     assert by_hand_and_proven(by_hand, [*elsewhere, *by_hand])
-    assert by_hand_and_proven(by_hand, [(0, SIZE, 0x6000_0000)])
+    assert by_hand_and_proven(by_hand, [Place(0, SIZE, 0x6000_0000)])

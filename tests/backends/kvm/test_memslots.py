@@ -19,6 +19,7 @@ from mtetool.backends.kvm.placing import Guess
 from mtetool.errors import BusyError, GuestLostError, LayoutUnknownError
 from mtetool.guest import Memslot
 from mtetool.procfs import Mapping
+from mtetool.spans import Place, Span
 from tests.backends.kvm.test_placing import Slot, machines
 
 
@@ -105,7 +106,7 @@ class Vmm(FakeSession):
         assert address <= VVAR < address + size, "it would be made"
         return -errno.EINVAL
 
-    def places(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    def places(self, monkeypatch: pytest.MonkeyPatch) -> list[Place]:
         maps = [Mapping(at, at + size, "rw-p", 0, "") for _, size, at, _ in SLOTS.values()]
         maps += [Mapping(VVAR, VVAR + PAGE_BYTES, "r--p", 0, "[vvar]")]
         monkeypatch.setattr("mtetool.procfs.mappings", lambda pid: maps)
@@ -206,7 +207,7 @@ _TWINS_MEMORY = [(MAIN, MAIN + 17 * MIB), (MAIN + 18 * MIB, MAIN + 36 * MIB)]
 @given(machines(), st.booleans())
 @example((_TWINS, _TWINS_MEMORY), False)
 def test_a_slot_that_was_moved_is_put_back(
-    machine: tuple[list[Slot], list[tuple[int, int]]], is_told: bool
+    machine: tuple[list[Slot], list[Span]], is_told: bool
 ) -> None:
     slots, memory = machine
     known = {
@@ -214,7 +215,7 @@ def test_a_slot_that_was_moved_is_put_back(
         for slot in slots
     }
     vmm = MovingVmm(known)
-    told = [(slot.ipa, slot.size, slot.address) for slot in slots] if is_told else []
+    told = [Place(slot.ipa, slot.size, slot.address) for slot in slots] if is_told else []
     with pytest.MonkeyPatch.context() as patch:
         maps = [Mapping(start, end, "rw-p", 0, "") for start, end in memory]
         maps += [Mapping(VVAR, VVAR + PAGE_BYTES, "r--p", 0, "[vvar]")]
@@ -263,7 +264,7 @@ def test_a_layout_that_was_told_is_checked_first(monkeypatch: pytest.MonkeyPatch
     for layout in ([main], [main, Memslot(1, 0, MIB)], [main, Memslot(1, 4 * GIB, MIB)]):
         vmm = Vmm(SLOTS)
         vmm.places(monkeypatch)
-        told = [(ipa, size, address) for ipa, size, address, _ in SLOTS.values()]
+        told = [Place(ipa, size, address) for ipa, size, address, _ in SLOTS.values()]
         found = memslots.places_of(cast(Session, vmm), 7, layout, told)
         assert found == ([] if len(layout) < 2 else sorted(told))
     vmm = Vmm(SLOTS)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtetool.backends.kvm.overlaps import Answer, Prober
+from mtetool.spans import Span
 
 PAGE = 4096
 SPACE_PAGES = 1 << 28
@@ -48,7 +49,7 @@ def layouts(draw: st.DrawFn, largest_gap: int = 1 << 20) -> list[tuple[int, int]
     return slots
 
 
-def found(model: Model, hints: list[int], piece: int = 1 << 36) -> list[tuple[int, int]]:
+def found(model: Model, hints: list[int], piece: int = 1 << 36) -> list[Span]:
     return Prober(model.ask, PAGE, piece, hints).covered()
 
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtetool.backends.kvm.placing import Guess, Place, Placer, settled
+from mtetool.backends.kvm.placing import Guess, Placer, settled
+from mtetool.spans import Place, Span
 
 PAGE = 4096
 MIB = 1 << 20
@@ -54,21 +55,19 @@ class Kernel:
         assert any(first <= own.ipa and end <= behind for first, behind in guess.hosts)
         return True
 
-    def covered(self) -> list[tuple[int, int]]:
-        found: list[tuple[int, int]] = []
+    def covered(self) -> list[Span]:
+        found: list[Span] = []
         for slot in sorted(self.slots.values(), key=lambda slot: slot.ipa):
             start = slot.ipa
-            if found and found[-1][1] == start:
-                start = found.pop()[0]
-            found.append((start, slot.ipa + slot.size))
+            if found and found[-1].end == start:
+                start = found.pop().start
+            found.append(Span(start, slot.ipa + slot.size))
         return found
 
-    def placer(
-        self, memory: list[tuple[int, int]], most: int = 2000, told: Sequence[Place] = ()
-    ) -> Placer:
+    def placer(self, memory: list[Span], most: int = 2000, told: Sequence[Place] = ()) -> Placer:
         return Placer(self.covered(), sorted(self.slots), memory, PAGE, self.ask, most, told)
 
-    def check(self, places: list[tuple[int, int, int]]) -> None:
+    def check(self, places: list[Place]) -> None:
         """Wherever places are told, the true one is among them."""
         ends = sorted({end for ipa, size, _ in places for end in (ipa, ipa + size)})
         for at in ends:
@@ -89,10 +88,10 @@ QEMU = [
     Slot(3, 0x90A0000, PAGE, HEAP + 2 * GIB),
 ]
 QEMU_MEMORY = [
-    (HEAP, HEAP + 256 * MIB),
-    (HEAP + GIB, HEAP + GIB + 64 * MIB),
-    (HEAP + GIB + 65 * MIB, HEAP + GIB + 129 * MIB),
-    *((HEAP + 3 * GIB + n * 16 * MIB, HEAP + 3 * GIB + n * 16 * MIB + 8 * MIB) for n in range(20)),
+    Span(HEAP, HEAP + 256 * MIB),
+    Span(HEAP + GIB, HEAP + GIB + 64 * MIB),
+    Span(HEAP + GIB + 65 * MIB, HEAP + GIB + 129 * MIB),
+    *(Span(at, at + 8 * MIB) for at in range(HEAP + 3 * GIB, HEAP + 3 * GIB + 320 * MIB, 16 * MIB)),
 ]
 
 
@@ -109,7 +108,7 @@ def test_qemu_as_it_is() -> None:
 
 def test_main_memory_inside_of_a_larger_mapping() -> None:
     for before, after in ((0, MIB), (3 * MIB + PAGE, 0), (2 * MIB - PAGE, 5 * MIB)):
-        memory = [(HEAP - before, HEAP + 256 * MIB + after), *QEMU_MEMORY[1:]]
+        memory = [Span(HEAP - before, HEAP + 256 * MIB + after), *QEMU_MEMORY[1:]]
         kernel = Kernel(QEMU)
         places = kernel.placer(memory).places()
         kernel.check(places)
@@ -123,7 +122,7 @@ def test_nodes_of_one_size_are_told_for_each_others_place() -> None:
     # They touch in the VMM's memory, too, and so are one mapping of twice the size.
     kernel.check(places)
     assert places == []
-    halves = [(HEAP, HEAP + 128 * MIB), (HEAP + 128 * MIB, HEAP + 256 * MIB)]
+    halves = [Span(HEAP, HEAP + 128 * MIB), Span(HEAP + 128 * MIB, HEAP + 256 * MIB)]
     kernel = Kernel([*nodes, *(slot for slot in QEMU[1:] if slot.id != 2)])
     places = kernel.placer([*halves, *QEMU_MEMORY[1:]]).places()
     kernel.check(places)
@@ -145,15 +144,15 @@ def test_it_stops_asking() -> None:
 
 def test_a_range_that_is_not_filled_is_not_known() -> None:
     right = [Guess(0, 0, 3 * MIB, HEAP, False)]
-    assert settled([(0, 4 * MIB), (GIB, GIB + MIB)], right) == []
-    assert settled([(0, 3 * MIB), (GIB, GIB + MIB)], right) == [(0, 3 * MIB, HEAP)]
+    assert settled([Span(0, 4 * MIB), Span(GIB, GIB + MIB)], right) == []
+    assert settled([Span(0, 3 * MIB), Span(GIB, GIB + MIB)], right) == [(0, 3 * MIB, HEAP)]
     # It may be the other one.
-    assert settled([(0, 3 * MIB), (GIB, GIB + 3 * MIB)], right) == []
+    assert settled([Span(0, 3 * MIB), Span(GIB, GIB + 3 * MIB)], right) == []
 
 
 def test_what_is_told_is_tried_first_and_enough() -> None:
     kernel = Kernel(QEMU)
-    told = [(GIB, 256 * MIB, HEAP), (0x90A0000, PAGE, HEAP + 2 * GIB)]
+    told = [Place(GIB, 256 * MIB, HEAP), Place(0x90A0000, PAGE, HEAP + 2 * GIB)]
     placer = kernel.placer([], told=told)
     assert placer.places() == told[:1]
     assert placer.all_told_proven()
@@ -163,7 +162,7 @@ def test_what_is_told_is_tried_first_and_enough() -> None:
 @pytest.mark.parametrize("shift", [-256 * MIB, -PAGE, PAGE, 3 * GIB])
 def test_what_is_told_and_wrong_is_not_believed(shift: int) -> None:
     kernel = Kernel(QEMU)
-    told = [(GIB, 256 * MIB, HEAP + shift)]
+    told = [Place(GIB, 256 * MIB, HEAP + shift)]
     placer = kernel.placer([], told=told)
     assert placer.places() == []
     assert not placer.all_told_proven()
@@ -176,12 +175,15 @@ def test_told_in_each_others_place() -> None:
     """Nobody proves which is which: both places are told for both."""
     nodes = [Slot(0, GIB, 128 * MIB, HEAP), Slot(4, GIB + 128 * MIB, 128 * MIB, HEAP + GIB // 2)]
     kernel = Kernel([*nodes, *QEMU[1:]])
-    told = [(GIB, 128 * MIB, HEAP + GIB // 2), (GIB + 128 * MIB, 128 * MIB, HEAP)]
+    told = [
+        Place(GIB, 128 * MIB, HEAP + GIB // 2),
+        Place(GIB + 128 * MIB, 128 * MIB, HEAP),
+    ]
     kernel.check(kernel.placer(QEMU_MEMORY, told=told).places())
 
 
 @st.composite
-def machines(draw: st.DrawFn) -> tuple[list[Slot], list[tuple[int, int]]]:
+def machines(draw: st.DrawFn) -> tuple[list[Slot], list[Span]]:
     """Slots, and the VMM's mappings: some of them touch and so are one, some are not a guest's."""
     sizes = draw(st.lists(st.sampled_from([1, 2, 3, 4, 16, 64, 256]), min_size=1, max_size=7))
     gaps = st.sampled_from([0, 0, 1, 5, 100])
@@ -198,16 +200,16 @@ def machines(draw: st.DrawFn) -> tuple[list[Slot], list[tuple[int, int]]]:
         ipa += draw(gaps) * MIB
         slots.append(Slot(slot_id, ipa, size, home, draw(st.booleans())))
         ipa += size
-    merged: list[tuple[int, int]] = []
+    merged: list[Span] = []
     for start, end in memory:
-        first = merged.pop()[0] if merged and merged[-1][1] == start else start
-        merged.append((first, end))
+        first = merged.pop().start if merged and merged[-1].end == start else start
+        merged.append(Span(first, end))
     return slots, merged
 
 
 @given(machines())
 def test_whatever_is_told_is_true_and_nothing_could_be_moved(
-    machine: tuple[list[Slot], list[tuple[int, int]]],
+    machine: tuple[list[Slot], list[Span]],
 ) -> None:
     slots, memory = machine
     kernel = Kernel(slots)
@@ -216,12 +218,12 @@ def test_whatever_is_told_is_true_and_nothing_could_be_moved(
 
 @given(machines(), st.data())
 def test_whatever_somebody_tells(
-    machine: tuple[list[Slot], list[tuple[int, int]]], data: st.DataObject
+    machine: tuple[list[Slot], list[Span]], data: st.DataObject
 ) -> None:
     slots, memory = machine
     kernel = Kernel(slots)
     sizes = st.sampled_from([slot.size for slot in slots])
     addresses = st.sampled_from([slot.address for slot in slots])
     ipas = st.sampled_from([slot.ipa for slot in slots])
-    told = data.draw(st.lists(st.tuples(ipas, sizes, addresses), max_size=4))
+    told = data.draw(st.lists(st.builds(Place, ipas, sizes, addresses), max_size=4))
     kernel.check(kernel.placer(memory, told=told).places())

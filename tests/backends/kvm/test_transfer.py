@@ -1,8 +1,9 @@
-"""The transfer buffer: what was read ahead is used once, and by the next read only."""
+"""The transfer buffer: copies take effect in their order, and none takes another's room."""
 
 from __future__ import annotations
 
 import errno
+from collections import deque
 from concurrent.futures import Future
 from typing import cast
 
@@ -10,42 +11,55 @@ import pytest
 
 from mtetool import uapi
 from mtetool.attach.session import Session
-from mtetool.backends.kvm.transfer import BUFFER_BYTES, COPY_BYTES, Transfer
+from mtetool.backends.kvm.transfer import BUFFER_BYTES, COPY_GRANULES, DEPTH, Transfer
+from mtetool.errors import GuestLostError
 
 _BASE = 0x4000_0000
-_PAGE = 256  # granules
-_COPY = COPY_BYTES * uapi.GRANULE_BYTES
+_COPY = COPY_GRANULES * uapi.GRANULE_BYTES
+_READ, _WRITE = uapi.KVM_ARM_TAGS_FROM_GUEST, uapi.KVM_ARM_TAGS_TO_GUEST
 
 
 class _Process:
-    """A session with a VM: one tag everywhere, and no memory from `end` on."""
+    """A session with a VM: one tag everywhere, and no memory from `end` on.
+
+    What is begun is done when anything is waited for, as late as it may be.
+    """
 
     buffer_address = 0
 
     def __init__(self) -> None:
         self.buffer = bytearray(BUFFER_BYTES)
-        self.tag = 1
-        self.end = _BASE + 16 * _COPY
+        self.end = _BASE + 64 * _COPY
+        self.lost = False
         self.asked: list[int] = []
-        self.written: dict[int, bytes] = {}
+        self.memory: dict[int, bytes] = {}
+        self._begun: deque[tuple[bytes, Future[int]]] = deque()
 
     def begin_ioctl(self, fd: int, request: int, argument: bytes) -> Future[int]:
+        begun: Future[int] = Future()
+        self._begun.append((argument, begun))
+        return begun
+
+    def finish(self, begun: Future[int]) -> int:
+        while not begun.done():
+            argument, future = self._begun.popleft()
+            future.set_result(self._ioctl(argument))
+        if self.lost:
+            raise GuestLostError("the process ended")
+        return begun.result()
+
+    def _ioctl(self, argument: bytes) -> int:
         ipa, length, at, flags, *_ = (
             int.from_bytes(argument[n : n + 8], "little") for n in range(0, len(argument), 8)
         )
         self.asked.append(ipa)
-        begun: Future[int] = Future()
         done = min(length, max(self.end - ipa, 0))
         n = done // uapi.GRANULE_BYTES
-        if flags == uapi.KVM_ARM_TAGS_TO_GUEST:
-            self.written[ipa] = bytes(self.buffer[at : at + n])
+        if flags == _WRITE:
+            self.memory[ipa] = bytes(self.buffer[at : at + n])
         else:
-            self.buffer[at : at + n] = self.written.get(ipa, bytes([self.tag]) * n)
-        begun.set_result(done or -errno.EFAULT)
-        return begun
-
-    def finish(self, begun: Future[int]) -> int:
-        return begun.result()
+            self.buffer[at : at + n] = self.memory.get(ipa, bytes([1]) * n)[:n]
+        return done or -errno.EFAULT
 
     def read_buffer(self, out: memoryview, offset: int) -> None:
         out[:] = self.buffer[offset : offset + len(out)]
@@ -64,66 +78,66 @@ def transfer(process: _Process) -> Transfer:
     return Transfer(cast("Session", process), 3)
 
 
-def test_the_same_memory_read_again_is_asked_for_again(
-    process: _Process, transfer: Transfer
-) -> None:
-    out = bytearray(_PAGE)
-    for tag in (1, 2, 3):
-        process.tag = tag
-        assert transfer.read(_BASE, memoryview(out), 0) == _PAGE * uapi.GRANULE_BYTES
-        assert set(out) == {tag}
+def _room(n_granules: int = 256) -> memoryview:
+    return memoryview(bytearray(n_granules))
 
 
-def test_memory_behind_is_asked_for_once(process: _Process, transfer: Transfer) -> None:
-    out = memoryview(bytearray(COPY_BYTES // 2))
-    step = len(out) * uapi.GRANULE_BYTES
-    for n in range(8):
-        assert transfer.read(_BASE + n * step, out, (7 - n) * step) == step
-        assert set(out.tobytes()) == {1}
-        # As soon as a half was handed out, the next copy into it is under way.
-        assert len(process.asked) == min((n + 1) // 2 + 2, 4)
-    assert process.asked == [_BASE + n * _COPY for n in range(4)]
-
-
-def test_what_fails_ahead_is_told_to_who_asks_there(process: _Process, transfer: Transfer) -> None:
-    out = memoryview(bytearray(COPY_BYTES))
-    process.end = _BASE + _COPY
-    assert transfer.read(_BASE, out, _COPY) == _COPY
-    assert transfer.read(_BASE + _COPY, out, 0) == -errno.EFAULT
-
-
-def test_writes_that_follow_each_other_are_read_back_each(
-    process: _Process, transfer: Transfer
-) -> None:
-    """The next one is under way while one is read back, and neither takes the other's room."""
-    parts = [memoryview(bytes([n]) * COPY_BYTES) for n in (3, 4, 5, 6)]
-    out = memoryview(bytearray(COPY_BYTES))
-    begun = transfer.begin_write(_BASE, parts[0], then_read=True)
+def test_writes_with_their_read_backs(process: _Process, transfer: Transfer) -> None:
+    """As deep as it may be: each read-back has the tags of its own write."""
+    parts = [memoryview(bytes([n]) * COPY_GRANULES) for n in range(2, 9)]
+    begun = []
     for n, part in enumerate(parts):
-        finish = begun
-        if n + 1 < len(parts):
-            begun = transfer.begin_write(_BASE + (n + 1) * _COPY, parts[n + 1], then_read=True)
-        assert finish() == _COPY
-        assert transfer.read(_BASE + n * _COPY, out, 0) == _COPY
-        assert out == part
-    # A write and its copy back for each, and nothing twice.
-    assert process.asked == [_BASE + n // 2 * _COPY for n in range(8)]
+        out = _room(COPY_GRANULES)
+        write = transfer.begin(_BASE + n * _COPY, part, _WRITE)
+        begun.append((write, transfer.begin(_BASE + n * _COPY, out, _READ), part, out))
+        if len(begun) == DEPTH:
+            write, back, wanted, found = begun.pop(0)
+            assert transfer.finish(write) == transfer.finish(back) == _COPY
+            assert found == wanted
+    assert process.asked == [_BASE + n // 2 * _COPY for n in range(len(process.asked))]
 
 
-def test_what_was_not_read_back_whole_is_asked_for_again(
-    process: _Process, transfer: Transfer
-) -> None:
-    part, out = memoryview(bytes([3]) * _PAGE), memoryview(bytearray(_PAGE))
-    size = _PAGE * uapi.GRANULE_BYTES
-    process.end = _BASE + size
-    first = transfer.begin_write(_BASE, part, then_read=True)
-    second = transfer.begin_write(_BASE + size, part, then_read=True)
-    assert (first(), transfer.read(_BASE, out, 0)) == (size, size)
-    assert second() == -errno.EFAULT
-    assert transfer.read(_BASE + size, out, 0) == -errno.EFAULT
-    # Other memory than was written: what was read back is of no use to it.
-    transfer.begin_write(_BASE, part, then_read=True)()
-    process.end = _BASE + 9 * size
-    process.tag = 7
-    assert transfer.read(_BASE + 2 * size, out, 0) == size
-    assert set(out.tobytes()) == {7}
+def test_more_than_there_is_room_for(transfer: Transfer) -> None:
+    rooms = [_room(16) for _ in range(20)]
+    copies = [transfer.begin(_BASE, room, _READ) for room in rooms]
+    assert [transfer.finish(copy) for copy in copies] == [256] * 20
+    assert all(set(room) == {1} for room in rooms)
+
+
+def test_what_is_drained_keeps_its_answer(process: _Process, transfer: Transfer) -> None:
+    process.end = _BASE + 4096
+    out, short, nowhere = _room(), _room(512), _room()
+    copies = [
+        transfer.begin(_BASE, out, _READ),
+        transfer.begin(_BASE, short, _READ),
+        transfer.begin(_BASE + 8192, nowhere, _READ),
+    ]
+    transfer.drain()
+    process.memory[_BASE] = bytes([9]) * 512
+    assert [transfer.finish(copy) for copy in copies] == [4096, 4096, -errno.EFAULT]
+    assert set(out) == {1}
+    assert [set(short[:256]), set(short[256:]), set(nowhere)] == [{1}, {0}, {0}]
+
+
+def test_a_later_one_settles_those_before(transfer: Transfer) -> None:
+    first, second = _room(), _room()
+    transfer.begin(_BASE, first, _READ)
+    assert transfer.finish(transfer.begin(_BASE, second, _READ)) == 4096
+    assert set(first) == {1}
+
+
+def test_a_process_that_ended(process: _Process, transfer: Transfer) -> None:
+    copies = [transfer.begin(_BASE, _room(), _READ) for _ in range(2)]
+    process.lost = True
+    transfer.drain()
+    for copy in copies:
+        with pytest.raises(GuestLostError):
+            transfer.finish(copy)
+
+
+def test_a_copy_of_nothing_is_in_order(process: _Process, transfer: Transfer) -> None:
+    out = _room()
+    copy = transfer.begin(_BASE, out, _READ)
+    assert transfer.nothing() == -errno.EFAULT  # as this process answers it
+    assert transfer.finish(copy) == 4096
+    assert process.asked == [_BASE, 0]
