@@ -64,6 +64,7 @@ ROOMS: dict[str, set[str]] = {
         "files",
         "guest",
         "loops",
+        "spans",
         "tags",
         "uapi",
         "words",

@@ -32,6 +32,7 @@ from mtetool.words import counted, quoted
 
 if TYPE_CHECKING:
     from mtetool.backends.emu.guest import EmulatedGuest
+    from mtetool.backends.emu.owner import Owner
     from mtetool.faults.model import Fault
     from mtetool.guest import GuestInfo
 
@@ -168,9 +169,9 @@ def create(
     wanted = slots or (_Slot(Memslot(0, _MEMORY_IPA, memory or _MEMORY_BYTES), False),)
     numbered = [replace(slot.memslot, id=index) for index, slot in enumerate(wanted)]
 
-    def fill_it(guest: EmulatedGuest) -> None:
+    def fill_it(owner: Owner) -> None:
         if fill != "zero":
-            _fill(guest, fill, seed, progress)
+            _fill(owner, fill, seed, progress)
 
     create_emulated(
         path,
@@ -211,8 +212,8 @@ def fault(path: str, faults: tuple[Fault, ...], clear: bool, output: str) -> Non
         raise UsageError("--fault and --clear exclude each other")
     with _opened(path) as guest:
         if faults or clear:
-            guest.set_faults(faults)
-        has = guest.faults()
+            guest.owner.set_faults(faults)
+        has = guest.owner.faults()
     changed = "has the new faults" if faults or clear else "is unchanged"
     with printing(f"the guest emu:{path} {changed}"):
         if output == "json":
@@ -232,7 +233,7 @@ def set_(path: str, setting: _Setting, output: str) -> None:
     """Give all granules (of 16 bytes) of a range one tag, in read-only memory too."""
     ipa, size_bytes = setting.extent.ipa, setting.extent.size_bytes
     with _opened(path) as guest:
-        guest.set_tag(ipa, size_bytes, setting.tag)
+        guest.owner.set_tag(ipa, size_bytes, setting.tag)
     if output == "json":
         document = {
             "schema": "mtetool.emu-set/1",
@@ -281,7 +282,9 @@ def fill(
     if slots and ranges:
         raise UsageError("--slot and --range exclude each other")
     with _opened(path) as guest:
-        _fill(guest, pattern, seed, progress, slots=slots or None, ranges=ranges, in_place=True)
+        _fill(
+            guest.owner, pattern, seed, progress, slots=slots or None, ranges=ranges, in_place=True
+        )
     if output == "json":
         document = {
             "schema": "mtetool.emu-fill/1",
@@ -305,7 +308,7 @@ def _opened(path: str) -> EmulatedGuest:
 
 
 def _fill(
-    guest: EmulatedGuest,
+    owner: Owner,
     pattern: str,
     seed: int,
     mode: str,
@@ -314,8 +317,7 @@ def _fill(
     ranges: Sequence[Extent] = (),
     in_place: bool = False,
 ) -> None:
-    memslots = guest.info().memslots
-    chosen = [slot for slot in memslots if slots is None or slot.id in slots]
+    chosen = [slot for slot in owner.memslots if slots is None or slot.id in slots]
     total = sum(filled.size_bytes for filled in ranges or chosen)
     filled_bytes = 0
     with progress_shown(total, pattern, mode) as advance:
@@ -326,7 +328,7 @@ def _fill(
             advance(n_bytes)
 
         try:
-            guest.fill(pattern, seed, slots, ranges=ranges, advance=count)
+            owner.fill(pattern, seed, slots, ranges=ranges, advance=count)
         except SignalError as caught:
             if in_place:  # else nothing of it stays
                 caught.word = InterruptedWorkError(
@@ -339,7 +341,7 @@ def _fill(
 
 def _show(path: str, output: str, schema: str) -> None:
     with _opened(path) as guest:
-        info, faults = guest.info(), guest.faults()
+        info, faults = guest.info(), guest.owner.faults()
         behaviours = sorted(behaviour.value for behaviour in guest.behaviours)
     if output == "json":
         described = {**describe_guest(info), "kernel_behaviours": behaviours}

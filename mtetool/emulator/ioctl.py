@@ -32,15 +32,35 @@ class CopyRequest:
         return not self.flags & KVM_ARM_TAGS_FROM_GUEST
 
 
-class GuestMemory(Protocol):
-    """Guest memory by its addresses."""
+class TagMemory(Protocol):
+    """The memory of a guest, and the buffer of a request."""
 
-    def host_address(self, ipa: int, *, write: bool) -> int | None:
-        """Where the VMM has the memory of a guest's page; None for none, or none to write."""
+    def begin(self, request: CopyRequest) -> int:
+        """What is looked at before any page, of a request that is well-formed: 0 or -errno."""
+        ...
+
+    def copy_some(self, request: CopyRequest, done: int) -> int:
+        """Copy from the page on that is `done` bytes into the request: bytes, 0 if it cannot be."""
         ...
 
 
-def check_request(request: CopyRequest, *, mte: bool, page_size_bytes: int) -> int:
+def copy_tags(request: CopyRequest, memory: TagMemory, *, mte: bool, page_size_bytes: int) -> int:
+    """Copy up to the first page that cannot be; the kernel's answer.
+
+    That is the bytes of guest memory done, or -errno when none was.
+    """
+    error = _check_request(request, mte=mte, page_size_bytes=page_size_bytes)
+    if error or (error := memory.begin(request)):
+        return error
+    done = 0
+    while done < request.length and (some := memory.copy_some(request, done)):
+        done += some
+    if done < request.length and not done:
+        return -errno.EFAULT
+    return done
+
+
+def _check_request(request: CopyRequest, *, mte: bool, page_size_bytes: int) -> int:
     """What the kernel looks at before it touches any memory, in its order: 0 or -EINVAL."""
     if not mte:
         return -errno.EINVAL
@@ -53,30 +73,13 @@ def check_request(request: CopyRequest, *, mte: bool, page_size_bytes: int) -> i
     return 0
 
 
-def copy_pages(
-    request: CopyRequest, guest: GuestMemory, memory: AddressSpace, *, dirty_logging: bool
-) -> int:
-    """Copy page by page up to the first that cannot be; the kernel's answer.
-
-    That is the bytes of guest memory done, or -errno when none was. The request is one that
-    `check_request` let pass.
-    """
-    if request.to_guest and dirty_logging:
-        return -errno.EBUSY
-    page_bytes, granules = memory.host.page_size_bytes, memory.host.page_granules
-    copy_page = _to_guest if request.to_guest else _from_guest
-    done = 0
-    while done < request.length:
-        at = guest.host_address(request.guest_ipa + done, write=request.to_guest)
-        found = None if at is None else memory.fault_in(at, write=request.to_guest)
-        if found is None:
-            break
-        if copy_page(memory, found, request.addr + done // page_bytes * granules) != granules:
-            break
-        done += page_bytes
-    if done < request.length and not done:
-        return -errno.EFAULT
-    return done
+def copy_page(memory: AddressSpace, at: int, buffer: int, *, to_guest: bool) -> bool:
+    """Copy the tags of one page of a process's memory, from or to a buffer; whether all were."""
+    found = memory.fault_in(at, write=to_guest)
+    if found is None:
+        return False
+    copy = _to_guest if to_guest else _from_guest
+    return copy(memory, found, buffer) == memory.host.page_granules
 
 
 def _from_guest(memory: AddressSpace, found: Found, buffer: int) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from mtetool import uapi
 from mtetool.emulator.behaviours import Behaviour, Host
-from mtetool.emulator.ioctl import CopyRequest, check_request, copy_pages
+from mtetool.emulator.ioctl import CopyRequest, copy_page, copy_tags
 from mtetool.emulator.memory import AddressSpace
 
 # arch/arm64/kvm/mmu.c, kvm_init_stage2_mmu: the type's low byte is the size of guest addresses.
@@ -209,13 +209,23 @@ class EmulatedVm:
         """KVM_ARM_MTE_COPY_TAGS; `foreign`: by a process that did not make the VM."""
         if foreign:
             return -errno.EIO
-        error = check_request(request, mte=self.mte, page_size_bytes=self.host.page_size_bytes)
-        if error:
-            return error
-        return copy_pages(request, self, self.memory, dirty_logging=self.dirty_logging)
+        return copy_tags(request, self, mte=self.mte, page_size_bytes=self.host.page_size_bytes)
 
-    def host_address(self, ipa: int, *, write: bool) -> int | None:
-        """Where the process has the memory of a guest's page; see `GuestMemory`."""
+    def begin(self, request: CopyRequest) -> int:
+        """See `TagMemory.begin`: nothing is written while dirty pages are logged."""
+        return -errno.EBUSY if request.to_guest and self.dirty_logging else 0
+
+    def copy_some(self, request: CopyRequest, done: int) -> int:
+        """See `TagMemory.copy_some`: one page."""
+        page_bytes = self.host.page_size_bytes
+        buffer = request.addr + done // page_bytes * self.host.page_granules
+        at = self._host_address(request.guest_ipa + done, write=request.to_guest)
+        if at is None or not copy_page(self.memory, at, buffer, to_guest=request.to_guest):
+            return 0
+        return page_bytes
+
+    def _host_address(self, ipa: int, *, write: bool) -> int | None:
+        """Where the process has the memory of a guest's page; None for none, or none to write."""
         slots = self.memslots
         index = bisect_right(slots, ipa, key=lambda slot: slot.ipa) - 1
         if index < 0 or slots[index].end <= ipa:

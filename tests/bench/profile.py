@@ -31,7 +31,7 @@ _STAGES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("checksum", re.compile(r"xxh|checksum|digest", re.IGNORECASE)),
     ("compress", re.compile(r"compress|zstd", re.IGNORECASE)),
     ("read from the guest", re.compile(r"preadv?\(|read_tags|_read_span|SEEK_(DATA|HOLE)")),
-    ("write to the guest", re.compile(r"pwrite|write_tags|_write_span|write_all")),
+    ("write to the guest", re.compile(r"pwrite|write_tags|write_all")),
     ("read the file", re.compile(r"readinto|\.read\(|exactly\(")),
     ("write the file", re.compile(r"\.write\(|fsync")),
     ("compare", re.compile(r"compare|first_difference|array_equal|differences")),

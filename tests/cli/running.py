@@ -17,7 +17,7 @@ import numpy as np
 
 from mtetool.__main__ import main
 from mtetool.backends import open_guest
-from mtetool.backends.emu.guest import create_emulated
+from mtetool.backends.emu.guest import EmulatedGuest, create_emulated
 from mtetool.guest import Memslot
 from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES
@@ -143,7 +143,8 @@ def write(path: Path, ipa: int, tags: Tags) -> None:
 def set_tag(path: Path, ipa: int, size_bytes: int, tag: int) -> None:
     """What the guest's owner may do: also to single granules, also to read-only memory."""
     with open_guest(f"emu:{path}") as guest:
-        guest.set_tag(ipa, size_bytes, tag)  # type: ignore[attr-defined]
+        assert isinstance(guest, EmulatedGuest)
+        guest.owner.set_tag(ipa, size_bytes, tag)
 
 
 def tags_of(path: Path, slot: Memslot) -> Tags:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtetool.backends.emu.guest import EmulatedGuest, create_emulated, open_emulated
+from mtetool.backends.emu.owner import Owner
 from mtetool.flows.restore import RestoreOptions, restore
 from mtetool.flows.save import SaveOptions, save
 from mtetool.guest import GuestOptions, Memslot, Missing
@@ -60,11 +61,11 @@ def test_the_file_is_the_same_either_way(
     path = tmp_path_factory.mktemp("guest") / "guest"
     slots = (Memslot(0, BASE, 64 << 20), Memslot(1, BASE + (128 << 20), 128 << 20))
 
-    def fill(guest: EmulatedGuest) -> None:
+    def fill(owner: Owner) -> None:
         for at, n_mib, tag in stretches:
             ipa = slots[at % 2].ipa + (at % 64 << 20)
             size_bytes = min(n_mib << 16, slots[at % 2].end - ipa)
-            guest.set_tag(ipa, size_bytes, tag)
+            owner.set_tag(ipa, size_bytes, tag)
 
     create_emulated(str(path), memslots=slots, fill=fill)
     with open_emulated(str(path), GuestOptions()) as guest:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from mtetool.backends.emu.file import read_header
-from mtetool.backends.emu.guest import EmulatedGuest, create_emulated, open_emulated
+from mtetool.backends.emu.guest import create_emulated, open_emulated
 from mtetool.errors import MtetoolError, SnapshotError
 from mtetool.flows.restore import RestoreOptions, restore
 from mtetool.guest import GuestOptions, Memslot, Missing
@@ -129,12 +129,9 @@ class Restorer:
     def __init__(self, directory: Path) -> None:
         self._path = str(directory / "guest")
         slots = (Memslot(0, 0, 4 * PAGE, True, "rom"), Memslot(1, BASE, 64 * PAGE))
-        tags = random_tags(64)
-
-        def fill(guest: EmulatedGuest) -> None:
-            guest.write_tags(BASE, tags)
-
-        create_emulated(self._path, memslots=slots, fill=fill, force=True)
+        create_emulated(self._path, memslots=slots, force=True)
+        with open_emulated(self._path, GuestOptions()) as guest:
+            guest.write_tags(BASE, random_tags(64))
         self._content = Path(self._path).read_bytes()
 
     def __call__(self, data: bytes) -> bool:

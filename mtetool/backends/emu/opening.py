@@ -20,7 +20,7 @@ def open_with_faults(path: str, options: GuestOptions) -> Guest:
     """
     guest = open_emulated(path, options)
     try:
-        kept = guest.kept_faults()
+        kept = guest.owner.kept_faults()
     except BaseException:
         guest.close()
         raise

@@ -55,7 +55,7 @@ def opened(path: str) -> EmulatedGuest:
 
 def order(path: str, *faults: Fault) -> None:
     with opened(path) as guest:
-        guest.set_faults(faults)
+        guest.owner.set_faults(faults)
 
 
 def read(path: str, n_pages: int = 1, *, page: int = 0) -> int | str:
@@ -72,7 +72,7 @@ def test_they_are_kept_as_they_were_given(path: str) -> None:
     size = Path(path).stat().st_size
     order(path, *ALL)
     with opened(path) as guest:
-        found = guest.faults()
+        found = guest.owner.faults()
     assert found.ordered == ALL
     assert found.counted == [Counted()] * len(ALL)
     assert Path(path).stat().st_size == size + FAULTS_BYTES
@@ -86,7 +86,7 @@ def test_from_the_beginning_on(tmp_path: Path) -> None:
     path = str(tmp_path / "new")
     create_emulated(path, memslots=(Memslot(0, BASE, SIZE),), faults=ALL)
     with opened(path) as guest:
-        assert guest.faults().ordered == ALL
+        assert guest.owner.faults().ordered == ALL
 
 
 def test_too_many_leave_those_that_were(path: str) -> None:
@@ -94,7 +94,7 @@ def test_too_many_leave_those_that_were(path: str) -> None:
     with pytest.raises(UsageError, match="17 faults"):
         order(path, *[Fault(Vanish())] * 17)
     with opened(path) as guest:
-        assert guest.faults().ordered == ALL
+        assert guest.owner.faults().ordered == ALL
     longest = Fault(
         Rate(2**64 - 1), "write", (2**63, 2**63), 2**64 - 1, 2**64 - 1, 1e-300, 2**64 - 1, 2**64 - 1
     )
@@ -107,17 +107,17 @@ def test_counts_go_on_in_the_next_process(path: str) -> None:
     assert [read(path, 3), read(path, 3)] == [3, 1]
     assert [read(path), read(path), read(path)] == ["EFAULT", "EFAULT", 1]
     with opened(path) as guest:
-        assert guest.faults().counted[0].fired == 2
-        assert guest.faults().is_spent(0)
+        assert guest.owner.faults().counted[0].fired == 2
+        assert guest.owner.faults().is_spent(0)
 
 
 def test_its_owner_meets_none(path: str) -> None:
     order(path, Fault(Fail(errno.EFAULT)))
     with opened(path) as guest:
-        guest.set_tag(BASE, SIZE, 3)
-        guest.fill("random", 1)
+        guest.owner.set_tag(BASE, SIZE, 3)
+        guest.owner.fill("random", 1)
         assert guest.read_tags(BASE, np.zeros(256, dtype=np.uint8)) == PAGE
-        assert guest.faults().counted[0] == Counted()
+        assert guest.owner.faults().counted[0] == Counted()
     assert read(path) == "EFAULT"
 
 
@@ -165,7 +165,7 @@ def test_readers_at_the_same_time_count_together(path: str) -> None:
     failed = [int(reader.communicate(timeout=60)[0]) for reader in readers]
     assert sum(failed) == 60
     with opened(path) as guest:
-        assert guest.faults().counted[0] == Counted(copies=300, pages=300, fired=60)
+        assert guest.owner.faults().counted[0] == Counted(copies=300, pages=300, fired=60)
 
 
 def test_they_are_not_changed_while_somebody_works_on_it(path: str) -> None:
@@ -181,8 +181,8 @@ def test_two_in_one_process(path: str) -> None:
         for guest in (first, second, first):
             assert isinstance(guest, FaultyGuest)
             assert guest.read_tags(BASE, out) == PAGE
-    with opened(path) as owner:
-        assert owner.faults().counted[0].fired == 3
+    with opened(path) as again:
+        assert again.owner.faults().counted[0].fired == 3
 
 
 def test_closed(path: str) -> None:
@@ -212,7 +212,7 @@ def test_a_full_disk_leaves_a_guest_without_faults(
             order(path, *ALL)
     assert read(path) == 1
     with opened(path) as guest:
-        assert guest.faults().ordered == ()
+        assert guest.owner.faults().ordered == ()
 
 
 def test_who_dies_before_they_are_written_leaves_a_guest_without(path: str) -> None:

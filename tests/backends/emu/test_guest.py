@@ -17,6 +17,7 @@ import pytest
 from mtetool.backends import open_guest
 from mtetool.backends.emu.file import damaged, refused
 from mtetool.backends.emu.guest import EmulatedGuest, create_emulated, open_emulated
+from mtetool.backends.emu.owner import Owner
 from mtetool.errors import (
     BadNameError,
     BusyError,
@@ -93,7 +94,7 @@ def test_slots_are_put_in_order(tmp_path: Path) -> None:
 
 def test_existing_only_with_force(path: str) -> None:
     with opened(path) as guest:
-        guest.set_tag(BASE, 16, 5)
+        guest.owner.set_tag(BASE, 16, 5)
     with pytest.raises(FileExistsAlreadyError):
         create_emulated(path, memslots=SLOTS)
     with opened(path) as guest:
@@ -136,7 +137,7 @@ def test_through_a_symbolic_link(tmp_path: Path, path: str) -> None:
 def test_a_name_that_is_taken_meanwhile(tmp_path: Path) -> None:
     path = tmp_path / "guest"
 
-    def take_the_name(guest: EmulatedGuest) -> None:
+    def take_the_name(owner: Owner) -> None:
         path.write_text("precious")
 
     with pytest.raises(FileExistsAlreadyError):
@@ -146,7 +147,7 @@ def test_a_name_that_is_taken_meanwhile(tmp_path: Path) -> None:
 
 
 def test_a_fill_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    def fail(guest: EmulatedGuest) -> None:
+    def fail(owner: Owner) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -191,7 +192,7 @@ def test_many_slots(tmp_path: Path) -> None:
     create_emulated(path, memslots=slots)
     with opened(path) as guest:
         assert len(guest.info().memslots) == 2000
-        guest.set_tag(1999 * 8192, 4096, 7)
+        guest.owner.set_tag(1999 * 8192, 4096, 7)
         assert (tags_of(guest, 1999 * 8192, 4096) == 7).all()
         assert not tags_of(guest, 1998 * 8192, 4096).any()
 
@@ -263,7 +264,7 @@ def test_any_writes_against_an_array(tmp_path: Path, seed: int) -> None:
             stop = draw.randint(start + 1, model.size)
             if draw.random() < 0.5:
                 tag = draw.choice([0, 0, draw.randrange(16)])
-                guest.set_tag(BASE + start * 16, (stop - start) * 16, tag)
+                guest.owner.set_tag(BASE + start * 16, (stop - start) * 16, tag)
                 model[start:stop] = tag
             else:
                 start, stop = start * 16 // page * page // 16, -(-stop * 16 // page) * page // 16
@@ -279,9 +280,9 @@ def test_any_writes_against_an_array(tmp_path: Path, seed: int) -> None:
 
 def test_set_tag_by_granules_and_in_read_only_memory(path: str) -> None:
     with opened(path) as guest:
-        guest.set_tag(BASE + 16, 32, 0xF)
+        guest.owner.set_tag(BASE + 16, 32, 0xF)
         assert tags_of(guest, BASE, 4096)[:5].tolist() == [0, 15, 15, 0, 0]
-        guest.set_tag(BASE + 2 * MIB, MIB, 3)
+        guest.owner.set_tag(BASE + 2 * MIB, MIB, 3)
         assert (tags_of(guest, BASE + 2 * MIB, MIB) == 3).all()
 
 
@@ -297,19 +298,19 @@ def test_set_tag_refuses_and_changes_nothing(path: str) -> None:
             (BASE, 16, 16, UsageError),
         ]:
             with pytest.raises(error):
-                guest.set_tag(ipa, size_bytes, tag)
+                guest.owner.set_tag(ipa, size_bytes, tag)
         assert not tags_of(guest, BASE, MIB).any()
 
 
 def test_fill_by_slots(path: str) -> None:
     with opened(path) as guest:
-        guest.fill("random", 1, [1])
+        guest.owner.fill("random", 1, [1])
         assert not tags_of(guest, BASE, MIB).any()
         assert tags_of(guest, BASE + 2 * MIB, MIB).any()
-        guest.fill("zero", 1)
+        guest.owner.fill("zero", 1)
         assert not tags_of(guest, BASE + 2 * MIB, MIB).any()
         with pytest.raises(UsageError, match="no memslot 7"):
-            guest.fill("random", 1, [0, 7])
+            guest.owner.fill("random", 1, [0, 7])
         assert not tags_of(guest, BASE, MIB).any()
 
 
@@ -320,8 +321,8 @@ def test_device_memory_has_no_tags(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="Errno 14"):
             guest.read_tags(0, np.zeros(256, dtype=np.uint8))
         with pytest.raises(RangeError):
-            guest.set_tag(0, 16, 1)
-        guest.fill("random", 1)
+            guest.owner.set_tag(0, 16, 1)
+        guest.owner.fill("random", 1)
 
 
 def test_mte_off_on_the_owners_side(tmp_path: Path) -> None:
@@ -329,9 +330,9 @@ def test_mte_off_on_the_owners_side(tmp_path: Path) -> None:
     create_emulated(path, memslots=SLOTS, mte=False, vcpus=0)
     with opened(path) as guest:
         with pytest.raises(MteOffError):
-            guest.set_tag(BASE, 16, 1)
+            guest.owner.set_tag(BASE, 16, 1)
         with pytest.raises(MteOffError):
-            guest.fill("random", 1)
+            guest.owner.fill("random", 1)
         assert guest.enable_mte()
     with opened(path) as guest:
         assert guest.info().mte is True
@@ -363,7 +364,7 @@ def test_addresses_do_not_wrap_around(tmp_path: Path) -> None:
         assert guest.read_tags(top, np.zeros(512, dtype=np.uint8)) == 4096
         assert not tags_of(guest, 0, 4096).any()
         with pytest.raises(RangeError):
-            guest.set_tag(top, 8192, 1)
+            guest.owner.set_tag(top, 8192, 1)
         for ipa in (1 << 64, (1 << 64) + 4096, -4096):
             with pytest.raises(OSError, match="Errno 14"):
                 guest.read_tags(ipa, np.zeros(256, dtype=np.uint8))
@@ -407,7 +408,7 @@ def test_busy_in_another_process(path: str) -> None:
 
 def test_close_ends_the_lock_and_the_use(path: str) -> None:
     guest = opened(path)
-    guest.set_tag(BASE, 16, 1)
+    guest.owner.set_tag(BASE, 16, 1)
     guest.close()
     with pytest.raises(ValueError, match="closed"):
         guest.read_tags(BASE, np.zeros(256, dtype=np.uint8))
