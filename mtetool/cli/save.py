@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -140,8 +140,7 @@ def command(
         open_guest(guest, guest_options) as opened,
         shown(f"saving {guest}", progress) as update,
     ):
-        counted = _Counted(stream)
-        result = save(opened, cast(BinaryIO, counted), options, base=base, progress=update)
+        result = save(opened, stream, options, base=base, progress=update)
     elapsed = time.monotonic() - started
     if result.consistent is False and not quiet:
         warn(
@@ -152,9 +151,9 @@ def command(
     warn_partial((result.missing, "could not be read"), stopped=result.lost, quiet=quiet)
     with reporting_on(target, result.status):
         if output == "json":
-            print_json(_document(guest, target, counted.n_bytes, elapsed, result))
+            print_json(_document(guest, target, elapsed, result))
         elif target != "-" or not quiet:
-            _tell(guest, target, counted.n_bytes, elapsed, result)
+            _tell(guest, target, elapsed, result)
     return result.status
 
 
@@ -165,31 +164,13 @@ def _opened(bases: Sequence[str]) -> AbstractContextManager[Layers]:
     return open_layers(bases)
 
 
-class _Counted:
-    """A stream that knows how much went into it; a pipe cannot be asked."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.n_bytes = 0
-
-    def write(self, data: Any) -> int:
-        written = self._stream.write(data)
-        self.n_bytes += written
-        return written
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def _document(
-    guest: str, target: str, file_bytes: int, elapsed: float, result: SaveResult
-) -> dict[str, Any]:
+def _document(guest: str, target: str, elapsed: float, result: SaveResult) -> dict[str, Any]:
     frozen = result.frozen_seconds
     return {
         "schema": "mtetool.save/1",
         "source": guest,
         "file": None if target == "-" else target,
-        "file_bytes": file_bytes,
+        "file_bytes": result.written_bytes,
         "snapshot_id": result.header.snapshot_id,
         "base_id": result.header.base_id,
         "page_size_bytes": result.header.page_size_bytes,
@@ -208,12 +189,12 @@ def _document(
     }
 
 
-def _tell(guest: str, target: str, file_bytes: int, elapsed: float, result: SaveResult) -> None:
+def _tell(guest: str, target: str, elapsed: float, result: SaveResult) -> None:
     from mtetool.sources.layout import UNREACHABLE
 
     name = "standard output" if target == "-" else target
     say(f"saved the tags of {size(result.saved_bytes)} of {guest} to {name}")
-    say(f"snapshot: {size(file_bytes)}, in {elapsed:.1f} s")
+    say(f"snapshot: {size(result.written_bytes)}, in {elapsed:.1f} s")
     if result.changed_bytes is not None:
         say(
             f"it is a delta to the snapshot {result.header.base_id}:"

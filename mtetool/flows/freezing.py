@@ -44,7 +44,7 @@ def held_still(guest: Guest, *, wanted: bool) -> Iterator[Thaw]:
 
 
 class Spool:
-    """A stream that keeps what is written to it in memory until it may go on to another.
+    """A sink that keeps what is written to it in memory until it may go on to another.
 
     The guest must not wait for a slow disk, or for whoever reads the other end of a pipe. What
     is kept is compressed, a few percent of the tags, of which there are `n_granules` bytes. Where
@@ -70,8 +70,8 @@ class Spool:
         """A guest waits from now on."""
         self._hurried = Hurried(self._out)
 
-    def write(self, data: bytes) -> int:
-        """As the stream's own, but that all is taken."""
+    def write(self, data: bytes | memoryview) -> None:
+        """See `Sink.write`."""
         if self._keeps and self._kept_bytes + len(data) > self._limit_bytes:
             self.overflowed = True
             self._pass_on_kept()
@@ -79,13 +79,12 @@ class Spool:
             self._keep(data)
         else:
             self._pass_on(data)
-        return len(data)
 
-    def _keep(self, data: bytes) -> None:
+    def _keep(self, data: bytes | memoryview) -> None:
         self._kept_bytes += len(data)
         end = self._used + len(data)
         if self._parts or end > len(self._room):
-            self._parts.append(data)
+            self._parts.append(bytes(data))
             return
         self._room[self._used : end] = data
         self._used = end
@@ -106,7 +105,7 @@ class Spool:
         if self._hurried is not None:
             self._hurried.write(data)
         else:
-            _write_all(self._out, data)
+            self._out.write(data)
 
 
 class Hurried:
@@ -127,7 +126,7 @@ class Hurried:
                 self._poll.register(out.fileno(), select.POLLOUT)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Write all of it. Raises OutputStalledError."""
+        """See `Sink.write`. Raises OutputStalledError."""
         view = memoryview(data)
         piece_bytes = len(view) if self._poll is None else select.PIPE_BUF
         for at in range(0, len(view), max(piece_bytes, 1)):
@@ -135,7 +134,7 @@ class Hurried:
             since = time.monotonic()
             if self._poll is not None and not self._poll.poll(self._patience() * 1000):
                 raise self._stalled()
-            _write_all(self._out, piece)
+            self._out.write(piece)
             if self._poll is not None:
                 self._out.flush()
             self._waited_seconds += time.monotonic() - since
@@ -156,9 +155,3 @@ class Hurried:
             hint="keep more in memory meanwhile: a larger --spool",
             written_bytes=self._written_bytes,
         )
-
-
-def _write_all(out: BinaryIO, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[out.write(view) :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, BinaryIO, Literal, cast
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from mtetool.errors import (
     STATUS_GUEST,
@@ -77,6 +77,7 @@ class SaveResult:
     skipped: tuple[Memslot, ...]
     consistent: bool | None = None
     saved_bytes: int = 0
+    written_bytes: int = 0
     uniform_bytes: int = 0
     changed_bytes: int | None = None
     missing: Tally[Missing] = field(default_factory=Tally)
@@ -123,8 +124,7 @@ def save(
         header = _on(base, header)
     result = SaveResult(header, info, tuple(scope), _skipped(layout, options))
     spool = Spool(out, _spool_bytes(options), total_bytes(scope) // GRANULE_BYTES)
-    stream = cast(BinaryIO, spool)
-    with SnapshotWriter(stream, header, level=options.level, jobs=options.jobs) as writer:
+    with SnapshotWriter(spool, header, level=options.level, jobs=options.jobs) as writer:
         # Where the writer's threads read, no guest waits, and they have buffers of their own.
         others = base is None and all(guest.any_thread_reads(extent) for extent in scope)
         if not others:
@@ -143,6 +143,7 @@ def save(
         result.spool_overflowed = spool.overflowed
         spool.let_through()
         writer.finish(consistent=result.consistent)
+        result.written_bytes = writer.written_bytes
         result.uniform_bytes = writer.fill_bytes
         if writer.changed_granules is not None:
             result.changed_bytes = writer.changed_granules * GRANULE_BYTES

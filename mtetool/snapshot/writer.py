@@ -10,11 +10,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 from mtetool.buffers import as_bytes
-from mtetool.errors import HostIoError, LayoutError, RangeError, no_thread
+from mtetool.errors import LayoutError, RangeError, no_thread
 from mtetool.files.fields import storable_text
+from mtetool.files.sink import Sink
 from mtetool.guest import Missing
 from mtetool.snapshot.frames import BaseTags, Encoded, Encoder
 from mtetool.snapshot.heads import (
@@ -91,9 +92,7 @@ class SnapshotWriter:
     has no end, and every reader refuses it.
     """
 
-    def __init__(
-        self, out: BinaryIO, header: Header, *, level: int = 1, jobs: int | None = 1
-    ) -> None:
+    def __init__(self, out: Sink, header: Header, *, level: int = 1, jobs: int | None = 1) -> None:
         problem = header_problem(header)
         if problem is not None:
             raise LayoutError(f"the guest's layout cannot be saved: {problem}")
@@ -229,6 +228,11 @@ class SnapshotWriter:
         granules = stored.size_bytes // GRANULE_BYTES
         self._log.write(MISS, encode_missing(stored), index=(stored.ipa, granules))
 
+    @property
+    def written_bytes(self) -> int:
+        """How long the snapshot is so far."""
+        return self._log.offset
+
     def finish(self, *, consistent: bool | None) -> Footer:
         """Write what is outstanding, the index and the end. Nothing can be added after.
 
@@ -362,7 +366,7 @@ def _alike(first: TagsHead, second: TagsHead) -> bool:
 class _Log:
     """Puts records after each other: numbers, checksums, offsets, the index, the end."""
 
-    def __init__(self, out: BinaryIO, header: Header) -> None:
+    def __init__(self, out: Sink, header: Header) -> None:
         self._out = out
         self._digest = Digest()
         self._index = array("B")
@@ -380,15 +384,7 @@ class _Log:
 
     def _put(self, data: bytes) -> None:
         self.offset += len(data)
-        written = self._out.write(data)
-        if written is not None and written < len(data):
-            # Only unbuffered files do this.
-            rest = memoryview(data)[written:]
-            while rest:
-                written = self._out.write(rest)
-                if not written:
-                    raise HostIoError("the output takes no more bytes")
-                rest = rest[written:]
+        self._out.write(data)
 
     def write(
         self,

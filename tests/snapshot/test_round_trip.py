@@ -501,23 +501,6 @@ def test_an_exception_aborts_and_stops_the_threads() -> None:
         read_all(out.getvalue())
 
 
-class _Short(io.BytesIO):
-    """Takes a few bytes at a time, as unbuffered files may."""
-
-    def write(self, data: object, /) -> int:
-        return super().write(memoryview(data)[:7])  # type: ignore[arg-type]
-
-
-def test_short_writes_are_continued() -> None:
-    out = _Short()
-    with SnapshotWriter(out, header(4)) as writer:
-        writer.add_tags(BASE, random_tags(4))
-        writer.finish(consistent=None)
-    (piece,) = read_all(out.getvalue())[1]
-    assert isinstance(piece, Piece)
-    assert np.array_equal(piece.tags(), random_tags(4))
-
-
 def test_forged_snapshots_are_sound_unless_broken() -> None:
     forged = small_forge().fill(BASE, 2, 3).miss(BASE + 2 * PAGE, 2).end()
     reader, pieces = read_all(forged)
