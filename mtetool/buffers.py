@@ -1,4 +1,9 @@
-"""Buffers that hold tags, one byte a granule: any contiguous object with the buffer protocol."""
+"""Buffers that hold tags, one byte a granule: any contiguous object with the buffer protocol.
+
+One rule holds for all of them. Whoever hands tags out owns their buffer, and uses it again: they
+are valid until the next ones are asked for, and for as many more as the user said to `keep`.
+Whoever is handed a buffer to fill, or to copy from, has it until the call of its result returned.
+"""
 
 from __future__ import annotations
 

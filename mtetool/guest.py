@@ -28,8 +28,8 @@ Pending = Callable[[], int]
 """A copy that was begun: calling it, once, gives or raises the copy's answer.
 
 Copies take effect in the order in which they were begun, by the time they are called, and are
-called in that order; one that is not called may have taken effect or not. The buffer belongs to the
-copy until it was called, or until a later copy was. All other methods of the guest come after
+called in that order; one that is not called may have taken effect or not. The buffer is the copy's
+until it was called, or until a later copy was. All other methods of the guest come after
 every copy that was begun.
 """
 

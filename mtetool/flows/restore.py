@@ -227,7 +227,7 @@ class _Restorer:
         progress(0, total)
         started = time.perf_counter()
         try:
-            for step in reader.steps():
+            for step in reader.steps(keep=self._guest.depth - 1):
                 if isinstance(step, Copied):
                     before = list(self._begun)
                     self._take(step.ipa, step.tags)

@@ -130,7 +130,7 @@ def save(
         if not others:
             writer.warm_up()
         reader = TagReader(
-            guest, layout, n_buffers=1 if others else writer.window + 1, insist=options.every_page
+            guest, layout, keep=0 if others else writer.keeps, insist=options.every_page
         )
         with held_still(guest, wanted=options.freeze) as thaw:
             if options.freeze:

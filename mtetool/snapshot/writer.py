@@ -103,8 +103,8 @@ class SnapshotWriter:
         self._encoder = Encoder(level, header.chunk_granules)
         self._jobs = jobs or min(len(os.sched_getaffinity(0)), _MOST_JOBS)
         self._pool = ThreadPoolExecutor(self._jobs, thread_name_prefix="encode")
-        self.window = _WINDOW_PER_JOB * self._jobs
-        """How many chunks may be under way: see `add_tags`."""
+        self.keeps = _WINDOW_PER_JOB * self._jobs
+        """How many chunks may be under way, whose tags are still needed."""
         self.fill_bytes = 0
         """Bytes of guest memory in records of one tag so far."""
         # In the order of the records: chunks under way, and fills, which need no work.
@@ -145,8 +145,8 @@ class SnapshotWriter:
         """The tags of the memory from `ipa` on (page-aligned), one byte a granule.
 
         `tags` is C-contiguous, of whole pages, at most the header's `chunk_granules` long,
-        bits 7:4 zero. It must stay as it is until `window` more chunks were added, or the end:
-        who has `window` + 1 buffers uses them in turn. With `base`, which is called in other
+        bits 7:4 zero. It must stay as it is until `keeps` more chunks were added, or the end.
+        With `base`, which is called in other
         threads, only what has changed since is written. Raises RangeError; ValueError, sooner or
         later, for bytes that are not tags; what `base` raises.
         """
@@ -179,7 +179,7 @@ class SnapshotWriter:
             )
         self._pending.append(self._submit(lambda: _stored(ipa, n_granules, encode())))
         self._n_chunks += 1
-        while self._n_chunks > self.window:
+        while self._n_chunks > self.keeps:
             self._write_oldest()
         self._write_ready()
 

@@ -23,10 +23,9 @@ from mtetool.uapi import GRANULE_BYTES
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """Tags that were read, one byte a granule, in a buffer that is written again later.
+    """Tags that were read, one byte a granule; see `mtetool.buffers` for how long they are valid.
 
-    By the next step, or where the reader has several buffers, when their turn comes again. With
-    `over_base`, of a delta, they are the exclusive-or of the tags and those of its base.
+    With `over_base`, of a delta, they are the exclusive-or of the tags and those of its base.
     """
 
     ipa: int
@@ -119,11 +118,10 @@ class _Begun(NamedTuple):
 
 
 class TagReader:
-    """Reads a guest's tags in chunks, into `n_buffers` buffers that are used in turn.
+    """Reads a guest's tags in chunks, of which it keeps `keep` beside the last.
 
-    (Fresh buffers a chunk cost more than the copy: they are faulted in each time.) A chunk is what
-    the guest copies at once, or `chunk_granules`. With `insist` every page is tried of what cannot
-    be read, however long that is.
+    A chunk is what the guest copies at once, or `chunk_granules`. With `insist` every page is tried
+    of what cannot be read, however long that is.
     """
 
     def __init__(
@@ -132,7 +130,7 @@ class TagReader:
         layout: Layout,
         *,
         chunk_granules: int | None = None,
-        n_buffers: int = 1,
+        keep: int = 0,
         insist: bool = False,
     ) -> None:
         self._guest = guest
@@ -145,11 +143,12 @@ class TagReader:
         page = layout.page_size_bytes
         chunk_bytes = (chunk_granules or guest.max_copy_granules) * GRANULE_BYTES
         self._chunk_bytes = -(-chunk_bytes // page) * page
-        # Faulted in now: a guest may be waiting, paused, from the first copy on.
+        # Faulted in now: a guest may be waiting, paused, from the first copy on. (Fresh buffers a
+        # chunk would cost more than the copy.)
         n_granules = self._chunk_bytes // GRANULE_BYTES
         # One more, into which the next copy is begun before a chunk is handed out.
         self._looks_ahead = guest.depth > 1
-        self._buffers = [prepared(n_granules) for _ in range(n_buffers + self._looks_ahead)]
+        self._buffers = [prepared(n_granules) for _ in range(1 + keep + self._looks_ahead)]
         self._zeros = memoryview(bytes(n_granules))
         self._begun: _Begun | None = None
 

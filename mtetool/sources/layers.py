@@ -94,8 +94,8 @@ class Layers:
         for extent in extents:
             yield from self._read(len(self._sources) - 1, extent)
 
-    def steps(self) -> Iterator[Step]:
-        """All tags, in order of address."""
+    def steps(self, *, keep: int = 0) -> Iterator[Step]:
+        """All tags, in order of address. All are kept: each record has a buffer of its own."""
         return self.read(self.header.scope)
 
     def check(self, *, progress: Progress = no_progress) -> Checked:

@@ -41,9 +41,9 @@ def decoded(
     """The pieces in their order, with the tags of those that are not fills.
 
     Threads decode ahead, as far as there are buffers: one for each CPU and one more, at most
-    five, each as large as the largest piece was. A buffer is valid until the next step, or for
-    `keep` more that have tags, for which there are so many more. Raises what `pieces` and
-    `Piece.tags` raise, each in its turn.
+    five, each as large as the largest piece was. Of those that have tags, `keep` are kept beside
+    the last, for which there are so many more buffers. Raises what `pieces` and `Piece.tags` raise,
+    each in its turn.
     """
     jobs = min(len(os.sched_getaffinity(0)), _MOST_JOBS)
     with ThreadPoolExecutor(jobs, thread_name_prefix="decode") as pool:

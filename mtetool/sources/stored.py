@@ -28,11 +28,10 @@ class Stored(Protocol):
         """What is missing in the end, once it was read to its end."""
         ...
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self, *, keep: int = 0) -> Iterator[Step]:
         """The tags; a later step replaces what earlier ones say.
 
-        Those of a step stay as they are while the next step with tags is used. Raises
-        SnapshotError.
+        Those of `keep` steps are kept beside the last. Raises SnapshotError.
         """
         ...
 
@@ -67,8 +66,8 @@ class _FrontToBack:
     def missing(self) -> tuple[Missing, ...]:
         return self._reader.missing
 
-    def steps(self) -> Iterator[Step]:
-        for piece, tags in decoded(self._reader, keep=1):
+    def steps(self, *, keep: int = 0) -> Iterator[Step]:
+        for piece, tags in decoded(self._reader, keep=keep):
             if isinstance(piece, Missing):
                 yield piece
             elif tags is not None:

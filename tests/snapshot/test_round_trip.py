@@ -125,7 +125,7 @@ def test_order_is_kept_whatever_the_number_of_threads(jobs: int | None) -> None:
 def test_as_many_buffers_as_the_writer_says_are_enough(jobs: int) -> None:
     out = io.BytesIO()
     with SnapshotWriter(out, header(50), jobs=jobs) as writer:
-        buffers = [np.zeros(PAGE_GRANULES, dtype=np.uint8) for _ in range(writer.window + 1)]
+        buffers = [np.zeros(PAGE_GRANULES, dtype=np.uint8) for _ in range(writer.keeps + 1)]
         for page in range(50):
             buffer = buffers[page % len(buffers)]
             buffer[:] = random_tags(1, seed=page)
