@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import mtetool
-from mtetool.backends.kvm import listing as vms
+from mtetool.backends.kvm import listing
 from mtetool.backends.kvm.listing import ListedVm, Listing
 from mtetool.errors import DETAIL_KEYS, AttachRefusedError, MtetoolError
 from mtetool.guest import GuestInfo, Memslot
@@ -71,7 +71,7 @@ def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     info = GuestInfo("kvm:1:2", True, 4096, (Memslot(0, BASE, 4096),), "vmm", None, 1, 1)
     listed = ListedVm(info, 2, "paused", "root", None)
     refusing = ListedVm(info, 2, None, None, AttachRefusedError("no"))
-    monkeypatch.setattr(vms, "list_vms", lambda attach: Listing((listed, refusing), ()))
+    monkeypatch.setattr(listing, "list_vms", lambda attach: Listing((listed, refusing), ()))
     yield run("list", "--json", "--quiet").json
     for line in run("verify", first, "--progress", "json", "--json").err.splitlines():
         yield json.loads(line)

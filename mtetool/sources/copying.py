@@ -211,7 +211,7 @@ class TagReader:
 
     def _around(self, at: int, end: int, error: OSError) -> Missing:
         gap = way_around(
-            self._probe, at, end, error, self._layout, writing=False, insist=self._insist
+            self._try, at, end, error, self._layout, writing=False, insist=self._insist
         )
         self.failed_pages += gap.failed_pages
         self.untried_pages += gap.untried_pages
@@ -273,7 +273,7 @@ class TagReader:
         copy = self._guest.begin_read(ipa, self._buffers[1][:n_granules])
         self._begun = _Begun(ipa, n_granules, copy)
 
-    def _probe(self, ipa: int, size_bytes: int) -> int:
+    def _try(self, ipa: int, size_bytes: int) -> int:
         return self._guest.read_tags(ipa, self._buffers[0][: size_bytes // GRANULE_BYTES])
 
     def read_granules(

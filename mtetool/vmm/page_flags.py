@@ -47,7 +47,7 @@ _UNMARKED = re.compile(rb"\x00{%d,}" % _WORTH_PAGES)
 _RUN_PAGES = 16
 
 
-class Frames:
+class PageFlags:
     """The marks of this host's frames; must be closed. Raises OSError: they cannot be read."""
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from mtetool import procfs
 from mtetool.procfs import Mapping
 from mtetool.spans import Span, united
 from mtetool.vmm import pagewords
-from mtetool.vmm.page_flags import Frames
+from mtetool.vmm.page_flags import PageFlags
 
 # include/uapi/linux/fs.h: struct pm_scan_arg and struct page_region.
 _ARGUMENT = struct.Struct("<12Q")
@@ -109,9 +109,9 @@ class Pagemap:
         except OSError as error:
             raise UnknownError(str(error)) from error
         self._vector = bytearray(_REGIONS * _REGION.size)
-        self._frames: Frames | None = None
+        self._flags: PageFlags | None = None
         with suppress(OSError):
-            self._frames = Frames()
+            self._flags = PageFlags()
         self._scans = self._kernel_scans()
         try:
             # A page may yet be brought by whoever serves the faults of this process.
@@ -137,10 +137,10 @@ class Pagemap:
             yield Span(at, end)  # not mapped, or not as we were told: a copy tells
 
     def _with_tags(self, start: int, end: int) -> Iterator[Span]:
-        if self._frames is None:
+        if self._flags is None:
             yield Span(start, end)
         else:
-            yield from self._frames.may_be_tagged(self._fd, start, end)
+            yield from self._flags.may_be_tagged(self._fd, start, end)
 
     def close(self) -> None:
         """Let go of the process. Idempotent."""
@@ -150,8 +150,8 @@ class Pagemap:
         self._fd = -1
         self._files = {}
         self._mappings.close()
-        if self._frames is not None:
-            self._frames.close()
+        if self._flags is not None:
+            self._flags.close()
 
     def _of_mapping(self, mapping: Mapping, start: int, end: int) -> Iterator[Span]:
         at = start

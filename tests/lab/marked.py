@@ -24,7 +24,7 @@ def main() -> None:
             began = time.monotonic()
             found[name] = sum(part.size_bytes for part in guest.may_be_tagged(Extent(ipa, size)))
             found[f"{name}_seconds"] = round(time.monotonic() - began, 3)
-        setattr(pagemap, "Frames", _no_frames)  # noqa: B010 - it is no name of that module
+        setattr(pagemap, "PageFlags", _no_frames)  # noqa: B010 - it is no name of that module
     print(json.dumps(found))
 
 

@@ -50,9 +50,9 @@ _KILLING = """
 import os, signal, sys, time
 sys.path.insert(0, "/opt/mtetool")
 from mtetool.__main__ import main
-from mtetool.backends.kvm import guest as kvm
+from mtetool.backends.kvm.guest import KvmGuest
 
-read, calls = kvm.KvmGuest.begin_read, []
+read, calls = KvmGuest.begin_read, []
 
 def killing(self, ipa, out):
     calls.append(ipa)
@@ -64,7 +64,7 @@ def killing(self, ipa, out):
             time.sleep(0.01)
     return read(self, ipa, out)
 
-kvm.KvmGuest.begin_read = killing
+KvmGuest.begin_read = killing
 sys.exit(main())
 """
 

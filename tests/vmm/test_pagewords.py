@@ -83,7 +83,7 @@ def test_a_kernel_without_the_scan(no_scan: None, kind: str) -> None:
         for page in (3, 4, 40):
             memory[page * PAGE] = 1
         known = Pagemap(os.getpid())
-        known._frames = None
+        known._flags = None
         found = list(known.existing(address, address + N_PAGES * PAGE))
         known.close()
     wanted = [(3, 5), (40, 41)]
@@ -101,7 +101,7 @@ def test_as_many_regions_as_fit_into_one_answer() -> None:
         for page in range(0, n_pages, 2):
             memory[page * PAGE] = 1
         known = Pagemap(os.getpid())
-        known._frames = None
+        known._flags = None
         found = list(known.existing(address, address + n_pages * PAGE))
         known.close()
     pages = range(address, address + n_pages * PAGE, 2 * PAGE)
@@ -121,7 +121,7 @@ def test_a_device_is_never_asked_for_its_holes() -> None:
     """/dev/zero answers 0 to every seek: that would go on for ever."""
     with mapped("device") as (_, address):
         known = Pagemap(os.getpid())
-        known._frames = None
+        known._flags = None
         found = list(known.existing(address, address + N_PAGES * PAGE))
         known.close()
     assert found == [(address, address + N_PAGES * PAGE)]

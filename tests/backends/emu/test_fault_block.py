@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mtetool.backends import open_guest
-from mtetool.backends.emu import guest as emulator
+from mtetool.backends.emu import guest as guest_module
 from mtetool.backends.emu.fault_block import _packed
 from mtetool.backends.emu.file import FAULTS_BYTES, open_file
 from mtetool.backends.emu.guest import EmulatedGuest, create_emulated, open_emulated
@@ -142,7 +142,7 @@ def test_a_file_that_may_only_be_read(path: str, monkeypatch: pytest.MonkeyPatch
         os.close(open_file(name)[0])
         return os.open(name, os.O_RDONLY), False
 
-    monkeypatch.setattr(emulator, "open_file", only_to_read)
+    monkeypatch.setattr(guest_module, "open_file", only_to_read)
     for _ in range(2):
         with open_guest(f"emu:{path}") as guest:
             out = np.zeros(512, dtype=np.uint8)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mtetool.attach.helper import PAGE_BYTES
 from mtetool.attach.ptrace import PEEKMTETAGS, POKEMTETAGS, Tracee
-from mtetool.backends.proc import requests as poking
+from mtetool.backends.proc import requests
 from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES
 
@@ -95,10 +95,10 @@ def test_poke_is_exact_up_to_what_is_in_the_way(
     played = Played(before, readonly, holes)
     stop = min((p for p in holes | (readonly & changed) if p >= start), default=N_PAGES)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(poking, "_PART_GRANULES", part)
+        patch.setattr(requests, "_PART_GRANULES", part)
         given_tags = wanted[start * PAGE :] | np.uint8(0xA0)  # high bits are dropped
         done = _completed(
-            lambda: poking.poke(cast(Tracee, played), BASE + start * PAGE_BYTES, given_tags)
+            lambda: requests.poke(cast(Tracee, played), BASE + start * PAGE_BYTES, given_tags)
         )
     assert done == (stop - start) * PAGE
     reached = {page for page in changed if start <= page < stop}
@@ -114,8 +114,10 @@ def test_peek_stops_at_the_first_hole(holes: set[int], start: int, part: int) ->
     stop = min((page for page in holes if page >= start), default=N_PAGES)
     out = np.full((N_PAGES + 2 - start) * PAGE, 0xEE, dtype=np.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(poking, "_PART_GRANULES", part)
-        done = _completed(lambda: poking.peek(cast(Tracee, played), BASE + start * PAGE_BYTES, out))
+        patch.setattr(requests, "_PART_GRANULES", part)
+        done = _completed(
+            lambda: requests.peek(cast(Tracee, played), BASE + start * PAGE_BYTES, out)
+        )
     assert done == (stop - start) * PAGE
     assert np.array_equal(out[:done], tags[start * PAGE : stop * PAGE])
     assert (out[done:] == 0xEE).all()
@@ -127,4 +129,4 @@ def test_another_error_is_no_end_of_memory() -> None:
             raise ProcessLookupError(errno.ESRCH, "played")
 
     with pytest.raises(ProcessLookupError):
-        poking.peek(cast(Tracee, Gone(_tags(0, set()), set(), set())), BASE, _tags(0, set()))
+        requests.peek(cast(Tracee, Gone(_tags(0, set()), set(), set())), BASE, _tags(0, set()))

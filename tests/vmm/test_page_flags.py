@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtetool.vmm import page_flags as frames
-from mtetool.vmm.page_flags import Frames
+from mtetool.vmm import page_flags
+from mtetool.vmm.page_flags import PageFlags
 
 PAGE = mmap.PAGESIZE
 PRESENT, SWAPPED, SHARED = 1 << 63, 1 << 62, 1 << 61
@@ -33,7 +33,7 @@ class Host:
     def __init__(self, path: Path) -> None:
         self.pagemap = os.open(path / "pagemap", os.O_RDWR | os.O_CREAT)
         self.flags = os.open(path / "flags", os.O_RDWR | os.O_CREAT)
-        self.frames = Frames.__new__(Frames)
+        self.frames = PageFlags.__new__(PageFlags)
         self.frames._fd = self.flags
 
     def hold(self, entries: list[int], flags: list[int]) -> None:
@@ -54,8 +54,8 @@ class Host:
 
 @pytest.fixture(autouse=True)
 def _short_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frames, "_WORTH_PAGES", 128)
-    monkeypatch.setattr(frames, "_UNMARKED", re.compile(rb"\x00{128,}"))
+    monkeypatch.setattr(page_flags, "_WORTH_PAGES", 128)
+    monkeypatch.setattr(page_flags, "_UNMARKED", re.compile(rb"\x00{128,}"))
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_long_runs_are_left_out(host: Host, flag: int) -> None:
 
 
 def test_many_chunks(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frames, "_CHUNK_PAGES", 130)
+    monkeypatch.setattr(page_flags, "_CHUNK_PAGES", 130)
     host.hold([PRESENT | 1 + n for n in range(N)], [8] * (N + 1))
     assert host.unmarked(7, N) == set(range(7, 7 + 4 * 130))  # and a short rest
 
@@ -129,10 +129,12 @@ def test_a_page_that_moved_meanwhile(host: Host, monkeypatch: pytest.MonkeyPatch
     answers[1][200] = PRESENT | 1
     answers[2] = answers[2][:300]
     host.hold([], [8] * (N + 1))
-    monkeypatch.setattr(Frames, "_is_worth_it", lambda *_: True)
+    monkeypatch.setattr(PageFlags, "_is_worth_it", lambda *_: True)
     for second, left in ((1, set(range(N)) - {200}), (2, set(range(300)))):
         given_back = iter([answers[0].tobytes(), answers[second].tobytes()])
-        monkeypatch.setattr(frames, "_entries", lambda *_, given_back=given_back: next(given_back))
+        monkeypatch.setattr(
+            page_flags, "_entries", lambda *_, given_back=given_back: next(given_back)
+        )
         assert host.unmarked(0, N) == left
 
 
@@ -140,16 +142,16 @@ def test_memory_with_tags_all_over_is_hardly_looked_at(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked = []
-    entries = frames._entries
+    entries = page_flags._entries
 
     def noting(pagemap: int, start: int, end: int) -> bytes:
         looked.append((end - start) // PAGE)
         return entries(pagemap, start, end)
 
-    monkeypatch.setattr(frames, "_entries", noting)
+    monkeypatch.setattr(page_flags, "_entries", noting)
     host.hold([PRESENT | 1 + n for n in range(N)], [MARK] * (N + 1))
     assert host.unmarked(0, N) == set()
-    assert sum(looked) <= N // frames._WORTH_PAGES + 1
+    assert sum(looked) <= N // page_flags._WORTH_PAGES + 1
 
 
 def test_scattered_frames_and_unknown_ones(host: Host) -> None:
@@ -163,10 +165,12 @@ def test_scattered_frames_and_unknown_ones(host: Host) -> None:
 def test_a_kernel_that_does_not_show_the_mark(monkeypatch: pytest.MonkeyPatch) -> None:
     for marks in ((b"\0", b"\0"), (b"\1", b"\1")):
         answers = iter(marks)
-        monkeypatch.setattr(Frames, "_mark_of_own", lambda self, _, answers=answers: next(answers))
+        monkeypatch.setattr(
+            PageFlags, "_mark_of_own", lambda self, _, answers=answers: next(answers)
+        )
         monkeypatch.setattr("os.open", lambda path, flags: os.dup(0))
         with pytest.raises(OSError, match="does not show"):
-            Frames()
+            PageFlags()
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([PRESENT, PRESENT | 1 << 55, 0]))))
@@ -181,4 +185,4 @@ def test_runs_of_frames(parts: list[tuple[int, int]]) -> None:
             wanted.append((first, length + 1))
         else:
             wanted.append((entry, 1))
-    assert list(frames._runs(array("Q", entries).tobytes())) == wanted
+    assert list(page_flags._runs(array("Q", entries).tobytes())) == wanted
