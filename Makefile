@@ -40,7 +40,7 @@ test: deps venv
 	$(BIN)/python -m pytest $(T)
 else
 test: deps venv ## everything: checks, tests, the lab on a real kernel; T=PATH: that test alone
-	$(MAKE) --no-print-directory check lab
+	$(MAKE) --no-print-directory -j 2 -O check lab
 	MTETOOL_DEATH_STRIDE=7 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=30 -m 'not long'
 	$(MAKE) --no-print-directory -j 2 differential fuzz-short
 endif

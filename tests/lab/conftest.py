@@ -39,8 +39,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One machine after the other, so that none is booted twice; the default kernel's first."""
-    items.sort(key=lambda item: (list(KERNELS).index(_kernel(item)), _cpus(item)))
+    """One machine after the other, so that none is booted twice; the default kernel's first.
+
+    Those with two CPUs come before: their tests are long, and none should be alone at the end.
+    """
+    items.sort(key=lambda item: (list(KERNELS).index(_kernel(item)), -_cpus(item)))
 
 
 def _kernel(item: pytest.Item) -> str:

@@ -159,6 +159,7 @@ def test_threads_that_the_vmm_makes_meanwhile_are_left_alone(lab: Machine) -> No
     assert int(found[1]) > 100
 
 
+@pytest.mark.long
 @pytest.mark.two_cpus
 def test_vcpu_that_is_the_only_thread_runs_on(lab: Machine) -> None:
     pid = start_test_vmm(lab, "--run", "0x40000000:0x100000")
@@ -224,6 +225,7 @@ def test_pid_that_changes_hands_before_the_attach_is_noticed(lab: Machine) -> No
     assert b"another one has its PID now" in result.stdout
 
 
+@pytest.mark.long
 @pytest.mark.two_cpus
 def test_runs_at_the_same_time_do_not_get_into_each_others_way(lab: Machine) -> None:
     pid = start_test_vmm(lab, "0x40000000:0x4000000")

@@ -28,8 +28,9 @@ def _marked(lab: Machine, source: str, ipa: int, size: int) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("memory", ["anonymous", pytest.param("memfd", marks=pytest.mark.long)])
-@pytest.mark.parametrize("huge", ["never", pytest.param("always", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("memory", ["anonymous", "memfd"])
+@pytest.mark.parametrize("huge", ["never", "always"])
 def test_preallocated_memory(lab: Machine, memory: str, huge: str) -> None:
     _huge(lab, huge)
     guest = Qemu(lab, "g", extra=_PREALLOCATED[memory]).start()

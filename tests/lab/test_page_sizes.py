@@ -58,6 +58,7 @@ def test_every_tag_there_and_back(lab_on: LabOn) -> None:
     assert [(check.wrong, check.granules) for check in checks] == [(0, 262_144)] * 3
 
 
+@pytest.mark.long
 def test_a_range_of_random_tags_and_nothing_else(lab_on: LabOn) -> None:
     """The range is over both of two slots that touch."""
     labs = lab_on(SMALL), lab_on(LARGE)

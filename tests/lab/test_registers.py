@@ -67,6 +67,7 @@ def test_guarded_control_stack_is_refused(lab: Machine) -> None:
     assert found["gcs"]["attached"] == 0
 
 
+@pytest.mark.long
 def test_sleeps_keep_their_end(lab: Machine) -> None:
     """Without what the kernel knows of a sleep, an attach would begin it anew."""
     found = _holders(lab, "calls", *_SLEEPS)

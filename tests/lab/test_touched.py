@@ -130,6 +130,7 @@ def test_a_save_without_a_monitor_makes_no_memory(lab: Machine, memory: str) -> 
         assert (same.returncode, same.stdout) == (0, b""), same.stdout[:400]
 
 
+@pytest.mark.long
 def test_holes_of_shared_memory_in_huge_pages(lab: Machine) -> None:
     """Its files have large blocks, as those of hugetlbfs, and know their holes all the same."""
     lab.sh("echo always >/sys/kernel/mm/transparent_hugepage/shmem_enabled")
