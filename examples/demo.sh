@@ -1,8 +1,8 @@
 #!/bin/sh
-# The whole job on an emulated guest: make one, save its tags, look at them, restore them into
-# a second guest, and see that nothing differs.
+# The whole job on an emulated guest: create one, save its tags, look at them, restore them into
+# a second guest, and check that nothing differs.
 #
-#   demo.sh [DIRECTORY]        the guests and the snapshot go there (default: demo)
+#   demo.sh [DIRECTORY]        for the guests and the snapshot (default: demo)
 set -eu
 
 dir=${1:-demo}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Try code that copies tags against an emulated kernel: no arm64 host, no root.
 
-`copy_all` is what a VMM might do when it saves a guest. Here it meets a guest with a hole.
+`copy_all` is what a VMM might do to save a guest. Here the guest's memory has a hole.
 """
 
 import errno
@@ -15,7 +15,7 @@ MEMORY, BUFFER = 0x10_0000_0000, 0x20_0000_0000
 
 
 def copy_all(vm: EmulatedVm, ipa: int, length: int, buffer: int) -> list[tuple[int, int]]:
-    """Tags out of a guest; the ranges (address, bytes) that it has not."""
+    """Copy tags out of a guest; return the ranges (address, bytes) that it does not have."""
     missing, done = [], 0
     while done < length:
         request = CopyRequest(
@@ -32,7 +32,7 @@ def copy_all(vm: EmulatedVm, ipa: int, length: int, buffer: int) -> list[tuple[i
 
 
 def main() -> None:
-    """A VM of eight pages without the fourth; tags in, tags out."""
+    """Write and read tags of a VM of eight pages that lacks the fourth."""
     memory = AddressSpace(Host(page_size_bytes=PAGE))
     vm = EmulatedKvm(memory).create_vm()
     assert isinstance(vm, EmulatedVm)

@@ -3,21 +3,21 @@
 #
 #   migrate-qemu.sh SOURCE_PID SOURCE_QMP TARGET_PID TARGET_QMP MIGRATION_SOCKET
 #
-# The source QEMU runs the guest; it was started without mte=on (QEMU refuses to migrate a
-# guest with it), and MTE was enabled from outside before its first vCPU:
+# The source QEMU runs the guest. Start it without mte=on (QEMU refuses to migrate a
+# guest with it), and enable MTE from outside before its first vCPU:
 #
 #   qemu-system-aarch64 ... -preconfig -qmp unix:SOURCE_QMP,server=on,wait=off &
 #   mtetool enable kvm:SOURCE_PID
 #   qmp SOURCE_QMP x-exit-preconfig
 #
-# The target was started the same way and still waits, with "-preconfig -incoming defer"
-# besides. QMP sockets must be free for this script.
+# Start the target with the same command and "-incoming defer", and leave it in preconfig.
+# No other client may be connected to the QMP sockets.
 #
-# Set TAGS=pipe to hand the tags on without a file. Between two hosts that line becomes
+# Set TAGS=pipe to move the tags without a file. Between two hosts that line becomes
 #   mtetool save kvm:PID -o - | ssh TARGET mtetool restore - kvm:PID
 #
-# If anything fails before the target runs, the target is ended and the guest goes on running
-# at the source.
+# If anything fails before the target runs, the script ends the target, and the guest goes on
+# running at the source.
 set -eu
 
 if [ $# -ne 5 ]; then
@@ -28,7 +28,7 @@ source_pid=$1 source_qmp=$2 target_pid=$3 target_qmp=$4 socket=$5
 mtetool=${MTETOOL:-mtetool}
 work=$(mktemp -d)
 
-# qmp SOCKET COMMAND [JSON_ARGUMENTS]: run a command, print what it returns.
+# qmp SOCKET COMMAND [JSON_ARGUMENTS]: run a command, print its return value.
 qmp() {
     python3 - "$@" <<'PYTHON'
 import json, socket, sys
@@ -54,7 +54,7 @@ print(json.dumps(answer["return"]))
 PYTHON
 }
 
-# The one migration's state, of all that query-migrate tells.
+# Print the migration's state from the answer to query-migrate.
 migration_state() {
     qmp "$1" query-migrate | sed -n 's/.*"status": "\([a-z-]*\)".*/\1/p'
 }
@@ -77,14 +77,14 @@ trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# The target: MTE on before its first vCPU; "stop" so that it does not run by itself when all
-# of the stream is there, because the tags are not there yet.
+# The target: enable MTE before its first vCPU; "stop" keeps it from running when the whole
+# stream has arrived, because the tags are not there yet.
 "$mtetool" enable "kvm:$target_pid"
 qmp "$target_qmp" x-exit-preconfig >/dev/null
 qmp "$target_qmp" stop >/dev/null
 qmp "$target_qmp" migrate-incoming "{\"uri\": \"unix:$socket\"}" >/dev/null
 
-# QEMU's own migration; at its end the guest stands still on both sides.
+# QEMU's own migration; after it the guest stands still on both sides.
 qmp "$source_qmp" migrate "{\"uri\": \"unix:$socket\"}" >/dev/null
 state=setup
 while [ "$state" != completed ]; do
@@ -98,9 +98,9 @@ while [ "$state" != completed ]; do
     state=$(migration_state "$source_qmp")
 done
 
-# The tags. Every failure, a partial copy too, leaves through finish().
+# The tags. Every failure, including a partial copy, exits through finish().
 if [ "${TAGS:-file}" = pipe ]; then
-    # A pipe tells only the last command's status: keep the first one's beside it.
+    # A pipeline returns only the last command's status: keep the first one's in a file.
     { "$mtetool" save "kvm:$source_pid" --qmp "$source_qmp" -o - || echo $? >"$work/failed"; } |
         "$mtetool" restore - "kvm:$target_pid" --qmp "$target_qmp"
     [ ! -e "$work/failed" ] || exit "$(cat "$work/failed")"

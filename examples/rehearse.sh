@@ -1,6 +1,6 @@
 #!/bin/sh
-# Rehearse a migration whose destination fails, on emulated guests: see what mtetool answers,
-# try again, start another destination, or roll back. In the end each guest has its tags exactly.
+# Rehearse a migration whose destination fails, on emulated guests: look at mtetool's status,
+# retry, start another destination, or roll back. In the end each guest has exactly its tags.
 #
 #   rehearse.sh [DIRECTORY [FAULT]...]     a migration for each FAULT (see mtetool-emu(1))
 set -eu
@@ -26,7 +26,7 @@ say() {
     printf -- '-- %s\n' "$*"
 }
 
-# The value of a key of a JSON object on one line; enough for ids, which hold no quotes.
+# Print the value of a key of a JSON object on one line; enough for ids, which have no quotes.
 value_of() {
     sed -n "s/.*\"$1\": \"\([^\"]*\)\".*/\1/p"
 }
@@ -35,7 +35,7 @@ new_target() {
     run mtetool emu create "$target" --memory 16M --fill random --seed 7 --force "$@"
 }
 
-# Restores into the target until its tags are exact; gives up after three times.
+# Restore into the target until its tags are exact; give up after three attempts.
 migrate() {
     for attempt in 1 2 3; do
         status=0
@@ -45,10 +45,10 @@ migrate() {
         say "attempt $attempt: status $status${error:+, error $error}"
         case $status,$error in
             0,) return 0 ;;
-            3,) say "some pages are not restored yet: once more" ;;
-            4,busy) say "dirty pages are being logged there: once more" ;;
+            3,) say "some pages are not restored yet: retry" ;;
+            4,busy) say "the destination logs dirty pages: retry" ;;
             4,guest-lost | 4,no-such-process)
-                say "the destination is gone: another one"
+                say "the destination is gone: start another one"
                 new_target || return 1
                 ;;
             *)
@@ -73,7 +73,7 @@ for fault; do
         run mtetool diff "$source" "$target"
         echo same
     else
-        say "rolled back; the source goes on, with the tags that it had:"
+        say "rolled back; the source goes on, with its old tags:"
         run mtetool diff "$snapshot" "$source"
         echo same
     fi

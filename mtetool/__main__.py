@@ -1,4 +1,4 @@
-"""`mtetool`, `python -m mtetool`: the one place that turns errors into text and status."""
+"""`mtetool`, `python -m mtetool`: the one place that turns errors into text and exit status."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from mtetool.words import printable
 STATUS_CLOSED_PIPE = 128 + signal.SIGPIPE
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A terminal that closes, or `timeout`, sends several signals at once: the later ones must
-# not tear the unwinding that the first began. After this long they count again.
+# not interrupt the unwinding that the first began. After this time they count again.
 _UNWINDING_SECONDS = 2.0
 
 
 class InternalError(MtetoolError):
-    """A bug in mtetool: an exception that nobody expected."""
+    """A bug in mtetool: an unexpected exception."""
 
     id = "internal"
     status = STATUS_HOST
 
 
 def main() -> int:
-    """Run the command line of `sys.argv`; the exit status, or death by the signal that came.
+    """Run the command line in `sys.argv`; return the exit status, or die by a signal received.
 
-    The statuses are those of mtetool(1), EXIT STATUS. With MTETOOL_DEBUG set (not empty) an
-    error comes with its traceback.
+    The statuses are those of mtetool(1), EXIT STATUS. If MTETOOL_DEBUG is set and not empty,
+    errors are printed with a traceback.
     """
     arguments = sys.argv[1:]
     _take_closed_descriptors()
@@ -52,26 +52,26 @@ def main() -> int:
             return status
     except SignalError as caught:
         number, word = caught.number, caught.word
-    # With the exception gone, so is what its frames still held open: that tidies up now.
+    # The exception is gone, and with it what its frames held open: cleanup happens now.
     if word is not None:
         _report(word, arguments)
     return _die_by(number)
 
 
 def _take_closed_descriptors() -> None:
-    """Put something onto those of the descriptors 0, 1 and 2 that came closed.
+    """Open each of the descriptors 0, 1 and 2 that the caller left closed.
 
-    The next file that is opened would be given such a number. As glibc does for setuid programs
-    (csu/check_fds.c), each is opened the wrong way round, so that what is read or written fails
-    with EBADF: a result that nobody gets is not a success. Standard error accepts anything,
-    as nobody could be told of a failure.
+    Otherwise the next file to be opened would get its number. As glibc does for setuid programs
+    (csu/check_fds.c), each is opened the wrong way round, so that reading or writing it fails
+    with EBADF: a result that is lost is not a success. Standard error accepts anything, because
+    there is nowhere to report a failure.
     """
     for fd, name, flags, mode in (
         (0, "stdin", os.O_WRONLY, "r"),
         (1, "stdout", os.O_RDONLY, "w"),
         (2, "stderr", os.O_WRONLY, "w"),
     ):
-        # Not inherited: a program that this one becomes finds them closed, as it would without.
+        # Not inherited: a program that mtetool becomes finds them closed, as it would alone.
         if getattr(sys, name) is None and _is_closed(fd):
             null = os.open(os.devnull, flags)
             if null != fd:
@@ -89,7 +89,7 @@ def _is_closed(fd: int) -> bool:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    # Imported here, so that even an import that fails or is interrupted ends as it should.
+    # Imported here, so that an import that fails or is interrupted is handled too.
     import click
 
     from mtetool.cli import ClosedPipeError, group
@@ -98,7 +98,7 @@ def _run(arguments: Sequence[str]) -> int:
         from mtetool.cli import completing
 
         completing.register()
-    # The default, strict, would end a listing with a traceback at the first odd file name.
+    # The default (strict) would end a listing with a traceback at the first odd file name.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -121,7 +121,7 @@ def _usage_error(error: Exception) -> MtetoolError:
     from mtetool import errors
 
     message = error.format_message() if isinstance(error, ClickException) else str(error)
-    # Words of the command line are in it as `repr` shows them.
+    # It contains words of the command line as `repr` shows them.
     message = re.sub(r"(?<!\\)\\udc([89a-f][0-9a-f])", r"\\x\1", message)
     context = error.ctx if isinstance(error, UsageError) else None
     path = context.command_path if context else "mtetool"
@@ -129,7 +129,7 @@ def _usage_error(error: Exception) -> MtetoolError:
 
 
 def _guarded(run: Callable[[], int], arguments: Sequence[str]) -> int:
-    """The status of `run`, with whatever it raises but signals printed on standard error."""
+    """Return the status of `run`; print what it raises, except signals, on standard error."""
     try:
         return run()
     except BrokenPipeError:
@@ -145,13 +145,13 @@ def _guarded(run: Callable[[], int], arguments: Sequence[str]) -> int:
 
 
 def _from_os_error(error: OSError) -> MtetoolError:
-    """A stray OSError, one that nobody below has made sense of."""
+    """Return the error for an OSError that no other code has handled."""
     named = isinstance(error.filename, str | bytes)
     return host_error(error, os.fsdecode(error.filename) if named else "this host failed")
 
 
 def _no_memory() -> NoMemoryError:
-    return NoMemoryError("this host has no memory left for that", hint="a smaller --range")
+    return NoMemoryError("this host has no memory left for that", hint="use a smaller --range")
 
 
 def _internal(error: Exception) -> InternalError:
@@ -160,7 +160,7 @@ def _internal(error: Exception) -> InternalError:
         f"this should not happen: {kind}: {error}"
         if str(error)
         else f"this should not happen: {kind}",
-        hint="MTETOOL_DEBUG=1 shows where; please report it",
+        hint="set MTETOOL_DEBUG=1 to see where, and please report it",
     )
 
 
@@ -170,7 +170,7 @@ def _report(error: MtetoolError, arguments: Sequence[str]) -> int:
 
         traceback.print_exc()
     parts = _as_json(error) if wants_json(arguments) else [_as_text(error)]
-    # Nobody may listen any more; the status still tells.
+    # The reader may be gone; the status still reports the failure.
     with suppress(OSError, ValueError, AttributeError):
         sys.stderr.writelines(parts)
         sys.stderr.write("\n")
@@ -200,9 +200,9 @@ def _as_json(error: MtetoolError) -> Iterable[str]:
 
 
 def wants_json(arguments: Sequence[str]) -> bool:
-    """Whether a command line asks for JSON; known before, and without, parsing it.
+    """Return whether a command line asks for JSON, without parsing it.
 
-    What cannot be parsed is also to be answered in JSON, so that this looks at the words.
+    A command line that cannot be parsed must be answered in JSON too, so this looks at its words.
     """
     words = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     outputs = [after for word, after in pairwise(words) if word == "--output"]
@@ -210,7 +210,7 @@ def wants_json(arguments: Sequence[str]) -> bool:
 
 
 def _flushed(status: int) -> int:
-    """`status`, once what was written is out: a result that did not arrive is not a result."""
+    """Flush, then return `status`: a result that did not arrive is not a result."""
     try:
         _flush()
     except BrokenPipeError:
@@ -221,16 +221,16 @@ def _flushed(status: int) -> int:
 
 
 def _flush() -> None:
-    # None where an embedding program has none.
+    # None where an embedding program has no standard output.
     if sys.stdout is not None:
         sys.stdout.flush()
 
 
 def _drop_unwritten() -> None:
-    """Flush standard output, or else point it to nowhere.
+    """Flush standard output, or else point it at /dev/null.
 
-    The interpreter flushes once more at its end, and would complain. Whatever went wrong here
-    went wrong before, and was reported.
+    The interpreter flushes once more at its end, and would complain. A failure here has
+    occurred before, and was reported then.
     """
     try:
         _flush()
@@ -247,7 +247,7 @@ def _drop_stdout() -> None:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Turn the ending signals into a SignalError, save those that were ignored (nohup)."""
+    """Turn the signals that end mtetool into a SignalError, except ignored ones (nohup)."""
     first = 0.0
 
     def raise_it(number: int, frame: FrameType | None) -> None:
@@ -261,7 +261,7 @@ def _signals_raise() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in _ENDING_SIGNALS}
     caught = [number for number in _ENDING_SIGNALS if before[number] != signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread():
-        caught = []  # who calls `main` from a thread keeps the signals
+        caught = []  # a program that calls `main` from a thread keeps the signals
     try:
         for number in caught:
             signal.signal(number, raise_it)
@@ -272,7 +272,7 @@ def _signals_raise() -> Iterator[None]:
 
 
 def _die_by(number: int) -> int:
-    """End by the signal itself: only so does a shell's loop end with its Ctrl-C."""
+    """Die by the signal itself: only then does Ctrl-C also end a loop in the shell."""
     with suppress(OSError, ValueError, AttributeError):
         sys.stderr.flush()
     _drop_stdout()

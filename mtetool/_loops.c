@@ -1,8 +1,8 @@
-/* The inner loops over tags, in C: one function for each of mtetool/loops_numpy.py, which says
- * what they do and is what they are tested against. No policy and no format is decided here.
+/* The inner loops over tags, in C: one function for each in mtetool/loops_numpy.py, which documents
+ * them and is the reference that tests compare them with. No policy or format is decided here.
  *
- * Tags are one byte a granule. Every function bears any bytes whatever and any lengths: the
- * callers' mistakes and hostile snapshots end in ValueError. The GIL is released.
+ * Tags are one byte per granule. Every function accepts any bytes and any lengths: callers'
+ * mistakes and hostile snapshots end in ValueError. The GIL is released.
  */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
@@ -14,7 +14,7 @@
 #endif
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "the loops over words take the lowest address for the lowest byte"
+#error "the loops over words need a little-endian processor"
 #endif
 
 static inline uint64_t
@@ -25,18 +25,18 @@ word(const uint8_t *at)
     return value;
 }
 
-/* Compiled twice where the loader can choose: the processors of today do more at a time. */
+/* Compiled twice where the loader can choose: today's processors do more at a time. */
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("default", "arch=x86-64-v3")))
 #else
 #define FOR_EACH_PROCESSOR
 #endif
-/* From this length on a run's has no place among the others. */
+/* Lengths from this one on are stored apart from the others. */
 #define LONG 16
 #define INLINE static inline __attribute__((always_inline))
 
 #ifdef __SSE2__
-/* A bit for each of 64 granules whose tag is not that of the granule before. */
+/* A bit for each of 64 granules, set if its tag differs from that of the granule before. */
 INLINE uint64_t
 changes_of_64(const uint8_t *here)
 {
@@ -50,7 +50,7 @@ changes_of_64(const uint8_t *here)
     return ~same;
 }
 #else
-/* A bit for each of the eight bytes that is not 0. */
+/* A bit for each of the eight bytes, set if the byte is not 0. */
 INLINE uint64_t
 nonzero_bytes(uint64_t bytes)
 {
@@ -58,7 +58,7 @@ nonzero_bytes(uint64_t bytes)
     return ((high & 0x8080808080808080) >> 7) * 0x0102040810204080 >> 56;
 }
 
-/* A bit for each of 64 granules whose tag is not that of the granule before. */
+/* A bit for each of 64 granules, set if its tag differs from that of the granule before. */
 INLINE uint64_t
 changes_of_64(const uint8_t *here)
 {
@@ -72,7 +72,7 @@ changes_of_64(const uint8_t *here)
 }
 #endif
 
-/* As changes_of_64, for tags + at; the first granule of all is no change. */
+/* changes_of_64 for tags + at; the very first granule is not a change. */
 INLINE uint64_t
 changes_at(const uint8_t *tags, size_t at)
 {
@@ -89,7 +89,7 @@ struct count {
     uint8_t bits;
 };
 
-/* Count `part` granules, at most 255: how many have a tag. */
+/* Count how many of `part` granules, at most 255, have a tag. */
 INLINE size_t
 count_tagged(const uint8_t *tags, size_t part, uint8_t *bits)
 {
@@ -119,7 +119,7 @@ scan(const uint8_t *tags, size_t n, size_t page, struct count *count)
     }
 }
 
-/* Runs as they are found: their lengths, 0 for those above 15, which are in `longs`; their tags. */
+/* Runs as they are found: their lengths (0 for those above 15, kept in `longs`) and their tags. */
 struct runs {
     uint8_t *lengths, *values, *longs;
     size_t n, start;
@@ -138,9 +138,9 @@ end_run(struct runs *runs, size_t stop)
     *runs->longs++ = (uint8_t)rest;
 }
 
-/* Where objects of one size lie side by side and some neighbours have one tag by chance, as in a
- * slab: their common boundary, too. Lengths that are all the same compress to next to nothing.
- * Sizes are powers of two, and at least three quarters of the boundaries must be there. */
+/* Where objects of one size lie side by side, as in a slab, and some neighbours have the same tag
+ * by chance, add the boundary between them: equal lengths compress to next to nothing. Sizes are
+ * powers of two, and at least three quarters of the boundaries must be there. */
 INLINE uint64_t
 with_objects(uint64_t changes)
 {
@@ -156,7 +156,7 @@ with_objects(uint64_t changes)
     return n >= 3 ? 0x0001000100010001 : changes;
 }
 
-/* Take the changes of the 64 granules from `at` on. */
+/* Record the changes among the 64 granules from `at` on. */
 INLINE void
 take_changes(struct runs *runs, const uint8_t *tags, size_t at, uint64_t changes)
 {
@@ -174,7 +174,7 @@ take_changes(struct runs *runs, const uint8_t *tags, size_t at, uint64_t changes
     }
     else
         for (changes &= changes - 1; changes; changes &= changes - 1) {
-            /* Shorter than 64, so that a long length is one byte. */
+            /* Shorter than 64, so a long length takes one byte. */
             size_t stop = at + (size_t)__builtin_ctzll(changes), length = stop - start;
             if (__builtin_expect(length >= LONG, 0)) {
                 *longs++ = (uint8_t)(length - LONG);
@@ -201,14 +201,14 @@ pack(const uint8_t *restrict from, size_t n, uint8_t *restrict to)
         to[n / 2] = from[n - 1];
 }
 
-/* Count as `scan`, and write the runs to `out`, which is as long as the tags: lengths and tags, two
- * a byte each, then the long lengths. Returns what was written; 0 for more than a quarter as many
- * runs as granules, which are only counted. */
+/* Count like `scan`, and write the runs to `out`, which is as long as the tags: lengths and tags,
+ * two per byte each, then the long lengths. Returns the bytes written, or 0 if there are more than
+ * a quarter as many runs as granules, which are then only counted. */
 FOR_EACH_PROCESSOR static size_t
 write_runs(const uint8_t *tags, size_t n, size_t page, uint8_t *out, struct count *count)
 {
     size_t most = n / 4;
-    uint8_t *longs = out + most; /* at most n / 16, as each byte stands for 16 granules and more */
+    uint8_t *longs = out + most; /* at most n / 16, as each byte stands for 16 granules or more */
     struct runs runs = {.lengths = out + 2 * most, .values = out + 3 * most, .longs = longs};
     runs.values[0] = tags[0];
     for (size_t at = 0; at < n;) {
@@ -223,7 +223,7 @@ write_runs(const uint8_t *tags, size_t n, size_t page, uint8_t *out, struct coun
             in_page += count_tagged(tags + at, 128, &count->bits);
             low = with_objects(low);
             if (!at)
-                low &= ~1ull; /* nothing is before it */
+                low &= ~1ull; /* there is nothing before it */
             high = with_objects(high);
             if (runs.n + (size_t)(__builtin_popcountll(low) + __builtin_popcountll(high)) >= most) {
                 *count = (struct count){.runs = 1};
@@ -245,8 +245,8 @@ write_runs(const uint8_t *tags, size_t n, size_t page, uint8_t *out, struct coun
     return 2 * half + n_longs;
 }
 
-/* What write_runs wrote, back, from three buffers: 1, or 0 for anything that it would not have
- * written for n tags, but that neighbours may have one tag. */
+/* The reverse of write_runs, from three buffers. Returns 1, or 0 for anything that it would not
+ * have written for n tags, except that neighbours may have the same tag. */
 static int
 read_runs(const uint8_t *lengths, const uint8_t *values, const uint8_t *longs, size_t n_longs,
           size_t n_runs, uint8_t *tags, size_t n)
@@ -257,7 +257,7 @@ read_runs(const uint8_t *lengths, const uint8_t *values, const uint8_t *longs, s
         size_t length = lengths[run / 2] >> 4 * (run & 1) & 15;
         uint8_t tag = values[run / 2] >> 4 * (run & 1) & 15;
         if (__builtin_expect(length && n - at >= 16, 1)) {
-            memset(tags + at, tag, 16); /* what is too much, the next runs write over */
+            memset(tags + at, tag, 16); /* the next runs overwrite the excess */
             at += length;
             continue;
         }

@@ -1,8 +1,9 @@
-"""Buffers that hold tags, one byte a granule: any contiguous object with the buffer protocol.
+"""Buffers that hold tags, one byte per granule: any contiguous object with the buffer protocol.
 
-One rule holds for all of them. Whoever hands tags out owns their buffer, and uses it again: they
-are valid until the next ones are asked for, and for as many more as the user said to `keep`.
-Whoever is handed a buffer to fill, or to copy from, has it until the call of its result returned.
+One rule holds for all of them. A source of tags owns their buffer, and uses it again: the tags are
+valid until the next ones are requested, and for as many more requests as the caller said to `keep`.
+A function that is given a buffer to fill, or to copy from, has it until the call of its result has
+returned.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ else:
 
 
 def as_bytes(tags: TagBuffer) -> memoryview:
-    """A view of the bytes of a buffer, without a copy. `len` is how many granules there are."""
+    """A view of the bytes of a buffer, without a copy. Its `len` is the number of granules."""
     return memoryview(tags)  # type: ignore[arg-type]
 
 
@@ -36,10 +37,10 @@ _PAGE_BYTES = 4096
 
 
 def prepared(n_bytes: int) -> memoryview:
-    """So many writable bytes, 0, that are there already: using them faults no page in.
+    """Allocate writable bytes of 0 that are already paged in: using them causes no page fault.
 
-    In huge pages, where the host gives such: the kernel copies into them in two thirds of the time.
-    Raises MemoryError.
+    They are in huge pages if the host has any: the kernel copies into those in two thirds of the
+    time. Raises MemoryError.
     """
     if not n_bytes:
         return memoryview(bytearray())
@@ -59,15 +60,15 @@ def prepared(n_bytes: int) -> memoryview:
     return view
 
 
-# A word of /proc/PID/pagemap is 64 bits, of which the highest says that the page is present.
+# A word of /proc/PID/pagemap has 64 bits; the highest says that the page is present.
 _WORD_BYTES = 8
 _PRESENT_PAGES = re.compile(rb"[\x80-\xff]+")
 
 
 def unshared() -> None:
-    """Copy the pages of this process that a forked one still shares, where the kernel can.
+    """Copy the pages that this process still shares with a forked one, if the kernel can.
 
-    Else the first write to each of them is a page fault, whenever it comes.
+    Otherwise the first write to each is a page fault, whenever it comes.
     """
     import ctypes
 

@@ -1,7 +1,7 @@
 """Every error of mtetool: a class, a stable id, an exit status, a message.
 
-The id and the status are part of the interface (scripts rely on them); the
-message says what was asked, what happened, and `hint` what to try next.
+The id and the status are part of the interface (scripts rely on them). The
+message says what was asked and what happened; `hint` says what to try next.
 Only `mtetool.cli` turns these into text; everything below raises them.
 """
 
@@ -48,19 +48,19 @@ DETAIL_KEYS = (
     "restored_up_to",
     "not_restored",
 )
-"""The keys that the `details` of errors may have, as mtetool(1) explains them."""
+"""The keys that `details` of an error can have; mtetool(1) explains them."""
 
 
 def errno_name(number: int) -> str:
-    """The name of an errno, `EFAULT` for 14; the number itself where it has none."""
+    """Return the name of an errno, such as `EFAULT` for 14, or the number if it has none."""
     return errno_module.errorcode.get(number, str(number))
 
 
 class MtetoolError(Exception):
     """The base of all errors that mtetool reports on purpose.
 
-    `details` holds what a program may want besides the text: some of DETAIL_KEYS, which are
-    all in the JSON form of the error, null where it has none.
+    `details` holds what a program may want besides the text, under some of DETAIL_KEYS. The
+    JSON form of the error has all of these keys, with null for the others.
     """
 
     id: ClassVar[str] = "error"
@@ -78,7 +78,7 @@ class MtetoolError(Exception):
 
 
 class InterruptedWorkError(MtetoolError):
-    """A signal ended work that was half done; the status is 128 and the signal's number."""
+    """A signal ended work that was half done; the status is 128 plus the signal's number."""
 
     id = "interrupted"
     status = 128 + signal.SIGINT
@@ -92,7 +92,7 @@ class InterruptedWorkError(MtetoolError):
 class SignalError(BaseException):
     """A signal asks this process to end; raised so that `with` blocks are unwound first.
 
-    Whoever leaves something half done by that says so in `word`.
+    Code that leaves something half done says so in `word`.
     """
 
     def __init__(self, number: int) -> None:
@@ -101,18 +101,18 @@ class SignalError(BaseException):
         self.word: InterruptedWorkError | None = None
 
 
-# --- status 2: what was asked cannot be asked -------------------------------------------
+# --- status 2: the request is wrong -----------------------------------------------------
 
 
 class UsageError(MtetoolError):
-    """The request itself is wrong; nothing was looked at or touched."""
+    """The request is wrong; nothing was looked at or touched."""
 
     id = "usage"
     status = STATUS_USAGE
 
 
 class BaseNeededError(UsageError):
-    """A delta without the snapshot that it is a delta to."""
+    """A delta was given without its base."""
 
     id = "base-needed"
 
@@ -130,7 +130,7 @@ class RangeError(UsageError):
 
 
 class SourceError(UsageError):
-    """A source that is of no known kind, or of a kind the command cannot take."""
+    """A source of an unknown kind, or of a kind that the command cannot use."""
 
     id = "bad-source"
 
@@ -148,7 +148,7 @@ class FileExistsAlreadyError(UsageError):
 
 
 class OutputIsInputError(UsageError):
-    """The output is, under whatever name, one of the files that the command reads."""
+    """The output is one of the files that the command reads, by this or another name."""
 
     id = "output-is-input"
 
@@ -159,7 +159,7 @@ class BadNameError(UsageError):
     id = "bad-name"
 
 
-# --- status 3: some of it ------------------------------------------------------------------
+# --- status 3: only a part -----------------------------------------------------------------
 
 
 class PartialError(MtetoolError):
@@ -169,24 +169,24 @@ class PartialError(MtetoolError):
     status = STATUS_PARTIAL
 
 
-# --- status 4: the guest, its VMM or this host refuse ------------------------------------
+# --- status 4: the guest, its VMM or this host refuses -----------------------------------
 
 
 class GuestError(MtetoolError):
-    """The guest cannot be worked on as asked; it is as it was."""
+    """The request cannot be carried out on the guest, which is unchanged."""
 
     id = "guest"
     status = STATUS_GUEST
 
 
 class NoSuchProcessError(GuestError):
-    """No process has that PID, or it went away."""
+    """No process has that PID, or the process has ended."""
 
     id = "no-such-process"
 
 
 class NotAProcessError(GuestError):
-    """The PID is that of a thread, or of the kernel's own."""
+    """The PID belongs to a thread, or to a kernel thread."""
 
     id = "not-a-process"
 
@@ -216,7 +216,7 @@ class MteUnsupportedError(GuestError):
 
 
 class TooLateError(GuestError):
-    """The VM has vCPUs already: the kernel enables MTE only before the first."""
+    """The VM has vCPUs already: the kernel enables MTE only before the first is created."""
 
     id = "vcpus-exist"
 
@@ -228,7 +228,7 @@ class PermissionRefusedError(GuestError):
 
 
 class BusyError(GuestError):
-    """The guest is in a state that excludes the request for now."""
+    """The guest's present state does not allow the request."""
 
     id = "busy"
 
@@ -240,7 +240,7 @@ class LayoutError(GuestError):
 
 
 class LayoutUnknownError(GuestError):
-    """The guest's memslots could not be learnt."""
+    """The guest's memslots are unknown: no source of them worked."""
 
     id = "layout-unknown"
 
@@ -252,7 +252,7 @@ class WouldAllocateError(GuestError):
 
 
 class ForeignMonitorError(GuestError):
-    """The monitor given with --qmp is not proven to be that of the VM."""
+    """The monitor given with --qmp is not proven to be this VM's."""
 
     id = "foreign-monitor"
 
@@ -264,19 +264,19 @@ class WrongHostError(GuestError):
 
 
 class AttachRefusedError(GuestError):
-    """The process cannot be borrowed from safely; nothing was touched."""
+    """No thread of the process can be borrowed safely; nothing was touched."""
 
     id = "attach-refused"
 
 
 class GuestLostError(GuestError):
-    """The VMM or its VM ended while it was worked on."""
+    """The VMM or its VM ended while mtetool worked on it."""
 
     id = "guest-lost"
 
 
 class EmulatorFileError(GuestError):
-    """The file behind an emulated guest is not one, or is damaged."""
+    """The file is not that of an emulated guest, or it is damaged."""
 
     id = "bad-emulator"
 
@@ -285,14 +285,14 @@ class EmulatorFileError(GuestError):
 
 
 class SnapshotError(MtetoolError):
-    """The snapshot cannot be believed."""
+    """The snapshot cannot be trusted."""
 
     id = "snapshot"
     status = STATUS_SNAPSHOT
 
 
 class NotASnapshotError(SnapshotError):
-    """The input is something else (a directory, a gzip file, nothing at all)."""
+    """The input is not a snapshot (a directory, a gzip file, nothing at all)."""
 
     id = "not-a-snapshot"
 
@@ -310,7 +310,7 @@ class DamagedError(SnapshotError):
 
 
 class UnknownVersionError(SnapshotError):
-    """The snapshot is of a version (or uses a feature) that this mtetool does not know."""
+    """The snapshot has a version, or uses a feature, that this mtetool does not know."""
 
     id = "unknown-version"
 
@@ -326,7 +326,7 @@ class HostError(MtetoolError):
 
 
 class DiskFullError(HostError):
-    """No space is left where the output goes."""
+    """No space is left for the output."""
 
     id = "disk-full"
 
@@ -338,28 +338,28 @@ class HostIoError(HostError):
 
 
 class OutputStalledError(HostError):
-    """The output takes so little that a guest would have stood still for it."""
+    """The output takes data so slowly that the guest would have stood still for it."""
 
     id = "output-stalled"
 
 
 class NoMemoryError(HostError):
-    """This host has no memory left for what was asked."""
+    """This host has too little memory left for the request."""
 
     id = "no-memory"
 
 
 _HINTS = {
-    errno_module.ENOSPC: "make room, or write elsewhere",
-    errno_module.EDQUOT: "make room within the quota, or write elsewhere",
-    errno_module.EFBIG: "a limit on the size of files is in force: ulimit -f",
-    errno_module.EROFS: "the file system is mounted read-only: write elsewhere",
+    errno_module.ENOSPC: "free some space, or write elsewhere",
+    errno_module.EDQUOT: "free some of the quota, or write elsewhere",
+    errno_module.EFBIG: "raise the limit on the size of files: ulimit -f",
+    errno_module.EROFS: "write elsewhere: the file system is mounted read-only",
     errno_module.EACCES: "check the permissions of the file and its directory: ls -ld",
     errno_module.EPERM: "check the permissions of the file and its directory: ls -ld, lsattr -d",
-    errno_module.EBADF: "it is closed, or open the other way round: check the redirections",
-    errno_module.EMFILE: "a higher limit on open files: ulimit -n",
-    errno_module.ENFILE: "this host has too many files open",
-    errno_module.ENOLCK: "the server of the file system may have no lock service: a local one has",
+    errno_module.EBADF: "check the redirections: it is closed, or open for the other direction",
+    errno_module.EMFILE: "raise the limit on open files: ulimit -n",
+    errno_module.ENFILE: "close some files: this host has too many open",
+    errno_module.ENOLCK: "use a local file system: this one's server may have no lock service",
 }
 
 
@@ -367,34 +367,34 @@ def no_thread(what: str, error: RuntimeError) -> HostError:
     """The error for "can't start new thread", which comes without an errno."""
     return HostError(
         f"{what}: {error} (EAGAIN)",
-        hint="a higher limit on processes (ulimit -u, pids.max of the cgroup), or --jobs 1",
+        hint="raise the limit on processes (ulimit -u, the cgroup's pids.max), or use --jobs 1",
     )
 
 
 def host_error(error: OSError, what: str, **details: object) -> HostError:
-    """What an OSError of this host means; `what` names what was worked on.
+    """Return the error for an OSError of this host; `what` names what it happened to.
 
-    The class is DiskFullError where there is no room, NoMemoryError, or HostIoError.
+    Its class is DiskFullError, NoMemoryError or HostIoError.
     """
     number = error.errno or 0
     name = errno_name(number) if number else None
     reason = error.strerror or str(error)
     message = f"{what}: {reason} ({name})" if name else f"{what}: {reason}"
-    hint = _HINTS.get(number, "the kernel's log may say more: dmesg")
+    hint = _HINTS.get(number, "look in the kernel's log: dmesg")
     kind: type[HostError] = HostIoError
     if number in (errno_module.ENOSPC, errno_module.EDQUOT, errno_module.EFBIG):
         kind = DiskFullError
     elif number == errno_module.ENOMEM:
-        kind, hint = NoMemoryError, "a smaller --range"
+        kind, hint = NoMemoryError, "use a smaller --range"
     return kind(message, hint=hint, **{"errno": name, **details})
 
 
 def file_error(error: OSError, path: str, what: str | None = None) -> MtetoolError:
-    """What an OSError means that the opening, making or replacing of a file met.
+    """Return the error for an OSError from opening, creating or replacing a file.
 
-    One rule for snapshots, outputs and the files of emulated guests: NoSuchFileError,
-    BadNameError, PermissionRefusedError (EACCES and EPERM), else what `host_error` says. `path` is
-    in the details of each. `what` names what was tried; the path itself, if left out.
+    The rule is the same for snapshots, outputs and the files of emulated guests: NoSuchFileError,
+    BadNameError, PermissionRefusedError (EACCES and EPERM), otherwise what `host_error` returns.
+    Each has `path` in its details. `what` names what was tried; by default it is the path.
     """
     number = error.errno or 0
     details: dict[str, object] = {"path": path, "errno": errno_name(number)}
@@ -403,7 +403,9 @@ def file_error(error: OSError, path: str, what: str | None = None) -> MtetoolErr
         return NoSuchFileError(message, hint="check the name: ls -ld", **details)
     if number == errno_module.ENAMETOOLONG:
         message = f"{shortened(what or path)}: {error.strerror} (ENAMETOOLONG)"
-        return BadNameError(message, hint="a name has at most 255 bytes, a path 4095", **details)
+        return BadNameError(
+            message, hint="use a shorter name: it can have 255 bytes, and its path 4095", **details
+        )
     if number == errno_module.ELOOP:
         return BadNameError(message, hint="follow the links: namei -l", **details)
     if number in (errno_module.EACCES, errno_module.EPERM):
@@ -412,5 +414,5 @@ def file_error(error: OSError, path: str, what: str | None = None) -> MtetoolErr
 
 
 def shortened(text: str) -> str:
-    """A text cut to what fits into a message."""
+    """Cut a text to fit into a message."""
     return text if len(text) <= 100 else f"{text[:60]}…{text[-30:]}"

@@ -1,11 +1,11 @@
-"""What everybody speaks of: guests, their memslots, ranges of their memory.
+"""The vocabulary of all layers: guests, their memslots, ranges of their memory.
 
-`Guest` is what every backend is. A backend answers as the kernel's KVM_ARM_MTE_COPY_TAGS does
-(Documentation/virt/kvm/api.rst, 4.130): a copy gives the bytes of *guest memory* it completed, and
-an errno only when it completed nothing. What such an answer means for a whole guest is decided
-above, in `mtetool.sources` and `mtetool.flows`; a backend retries nothing and hides nothing.
+Every backend is a `Guest`, and answers as the kernel's KVM_ARM_MTE_COPY_TAGS does
+(Documentation/virt/kvm/api.rst, 4.130): a copy returns the bytes of *guest memory* that it
+completed, and an errno only if it completed none. `mtetool.sources` and `mtetool.flows` decide what
+such an answer means for a whole guest; a backend retries nothing and hides nothing.
 
-Nothing here imports numpy, so that a program which only names memory starts quickly.
+Nothing here imports numpy, so a program that only names memory starts quickly.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 SlotKind = Literal["ram", "rom", "device"]
 
 Pending = Callable[[], int]
-"""A copy that was begun: calling it, once, gives or raises the copy's answer.
+"""A copy in flight: calling it, once, returns or raises the copy's answer.
 
 Copies take effect in the order in which they were begun, by the time they are called, and are
-called in that order; one that is not called may have taken effect or not. The buffer is the copy's
-until it was called, or until a later copy was. All other methods of the guest come after
-every copy that was begun.
+called in that order; a copy that is never called may or may not have taken effect. The copy owns
+the buffer until it, or a later copy, has been called. All other methods of the guest come after
+every copy in flight.
 """
 
 
@@ -38,9 +38,9 @@ every copy that was begun.
 class Memslot:
     """A range of guest physical memory that the VMM has given to KVM.
 
-    `readonly` is None where that is unknown (a slot found by asking the kernel). `kind`
-    is "device" for memory that cannot carry tags; such slots are never copied. `host_address` is
-    where the slot begins in the VMM's own memory, if the user said so.
+    `readonly` is None if unknown (a slot found by asking the kernel). `kind` is "device" for memory
+    that cannot carry tags; such slots are never copied. `host_address` is where the slot begins in
+    the VMM's own memory, if the user gave it.
     """
 
     id: int
@@ -65,7 +65,7 @@ class Extent:
 
     @classmethod
     def between(cls, ipa: int, end: int) -> Self:
-        """The extent from an address up to another."""
+        """The extent from one address up to another."""
         return cls(ipa, end - ipa)
 
     @property
@@ -85,7 +85,7 @@ class Missing:
 
     @property
     def end(self) -> int:
-        """The first address after it."""
+        """The first address after the range."""
         return self.ipa + self.size_bytes
 
 
@@ -105,9 +105,9 @@ class GuestInfo:
 
 @dataclass(frozen=True, slots=True)
 class GuestOptions:
-    """What the user said about a guest besides its name.
+    """What the user specified about a guest besides its name.
 
-    `memslots` replaces whatever could be learnt; `qmp` is the VMM's monitor socket.
+    `memslots` replaces the layout that mtetool would find out; `qmp` is the VMM's monitor socket.
     """
 
     memslots: tuple[Memslot, ...] = ()
@@ -115,102 +115,101 @@ class GuestOptions:
 
 
 class Guest(ABC):
-    """A guest that was opened: its layout, and its tags.
+    """An open guest: its layout and its tags.
 
-    A backend has to write six methods; the others are right for any guest, and a backend that can
-    do better, or faster, has its own. Used as a context manager; after `close` nothing of ours is
-    left in the guest or VMM.
+    A backend must implement the six abstract methods; the others are correct for any guest, and a
+    backend overrides those that it can do better or faster. It is a context manager; after `close`
+    mtetool leaves nothing in the guest or VMM.
     """
 
     page_size_bytes: int
     """The page size that addresses and lengths of copies must be aligned to."""
     max_copy_granules: int = 4 << 20
-    """What is begun as one copy at most: 4 MiB of tags, 64 MiB of guest memory."""
+    """The most that one copy may cover: 4 MiB of tags, 64 MiB of guest memory."""
     depth: int = 1
-    """How many copies, each with its read-back, are worth beginning before the first is taken."""
+    """How many copies, each with its read-back, are worth having in flight."""
     makes_pages: bool = True
-    """Whether writing tags of 0 where there is no memory yet makes that memory."""
+    """Whether writing tags of 0 to memory that is not allocated yet allocates it."""
 
     @abstractmethod
     def info(self) -> GuestInfo:
-        """The guest as it is now.
+        """Describe the guest as it is now.
 
-        Raises LayoutUnknownError where the memslots cannot be learnt.
+        Raises LayoutUnknownError if the memslots cannot be learnt.
         """
 
-    def prepare(self) -> None:  # noqa: B027 - most have nothing that takes long
-        """Do all that is slow and comes before the first copy, while nobody waits yet.
+    def prepare(self) -> None:  # noqa: B027 - most have nothing slow to do
+        """Do the slow work that precedes the first copy, while nothing waits for it yet.
 
         Raises GuestError.
         """
 
     @abstractmethod
     def freeze(self) -> None:
-        """Stop all vCPUs until `thaw`, so that nothing of the guest changes its tags.
+        """Stop all vCPUs until `thaw`, so that the guest cannot change its tags.
 
-        They run on by themselves if mtetool dies. Raises GuestError; then none is stopped.
+        They resume by themselves if mtetool dies. Raises GuestError, and leaves none stopped.
         """
 
     @abstractmethod
     def thaw(self) -> float:
-        """Let the vCPUs run on; for how many seconds they stood still (0.0: they never ran)."""
+        """Resume the vCPUs; return how many seconds they were stopped (0.0: they never ran)."""
 
     @abstractmethod
     def read_tags(self, ipa: int, out: TagBuffer) -> int:
-        """Copy the tags of guest memory from `ipa` on into `out` (one byte a granule).
+        """Copy the tags of guest memory from `ipa` on into `out` (one byte per granule).
 
-        `out` is a writable buffer of bytes; its length times 16 is the length in bytes of guest
-        memory. Returns the bytes of guest memory completed, a multiple of the page
-        size, short where something stopped the copy: ask again at that place to learn why.
+        `out` is a writable buffer of bytes; its length times 16 is the length of the guest memory
+        in bytes. Returns the bytes of guest memory completed, a multiple of the page size, fewer if
+        something stopped the copy: copy again from there to learn why.
 
-        Raises OSError with the kernel's errno when nothing was copied (EFAULT: no memory
-        there, EINVAL: misaligned, too long), and GuestError when the guest is gone or has
-        no MTE.
+        Raises OSError with the kernel's errno if nothing was copied (EFAULT: no memory there,
+        EINVAL: misaligned, too long), and GuestError if the guest is gone or has no MTE.
         """
 
     @abstractmethod
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
-        """Copy `tags` (one byte a granule) onto the guest memory from `ipa` on.
+        """Copy `tags` (one byte per granule) onto the guest memory from `ipa` on.
 
-        As `read_tags`; besides EFAULT for read-only memory and EBUSY while any memslot
-        logs dirty pages. Of no tags at all it is refused where any write would be (EBUSY, no
-        permission), and changes nothing.
+        Like `read_tags`, but also EFAULT for read-only memory and EBUSY while any memslot logs
+        dirty pages. A write of no tags changes nothing, and is refused if any write would be
+        (EBUSY, no permission).
         """
 
     @abstractmethod
     def enable_mte(self) -> bool:
-        """Turn MTE on, before the first vCPU; False where it was on already.
+        """Turn MTE on, before the first vCPU; return False if it was on already.
 
         Raises TooLateError, MteUnsupportedError.
         """
 
     def paused(self) -> bool | None:
-        """Whether the guest's vCPUs stand still now; None where that is unknown."""
+        """Whether the guest's vCPUs are stopped now; None if unknown."""
         return None
 
     def any_thread_reads(self, extent: Extent) -> bool:
-        """Whether several threads may read an extent at a time, and be faster than one.
+        """Whether several threads may read an extent at once, faster than one would.
 
-        So may they any part of it, then. Nothing is in the way of reading it: only the host can
-        fail.
+        The same then holds for any part of the extent, and a read of it fails only if the host
+        does.
         """
         return False
 
     def may_be_tagged(self, extent: Extent) -> Iterator[Extent]:
         """The parts of an extent that may have tags other than 0.
 
-        Ascending, whole pages, as is the extent, and no two of them touch. What lies between
-        them has been found to have no tags at all, by looking and not by reading: memory that
-        nobody ever touched is not made by that. What is unknown, and addresses without
-        memory, are in the parts.
+        The parts are ascending, consist of whole pages, as does the extent, and do not touch. The
+        memory between them was found to have no tags by looking, not by reading, which would
+        allocate untouched memory. Memory about which this is unknown, and addresses without memory,
+        are in the parts.
         """
         yield extent
 
     def would_make(self, extents: Sequence[Extent]) -> int:
-        """At most how many bytes of memory the host would newly allocate for a read of `extents`.
+        """The most bytes of memory that the host would newly allocate for a read of `extents`.
 
-        They are whole pages; of them only what `may_be_tagged` gives is read. Found by looking and
-        not by reading.
+        They are whole pages; only the parts of them that `may_be_tagged` yields are read. This is
+        found by looking, not by reading.
         """
         return 0
 
@@ -222,8 +221,8 @@ class Guest(ABC):
         """Begin what `write_tags` does, for 1 to `max_copy_granules` granules; see `Pending`."""
         return partial(self.write_tags, ipa, tags)
 
-    def close(self) -> None:  # noqa: B027 - most have nothing to let go of
-        """Let go of the guest. May be called twice."""
+    def close(self) -> None:  # noqa: B027 - most have nothing to close
+        """Close the guest. May be called twice."""
 
     def __enter__(self) -> Self:
         return self
@@ -238,17 +237,17 @@ class Guest(ABC):
 
 
 class LiveGuest(Guest):
-    """A guest that runs in a process of this host: a backend says how its threads are stopped."""
+    """A guest that runs in a process of this host: a backend defines how to stop its threads."""
 
     _frozen_since: float | None = None
 
     @abstractmethod
     def _stop(self) -> None:
-        """Stop its threads. Raises GuestError; some may be stopped then."""
+        """Stop its threads. Raises GuestError, and may leave some stopped."""
 
     @abstractmethod
     def _resume(self) -> None:
-        """Let the threads run on that were stopped."""
+        """Resume the threads that were stopped."""
 
     @property
     def is_frozen(self) -> bool:

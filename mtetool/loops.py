@@ -1,7 +1,7 @@
-"""The loops over each granule: in C where it was compiled, else in numpy.
+"""The loops over granules: in C if that was compiled, else in numpy.
 
-Both do the same, byte for byte; `mtetool.loops_numpy` says what. The one in C needs no numpy,
-which takes longer to import than a save of a small guest takes.
+Both do the same, byte for byte; `mtetool.loops_numpy` describes it. The C version needs no numpy,
+which takes longer to import than saving a small guest.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The loops over each granule, in numpy: the reference for those in C (`_loops.c`).
+"""The loops over granules in numpy, the reference for those in C (`_loops.c`).
 
-Tags are buffers of one byte a granule, C-contiguous; where nothing else is said, bits 7:4 are
-zero. What a function writes to is named `out`, `into` or `tags`, and is as long as it says. All
-raise ValueError for lengths that do not fit, and for nothing else.
+Tags are C-contiguous buffers of one byte per granule; bits 7:4 are zero unless stated otherwise. A
+function writes to `out`, `into` or `tags`, whose length it documents. All raise ValueError for
+lengths that do not fit, and for nothing else.
 
-Runs are written so (mtesnap(5), enc 2): their lengths, two a byte as tags are packed, 0 for one of
-16 and more; their tags, two a byte; and for each run of 16 and more, in order, its length less 16
-as LEB128.
+Runs are written as follows (mtesnap(5), enc 2): their lengths, two per byte, packed like tags, 0
+for a run of 16 or more; their tags, two per byte; and for each run of 16 or more, in order, its
+length minus 16 as LEB128.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LONG = 16
 _LEB128_MAX_BYTES = 6
 
 # Where objects of 1, 2, 4, 8 or 16 granules begin in 64, as the bits of a word; and how many of
-# those must be there for the others to be taken for there too.
+# those must be set for the others to be added.
 _OBJECTS = (
     (0xFFFF_FFFF_FFFF_FFFF, 48),
     (0x5555_5555_5555_5555, 24),
@@ -38,7 +38,7 @@ _OBJECTS = (
 
 
 def scan(tags: TagBuffer, page_granules: int) -> tuple[int, int, int, int]:
-    """Runs, granules whose tag is not 0, pages that have such, and all bits that occur.
+    """Count runs, granules with a tag other than 0, and pages with any; collect all bits set.
 
     `tags` are whole pages of `page_granules` (a multiple of 128), at least one.
     """
@@ -52,15 +52,15 @@ def scan(tags: TagBuffer, page_granules: int) -> tuple[int, int, int, int]:
 
 
 def to_runs(tags: TagBuffer, page_granules: int, out: TagBuffer) -> tuple[int, int, int, int, int]:
-    """As `scan`, and write the runs to `out`: how many, and in the end how many bytes they take.
+    """Count like `scan`, and write the runs to `out`; the last number is their length in bytes.
 
-    There are more of them than `scan` says where objects of one size lie side by side and some
-    neighbours have one tag by chance, as in a slab: those stay runs by themselves, because lengths
-    that are all the same compress to next to nothing. (In 64 granules, sizes of 1, 2, 4, 8, 16,
-    three quarters of the boundaries.) Where there are more than a quarter as many runs as granules,
-    nothing is written, 0 bytes, and all is as `scan` says.
+    There are more runs than `scan` counts where objects of one size lie side by side, as in a slab,
+    and some neighbours have the same tag by chance: those stay separate runs, because equal lengths
+    compress to next to nothing. (Decided for each 64 granules: sizes of 1, 2, 4, 8 and 16, if three
+    quarters of the boundaries are there.) If there are more than a quarter as many runs as
+    granules, nothing is written (0 bytes), and the counts are those of `scan`.
 
-    `out` is as long as `tags`, and all of it may be written to.
+    `out` is as long as `tags`, and all of it may be overwritten.
     """
     array, room = _bytes(tags), _bytes(out)
     counted = scan(array, page_granules)
@@ -83,7 +83,7 @@ def to_runs(tags: TagBuffer, page_granules: int, out: TagBuffer) -> tuple[int, i
 
 
 def _boundaries(array: Bytes) -> NDArray[np.intp]:
-    """Where runs begin, those of objects too."""
+    """Where runs begin, including those of objects."""
     changes = np.zeros(array.size, dtype=np.uint8)
     changes[1:] = array[1:] != array[:-1]
     words = np.packbits(changes, bitorder="little").view("<u8")
@@ -107,9 +107,9 @@ def _packed(values: Bytes) -> Bytes:
 def from_runs(
     lengths: TagBuffer, values: TagBuffer, longs: TagBuffer, n_runs: int, tags: TagBuffer
 ) -> None:
-    """The reverse of `to_runs`: fill `tags` from what that wrote, in its three parts.
+    """The reverse of `to_runs`: fill `tags` from the three parts that it wrote.
 
-    Neighbouring runs may have one tag; anything else that `to_runs` would not have written
+    Neighbouring runs may have the same tag; anything else that `to_runs` would not have written
     raises ValueError.
     """
     packed, of, out = _bytes(lengths), _bytes(values), _bytes(tags)
@@ -134,8 +134,8 @@ def from_runs(
 def page_run(tags: TagBuffer, page_granules: int, first: int) -> tuple[bool, int]:
     """Whether the page `first` of `tags` has a tag that is not 0, and where that changes.
 
-    That is the number of the next page of which the contrary is true, or of pages in all.
-    `tags` are whole pages of `page_granules`, a multiple of 8.
+    That is the number of the next page for which the opposite holds, or the number of pages. `tags`
+    are whole pages of `page_granules`, a multiple of 8.
     """
     array = _bytes(tags)
     n_pages = array.size // page_granules if page_granules > 0 else 0
@@ -150,9 +150,9 @@ def page_run(tags: TagBuffer, page_granules: int, first: int) -> tuple[bool, int
 
 
 def frame_run(entries: bytes, first: int) -> int:
-    """Where a run of page table entries, words of 64 bits, that begins at number `first` ends.
+    """The end of the run of page table entries (words of 64 bits) that begins at `first`.
 
-    In a run each is the one before plus 1: pages alike, their frames one after the other.
+    In a run each entry is the one before plus 1: equal flags, consecutive frames.
     """
     if len(entries) % 8:
         raise ValueError("entries that are not whole")
@@ -164,7 +164,7 @@ def frame_run(entries: bytes, first: int) -> int:
 
 
 def pack(tags: TagBuffer, out: TagBuffer) -> None:
-    """Two tags in a byte, the lower address in the low nibble; `out` is half as long.
+    """Pack two tags per byte, the lower address in the low nibble; `out` is half as long.
 
     The nibble order is that of the kernel's core dumps (PT_AARCH64_MEMTAG_MTE) and of QEMU's tag
     memory.
@@ -184,7 +184,7 @@ def unpack(packed: TagBuffer, tags: TagBuffer) -> None:
 
 
 def first_difference(a: TagBuffer, b: TagBuffer) -> int:
-    """The index of the first byte in which two buffers of one length differ; else the length."""
+    """The index of the first byte in which two equally long buffers differ; else their length."""
     left, right = _bytes(a), _bytes(b)
     if left.size != right.size:
         raise ValueError("tags of different lengths")
@@ -194,7 +194,7 @@ def first_difference(a: TagBuffer, b: TagBuffer) -> int:
 
 
 def xor(into: TagBuffer, other: TagBuffer) -> None:
-    """Each byte of `into` exclusive-or that of `other`, which is as long."""
+    """XOR each byte of `other` into `into`, which is as long."""
     left, right = _bytes(into), _bytes(other)
     if left.size != right.size:
         raise ValueError("tags of different lengths")
@@ -221,7 +221,7 @@ def _leb128(value: int) -> bytes:
 
 
 def _from_leb128(data: bytes, count: int, most: int) -> list[int] | None:
-    """All of `data` as `count` lengths above 255, none above `most`; None if it is not that."""
+    """Decode `data` as exactly `count` lengths of 16 to `most`; None if it is anything else."""
     values: list[int] = []
     at = 0
     for _ in range(count):

@@ -1,7 +1,7 @@
-"""Who may trace whom: what this process may do, and why a process was refused to it.
+"""Who may trace whom: what this process may do, and why the kernel refused it a process.
 
-The kernel says EPERM to everything (`__ptrace_may_access` in kernel/ptrace.c, Yama in
-security/yama/yama_lsm.c); what it looked at can mostly be seen in /proc, and is named here.
+The kernel answers EPERM to everything (`__ptrace_may_access` in kernel/ptrace.c, Yama in
+security/yama/yama_lsm.c). Most of what it checks can be seen in /proc, and is named here.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ REASONS: tuple[str, ...] = get_args(_Reason)
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """What this process may do to others; None where it cannot be known.
+    """What this process may do to others; None where that is unknown.
 
     `ptrace_scope` is None where the kernel has no Yama. `seccomp` is the mode of this process:
-    0 none, 1 strict, 2 a filter. `first_user_namespace`: not in a namespace of a container.
+    0 none, 1 strict, 2 a filter. `first_user_namespace` is false in a container's namespace.
     """
 
     cap_sys_ptrace: bool | None
@@ -55,7 +55,7 @@ class Rights:
 
 
 def own_rights(proc: Path = Path("/proc")) -> Rights:
-    """Look at this process. Raises nothing."""
+    """Return the rights of this process. Raises nothing."""
     status = status_of("self", proc)
     capabilities = _number(status.get("CapEff"), 16)
     namespace = None
@@ -73,7 +73,7 @@ def own_rights(proc: Path = Path("/proc")) -> Rights:
 
 
 def refusal(pid: int, error: OSError) -> NoSuchProcessError | PermissionRefusedError | BusyError:
-    """The error for a failed attach, with its cause as far as that can be seen."""
+    """Return the error for a failed attach, with its cause as far as that can be seen."""
     status = status_of(pid)
     if error.errno == errno.ESRCH or not status:
         return NoSuchProcessError(f"process {pid} is gone", pid=pid)
@@ -82,8 +82,8 @@ def refusal(pid: int, error: OSError) -> NoSuchProcessError | PermissionRefusedE
     tracer = _tracer_of(pid)
     if tracer:
         return BusyError(
-            f"process {pid} is being traced by {_named(tracer)} already, and a thread can have"
-            " only one tracer",
+            f"process {pid} is already traced by {_named(tracer)}, and a thread can have only one"
+            " tracer",
             hint="let the debugger (or the other mtetool) finish first",
             pid=pid,
             tracer=tracer,
@@ -92,7 +92,7 @@ def refusal(pid: int, error: OSError) -> NoSuchProcessError | PermissionRefusedE
 
 
 def refused(pid: int, asked: str, error: OSError) -> PermissionRefusedError:
-    """The error for what was `asked` of a process and not allowed."""
+    """Return the error for something `asked` of a process that the kernel refused."""
     cause = _cause(own_rights(), pid, status_of(pid))
     return PermissionRefusedError(
         f"{asked} was refused ({errno_name(error.errno or 0)}): {cause.text}",
@@ -104,27 +104,27 @@ def refused(pid: int, asked: str, error: OSError) -> PermissionRefusedError:
 
 
 def zombie(pid: int, status: dict[str, str]) -> NoSuchProcessError | None:
-    """The error for a process that has ended and is only not collected by its parent yet."""
+    """Return the error for a process that has ended but is not reaped yet, otherwise None."""
     if not status.get("State", "").startswith(("Z", "X")) or _has_threads_left(pid):
         return None
     parent = _number(status.get("PPid")) or 0
     return NoSuchProcessError(
         f"process {pid} ({status.get('Name', '?')}) has ended; it stays in the list only until its"
-        f" parent, {_named(parent)}, has collected it",
-        hint="its memory is gone with it: start it again",
+        f" parent, {_named(parent)}, reaps it",
+        hint="start it again: its memory is gone",
         pid=pid,
     )
 
 
 def thread_has_ended(pid: int, tid: int) -> bool:
-    """Whether that thread of the process is gone, or about to be."""
+    """Return whether a thread of the process is gone, or about to be."""
     state = status_of(f"{pid}/task/{tid}").get("State", "X")
     return state.startswith(("Z", "X"))
 
 
 @dataclass(frozen=True, slots=True)
 class _Cause:
-    """Why it was refused; `text` goes on after a colon."""
+    """Why the kernel refused; `text` follows a colon."""
 
     id: _Reason
     text: str
@@ -135,12 +135,12 @@ _AS_ROOT = "run mtetool as root (with CAP_SYS_PTRACE)"
 
 
 def _cause(rights: Rights, pid: int, status: dict[str, str]) -> _Cause:
-    """What of all that the kernel looks at is in the way, the most certain first."""
+    """Return why the kernel refused, checking the most certain causes first."""
     if rights.ptrace_scope == 3:
         return _Cause(
             "ptrace-scope",
-            "kernel.yama.ptrace_scope is 3, so that no process may trace another on this host",
-            "only a reboot without that setting changes it",
+            "kernel.yama.ptrace_scope is 3, so no process may trace another on this host",
+            "reboot without that setting: nothing else changes it",
         )
     if rights.cap_sys_ptrace:
         return _cause_with_capability(rights)
@@ -155,14 +155,14 @@ def _cause(rights: Rights, pid: int, status: dict[str, str]) -> _Cause:
     if rights.ptrace_scope == 2:
         return _Cause(
             "ptrace-scope",
-            "kernel.yama.ptrace_scope is 2, which asks for CAP_SYS_PTRACE also of the same user",
+            "kernel.yama.ptrace_scope is 2, which demands CAP_SYS_PTRACE even of the same user",
             _AS_ROOT,
         )
     if user is not None and _is_protected(pid, user):
         return _Cause(
             "not-dumpable",
             "it is protected against its own user (not dumpable: it changed its user or"
-            " capabilities, asked for that, or its program is not readable)",
+            " capabilities, asked for this, or its program is not readable)",
             _AS_ROOT,
         )
     if _holds_more(status):
@@ -174,8 +174,8 @@ def _cause(rights: Rights, pid: int, status: dict[str, str]) -> _Cause:
     if rights.ptrace_scope == 1:
         return _Cause(
             "ptrace-scope",
-            "kernel.yama.ptrace_scope is 1, which lets a user trace only what the tracing program"
-            " itself has started",
+            "kernel.yama.ptrace_scope is 1, which lets a program trace only processes that it"
+            " has started itself",
             f"{_AS_ROOT}, or set kernel.yama.ptrace_scope to 0",
         )
     return _cause_unseen(rights)
@@ -186,7 +186,7 @@ def _cause_with_capability(rights: Rights) -> _Cause:
         return _Cause(
             "user-namespace",
             "mtetool runs in a user namespace (a container, unshare), and its rights do not reach"
-            " processes outside of it",
+            " processes outside it",
             "run mtetool on the host itself, or in the VMM's own container",
         )
     return _cause_unseen(rights)
@@ -201,8 +201,8 @@ def _cause_unseen(rights: Rights) -> _Cause:
         )
     return _Cause(
         "unknown",
-        "no usual reason can be seen; a security module (SELinux, AppArmor) may forbid it",
-        "look into the kernel's log (dmesg, ausearch -m avc)",
+        "none of the usual causes can be seen; a security module (SELinux, AppArmor) may forbid it",
+        "look in the kernel's log: dmesg, ausearch -m avc",
     )
 
 
@@ -242,7 +242,7 @@ def _has_threads_left(pid: int) -> bool:
 
 
 def _tracer_of(pid: int) -> int:
-    """Who traces the process, or one of its threads; 0 where nobody is seen to."""
+    """Return the tracer of the process or of one of its threads; 0 where none is seen."""
     try:
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
     except OSError:

@@ -1,7 +1,7 @@
-"""What /proc says of processes and threads, parsed once for everybody.
+"""What /proc says about processes and threads, parsed in one place.
 
-Parts of these texts are other people's: names of programs, threads and files. The kernel escapes a
-newline in them, and nothing else that Python takes for the end of a line.
+Parts of these texts come from other people: names of programs, threads and files. The kernel
+escapes newlines in them, but nothing else that Python takes for the end of a line.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 
 
 def lines(path: Path | str) -> list[str]:
-    """The lines of a text of the kernel's; only a newline ends one. Raises OSError."""
+    """Return the lines of a file in /proc; only a newline ends a line. Raises OSError."""
     return os.fsdecode(Path(path).read_bytes()).split("\n")
 
 
 def status_of(pid: int | str, proc: Path = Path("/proc")) -> dict[str, str]:
-    """The fields of /proc/PID/status; empty where it cannot be read."""
+    """Return the fields of /proc/PID/status; empty where it cannot be read."""
     try:
         found = lines(proc / str(pid) / "status")
     except OSError:
@@ -28,21 +28,21 @@ def status_of(pid: int | str, proc: Path = Path("/proc")) -> dict[str, str]:
 
 
 def stat_of(task: Path | str) -> list[str]:
-    """The fields of /proc/PID/stat or of a thread's, from the state on: proc(5)'s number less 3.
+    """Return the fields of a task's `stat` from the state on: index 0 is field 3 of proc(5).
 
-    Raises OSError; ProcessLookupError where the task ended meanwhile.
+    Raises OSError; ProcessLookupError where the task has ended meanwhile.
     """
-    # The name of the program is in parentheses, and may have any of its own.
+    # The program's name is in parentheses, and can itself contain parentheses.
     text = os.fsdecode(Path(task, "stat").read_bytes())
     fields = text.rpartition(")")[2].split()
     if not fields:
-        raise ProcessLookupError(f"{task} says nothing")
+        raise ProcessLookupError(f"{task} has an empty stat")
     return fields
 
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """A line of /proc/PID/maps: [start, end), `rwxp` flags; `inode` and `device` 0 of no file."""
+    """A line of /proc/PID/maps: [start, end), `rwxp`; `inode` and `device` are 0 without a file."""
 
     start: int
     end: int
@@ -54,12 +54,12 @@ class Mapping:
 
 
 def mappings(pid: int) -> list[Mapping]:
-    """The process's mappings in order of address. Raises OSError."""
+    """Return the process's mappings in order of address. Raises OSError."""
     return parsed(lines(f"/proc/{pid}/maps"))
 
 
 def parsed(texts: Iterable[str]) -> list[Mapping]:
-    """The mappings in lines as those of /proc/PID/maps; other lines are left out."""
+    """Parse lines of the form of /proc/PID/maps; skip others."""
     result = []
     for line in texts:
         with suppress(ValueError):

@@ -1,4 +1,4 @@
-"""Ranges of addresses by their two ends, of a process or of a guest."""
+"""Ranges of addresses of a process or a guest, by their two ends."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Span(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        """How long it is."""
+        """The length of the range."""
         return self.end - self.start
 
 
 class Place(NamedTuple):
-    """Memory of a guest, and where it is in the VMM's own."""
+    """A range of guest memory, and where it is in the VMM's own memory."""
 
     ipa: int
     size_bytes: int
@@ -27,17 +27,17 @@ class Place(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The first guest address after it."""
+        """The first guest address after the range."""
         return self.ipa + self.size_bytes
 
     @property
     def shift(self) -> int:
-        """From an address of the guest to the VMM's."""
+        """The difference between the VMM's address and the guest's."""
         return self.address - self.ipa
 
 
 def united(one: Iterator[Span], other: Iterator[Span]) -> Iterator[Span]:
-    """Both, in order of address, none twice."""
+    """The union of both, in order of address, without overlaps."""
     sides = [one, other]
     heads = [next(side, None) for side in sides]
     done = 0

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mtetool.guest import Extent
 
-# What is joined to one piece: one write a row is ten times slower.
+# Rows that are joined into one piece: one write per row is ten times slower.
 _BATCH_ROWS = 4096
 
 
 class Rows:
-    """The elements of an array, made when they are written; gone through once."""
+    """The elements of an array, made as they are written; they can be iterated only once."""
 
     def __init__(self, rows: Iterable[object]) -> None:
         self._rows = iter(rows)
@@ -25,14 +25,14 @@ class Rows:
 
 
 def extent_row(extent: Extent) -> dict[str, int]:
-    """A range of guest memory, as all reports have it."""
+    """Return a range of guest memory in the form that all reports use."""
     return {"ipa": extent.ipa, "size_bytes": extent.size_bytes}
 
 
 def json_parts(document: Mapping[str, object], indent: int | None = None) -> Iterator[str]:
-    """What `json.dumps` makes of an object, in pieces of which the first is "{".
+    """Yield what `json.dumps` makes of an object, in pieces; the first is "{".
 
-    Values of the object itself may be `Rows`; what JSON does not know is written as text.
+    The object's own values can be `Rows`; types that JSON does not know are written as text.
     """
     line = "" if indent is None else "\n" + " " * indent
     between = ", " if indent is None else "," + line
@@ -60,5 +60,5 @@ def _array(rows: Rows, indent: int | None, line: str) -> Iterator[str]:
 
 def _dumped(value: object, indent: int | None, line: str) -> str:
     text = json.dumps(value, indent=indent, default=str)
-    # Strings have no newlines of their own in JSON: these are between the parts.
+    # JSON strings contain no raw newlines: these are between the elements.
     return text if indent is None else text.replace("\n", line)

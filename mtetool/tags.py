@@ -1,7 +1,7 @@
-"""Arrays of tags, pure: what is shown of them. One byte a granule, bits 7:4 zero.
+"""Pure functions on arrays of tags, for showing them: one byte per granule, bits 7:4 zero.
 
-Nothing here reads or writes anything; shapes are one-dimensional and C-contiguous. What is done
-with every chunk of a save or restore is in `mtetool.loops`.
+Nothing here does any I/O; arrays are one-dimensional and C-contiguous. The work on every chunk of a
+save or restore is in `mtetool.loops`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Indices = NDArray[np.intp]
 
 
 def as_array(tags: TagBuffer) -> Tags:
-    """Tags in any buffer as an array over the same bytes; not to be written to."""
+    """View the tags in any buffer as an array over the same bytes; do not write to it."""
     return np.frombuffer(as_bytes(tags), dtype=np.uint8)
 
 

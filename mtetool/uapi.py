@@ -1,6 +1,6 @@
-"""The kernel's numbers and structs that mtetool uses, each with where it comes from.
+"""The kernel's numbers and structs that mtetool uses, each with its origin.
 
-No input or output happens here. Layouts are those of the 64-bit little-endian arm64 ABI.
+This module does no input or output. Layouts are those of the 64-bit little-endian arm64 ABI.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _IOC_NONE, _IOC_WRITE, _IOC_READ = 0, 1, 2
 
 
 def ioc(direction: int, kind: int, number: int, size: int) -> int:
-    """An ioctl request number: direction in 31:30, size in 29:16, type in 15:8, number in 7:0."""
+    """Return an ioctl number: direction in 31:30, size in 29:16, type in 15:8, number in 7:0."""
     return direction << 30 | size << 16 | kind << 8 | number
 
 
@@ -49,7 +49,7 @@ KVM_MEM_READONLY = 1 << 1
 KVM_MEM_GUEST_MEMFD = 1 << 2
 
 KVM_MEMORY_REGION2_STRUCT = struct.Struct("<IIQQQQI116x")
-"""struct kvm_userspace_memory_region2: as the first one, guest_memfd_offset, guest_memfd,
+"""struct kvm_userspace_memory_region2: the fields of the first, guest_memfd_offset, guest_memfd,
 padding; 160 bytes."""
 KVM_SET_USER_MEMORY_REGION2 = ioc(_IOC_WRITE, KVMIO, 0x49, KVM_MEMORY_REGION2_STRUCT.size)
 KVM_CREATE_GUEST_MEMFD_STRUCT = struct.Struct("<QQ48x")
@@ -61,7 +61,7 @@ GUEST_MEMFD_FLAG_MMAP = 1 << 0
 
 KVM_ENABLE_CAP_STRUCT = struct.Struct("<II4Q64x")
 """struct kvm_enable_cap: cap, flags, args[4], padding; 104 bytes."""
-# The header says _IOW of the struct: 0x4068aea3.
+# The header defines it as _IOW of the struct: 0x4068aea3.
 KVM_ENABLE_CAP = ioc(_IOC_WRITE, KVMIO, 0xA3, KVM_ENABLE_CAP_STRUCT.size)
 
 # The largest memslot, include/linux/kvm_host.h: KVM_MEM_MAX_NR_PAGES.
@@ -85,15 +85,15 @@ KVM_ARM_VCPU_EL1_32BIT = 1 << 1
 KVM_ARM_VCPU_PSCI_0_2 = 1 << 2
 KVM_ARM_VCPU_HAS_EL2 = 1 << 7
 
-# The kernel refuses a longer copy since 6.4 (commit 2def950c63e3); before, the return value
-# was truncated to an int.
+# Since 6.4 (commit 2def950c63e3) the kernel refuses longer copies; before, it truncated the
+# return value to an int.
 COPY_LENGTH_MAX = (1 << 31) - 1
 
 
 def is_copy_range(ipa: int, length_bytes: int, page_size_bytes: int) -> bool:
-    """Whether KVM_ARM_MTE_COPY_TAGS accepts such a range: whole pages, and not too many.
+    """Return whether KVM_ARM_MTE_COPY_TAGS accepts a range: whole pages, and not too many.
 
-    Else it is EINVAL (arch/arm64/kvm/guest.c, kvm_vm_ioctl_mte_copy_tags).
+    Otherwise the kernel answers EINVAL (arch/arm64/kvm/guest.c, kvm_vm_ioctl_mte_copy_tags).
     """
     aligned = ipa % page_size_bytes == 0 and length_bytes % page_size_bytes == 0
     return aligned and length_bytes <= COPY_LENGTH_MAX
@@ -107,7 +107,7 @@ def enable_cap(cap: int) -> bytes:
 def copy_mte_tags(guest_ipa: int, length: int, addr: int, flags: int, reserved: int = 0) -> bytes:
     """The argument of KVM_ARM_MTE_COPY_TAGS; `length` in bytes of guest memory.
 
-    `reserved` fills the words that the kernel wants to be 0.
+    `reserved` fills the words that the kernel requires to be 0.
     """
     fields = (guest_ipa, length, addr, flags, reserved, reserved)
     return KVM_ARM_COPY_MTE_TAGS_STRUCT.pack(*fields)

@@ -10,15 +10,15 @@ _BYTES_AS_TEXT = range(0xDC80, 0xDD00)  # what surrogateescape makes of bytes th
 
 
 def counted(n: int, noun: str, plural: str | None = None) -> str:
-    """`1 page`, `2 pages`; `plural` where an s is not enough."""
+    """Return `1 page` or `2 pages`; `plural` is for nouns where adding an s is not enough."""
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
 
 
 def printable(text: str) -> str:
-    """`text` in one line, without control characters, which are shown as `\\n` and `\\x1b`.
+    """Return `text` as one line, with control characters shown as `\\n` and `\\x1b`.
 
-    Names of files, guests and processes are other people's text: none of it may look like a line
-    of a report or reach the terminal as an escape sequence. A byte of a file's name that is not
+    Names of files, guests and processes come from other people: they must not look like a line
+    of a report or reach the terminal as an escape sequence. A byte of a file name that is not
     UTF-8 is shown as `\\xff`.
     """
     if text.isprintable():
@@ -27,12 +27,12 @@ def printable(text: str) -> str:
 
 
 def encodable(text: str) -> str:
-    """`text` as UTF-8 can hold it: bytes that were not UTF-8 are escaped, as `\\xff`."""
+    """Make `text` encodable as UTF-8: bytes that were not UTF-8 are escaped as `\\xff`."""
     return _SURROGATE.sub(lambda found: _escaped(found[0]), text)
 
 
 def quoted(text: str) -> str:
-    """What a user wrote, `printable`, in quotes; a long text is cut."""
+    """Return what a user wrote, `printable` and in quotes; a long text is cut."""
     cut = text if len(text) <= _QUOTED_MAX else text[:_QUOTED_MAX] + "…"
     return f"'{printable(cut)}'"
 

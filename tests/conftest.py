@@ -1,4 +1,4 @@
-"""What all tests rest on."""
+"""Settings and fixtures for all tests."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The keys of JSON reports, as their manual pages document them, beside those of real reports.
+"""The keys of JSON reports: those in the manual pages, compared with those of real reports.
 
 A page has a section JSON, with a subsection for each schema (`.SS mtetool.save/1`), whose entries
 (.TP) name keys: `.BR held_bytes ", " vms[].pid ", " missing " (missing ranges)"`. A list of rows of
-a common kind has the kind behind it in parentheses; mtetool(1) has a subsection for each kind.
+a common kind is followed by the kind in parentheses; mtetool(1) has a subsection for each kind.
 """
 
 from __future__ import annotations

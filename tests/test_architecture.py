@@ -1,4 +1,4 @@
-"""The rooms of the house, and which of them may know which: ARCHITECTURE.md explains them."""
+"""The rooms of the house, and which of them may import which; see ARCHITECTURE.md."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_the_table_goes_from_the_ground_up() -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_knows_those_that_it_may(room: str) -> None:
-    """No more, and the table has no arrow that nobody needs any more."""
+    """No others; and the table has no arrow that is no longer needed."""
     arrows: dict[str, list[str]] = {}
     for module, path in _MODULES.items():
         if _room(module) == room:

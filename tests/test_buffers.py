@@ -1,4 +1,4 @@
-"""Buffers that are there before they are used."""
+"""Buffers whose memory is allocated before they are used."""
 
 from __future__ import annotations
 

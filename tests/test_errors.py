@@ -1,4 +1,4 @@
-"""The errors are an interface: ids that are unique, statuses that mean one thing."""
+"""The errors are an interface: unique ids, and statuses with one meaning each."""
 
 from __future__ import annotations
 

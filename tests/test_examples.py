@@ -79,7 +79,7 @@ def test_every_example_is_run_by_a_test() -> None:
 
 @pytest.mark.long
 def test_readme_says_how_to_install(tmp_path: Path) -> None:
-    """Its commands as they stand there, but for the places, and with Debian's Python."""
+    """Its commands as written, except for the paths, and with Debian's Python."""
     root = Path(__file__).parents[1]
     block = (root / "README.md").read_text().partition("# apt install python3-venv\n")[2]
     lines = block.partition("\n\n")[0].replace("    # ", "")

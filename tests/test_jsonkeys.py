@@ -1,4 +1,4 @@
-"""What is documented of JSON is what is printed; `Outcome.json` checks every other report too."""
+"""The documented JSON keys are those printed; `Outcome.json` also checks every other report."""
 
 from __future__ import annotations
 

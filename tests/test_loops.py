@@ -1,4 +1,4 @@
-"""The loops over granules, both of them, against the obvious way to do it."""
+"""Both implementations of the loops over granules, compared with the obvious one."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_runs_there_and_back(module: ModuleType, tags: bytes) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16, 32])
 @given(seed=st.integers(0, 1 << 30), pages=st.integers(4, 8))
 def test_objects_of_one_size(module: ModuleType, size: int, seed: int, pages: int) -> None:
-    """A slab: some neighbours have one tag, and what lies around has no pattern."""
+    """A slab: some adjacent objects share a tag, and the memory around has no pattern."""
     rng = random.Random(seed)  # noqa: S311
     slab = b"".join(bytes([rng.randrange(14)]) * size for _ in range(PAGE))[:PAGE]
     tags = tags_of_runs(rng, PAGE, 9) + slab + bytes((pages - 2) * PAGE)

@@ -1,4 +1,4 @@
-"""Every option stands in a man page, and the pages render without a complaint."""
+"""Every option is in a man page, and the pages render without warnings."""
 
 from __future__ import annotations
 

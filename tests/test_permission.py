@@ -1,4 +1,4 @@
-"""Why a process is refused, from what /proc says; `tests/lab/test_permissions.py` has real ones."""
+"""Why a process is refused, by /proc; `tests/lab/test_permissions.py` has real processes."""
 
 from __future__ import annotations
 

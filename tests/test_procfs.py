@@ -1,4 +1,4 @@
-"""Text of /proc with names in it that are made to look like more of that text."""
+"""Text of /proc with names that are made to look like more of that text."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_command_line_of_a_gigabyte_is_not_read(tmp_path: Path) -> None:
 
 
 def test_code_is_searched_within_bounds(tmp_path: Path) -> None:
-    """A mapping with a library's name may be of any size, end behind its file, or be many."""
+    """Mappings with a library's name can be many, of any size, or end after their file."""
     exits = bytes.fromhex("a80b80d2 000080d2 010000d4")
     path = tmp_path / "libc.so.6"
     path.write_bytes(exits.ljust(4096, b"\0"))

@@ -1,4 +1,4 @@
-"""JSON in pieces is the JSON of the standard library."""
+"""JSON written in pieces equals the standard library's."""
 
 from __future__ import annotations
 

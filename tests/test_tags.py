@@ -1,4 +1,4 @@
-"""Arrays of tags against the obvious way to do it, granule by granule."""
+"""Arrays of tags, compared with the obvious implementation, granule by granule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernel's numbers, as measured on Linux 6.12 and as its C compiler lays them out."""
+"""The kernel's numbers, as measured on Linux 6.12 and as the C compiler lays them out."""
 
 from __future__ import annotations
 

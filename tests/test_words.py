@@ -1,4 +1,4 @@
-"""Numbers with nouns, and other people's text made harmless."""
+"""Numbers with nouns, and foreign text made harmless."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Borrowing a thread of a live process to make system calls there, and giving it back unharmed.
+"""Borrow a thread of a live process to make system calls there, and give it back unharmed.
 
 The rule of this package: mtetool may be killed at any instant, and neither the process nor its
-guest notices. It knows nothing of VMs; of tags only that ptrace can copy them. ARCHITECTURE.md
-argues the design.
+guest notices. The package knows nothing about VMs, and about tags only that ptrace can copy them.
+ARCHITECTURE.md gives the reasons for the design.
 """

@@ -1,14 +1,14 @@
-"""A signal at every ioctl that returned: a stop after the call, for a tracer, and for nobody else.
+"""A signal after every ioctl that returned: a stop after the call, which only a tracer sees.
 
-PTRACE_SYSCALL stops a thread twice at each of the hundreds of calls of a program's start. A perf
-event on the tracepoint syscalls:sys_exit_ioctl counts in the kernel instead, and sends the
-thread a signal through its file's O_ASYNC (fcntl(2), F_SETSIG, F_SETOWN_EX), which a tracer sees
-before it is delivered and takes away. The signal is SIGWINCH, which does nothing by default, and
-next to nothing in a handler: a tracer that dies with one on its way has done no harm. (SIGTRAP,
-which attr.sigtrap sends, ends the process then; fanotify reports nothing of device files. A
-signal that threads send each other, as Go's do with SIGURG, is lost where it meets one of ours:
-the kernel keeps one of each number.) Needs the right to use perf and to read tracefs, in practice
-root.
+PTRACE_SYSCALL stops a thread twice at each of the hundreds of calls that a starting program makes.
+A perf event on the tracepoint syscalls:sys_exit_ioctl counts in the kernel instead, and sends the
+thread a signal through the event file's O_ASYNC (fcntl(2), F_SETSIG, F_SETOWN_EX). The tracer sees
+the signal before it is delivered, and suppresses it. It is SIGWINCH, which does nothing by default,
+and next to nothing in a handler: a tracer that dies with one in flight has done no harm. (SIGTRAP,
+which attr.sigtrap sends, would end the process then; fanotify does not report device files. A
+signal that threads send each other, as Go's do with SIGURG, is lost where it meets one of ours: the
+kernel keeps one of each number.) The alarm needs the right to use perf and to read tracefs, in
+practice root.
 
 The signal is sent from an interrupt. In the emulator that comes before the thread's next
 instruction; on hardware it may come later.
@@ -26,7 +26,7 @@ SIGNAL = 28  # SIGWINCH
 FILTER = b"ret > 0"
 
 _NR_PERF_EVENT_OPEN = 241
-# include/uapi/linux/perf_event.h: struct perf_event_attr as it was first (64 bytes): type,
+# include/uapi/linux/perf_event.h: struct perf_event_attr in its first form (64 bytes): type,
 # size, config, sample_period, sample_type, read_format, flags, wakeup_events, bp_type, bp_addr.
 _ATTR = struct.Struct("<IIQQQQQIIQ")
 _TYPE_TRACEPOINT, _FLAG_DISABLED, _FD_CLOEXEC = 2, 1, 8
@@ -36,7 +36,7 @@ _IOC_SET_FILTER = 0x40082406
 _F_SETSIG, _F_SETOWN_EX, _F_OWNER_TID = 10, 15, 0
 
 _TRACEFS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
-# siginfo_t of such a signal: si_signo, si_errno, si_code; si_band at 16, si_fd at 24.
+# siginfo_t of the alarm's signal: si_signo, si_errno, si_code; si_band at 16, si_fd at 24.
 _POLL_IN = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -44,10 +44,10 @@ _libc.syscall.restype = ctypes.c_long
 
 
 class IoctlAlarm:
-    """While open, the thread gets SIGNAL whenever an ioctl of its own has returned above 0.
+    """While open, sends the thread SIGNAL whenever one of its ioctls has returned more than 0.
 
-    It stays across exec; threads and processes that it makes have none. Raises OSError where
-    perf or tracefs cannot be used.
+    It survives exec; threads and processes that the thread makes have no alarm. Raises OSError
+    where perf or tracefs cannot be used.
     """
 
     def __init__(self, tid: int) -> None:
@@ -70,13 +70,13 @@ class IoctlAlarm:
             raise
 
     def sent(self, signal_info: bytes) -> bool:
-        """Whether a signal with that siginfo_t is this alarm's."""
+        """Whether a signal with that siginfo_t came from this alarm."""
         signal, _, code = struct.unpack_from("<iii", signal_info)
         (fd,) = struct.unpack_from("<i", signal_info, 24)
         return (signal, code, fd) == (SIGNAL, _POLL_IN, self._fd)
 
     def close(self) -> None:
-        """No more signals."""
+        """Stop sending signals."""
         os.close(self._fd)
 
 

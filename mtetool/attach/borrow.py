@@ -1,14 +1,14 @@
-"""Borrowing a thread: stopped where it is, it makes calls for us, and is put back to the bit.
+"""Borrow a thread: stop it where it is, make calls through it, and put it back to the bit.
 
-The order of the steps is what keeps the process alive if we die between any two of them:
+The order of the steps keeps the process alive if we die between any two of them:
 
 1. stop the thread; read all its state; lay a signal frame with that state on its stack;
-2. point its registers at `svc; ret`, with rt_sigreturn as the place to return to;
+2. point its registers at `svc; ret`, with rt_sigreturn as the return address;
 3. only then block its signals, and let it run: whatever call it is in when we vanish, it
    finishes that call and rt_sigreturn puts it back where it was;
-4. on purpose it goes home without rt_sigreturn (which would reset the kernel's restart block
-   and so turn a restarted sleep into EINTR): vector state, signal mask, general registers
-   last, into the call that it was in (`mtetool.attach.restart`), detach.
+4. if we live, send it home without rt_sigreturn, which would reset the kernel's restart block
+   and so turn a restarted sleep into EINTR: restore the vector state, the signal mask and last the
+   general registers, resume the call that it was in (`mtetool.attach.restart`), detach.
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ from mtetool.errors import AttachRefusedError, BusyError, GuestLostError
 
 # Kept free below the stack pointer: arm64 has no red zone, but a leaf may be about to push.
 _STACK_GAP_BYTES = 1024
-# How often a thread that stands where it cannot be borrowed is let run on before it is given
-# up, and for how long.
+# How often, and for how long each time, a thread is let run on from a place where it cannot be
+# borrowed, before it is given up.
 _STAND_TRIES = 12
 _STAND_SECONDS = 0.002
 _SIGSTOP, _SIGTRAP = 19, 5
-# include/linux/errno.h: ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK. At
-# the end of a call they say that the kernel makes it anew when the thread runs on.
+# include/linux/errno.h: ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK.
+# As the result of a call they say that the kernel restarts it when the thread runs on.
 _RESTART_CODES = (-512, -513, -514, -516)
 _CALL_TRIES = 100
-# SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV, SIGSYS: with all signals blocked, what comes of
-# these is from the thread's own instruction.
+# SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV, SIGSYS: with all signals blocked, one of
+# these can only come from the thread's own instruction.
 _FAULTS = (4, 5, 7, 8, 11, 31)
 
 
 class BorrowedThread:
     """A thread of the process, ours for a while; a context manager.
 
-    `calls` are all that it is going to make, or threads that it makes: its seccomp filters must
-    allow them. `check` is asked once the thread stands still, whether it is the right process.
-    `seconds` is the time for which it was stopped or made calls for us.
+    `calls` are all the calls that it, or a thread that it makes, is going to make: its seccomp
+    filters must allow them. `check` is called once the thread has stopped, and raises if this is
+    not the right process. `seconds` is how long the thread was stopped or made calls for us.
 
-    With `held` it is seized already, and at an event stop.
+    With `held` it is already seized, and at an event stop.
 
     Entering raises AttachRefusedError where this thread cannot be borrowed safely, and
-    ProcessLookupError where it is not of the process; then nothing of it was changed, and one
-    that was held still is.
+    ProcessLookupError where it does not belong to the process. The thread is then unchanged, and
+    still held if it was held before.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class BorrowedThread:
         except GuestLostError:
             raise
         except BaseException:
-            # Nothing of the thread's state was changed yet: letting go is enough.
+            # Nothing in the thread's state has changed yet: letting go is enough.
             if self._held is None:
                 with suppress(OSError):
                     self._tracee.detach()
@@ -128,28 +128,28 @@ class BorrowedThread:
         return self._state.poe
 
     def syscall(self, number: int, *args: int) -> int:
-        """Make a system call in the thread; its result, -errno for an error.
+        """Make a system call in the thread; return its result, -errno for an error.
 
-        Raises GuestLostError when the thread ended meanwhile.
+        Raises GuestLostError if the thread ends meanwhile.
         """
         self._aim(number, args)
         result, _ = run_call(self._tracee)
         return result
 
     def leave_argument(self, data: bytes) -> int:
-        """Put up to 1024 bytes into the thread's unused stack for a call; their address."""
+        """Put up to 1024 bytes into the thread's unused stack for a call; return their address."""
         address = self._state.registers.sp - _STACK_GAP_BYTES
         memory.write(self.pid, address, data[:_STACK_GAP_BYTES])
         return address
 
     def answer(self, result: int) -> None:
-        """Let the call that the thread came from have that result (-errno) once it is home."""
+        """Give the call that the thread was in that result (-errno) once it is home."""
         self._state = replace(self._state, registers=self._state.registers.returning(result))
 
     def clone(self, number: int, *args: int) -> tuple[int, Tracee | None]:
-        """Make a clone call; its result, and the new thread, traced and stopped before its start.
+        """Make a clone call; return its result and the new thread, traced, stopped before it runs.
 
-        The new thread waits for its first stop to be collected with `Tracee.wait`.
+        The new thread's first stop is still to be collected with `Tracee.wait`.
         """
         self._tracee.trace_clones(True)
         self._aim(number, args)
@@ -165,8 +165,8 @@ class BorrowedThread:
             obstacle = _obstacle(self.pid, tracee)
             if obstacle is None:
                 return
-            # A process that is stopped as a whole stays where it is, and one that is held for us
-            # must not go on.
+            # A process that is stopped as a whole stays where it is, and a thread that is held for
+            # us must not run on.
             if stop is None or stop.signal != _SIGTRAP:
                 break
             tracee.cont()
@@ -177,20 +177,20 @@ class BorrowedThread:
             f"thread {self.tid} of process {self.pid} {obstacle}",
             hint=f"continue the process, which is stopped: kill -CONT {self.pid}"
             if stopped
-            else "try again; it may stand elsewhere then",
+            else "try again: by then it may be elsewhere",
         )
 
     def _lay_crash_road(self) -> None:
         state = self._state
         registers = state.registers
-        # rt_sigreturn takes the kernel's note of a call to go on with: the call is made anew.
+        # rt_sigreturn drops the kernel's note of a call to resume: the call is made anew.
         crash = replace(state, registers=registers.with_call(self._original_call))
         length = len(signal_frame.build(crash))
         self._frame_at = (registers.sp - _STACK_GAP_BYTES - length) & ~15
         if not _has_room(self.pid, self._tracee, self._frame_at, registers.sp):
             raise AttachRefusedError(
                 f"thread {self.tid} of process {self.pid} has no room left on its stack",
-                hint="try again; it may stand elsewhere then",
+                hint="try again: by then it may be elsewhere",
             )
         memory.write(self.pid, self._frame_at, signal_frame.build(crash, self._frame_at))
         self._call_base = Registers(registers.x, self._frame_at, registers.pc, registers.pstate)
@@ -203,7 +203,7 @@ class BorrowedThread:
             )
         )
         if not self._blocked:
-            # Not before the registers: dying between the two would leave it blocked for ever.
+            # Not before the registers: if we died between the two, it would stay blocked for ever.
             self._tracee.set_signal_mask(signal_frame.ALL_SIGNALS)
             self._blocked = True
 
@@ -211,7 +211,7 @@ class BorrowedThread:
         steps.enter("home")
         tracee, state = self._tracee, self._state
         if self._blocked:
-            # From a system-call stop to an event stop: at the former, x7 cannot be set.
+            # From a system-call stop to an event stop: at a system-call stop, x7 cannot be set.
             tracee.to_event_stop()
         if state.sve_live and state.sve is not None:
             tracee.set_regset(NT_ARM_SVE, state.sve)
@@ -226,17 +226,17 @@ class BorrowedThread:
 def run_call(tracee: Tracee) -> tuple[int, int]:
     """Run a tracee that is aimed at `svc; ret` through that call.
 
-    Returns the call's result (signed) and the id of the thread it made (0: none). A call that
-    the kernel broke off, to be made anew, is: a signal that is about to stop the process does
-    that to a clone. Raises BusyError when it never gets through.
+    Returns the call's result (signed) and the id of the thread that it made (0: none). A call that
+    the kernel interrupted and would restart is made again: a signal that is about to stop the
+    process does that to a clone. Raises BusyError if the call never completes.
     """
     for _ in range(_CALL_TRIES):
         result, child = _run_once(tracee)
         if result not in _RESTART_CODES:
             return result, child
     raise BusyError(
-        f"thread {tracee.tid} was interrupted in each of {_CALL_TRIES} tries of a system call",
-        hint="try again; is somebody stopping and continuing the VMM?",
+        f"thread {tracee.tid} was interrupted in each of {_CALL_TRIES} attempts at a system call",
+        hint="try again; check whether something keeps stopping and continuing the VMM",
     )
 
 
@@ -246,11 +246,11 @@ def _run_once(tracee: Tracee) -> tuple[int, int]:
         stop = tracee.to_syscall_stop(signal)
         if not stop.event and stop.signal in _FAULTS and not stop.syscall:
             raise AttachRefusedError(
-                f"thread {tracee.tid} could not run the call that it was given: signal"
+                f"thread {tracee.tid} could not make a system call for mtetool: signal"
                 f" {stop.signal}",
-                hint="its process took away the vDSO, or forbids it to be run",
+                hint="check whether its process unmapped the vDSO or made it non-executable",
             )
-        # All others are blocked; the process as a whole must not miss this one.
+        # All other signals are blocked; the process as a whole must not miss SIGSTOP.
         signal = stop.signal if not stop.event and stop.signal == _SIGSTOP else 0
         if stop.syscall:
             stops += 1
@@ -264,12 +264,12 @@ def _read_state(tracee: Tracee) -> ThreadState:
     gcs = tracee.regset(NT_ARM_GCS)
     if gcs and gcs[0] & 1:
         raise AttachRefusedError(
-            f"thread {tracee.tid} has a guarded control stack, which every way back would trip",
-            hint="start the VMM with its guarded control stack off",
+            f"thread {tracee.tid} has a guarded control stack, which every way home would trip",
+            hint="start the VMM without a guarded control stack",
         )
     fpsimd = tracee.regset(NT_PRFPREG)
     if fpsimd is None:
-        raise AttachRefusedError(f"thread {tracee.tid} shows no floating-point registers")
+        raise AttachRefusedError(f"thread {tracee.tid} has no floating-point registers")
     return ThreadState(
         tracee.registers(),
         fpsimd,
@@ -283,7 +283,7 @@ def _obstacle(pid: int, tracee: Tracee) -> str | None:
     """Why the thread cannot be borrowed where it stands; None where it can."""
     ssve = tracee.regset(NT_ARM_SSVE)
     if ssve and signal_frame.vectors_live(ssve):
-        return "is in SME streaming mode, whose state a call would lose"
+        return "is in SME streaming mode, and a system call would lose that state"
     if _inside_rseq(pid, tracee):
         return "is in a restartable sequence"
     return None
@@ -302,11 +302,11 @@ def _inside_rseq(pid: int, tracee: Tracee) -> bool:
 
 
 def _has_room(pid: int, tracee: Tracee, low: int, high: int) -> bool:
-    """Whether the thread's stack has the bytes [low, high), and they are nobody else's.
+    """Whether the bytes [low, high) belong to the thread's stack and to nothing else.
 
     A stack that is part of something larger (the heap, an arena) has other data right below it.
-    So it must be one whose end is known: the main thread's, the one that holds the thread's
-    TLS (as C libraries make them), or one with a guard page below it (as coroutines have).
+    So its end must be known: it is the main thread's stack, or it holds the thread's TLS (as C
+    libraries make them), or it has a guard page below it (as coroutines have).
     """
     maps = procfs.mappings(pid)
     for below, m in zip([None, *maps], maps, strict=False):
@@ -320,7 +320,7 @@ def _has_room(pid: int, tracee: Tracee, low: int, high: int) -> bool:
 
 
 def state_letter(task: Path) -> str:
-    """A thread's state as /proc/PID/task/TID/stat has it: R, S, T, Z, …; X where it is gone."""
+    """A thread's state from /proc/PID/task/TID/stat: R, S, T, Z, …; X where it is gone."""
     try:
         return procfs.stat_of(task)[0]
     except OSError:

@@ -1,8 +1,8 @@
-"""A companion: a process that traces this one from now on, and is nobody's child.
+"""A companion: an orphaned process that traces this one from now on.
 
-It is there before this process becomes another program, so that it sees that program from its
-first instruction on. It belongs to the process that adopts orphans, in a session of its own, and
-holds nothing of ours: no file, no pipe, no directory, so that nobody waits for it.
+It starts before this process becomes another program, so it sees that program from its first
+instruction on. Its parent is the process that adopts orphans. It has a session of its own and keeps
+nothing of ours open, no file, no pipe, no directory, so no other process waits for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PR_SET_PTRACER = 0x59616D61  # include/uapi/linux/prctl.h
 _NUMBER = struct.Struct("<i")
 _STANDARD = (0, 1, 2)
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Python ignores these from its start on, and forgets how it found them.
+# Python ignores these from its start, and does not remember how it found them.
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -37,8 +37,8 @@ Work = Callable[[], object]
 def accompany(attach: Callable[[int], Work]) -> None:
     """Start a companion and wait until it has attached to this process.
 
-    There, `attach` is called with our PID, and then what it returned. Raises AttachRefusedError
-    when it died, and the OSError of `attach`.
+    The companion calls `attach` with our PID, and then the function that `attach` returned. Raises
+    AttachRefusedError if the companion died, and the OSError that `attach` raised.
     """
     pid = os.getpid()
     here, there = socket.socketpair()
@@ -50,7 +50,7 @@ def accompany(attach: Callable[[int], Work]) -> None:
         with suppress(ChildProcessError):  # where SIGCHLD is ignored
             os.waitpid(between, 0)
         tracer = _receive(here)
-        # With Yama, only ancestors may trace unless they were named. Elsewhere it fails.
+        # With Yama, only ancestors may trace, and tracers that we name. Without it, this fails.
         _libc.prctl(_PR_SET_PTRACER, tracer, 0, 0, 0)
         try:
             here.sendall(_NUMBER.pack(0))
@@ -62,16 +62,16 @@ def accompany(attach: Callable[[int], Work]) -> None:
 
 
 def become(path: str, arguments: list[str], environment: dict[bytes, bytes]) -> NoReturn:
-    """Become that program, with signals as this process was started with.
+    """Become that program, with the signal handling that this process was started with.
 
-    SIGPIPE and SIGXFSZ are ignored there where our parent ignores them: nobody can know
-    better. Raises OSError where the program cannot be executed.
+    It ignores SIGPIPE and SIGXFSZ if our parent does: nothing better can be known. Raises OSError
+    where the program cannot be executed.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     ignored = _ignored_by(os.getppid())
     try:
-        # A signal that comes now is to end this process, not to be noted by a handler and
-        # forgotten with it.
+        # A signal that comes now must end this process. A handler would only note it, and the note
+        # would be lost with the handler.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         for number in _ENDING:
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -85,7 +85,7 @@ def become(path: str, arguments: list[str], environment: dict[bytes, bytes]) -> 
 
 
 def initial_environment() -> dict[bytes, bytes]:
-    """The environment as this process was started with: Python may have set LC_CTYPE since."""
+    """The environment that this process was started with: Python may have set LC_CTYPE since."""
     try:
         raw = Path("/proc/self/environ").read_bytes()
     except OSError:
@@ -99,7 +99,7 @@ def initial_environment() -> dict[bytes, bytes]:
 
 
 def _orphan(run: Callable[[], object]) -> NoReturn:
-    """In a child: run that in a child of its own, and end."""
+    """In a child: call `run` in a grandchild, and end."""
     try:
         os.setsid()
         if os.fork() == 0:
@@ -126,9 +126,9 @@ def _keep_company(pid: int, there: socket.socket, attach: Callable[[int], Work])
 
 
 def _alone_with(end: socket.socket) -> socket.socket:
-    """Close what somebody may wait for the end of, or may want to unmount; all but the socket.
+    """Close all files but the socket: others may wait for their end, or want to unmount.
 
-    That gets a number that is no standard stream's, which it has where those were closed.
+    The socket gets a number that is not a standard stream's; it has one where those were closed.
     """
     kept = socket.socket(fileno=fcntl.fcntl(end.detach(), fcntl.F_DUPFD_CLOEXEC, len(_STANDARD)))
     for fd in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208 - numbers, not paths
@@ -147,13 +147,13 @@ def _alone_with(end: socket.socket) -> socket.socket:
 def _receive(end: socket.socket) -> int:
     data = end.recv(_NUMBER.size)
     if len(data) != _NUMBER.size:
-        raise AttachRefusedError("the process that was to trace the VMM died", hint="try again")
+        raise AttachRefusedError("the process meant to trace the VMM died", hint="try again")
     number: int = _NUMBER.unpack(data)[0]
     return number
 
 
 def _ignored_by(pid: int) -> int:
-    """The signals that a process ignores, bit N-1 for signal N; 0 where it cannot be seen."""
+    """The signals that a process ignores, bit N-1 for signal N; 0 where they are unknown."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
     except OSError:

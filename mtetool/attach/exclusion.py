@@ -1,4 +1,4 @@
-"""One mtetool at a time where two would be in each other's way."""
+"""One mtetool at a time where two would get in each other's way."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _PATIENCE_SECONDS = 10.0
 
 @contextmanager
 def alone(pid: int) -> Iterator[None]:
-    """No other mtetool maps memory in the process, or stops its threads. Raises BusyError.
+    """Keep every other mtetool from mapping memory in the process or stopping its threads.
 
-    The lock is on the process's own file in /proc, so that the death of its holder frees it.
-    Where another mount of /proc hides two runs from each other, the kernel has to do (a thread
-    has one tracer), and the marks in the memory itself (`helper.remove_leftovers`).
+    The lock is on a file of the process in /proc, so the death of the holder frees it. Where
+    another mount of /proc hides two runs from each other, the kernel (a thread has one tracer) and
+    the marks in the memory itself (`helper.remove_leftovers`) must suffice. Raises BusyError.
     """
     file = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -27,8 +27,8 @@ def alone(pid: int) -> Iterator[None]:
         while not _locked(file):
             if time.monotonic() > deadline:
                 raise BusyError(
-                    f"another mtetool is attaching to process {pid} and does not get on",
-                    hint="see what it waits for; ending it is safe",
+                    f"another mtetool is attaching to process {pid} and makes no progress",
+                    hint="check what it waits for; ending it is safe",
                     pid=pid,
                 )
             time.sleep(0.01)

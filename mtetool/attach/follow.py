@@ -1,8 +1,8 @@
-"""Follow a program and all that it starts, to the moment when a VM has been made.
+"""Follow a program and everything that it starts, to the moment when a VM has been made.
 
-Whatever the tracer does, it may end at any instant: the kernel lets go of all that was followed.
-Stops are looked at without being collected (WNOWAIT): a signal whose stop was collected is
-forgotten when the tracer dies before it passed the signal on.
+The tracer may die at any instant: the kernel then lets go of everything that it followed. It looks
+at stops without collecting them (WNOWAIT): a signal whose stop was collected is lost if the tracer
+dies before it passes the signal on.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ Look = Callable[[int], frozenset[int]]
 
 
 class TooLongError(Exception):
-    """What was waited for did not come in the time that was given."""
+    """The wait took longer than the given time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
     """A stopped thread of `process`, in which the file descriptors `fds` are new.
 
-    With `at_return` the thread stands right after the ioctl that made the one of them, before any
-    instruction of its own. `signal` is what it is about to be given.
+    With `at_return` there is one of them, and the thread is stopped right after the ioctl that made
+    it, before any instruction of its own. `signal` is about to be delivered to it.
     """
 
     tracee: Tracee
@@ -55,13 +55,13 @@ class Made:
 
 
 class Follower:
-    """Process `pid` (one thread, not stopped), its threads and descendants, until we end.
+    """Follows process `pid` (one thread, not stopped), its threads and descendants until we end.
 
-    Looks for file descriptors that ioctl `request` makes; `look` gives those that a process has.
-    A process's first thread gets an alarm; its other threads, and all threads with `every_call`
-    or where there is no right to set alarms, are stopped at every call. (A new thread of the C
-    library blocks all signals.) An alarm may come late, or be blocked, so at each stop of a
-    process with an alarm its file descriptors are compared with those of before.
+    It looks for file descriptors that ioctl `request` makes; `look` returns those that a process
+    has. A process's first thread gets an alarm. Its other threads are stopped at every call (a new
+    thread of the C library blocks all signals), and so are all threads with `every_call` or where
+    we have no right to set alarms. An alarm can come late or be blocked, so each stop of a process
+    with an alarm compares its file descriptors with the earlier ones.
     Raises OSError where `pid` cannot be traced.
     """
 
@@ -81,19 +81,19 @@ class Follower:
 
     @property
     def processes(self) -> tuple[int, ...]:
-        """All that is followed and has not been seen to end, the oldest first."""
+        """The followed processes that have not been seen to end, oldest first."""
         return tuple(dict.fromkeys(self._process_of.values()))
 
     def give_up_after(self, seconds: float) -> None:
-        """From then on, `next` raises TooLongError where it has to wait. Uses SIGALRM."""
+        """Make `next` raise TooLongError instead of waiting any longer than that. Uses SIGALRM."""
         signal.signal(signal.SIGALRM, self._rang)
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def next(self) -> Made | None:
-        """Let all run on to the next file descriptor; None when all that was followed has ended.
+        """Let all threads run on to the next file descriptor; None when all of them have ended.
 
-        The thread stays stopped until the next `next`, the others run meanwhile. Raises
-        TooLongError, with no stop in hand.
+        The thread that made it stays stopped until the next call, while the others run. Raises
+        TooLongError, and then holds no stopped thread.
         """
         if self._held is not None:
             with suppress(ProcessLookupError):
@@ -104,7 +104,7 @@ class Follower:
                 tid, status = self._wait()
             except ChildProcessError:
                 return None
-            # One that is killed while it is stopped is gone for every request.
+            # A thread that is killed while it is stopped is gone for every request.
             with suppress(ProcessLookupError):
                 if status is None:
                     self._forget(tid)
@@ -113,16 +113,16 @@ class Follower:
                     return found
 
     def disarm(self) -> None:
-        """Remove all alarms, before a thread is let go: it would be sent the next one's signal."""
+        """Remove all alarms before a thread is let go: the next signal would be delivered to it."""
         for tid in list(self._alarms):
             self._forget_alarm(tid)
 
     def unseen(self) -> bool:
-        """Whether a process has such a file descriptor that no stop has shown."""
+        """Whether a process has such a file descriptor that no stop has reported."""
         return any(self._look(pid) - self._seen.get(pid, frozenset()) for pid in self.processes)
 
     def _wait(self) -> tuple[int, int | None]:
-        # The alarm breaks the wait off, and nothing else: a stop that it came after waits there.
+        # SIGALRM interrupts the wait and nothing else: a stop that came first stays uncollected.
         self._waits = True
         try:
             if self._late:
@@ -174,7 +174,7 @@ class Follower:
     def _at_event(self, tracee: Tracee, event: int) -> Made | None:
         process = self._process_of[tracee.tid]
         if event == EVENT_EXEC or process not in self._seen:
-            # What a process has from its parent, or keeps across exec, was made by another.
+            # Another program made the descriptors that are inherited or kept across exec.
             self._seen[process] = self._look(process)
         found = self._compared(tracee)
         if event in (EVENT_EXEC, EVENT_STOP):
@@ -186,8 +186,8 @@ class Follower:
         return number == SIGNAL and alarm is not None and alarm.sent(tracee.signal_info())
 
     def _at_alarm(self, tracee: Tracee) -> Made | None:
-        # A call changes no register but the one of its result. Where the alarm was late, the
-        # thread has gone on, and the registers say nothing.
+        # A call changes only the register of its result. If the alarm was late, the thread has run
+        # on, and the registers say nothing.
         try:
             registers = tracee.registers()
         except AttachRefusedError:
@@ -195,25 +195,25 @@ class Follower:
         x = registers.x
         if x[8] == _NR_IOCTL and x[1] & 0xFFFF_FFFF == self._request:
             process = self._process_of[tracee.tid]
-            with suppress(OSError):  # text that may be run and not be read
+            with suppress(OSError):  # text that may be executed but not read
                 if memory.read(process, registers.pc - 4, 4) == _SVC:
                     return self._returned(tracee, x[0])
         return self._compared(tracee)
 
     def _returned(self, tracee: Tracee, fd: int) -> Made | None:
-        """The thread stands right after the request, which answered `fd`."""
+        """Handle a thread that stopped right after the request, which returned `fd`."""
         process = self._process_of[tracee.tid]
         now = self._look(process)
         if fd not in now:
             return None
-        # The number may be that of an earlier one, which was closed meanwhile.
+        # The number may be that of an earlier descriptor, closed meanwhile.
         self._seen[process] = (now & self._seen.get(process, frozenset())) | {fd}
         return Made(tracee, process, (fd,), at_return=True)
 
     def _compared(self, tracee: Tracee, deliver: int = 0) -> Made | None:
-        """What is new in the process since it was looked at last, wherever its thread stands."""
+        """Report what is new in the process since the last look, wherever its thread stopped."""
         process = self._process_of[tracee.tid]
-        # Those that are stopped at every call say for themselves what they made.
+        # Threads that are stopped at every call show what they made themselves.
         if process not in self._alarms or self._calling:
             return None
         now = self._look(process)
@@ -222,13 +222,13 @@ class Follower:
         return Made(tracee, process, tuple(sorted(new)), False, deliver) if new else None
 
     def _arm(self, tracee: Tracee, *, anew: bool) -> None:
-        """Set the alarm of a process; anew when it executes a program: its thread may be new."""
+        """Set a process's alarm; anew after an exec, when its first thread may be another one."""
         tid = tracee.tid
         if anew:
             self._forget_alarm(tid)
         if self._every_call or tid in self._alarms or self._process_of[tid] != tid:
             return
-        # A program inherits what is blocked; between fork and exec all may be, for a moment.
+        # A program inherits blocked signals; between fork and exec all may be blocked for a moment.
         if tracee.signal_mask() >> (SIGNAL - 1) & 1:
             self._blocking.add(tid)
             return
@@ -256,13 +256,13 @@ class Follower:
 
 
 def peek() -> tuple[int, int | None]:
-    """Wait for a stop, and leave it uncollected; the thread, and its status (None: it ended).
+    """Wait for a stop and leave it uncollected; return the thread and its status (None: ended).
 
     The status has the signal in its low 8 bits and the event above. Raises ChildProcessError
     when there is nothing to wait for.
     """
     found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WSTOPPED | os.WNOWAIT | WALL)
-    assert found is not None  # only WNOHANG has nothing to tell
+    assert found is not None  # None comes with WNOHANG only
     stopped = found.si_code in (os.CLD_TRAPPED, os.CLD_STOPPED)
     return found.si_pid, found.si_status if stopped else None
 

@@ -1,7 +1,7 @@
-"""Instructions that the process has already, found and never written.
+"""Find instructions that the process already has; write none.
 
 Writing code into a live process is how other tools kill it: its text is shared by threads
-that keep running. Adding executable memory is no better in a hardened one.
+that keep running. Adding executable memory is no better in a hardened process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _EXITS = tuple(
 )
 
 
-# Real ones: a vDSO of at most 16 KiB, and 1.5 MiB of text in the C library.
+# Real sizes: at most 16 KiB for a vDSO, and 1.5 MiB for the C library's text.
 _VDSO_BYTES = 1 << 20
 _LIBRARY_BYTES = 16 << 20
 
@@ -51,10 +51,10 @@ def find_aligned(code: bytes, pattern: bytes) -> int | None:
 
 
 def find(pid: int) -> Gadgets:
-    """Find the gadgets; the process must be stopped, so that its map is what it will run on.
+    """Find the gadgets; the process must be stopped, so that its mappings stay as they are.
 
-    Raises AttachRefusedError where the vDSO lacks one of the two that are needed, or may not be
-    executed.
+    Raises AttachRefusedError where the vDSO lacks one of the two that are needed, or is not
+    executable.
     """
     maps = procfs.mappings(pid)
     vdso = next((m for m in maps if m.name == "[vdso]" and "x" in m.flags), None)
@@ -63,15 +63,15 @@ def find(pid: int) -> Gadgets:
     sigreturn = find_aligned(code, _SIGRETURN)
     if vdso is None or svc_ret is None or sigreturn is None:
         raise AttachRefusedError(
-            f"process {pid} has no vDSO with the instructions that mtetool borrows",
-            hint="the kernel was built without a vDSO, or the process unmapped or protected it",
+            f"process {pid} has no vDSO with the instructions that mtetool needs",
+            hint="check whether the kernel has a vDSO, or the process unmapped or protected it",
         )
     return Gadgets(vdso.start + svc_ret, vdso.start + sigreturn, _find_exit(pid, maps))
 
 
 def _find_exit(pid: int, maps: list[procfs.Mapping]) -> int | None:
-    # The C library ends its threads this way; only file-backed text is searched. What bears such a
-    # name need not be one: a process can map a file of any size, as often as it likes.
+    # The C library ends its threads this way; only file-backed text is searched. A mapping of
+    # that name need not be one: a process can map a file of any size, any number of times.
     left = _LIBRARY_BYTES
     for mapping in maps:
         name = mapping.name.rpartition("/")[2]
@@ -86,7 +86,7 @@ def _find_exit(pid: int, maps: list[procfs.Mapping]) -> int | None:
 
 
 def _code(pid: int, mapping: procfs.Mapping, limit_bytes: int) -> bytes:
-    """What is in the mapping; nothing where that is more, or is not there (behind a file's end)."""
+    """The mapping's bytes; none where they exceed the limit or lie past a file's end."""
     size = mapping.end - mapping.start
     try:
         return memory.read(pid, mapping.start, size) if size <= limit_bytes else b""

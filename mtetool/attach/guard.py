@@ -1,23 +1,23 @@
-"""A process of ours that ends this one when it stops or stalls while it holds a VMM's threads.
+"""A guard: a process that kills this one if it stops or stalls while it holds a VMM's threads.
 
-A stopped tracer holds what it traces: a SIGSTOP to mtetool while it holds the vCPUs would stop the
-guest until somebody continues mtetool, and every timeout of ours would stand still with it. Only
+A stopped tracer keeps its tracees stopped: a SIGSTOP to mtetool while it holds the vCPUs would stop
+the guest until the user continues mtetool, and all our timeouts would stand still as well. Only
 another process can help. Death is safe (see `mtetool.attach.borrow`), so the guard kills.
 
-The guard is forked before anything is traced. It has a session of its own, so that no terminal
-stops it, blocks all signals, and keeps no file open but a pidfd of the process that it watches:
-nobody who waits for the end of a pipe waits for the guard. It ends when that process ends.
+The guard is forked before anything is traced. It has a session of its own, so no terminal stops it.
+It blocks all signals, and keeps no file open but a pidfd of the process that it watches: a reader
+that waits for the end of a pipe does not wait for the guard. It ends when that process ends.
 
-What it looks at is a page of memory that both share: what we hold now, and a count that a thread
-of ours (the heart) advances. Where the count advances, this process runs, and nothing else is
-looked at. Where it does not, /proc says why:
+It looks at a page of memory that both share: what we hold now, and a count that one of our threads
+(the heart) advances. While the count advances, this process runs, and the guard looks at nothing
+else. When it does not, /proc says why:
 
-- a thread in state T: the process was stopped. It is killed at once.
-- all threads sleep in one same state (t: a debugger; D or S: a cgroup's freezer), and used no CPU
-  for several looks: nothing of this process can run. It is killed if it holds a thread.
+- a thread is in state T: the process was stopped. The guard kills it at once.
+- all threads sleep in the same state (t: a debugger; D or S: a cgroup's freezer), and have used no
+  CPU for several looks: nothing in this process can run. The guard kills it if it holds a thread.
 
 A process that is merely slow does not look like that: one of its threads waits for a CPU (R), or
-used one, or it waits for a page of memory (D) while the others wait for that thread (S).
+has used one, or waits for a page of memory (D) while the others wait for that thread (S).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from mtetool.errors import HostError, errno_name, no_thread
 
 _BEAT_SECONDS = 0.05
 _LOOK_MS = 100
-# So many looks without a sign of life are a stall: with the reaction to it, below a second.
+# This many looks without a sign of life are a stall: below a second, with the reaction to it.
 _QUIET_LOOKS = 7
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # include/uapi/linux/prctl.h
 _NAME = "mte-guard"
@@ -55,7 +55,7 @@ _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 
 
 class Level(IntEnum):
-    """What is in our hands; the more, the less time the guard gives us."""
+    """What we hold; the more it is, the less time the guard gives us."""
 
     NOTHING = 0
     ATTACHED = 1
@@ -65,11 +65,11 @@ class Level(IntEnum):
 
 
 class Watch:
-    """While open, a guard watches over this process; stop signals of the terminal wait until then.
+    """While open, a guard watches over this process, and the terminal's stop signals wait.
 
-    `level` says what is in our hands; it is raised before a thread is stopped, and lowered after it
-    was let go. All watches of the process share a guard. Raises HostError where there can be none;
-    nothing may be held then.
+    `level` says what we hold; it is raised before a thread is stopped, and lowered after it was let
+    go. All watches of the process share one guard. Raises HostError where no guard can be started;
+    then nothing may be held.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Watch:
 
     @property
     def level(self) -> Level:
-        """What is in our hands."""
+        """What we hold."""
         return self._level
 
     @level.setter
@@ -92,7 +92,7 @@ class Watch:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Something is held meanwhile."""
+        """Set the level to HOLDING for the body."""
         before = self.level
         self.level = Level.HOLDING
         try:
@@ -101,7 +101,7 @@ class Watch:
             self.level = before
 
     def close(self) -> None:
-        """Nothing is in our hands any more. A stop that waited for that happens now. Idempotent."""
+        """Hold nothing any more; a stop signal that has waited takes effect now. Idempotent."""
         self.level = Level.NOTHING
         with _lock:
             if self not in _watches:
@@ -114,10 +114,10 @@ class Watch:
 
 
 def become_guarded() -> None:
-    """Go on in a child, as whose guard this process stays until the child ends.
+    """Go on in a child; this process stays as its guard until the child ends.
 
-    For a process that waits for all its children, where a guard must not be one of them. It has one
-    thread, and holds something from now on. Raises OSError.
+    For a process that waits for all its children, so that its guard is not one of them. It must
+    have only one thread, and holds something from now on. Raises OSError.
     """
     guard = os.getpid()
     child = os.fork()
@@ -129,7 +129,7 @@ def become_guarded() -> None:
 
 
 class _Guard:
-    """The guard process of this one, and the heart."""
+    """This process's guard, and the heart."""
 
     def __init__(self) -> None:
         self._owner = 0
@@ -139,7 +139,7 @@ class _Guard:
         self._stop = threading.Event()
 
     def begin(self) -> None:
-        """Have a guard, a new one where the last is not alive. Raises HostError."""
+        """Make sure that a guard runs: start one if the last is not alive. Raises HostError."""
         if self._owner == os.getpid():
             if self._alive():
                 return
@@ -154,23 +154,23 @@ class _Guard:
             self._start_heart()
         except RuntimeError as error:
             self.end()
-            raise no_thread("watching over mtetool itself", error) from error
+            raise no_thread("starting mtetool's guard", error) from error
         _stops.begin()
 
     def set_level(self, level: Level) -> None:
-        """Tell the guard."""
+        """Pass the level on to the guard."""
         self._page[_LEVEL] = level
 
     def end(self) -> None:
-        """End the guard, and leave nothing of it to be waited for."""
+        """End the guard and reap it."""
         pid, self._pid, self._owner = self._pid, 0, 0
         self._stop.set()
         if self._heart is not None:
             self._heart.join()
             self._heart = None
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)  # a child that was not waited for: the PID is its own
-        with suppress(ChildProcessError):  # somebody waits for all children, or ignores SIGCHLD
+            os.kill(pid, signal.SIGKILL)  # an unreaped child: the PID is still its own
+        with suppress(ChildProcessError):  # other code reaps all children, or ignores SIGCHLD
             os.waitpid(pid, 0)
 
     def _alive(self) -> bool:
@@ -199,7 +199,7 @@ _stops = Stops()
 
 
 def _forget() -> None:
-    """In a forked child: the guard is its parent's."""
+    """Forget the guard in a forked child: it is the parent's."""
     global _lock, _shared
     _lock, _shared = threading.RLock(), _Guard()
     _watches.clear()
@@ -212,8 +212,8 @@ os.register_at_fork(after_in_child=_forget)
 def _no_guard(error: OSError) -> HostError:
     name = errno_name(error.errno or 0)
     return HostError(
-        f"no process could be started to watch over mtetool: {error.strerror} ({name}); without"
-        " it a guest could be left standing, so nothing was attached to",
+        f"mtetool could not start its guard process: {error.strerror} ({name}); without it a"
+        " guest could be left stopped, so mtetool attached to nothing",
         hint="raise the limit on processes: ulimit -u, pids.max of the cgroup",
         errno=name,
     )
@@ -226,13 +226,13 @@ def _new_page(level: Level) -> memoryview:
 
 
 def _fork_guard(page: memoryview) -> int:
-    """Start the guard of this process and wait until it is in place; its PID. Raises OSError."""
+    """Start this process's guard, wait until it is in place; return its PID. Raises OSError."""
     watched, pid = os.pidfd_open(os.getpid()), os.getpid()
     reading, writing = os.pipe()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         with warnings.catch_warnings():
-            # What other threads have locked does not matter to the child: it only makes calls.
+            # Locks that other threads hold do not matter to the child: it only makes system calls.
             warnings.simplefilter("ignore", DeprecationWarning)
             guard = os.fork()
         if guard == 0:
@@ -244,7 +244,7 @@ def _fork_guard(page: memoryview) -> int:
     with open(reading, "rb", buffering=0) as ready:  # noqa: PTH123 - a descriptor
         if not ready.read(1):
             os.waitpid(guard, 0)
-            raise OSError(errno.ESRCH, "the process ended at once")
+            raise OSError(errno.ESRCH, "it ended at once")
     return guard
 
 
@@ -252,7 +252,7 @@ def _fork_guard(page: memoryview) -> int:
 
 
 def _be_guard(watched: int, pid: int, page: memoryview, ready: int | None = None) -> NoReturn:
-    """Watch over a process until it ends; never comes back. `ready` is written to once it does."""
+    """Watch over a process until it ends; never return. Once it watches, it writes to `ready`."""
     try:
         # What this process inherited is not its own to tidy up.
         gc.disable()
@@ -260,7 +260,7 @@ def _be_guard(watched: int, pid: int, page: memoryview, ready: int | None = None
         with suppress(PermissionError):  # it leads a session already
             os.setsid()
         if ready is not None and threading.current_thread() is threading.main_thread():
-            # For one that is itself stopped then. (It comes when the *thread* that forked ends.)
+            # For a guard that is itself stopped then. (It comes when the forking *thread* ends.)
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         os.chdir("/")
         _call_yourself(f"{_NAME} of {pid}")
@@ -274,10 +274,10 @@ def _be_guard(watched: int, pid: int, page: memoryview, ready: int | None = None
 
 
 def _call_yourself(title: str) -> None:
-    """Let `ps` and `pkill` see this process as what it is, not as another mtetool."""
+    """Let `ps` and `pkill` see this process as a guard, not as another mtetool."""
     name = ctypes.create_string_buffer(_NAME.encode())
     _libc.prctl(_PR_SET_NAME, ctypes.addressof(name), 0, 0, 0)
-    # Fields 48 and 49 of /proc/PID/stat: where the command line lies.
+    # Fields 48 and 49 of /proc/PID/stat: where the command line is.
     fields = procfs.stat_of("/proc/self")
     start, end = int(fields[45]), int(fields[46])
     if 0 < start < end:
@@ -289,7 +289,7 @@ def _call_yourself(title: str) -> None:
 def _close_all_but(*kept: int | None) -> None:
     for fd in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208 - numbers, not paths
         if fd not in kept:
-            with suppress(OSError):  # the listing's own is closed by now
+            with suppress(OSError):  # the listing's own fd is closed by now
                 os.close(fd)
 
 
@@ -314,7 +314,7 @@ def _watch_over(watched: int, tasks: Path, page: memoryview) -> None:
 
 
 def _look(tasks: Path) -> list[tuple[str, ...]]:
-    """Each thread: its id, its state, and the time that it has run, as user and in the kernel."""
+    """Each thread's id, its state, and its CPU time in user mode and in the kernel."""
     found: list[tuple[str, ...]] = []
     for tid in sorted(os.listdir(tasks)):  # noqa: PTH208 - one call
         with suppress(OSError):

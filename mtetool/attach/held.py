@@ -1,4 +1,4 @@
-"""Threads that are stopped and held, by ptrace alone: whatever becomes of us, they run on."""
+"""Threads that ptrace alone holds stopped: whatever becomes of us, they run on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mtetool.permission import refusal, thread_has_ended
 
 
 class HeldThreads:
-    """Threads of one process; used from the OS thread that traces. Signals to them wait."""
+    """Held threads of one process, used from the OS thread that traces. Signals to them wait."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -19,15 +19,14 @@ class HeldThreads:
 
     @property
     def tracees(self) -> tuple[Tracee, ...]:
-        """All that are held, by thread id."""
+        """All held threads, by thread id."""
         return tuple(self._held[tid] for tid in sorted(self._held))
 
     def hold(self, tids: Iterable[int]) -> list[Tracee]:
-        """Stop these threads; those that were not held before. One that ended is left out.
+        """Stop these threads; return those that were not held before.
 
-        So is one that is not of the process.
-
-        Raises PermissionRefusedError, BusyError (traced by another); what was seized by then is
+        Threads that have ended, or are not of the process, are left out. Raises
+        PermissionRefusedError, BusyError (another process traces one); threads seized by then are
         held until `release`.
         """
         seized: list[Tracee] = []
@@ -38,10 +37,10 @@ class HeldThreads:
                 seized.append(tracee)
             except OSError as error:
                 self._held.pop(tid, None)
-                # One that is about to end cannot be traced any more: EPERM.
+                # A thread that is about to end cannot be traced any more: EPERM.
                 if not thread_has_ended(self._pid, tid):
                     raise refusal(self._pid, error) from error
-        # All have been asked to stop before the first is waited for.
+        # All are asked to stop before the first is waited for.
         stopped = []
         for tracee in seized:
             try:

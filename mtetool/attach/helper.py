@@ -1,7 +1,7 @@
-"""The helper thread: what it consists of in the process, how it is made, and how it ends.
+"""The helper thread: what it consists of in the process, how it starts, and how it ends.
 
-It has no state of its own. If mtetool vanishes, it finishes its call, unmaps its memory and exits;
-what a death right before can leave of that memory, the next run recognises and removes.
+It has no state of its own. If mtetool vanishes, it finishes its call, unmaps its memory and exits.
+If a death leaves some of that memory behind, the next run recognises and removes it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _MADV_DONTFORK = 10
 # helper must not share the borrowed thread's TLS.
 _CLONE_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000 | 0x80000 | 0x100000 | 0x200000
 
-# The map: a header page (its first word is written and cleared by the kernel: the helper's
-# id while it lives), the helper's stack with its crash road, the argument page, the buffer.
-# The address is one of a few that nothing else uses, so that the next run recognises what
-# a killed one left: it is below 2^39, the smallest user address space arm64 is built with
-# for servers, and far from where the kernel puts mappings by itself.
+# The map: a header page (the kernel writes and clears its first word: the helper's id while it
+# lives), the helper's stack with its crash road, the argument page, the buffer. The address is one
+# of a few that nothing else uses, so that the next run recognises what a killed run left: it is
+# below 2^39, the smallest user address space that arm64 is built with for servers, and far from
+# where the kernel puts mappings by itself.
 _MAP_BASE = 0x6D_7465_0000
 _MAP_STRIDE = 0x1000_0000
 _MAP_PLACES = 16
@@ -50,12 +50,12 @@ _STACK_BYTES = 64 << 10
 _ARGUMENT_AT = PAGE_BYTES + _STACK_BYTES
 _BUFFER_AT = _ARGUMENT_AT + PAGE_BYTES
 
-# In a process that is frozen, the thread ends when it can.
+# In a frozen process, the thread ends when it can.
 _LEAVE_PATIENCE_SECONDS = 10.0
 
 
 class Helper:
-    """The helper thread: traced, aimed at one call after the other."""
+    """The helper thread: traced, aimed at one call after another."""
 
     def __init__(self, pid: int, tracee: Tracee, base: int, length: int, gadgets: Gadgets) -> None:
         self.pid = pid
@@ -67,23 +67,23 @@ class Helper:
 
     @property
     def argument_at(self) -> int:
-        """Where the argument of an ioctl may lie: a page."""
+        """The address of the page for an ioctl's argument."""
         return self.base + _ARGUMENT_AT
 
     @property
     def buffer_at(self) -> int:
-        """Where the transfer buffer lies."""
+        """The address of the transfer buffer."""
         return self.base + _BUFFER_AT
 
     def ioctl(self, fd: int, request: int, argument: int) -> int:
-        """ioctl(2); if we vanish, rt_sigreturn leads the thread onto its crash road."""
+        """Make an ioctl(2); if we vanish, rt_sigreturn leads the thread onto its crash road."""
         self._aim(_NR_IOCTL, (fd, request, argument), home=self._gadgets.sigreturn)
         return run_call(self.tracee)[0]
 
     def aim_at_its_end(self) -> bool:
-        """Point the thread at what it does last. Whether that takes its memory along.
+        """Point the thread at its last call; return whether that removes its memory as well.
 
-        Without the C library's way to end a thread, it only ends, for which it needs no memory.
+        Without the C library's way to end a thread, it only ends, which needs no memory.
         """
         steps.enter("leave")
         if self._gadgets.exit is None:
@@ -93,7 +93,7 @@ class Helper:
         return True
 
     def unmap_through(self, thread: BorrowedThread) -> None:
-        """Let another thread take the memory of one that is aimed at its end."""
+        """Unmap the memory through another thread, once this one is aimed at its end."""
         thread.syscall(_NR_MUNMAP, self.base, self.length)
 
     def leave(self) -> None:
@@ -121,12 +121,12 @@ def _second_road_at(base: int) -> int:
 
 
 def map_bytes(buffer_bytes: int) -> int:
-    """The length of the memory with a transfer buffer of that size: whole pages."""
+    """The length of the helper's memory with a transfer buffer of that size: whole pages."""
     return (_BUFFER_AT + buffer_bytes + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
 
 
 def needed_calls(length: int, ioctls: tuple[tuple[int, int], ...]) -> tuple[seccomp.Call, ...]:
-    """All calls that are made in the process, as a filter sees them; addresses are like ours."""
+    """All calls made in the process, as a filter sees them; the addresses are typical ones."""
     everywhere = 0xFFFF_FFFF_FFFF_FFFF
     mapped = (_MAP_BASE, length, _PROT_READ_WRITE, _MAP_FLAGS, everywhere, 0)
     return (
@@ -146,10 +146,10 @@ def ioctl_call(fd: int, request: int, argument: int) -> seccomp.Call:
 
 
 def start_helper(thread: BorrowedThread, length: int) -> Helper:
-    """Map the buffer, lay the helper's crash road, and only then make the helper.
+    """Map the buffer, lay the helper's crash road, and only then start the helper.
 
-    `length` is that of `map_bytes`. Raises AttachRefusedError where the process has no room for
-    the memory or the thread; nothing is left of it then.
+    `length` comes from `map_bytes`. Raises AttachRefusedError where the process has no room for
+    the memory or the thread; then nothing is left behind.
     """
     steps.enter("helper")
     base = _map(thread, length)
@@ -162,11 +162,11 @@ def start_helper(thread: BorrowedThread, length: int) -> Helper:
         if result < 0:
             raise AttachRefusedError(
                 f"process {thread.pid} could not start a thread: {os.strerror(-result)}",
-                hint="raise its limit of threads (the pids cgroup, RLIMIT_NPROC)",
+                hint="raise its limit on threads (the pids cgroup, RLIMIT_NPROC)",
             )
         if tracee is None:
-            # It is on its crash road by now, which takes its memory along.
-            raise BusyError(f"a thread that process {thread.pid} made for mtetool was not traced")
+            # It is on its crash road by now, which removes its memory.
+            raise BusyError(f"a thread that process {thread.pid} made for mtetool is not traced")
     except AttachRefusedError:
         thread.syscall(_NR_MUNMAP, base, length)
         raise
@@ -181,8 +181,8 @@ def _lay_helper_road(thread: BorrowedThread, base: int, length: int) -> None:
             _NR_MUNMAP, (base, length), gadget=gadgets.svc_ret, home=gadgets.exit, poe=thread.poe
         )
     else:
-        # No exit to return to: unmap only what does not carry the frames, then a second
-        # frame's call ends the thread. What stays is removed by the next run.
+        # No exit to return to: unmap only the part without the frames, then a second frame's call
+        # ends the thread. The next run removes the rest.
         buffer_at = base + _BUFFER_AT
         first = signal_frame.build_calling(
             _NR_MUNMAP,
@@ -212,16 +212,16 @@ def _map(thread: BorrowedThread, length: int) -> int:
             break
     raise AttachRefusedError(
         f"process {thread.pid} could not map {length} bytes: {os.strerror(abs(result))}",
-        hint="its memory limits leave no room (RLIMIT_AS, RLIMIT_MEMLOCK, the memory cgroup)",
+        hint="raise its memory limits (RLIMIT_AS, RLIMIT_MEMLOCK, the memory cgroup)",
     )
 
 
 def remove_leftovers(thread: BorrowedThread, length: int) -> None:
-    """Unmap what a killed run left: at our addresses, anonymous, its helper not alive.
+    """Unmap memory that a killed run left: at our addresses, anonymous, its helper not alive.
 
-    Nothing is touched while another run is at work in the process: it may be between its mmap
-    and its clone, where its memory looks like a leftover. That is asked after the look at the
-    memory: a run that had mapped it then, and is alive, traces a thread now.
+    Nothing is touched while another run works in the process: it may be between its mmap and its
+    clone, where its memory looks like a leftover. The check for one comes after the look at the
+    mappings: a run that had mapped its memory by then, and is alive, traces a thread now.
     """
     steps.enter("leftovers")
     mappings = procfs.mappings(thread.pid)
@@ -234,7 +234,7 @@ def remove_leftovers(thread: BorrowedThread, length: int) -> None:
             continue
         helper, _, magic = _HEADER.unpack(memory.read(thread.pid, mapping.start, _HEADER.size))
         alive = helper != 0 and _lives(thread.pid, helper)
-        # One that died right after its mmap has no header yet: then the length must be ours.
+        # A run that died right after its mmap left no header: then the length must be ours.
         nameless = magic == bytes(8) and mapping.end - mapping.start == length
         if (magic == _MAGIC or nameless) and not alive:
             thread.syscall(_NR_MUNMAP, mapping.start, mapping.end - mapping.start)
@@ -252,7 +252,7 @@ def _others_traced(pid: int, but: int) -> bool:
 
 
 def _statuses(pid: int) -> Iterator[dict[str, str]]:
-    """What /proc says of each thread: TracerPid, NSpid and so on."""
+    """What /proc says about each thread: TracerPid, NSpid and so on."""
     for task in Path(f"/proc/{pid}/task").iterdir():
         if status := status_of(f"{pid}/task/{task.name}"):
             yield status

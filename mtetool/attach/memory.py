@@ -1,7 +1,7 @@
-"""Another process's memory: copies from and to it that need no stop.
+"""Copy from and to another process's memory without stopping it.
 
-Copies go by process_vm_readv(2): it respects the pages' protection, so that nothing
-read-only is ever written by mistake.
+Copies use process_vm_readv(2) and process_vm_writev(2), which respect the pages' protection, so
+nothing read-only is ever written by mistake.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def _transfer(write: bool, pid: int, address: int, local: int, length: int) -> N
 
 
 def read(pid: int, address: int, length: int) -> bytes:
-    """`length` bytes from `address` of the process. Raises OSError."""
+    """Read `length` bytes from `address` of the process. Raises OSError."""
     buffer = ctypes.create_string_buffer(length)
     _transfer(False, pid, address, ctypes.addressof(buffer), length)
     return buffer.raw
 
 
 def write(pid: int, address: int, data: bytes) -> None:
-    """All of `data` to `address` of the process. Raises OSError."""
+    """Write all of `data` to `address` of the process. Raises OSError."""
     buffer = ctypes.create_string_buffer(data, len(data))
     _transfer(True, pid, address, ctypes.addressof(buffer), len(data))
 

@@ -1,6 +1,6 @@
-"""ptrace(2) of one thread, as this package needs it; arm64 register sets.
+"""ptrace(2) of one thread, as this package needs it, and arm64 register sets.
 
-Everything of one tracee must be called from the one OS thread that seized it.
+All calls for a tracee must come from the one OS thread that seized it.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ POKEMTETAGS = 34
 _O_TRACESYSGOOD = 1
 _O_TRACECLONE = 8
 FOLLOW = 0x02 | 0x04 | _O_TRACECLONE | 0x10
-"""Options: forks, vforks, clones and execs are told; what is made is traced from birth."""
+"""Options: report forks, vforks, clones and execs; trace new threads and processes from birth."""
 EVENT_CLONE = 3
 EVENT_EXEC = 4
 EVENT_STOP = 128
 SYSCALL_STOP = 0x85
-"""The signal of a system-call stop: SIGTRAP, and the bit that TRACESYSGOOD asks for."""
+"""The signal of a system-call stop: SIGTRAP, with the bit that TRACESYSGOOD adds."""
 # include/uapi/linux/wait.h
 WALL = 0x40000000
-"""An option of wait: threads too."""
-_WNOTHREAD = 0x20000000  # only what this one OS thread traces
+"""An option of wait: include threads."""
+_WNOTHREAD = 0x20000000  # only the tracees of this OS thread
 SYSCALL_ENTRY, SYSCALL_EXIT = 1, 2
 _STOPS = (os.CLD_TRAPPED, os.CLD_STOPPED)
-# Between two looks at a thread while another one stands at a stop that is not its turn.
+# The pause between two looks at a thread while another one's stop stays uncollected.
 _POLL_SECONDS = 0.0002
 
 _NAMES = {
@@ -102,7 +102,7 @@ _libc.ptrace.restype = ctypes.c_long
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 
 
-# Reused: it is asked for at every system call where nothing quicker can be had.
+# Reused: it is needed at every system call where there is no faster way.
 _SYSCALL_INFO_BYTES = 88
 _SYSCALL_INFO = struct.Struct("<qQQ")
 _syscall_info = ctypes.create_string_buffer(_SYSCALL_INFO_BYTES)
@@ -130,7 +130,7 @@ class Registers:
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        """From the NT_PRSTATUS register set, 272 bytes."""
+        """Unpack the NT_PRSTATUS register set, 272 bytes."""
         words = _REGS.unpack(data)
         return cls(words[:31], *words[31:])
 
@@ -151,17 +151,17 @@ class Registers:
         return replace(self, x=tuple(x), pc=gadget, pstate=self.pstate & ~PSTATE_BTYPE)
 
     def returning(self, result: int) -> Registers:
-        """These registers, after a call, with that result of it (-errno)."""
+        """These registers after a call with that result (-errno)."""
         return replace(self, x=(result & 0xFFFF_FFFF_FFFF_FFFF, *self.x[1:]))
 
 
 class _Waits(threading.local):
-    """What happens to the threads that this OS thread traces.
+    """Stops and ends of the threads that this OS thread traces.
 
-    A signal's stop is looked at and not collected: the signal would be lost if we died before it
-    was passed on (wait_task_stopped, kernel/exit.c). Ends are collected whosever they are: that of
-    a process is told thread by thread, its first thread last, and only when all the others that
-    we trace have been collected. Other threads' stops are left to whoever waits for them.
+    A signal's stop is looked at but not collected: the signal would be lost if we died before we
+    passed it on (wait_task_stopped, kernel/exit.c). Every thread's end is collected: the kernel
+    reports the end of a process thread by thread, its first thread last, and only when all the
+    others that we trace have been collected. Other threads' stops are left to their own waits.
     """
 
     def __init__(self) -> None:
@@ -197,7 +197,7 @@ class _Waits(threading.local):
             while (found := _look(os.P_ALL, 0, os.WNOHANG)) and found.si_code not in _STOPS:
                 self._collect_end(found.si_pid)
         except ChildProcessError:
-            return True  # where SIGCHLD is ignored, ends are not told
+            return True  # where SIGCHLD is ignored, ends are not reported
         return tid in self._ended
 
     def _collect_end(self, tid: int) -> None:
@@ -206,7 +206,7 @@ class _Waits(threading.local):
 
 
 def _look(kind: int, tid: int, options: int = 0) -> os.waitid_result | None:
-    """What comes next, waited for, and left there to be collected; with WNOHANG maybe None."""
+    """Wait for the next change and leave it uncollected; with WNOHANG, None is possible."""
     options |= os.WEXITED | os.WSTOPPED | os.WNOWAIT | WALL | _WNOTHREAD
     return os.waitid(kind, tid, options)
 
@@ -216,7 +216,7 @@ _waits = _Waits()
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Why a tracee stopped: the signal, the ptrace event (0: none), a system-call stop."""
+    """Why a tracee stopped: the signal, the ptrace event (0: none), or a system call."""
 
     signal: int
     event: int
@@ -242,10 +242,10 @@ class Tracee:
 
     @classmethod
     def seize_of(cls, pid: int, tid: int) -> Self:
-        """As `seize`, of a thread of that process. Raises ProcessLookupError for any other.
+        """As `seize`, for a thread of that process. Raises ProcessLookupError for any other.
 
-        A thread's id may have become another process's since it was looked up. From the seize on
-        it stays the thread's.
+        The id may have passed to another process's thread since it was looked up. From the seize
+        on, it stays with the seized thread.
         """
         tracee = cls.seize(tid)
         if Path(f"/proc/{pid}/task/{tid}").exists():
@@ -256,49 +256,49 @@ class Tracee:
         raise ProcessLookupError(errno.ESRCH, f"thread {tid} is not of process {pid}")
 
     def trace_clones(self, on: bool) -> None:
-        """Whether threads that this thread makes are traced from birth."""
+        """Set whether threads that this thread makes are traced from birth."""
         _ptrace(_SETOPTIONS, self.tid, 0, _O_TRACESYSGOOD | (_O_TRACECLONE if on else 0))
 
     def interrupt(self) -> None:
-        """Ask the thread to stop; `wait` gives the stop."""
+        """Ask the thread to stop; `wait` returns the stop."""
         _ptrace(_INTERRUPT, self.tid)
 
     def wait(self) -> Stop:
-        """Wait for the thread's next stop. Raises GuestLostError when it ended instead."""
+        """Wait for the thread's next stop. Raises GuestLostError if it ends instead."""
         status = _waits.next(self.tid)
         if status is None:
             raise GuestLostError(
                 f"thread {self.tid} of the VMM ended while mtetool was attached to it",
-                hint="look at why the VMM ended; mtetool does not end it",
+                hint="find out why the VMM ended; mtetool does not end it",
             )
         return Stop(status & 0x7F, status >> 8, status == SYSCALL_STOP)
 
     def ended(self) -> bool:
-        """Whether the thread has ended, without waiting; all that ended are reaped."""
+        """Whether the thread has ended, without waiting; reaps all threads that have."""
         return _waits.ended(self.tid)
 
     def stop(self) -> Stop:
         """Stop the thread between two instructions of its own: an event stop.
 
-        Signals that arrive first are delivered, in their order. The answer's signal is
+        Signals that arrive first are delivered, in their order. The returned signal is
         SIGTRAP, or the stopping signal where the whole process is stopped.
         """
         self.interrupt()
         return self.until_event_stop()
 
     def to_event_stop(self, signal: int = 0) -> Stop:
-        """From another kind of stop to an event stop, without an instruction in between.
+        """Go from another kind of stop to an event stop, without an instruction in between.
 
-        The thread is given that signal on the way.
+        The signal is delivered on the way.
         """
         self.interrupt()
         self.cont(signal)
         return self.until_event_stop()
 
     def until_event_stop(self) -> Stop:
-        """Wait for the event stop that was asked for; signals that come first are delivered."""
+        """Wait for the requested event stop; signals that come first are delivered."""
         while (stop := self.wait()).event != EVENT_STOP:
-            # A signal on its way (event 0) goes on its way; at any other stop nothing is due.
+            # A signal in flight (event 0) is passed on; at any other stop there is none.
             self.cont(0 if stop.syscall or stop.event else stop.signal)
         return stop
 
@@ -328,8 +328,8 @@ class Tracee:
     def syscall_info(self) -> tuple[int, int, int]:
         """What a system-call stop is about (Linux 5.3).
 
-        SYSCALL_ENTRY, the call's number and its second argument; or SYSCALL_EXIT, the result
-        and 0.
+        Returns SYSCALL_ENTRY, the call's number and its second argument; or SYSCALL_EXIT, the
+        result and 0.
         """
         # struct ptrace_syscall_info: op at 0; from 24 on nr and args, or rval.
         _ptrace(_GET_SYSCALL_INFO, self.tid, _SYSCALL_INFO_BYTES, _syscall_info_at)
@@ -344,15 +344,15 @@ class Tracee:
     def copy_tags(self, request: int, address: int, local: int, n_bytes: int) -> int:
         """PEEKMTETAGS or POKEMTETAGS: `n_bytes` tags, one a byte, to or from memory of ours.
 
-        How many were copied. Raises OSError when none were: EIO whatever is wrong with
-        `address`, ESRCH where the thread is not stopped any more.
+        Returns how many were copied. Raises OSError if none were: EIO whatever is wrong with
+        `address`, ESRCH if the thread is no longer stopped.
         """
         iovec = Iovec(local, n_bytes)
         _ptrace(request, self.tid, address, ctypes.addressof(iovec))
         return int(iovec.length)
 
     def event_message(self) -> int:
-        """What came with the last event: for a clone, the new thread's id."""
+        """The message of the last event: for a clone, the new thread's id."""
         message = ctypes.c_ulong()
         _ptrace(_GETEVENTMSG, self.tid, 0, ctypes.addressof(message))
         return message.value
@@ -381,7 +381,7 @@ class Tracee:
         if data is None or len(data) != _REGS.size:
             raise AttachRefusedError(
                 f"thread {self.tid} has no arm64 registers: it runs a 32-bit program",
-                hint="mtetool reaches 64-bit VMMs only",
+                hint="use a 64-bit VMM: mtetool supports no other",
             )
         return Registers.unpack(data)
 
@@ -390,7 +390,7 @@ class Tracee:
         self.set_regset(NT_PRSTATUS, registers.pack())
 
     def signal_mask(self) -> int:
-        """The blocked signals, bit N-1 for signal N; the saved mask inside sigsuspend and kin."""
+        """The blocked signals, bit N-1 for signal N; inside sigsuspend and kin the saved mask."""
         mask = ctypes.c_uint64()
         _ptrace(_GETSIGMASK, self.tid, 8, ctypes.addressof(mask))
         return mask.value

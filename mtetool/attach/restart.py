@@ -1,13 +1,13 @@
-"""System calls that a stop broke off, and that the kernel makes again after it.
+"""System calls that a stop interrupts and that the kernel restarts after it.
 
-At the stop, pc is back at the `svc` and x0 is what it was. Where the thread then runs on by
-itself, the kernel still adds what is not in the registers:
+At the stop, pc is back at the `svc` and x0 is what it was. If the thread then runs on by itself,
+the kernel still adds what is not in the registers:
 
-- a sleep with a relative time-out goes on by restart_syscall(2), which knows its end;
-- a call that a handler's signal must break off (poll, a sleep) answers EINTR.
+- a sleep with a relative timeout goes on by restart_syscall(2), which knows when it ends;
+- a call that a handler's signal must interrupt (poll, a sleep) returns EINTR.
 
-It does neither for a thread that was sent elsewhere meanwhile. `settle` lets the first happen
-before the thread is borrowed, `resume` the second after it.
+The kernel does neither for a thread that was sent elsewhere meanwhile. `settle` lets the first
+happen before the thread is borrowed, `resume` the second afterwards.
 Source: do_signal, arch/arm64/kernel/signal.c.
 """
 
@@ -26,7 +26,7 @@ _NR_IO_PGETEVENTS, _NR_MSGRCV, _NR_MSGSND = 292, 188, 189
 _NR_PSELECT6, _NR_PPOLL, _NR_SIGSUSPEND = 72, 73, 133
 _NR_FUTEX, _NR_NANOSLEEP, _NR_CLOCK_NANOSLEEP, _NR_RESTART = 98, 101, 115, 128
 _SLEEPS = (_NR_FUTEX, _NR_NANOSLEEP, _NR_CLOCK_NANOSLEEP)
-# What a handled signal breaks off whatever its SA_RESTART says (ERESTARTNOHAND and
+# Calls that a handled signal interrupts whatever its SA_RESTART says (ERESTARTNOHAND and
 # ERESTART_RESTARTBLOCK, include/linux/errno.h).
 _BROKEN_OFF = (
     _NR_RESTART,
@@ -38,7 +38,7 @@ _BROKEN_OFF = (
     _NR_IO_PGETEVENTS,
 )
 _SVC = bytes.fromhex("010000d4")
-# movz x8 or w8, #imm16: how programs load a call's number, a few instructions ahead of its svc.
+# movz x8 or w8, #imm16: how programs load a call's number, a few instructions before its svc.
 _MOVZ_X8, _MOVZ_W8, _MOVZ_MASK = 0xD280_0008, 0x5280_0008, 0xFFE0_001F
 _MOST_BETWEEN = 8
 _SETTLE_TRIES = 3
@@ -47,8 +47,8 @@ _SETTLE_TRIES = 3
 def settle(pid: int, tracee: Tracee) -> int:
     """Lead a thread that was stopped in a sleep to where the kernel knows the sleep's end.
 
-    Answers the number of the call that it is in, which is not always in x8 any more: what to
-    make anew where the kernel's knowledge is lost. The thread stays at an event stop.
+    Returns the number of the call that it is in, which x8 may no longer hold: this call is made
+    anew where the kernel's knowledge is lost. The thread stays at an event stop.
     """
     original = None
     for _ in range(_SETTLE_TRIES):
@@ -67,10 +67,10 @@ def settle(pid: int, tracee: Tracee) -> int:
 
 
 def resume(pid: int, tracee: Tracee, registers: Registers) -> int:
-    """Let a thread that is back where it was into the call that it was in.
+    """Let a thread that is back where it was resume the call that it was in.
 
-    A signal that came while it was borrowed is delivered first; where its handler would have
-    broken the call off, it does. Answers the signal to detach with.
+    A signal that came while it was borrowed is delivered first; if its handler would have
+    interrupted the call, it does so now. Returns the signal to detach with.
     """
     if not at_svc(pid, registers):
         return 0
@@ -92,7 +92,7 @@ def at_svc(pid: int, registers: Registers) -> bool:
     try:
         return memory.read(pid, registers.pc, 4) == _SVC
     except OSError:
-        return False  # text that may be run and not be read
+        return False  # text that may be executed but not read
 
 
 def _sleeps(registers: Registers) -> bool:
@@ -101,7 +101,7 @@ def _sleeps(registers: Registers) -> bool:
 
 
 def _breaks_off(registers: Registers) -> bool:
-    # Not a futex wait without a time-out: that depends on the handler's SA_RESTART.
+    # Not a futex wait without a timeout: that depends on the handler's SA_RESTART.
     return registers.x[8] in _BROKEN_OFF or _sleeps(registers)
 
 
@@ -114,7 +114,7 @@ def _caught(pid: int, tid: int, signal: int) -> bool:
 
 
 def _loaded_number(pid: int, pc: int) -> int:
-    """The call number that the instructions ahead of a `svc` load; restart_syscall if unclear."""
+    """The call number that the instructions before a `svc` load; restart_syscall if unclear."""
     try:
         code = memory.read(pid, pc - 4 * _MOST_BETWEEN, 4 * _MOST_BETWEEN)
     except OSError:

@@ -1,7 +1,7 @@
-"""What a thread's seccomp filters would say to a call, asked before the call is made.
+"""Ask a thread's seccomp filters about a call before it is made.
 
-A call that a filter denies may kill the process, and suspending the filters
-(PTRACE_O_SUSPEND_SECCOMP) ends with the tracer: so mtetool makes only calls that all filters
+A call that a filter denies may kill the process, and a suspension of the filters
+(PTRACE_O_SUSPEND_SECCOMP) ends with the tracer. So mtetool makes only calls that all filters
 allow. The filters are classic BPF (Documentation/userspace-api/seccomp_filter.rst); each runs,
 and the strictest answer counts.
 """
@@ -26,7 +26,7 @@ Program = Sequence[tuple[int, int, int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A system call that is going to be made, its arguments as far as a filter may look."""
+    """A system call that is going to be made, with the arguments that a filter can see."""
 
     name: str
     number: int
@@ -40,7 +40,7 @@ class Call:
 
 
 def check(tracee: Tracee, pid: int, calls: Iterable[Call]) -> tuple[Program, ...]:
-    """See that the stopped thread's filters allow all the calls; the filters.
+    """Check that the stopped thread's filters allow all the calls; return the filters.
 
     Raises AttachRefusedError, which names the call that is not allowed, or says that the filters
     cannot be read.
@@ -49,7 +49,7 @@ def check(tracee: Tracee, pid: int, calls: Iterable[Call]) -> tuple[Program, ...
     if mode == 0:
         return ()
     if mode == 1:
-        raise AttachRefusedError(f"thread {tracee.tid} of process {pid} runs in strict seccomp")
+        raise AttachRefusedError(f"thread {tracee.tid} of process {pid} is in strict seccomp mode")
     try:
         programs = tuple(parse(raw) for raw in tracee.seccomp_filters())
     except OSError as error:
@@ -63,7 +63,7 @@ def check(tracee: Tracee, pid: int, calls: Iterable[Call]) -> tuple[Program, ...
 
 
 def allow(programs: Iterable[Program], pid: int, call: Call) -> None:
-    """See that all the filters allow the call. Raises AttachRefusedError."""
+    """Check that all the filters allow the call. Raises AttachRefusedError."""
     if not all(run(program, call.data()) in _ALLOWED_ACTIONS for program in programs):
         raise AttachRefusedError(
             f"the seccomp filter of process {pid} does not allow {call.name}"
@@ -73,12 +73,12 @@ def allow(programs: Iterable[Program], pid: int, call: Call) -> None:
 
 
 def parse(raw: bytes) -> Program:
-    """A filter's instructions: code, jt, jf, k each, from 8 bytes apiece."""
+    """A filter's instructions, code, jt, jf and k each, from 8 bytes apiece."""
     return list(_INSTRUCTION.iter_unpack(raw))
 
 
 def run(program: Program, data: bytes) -> int:
-    """A classic BPF program's answer to `data`, a struct seccomp_data: the action's bits."""
+    """Run a classic BPF program on `data`, a struct seccomp_data; return the action's bits."""
     a = x = pc = 0
     scratch = [0] * 16
     while True:

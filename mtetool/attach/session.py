@@ -1,12 +1,12 @@
-"""A helper thread inside the process that makes ioctls for us while its own threads run on.
+"""A helper thread inside the process, which makes ioctls for us while the other threads run on.
 
 A thread of the process is borrowed for a moment, to map a transfer buffer and to start the
-helper; it goes home before the first ioctl, so that the process's main loop answers during
-a long copy. The helper has no state of its own. If mtetool vanishes, it finishes its call,
+helper; it goes home before the first ioctl, so the process's main loop responds during a
+long copy. The helper has no state of its own. If mtetool vanishes, it finishes its call,
 unmaps the buffer and exits.
 
-Whatever the rest of mtetool does meanwhile, a process that ends is noticed and reaped by the
-tracing thread (`mtetool.attach.tracer`) within a moment. If mtetool is stopped, a guard ends it
+Whatever the rest of mtetool does, the tracing thread (`mtetool.attach.tracer`) notices and reaps
+within a moment a process that ends. If mtetool is stopped, a guard kills it
 (`mtetool.attach.guard`).
 """
 
@@ -44,17 +44,17 @@ from mtetool.permission import refusal
 
 T = TypeVar("T")
 
-# How many threads are tried where one after the other cannot be borrowed safely.
+# How many threads are tried when one after another cannot be borrowed safely.
 _MOST_CANDIDATES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The process to attach to, and what is known of it above.
+    """The process to attach to, and what its caller knows about it.
 
-    `ioctls` are the (fd, request) pairs that will be made, for the seccomp filter to be asked.
-    `candidates` gives the threads that may be borrowed, the best first; `check` raises where
-    the process is not the one that was meant (a PID may change hands).
+    `ioctls` are the (fd, request) pairs that will be made, to be checked against the seccomp
+    filters. `candidates` returns the threads that may be borrowed, the best first; `check` raises
+    if the process is not the one that was meant (a PID can be reused).
     """
 
     pid: int
@@ -64,11 +64,11 @@ class Target:
 
 
 class Session:
-    """Calls inside the process through a helper thread, until `close`.
+    """Makes calls inside the process through a helper thread, until `close`.
 
     `buffer_bytes` is the size of the transfer buffer. Usable from any thread of ours, one call
-    at a time. Raises GuestError subclasses where the process cannot be borrowed from, and HostError
-    where this host has no process or thread for us; nothing was touched then.
+    at a time. Raises GuestError subclasses where no thread of the process can be borrowed, and
+    HostError where this host can start no process or thread for us; then nothing was touched.
     """
 
     def __init__(self, target: Target, *, buffer_bytes: int) -> None:
@@ -91,12 +91,12 @@ class Session:
         try:
             self._call(self._attach, ATTACH_PATIENCE_SECONDS)
         except BaseException:
-            # A signal of ours may come while the tracer is still at it.
+            # A signal to mtetool may come while the tracer is still attaching.
             self.close()
             raise
 
     def ioctl(self, fd: int, request: int, argument: bytes | int) -> int:
-        """ioctl(2) in the process, on its file descriptor; the result, -errno for an error.
+        """Make an ioctl(2) in the process, on its file descriptor; return the result, or -errno.
 
         An argument in bytes is copied there first. Raises GuestLostError, and AttachRefusedError
         where the process's seccomp filter does not allow it.
@@ -104,13 +104,13 @@ class Session:
         return self._call(lambda: self._ioctl(fd, request, argument))
 
     def begin_ioctl(self, fd: int, request: int, argument: bytes | int) -> Future[int]:
-        """As `ioctl`, without waiting; `finish` gives the result. Other calls come after it."""
+        """As `ioctl`, without waiting; `finish` returns the result. Other calls come after it."""
         return self._tracer.begin(
             lambda: self._noting_loss(lambda: self._ioctl(fd, request, argument))
         )
 
     def finish(self, begun: Future[int]) -> int:
-        """The result of an ioctl that was begun; raises as `ioctl`."""
+        """Return the result of an ioctl that was begun; raises as `ioctl`."""
         return self._tracer.finish(begun)
 
     @property
@@ -119,11 +119,11 @@ class Session:
         return self._alive().buffer_at
 
     def read_buffer(self, out: memoryview, offset: int = 0) -> None:
-        """Fill `out` from the transfer buffer, from there on. Raises GuestLostError."""
+        """Fill `out` from the transfer buffer, from `offset` on. Raises GuestLostError."""
         self._copy(memory.read_into, out, offset)
 
     def write_buffer(self, data: memoryview, offset: int = 0) -> None:
-        """Copy `data` to the transfer buffer, from there on. Raises GuestLostError."""
+        """Copy `data` to the transfer buffer, from `offset` on. Raises GuestLostError."""
         self._copy(memory.write_from, data, offset)
 
     def mappings(self) -> list[procfs.Mapping]:
@@ -139,10 +139,10 @@ class Session:
         return self._alive().tracee.tid
 
     def hold(self, tids: Iterable[int]) -> dict[int, Registers]:
-        """Stop threads and hold them; their registers. One that ended is left out.
+        """Stop and hold threads; return their registers, leaving out threads that have ended.
 
-        Held they are by ptrace alone: whatever becomes of us, they run on. Signals to them wait.
-        Raises GuestLostError.
+        Ptrace alone holds them: whatever becomes of us, they run on. Signals to them wait. Raises
+        GuestLostError.
         """
         return self._call(lambda: self._hold(tids))
 
@@ -151,14 +151,14 @@ class Session:
         self._call(lambda: self._release(tids))
 
     def close(self) -> None:
-        """Let the helper end and take its memory along; nothing of ours stays. Idempotent."""
+        """End the helper and unmap its memory; nothing of ours stays. Idempotent."""
         if self._tracer.stuck or not self._tracer.alive:
             return
         try:
             self._call(self._let_go)
         finally:
             self._tracer.close()
-            # A thread that is stuck lets go when we end, and is watched until then.
+            # A stuck tracing thread lets go when we end; the guard watches until then.
             if not self._tracer.alive:
                 self._watch.close()
 
@@ -171,7 +171,7 @@ class Session:
         if self._lost is not None:
             raise self._lost
         if self._helper is None:
-            raise GuestLostError(f"process {self.pid} is not attached to")
+            raise GuestLostError(f"mtetool is not attached to process {self.pid}")
         return self._helper
 
     def _copy(
@@ -189,7 +189,7 @@ class Session:
     def _gone(self) -> GuestLostError:
         return GuestLostError(
             f"process {self.pid} ended while mtetool was attached to it",
-            hint="look at why the VMM ended; mtetool does not end it",
+            hint="find out why the VMM ended; mtetool does not end it",
         )
 
     # --- on the tracer's side -----------------------------------------------------------
@@ -205,7 +205,7 @@ class Session:
             raise self._lost from None
 
     def _reap(self) -> None:
-        # Also when it is known to be lost: unreaped, a thread keeps the process a zombie.
+        # Also for a process known to be lost: an unreaped thread keeps it a zombie.
         if self._helper is not None and self._helper.tracee.ended() and self._lost is None:
             self._lost = self._gone()
 
@@ -221,7 +221,7 @@ class Session:
         self._filters = thread.filters
 
     def _borrow(self, stack: ExitStack, but: int = 0) -> BorrowedThread:
-        """The first thread (`but` one) that can be borrowed safely, until the stack unwinds."""
+        """Borrow the first thread (not `but`) that is safe to borrow, until the stack unwinds."""
         first: AttachRefusedError | None = None
         calls = needed_calls(map_bytes(self.buffer_bytes), self._target.ioctls)
         candidates = [tid for tid in self._target.candidates() if tid != but]
@@ -236,7 +236,7 @@ class Session:
         if first is not None:
             raise first
         raise AttachRefusedError(
-            f"process {self.pid} has no thread that could be borrowed", hint="try again"
+            f"process {self.pid} has no thread that can be borrowed", hint="try again"
         )
 
     def _ioctl(self, fd: int, request: int, argument: bytes | int) -> int:
@@ -244,7 +244,7 @@ class Session:
         steps.enter("call")
         at = argument if isinstance(argument, int) else helper.argument_at
         if (fd, request, at) not in self._allowed:
-            # The filters are those that were read at the attach: what they say stays so.
+            # The filters are those read at the attach: their answer stays the same.
             seccomp.allow(self._filters, self.pid, ioctl_call(fd, request, at))
             self._allowed.add((fd, request, at))
         try:
@@ -252,7 +252,7 @@ class Session:
                 memory.write(self.pid, at, argument)
             return helper.ioctl(fd, request, at)
         except OSError as error:
-            # An error of ours on the way is no answer of the ioctl.
+            # An error on the way to the ioctl is not its answer.
             raise self._gone() from error
 
     def _hold(self, tids: Iterable[int]) -> dict[int, Registers]:
@@ -276,7 +276,7 @@ class Session:
         helper, self._helper = self._helper, None
         if helper is None or self._lost is not None:
             return
-        # A process that ended took everything along; what stays, the next run removes.
+        # A process that ended took everything along; the next run removes whatever stays.
         with suppress(OSError, GuestError):
             try:
                 if not helper.aim_at_its_end():

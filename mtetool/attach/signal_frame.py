@@ -1,8 +1,8 @@
-"""Signal frames: a thread's whole state as rt_sigreturn(2) takes it back.
+"""Signal frames: a thread's whole state as rt_sigreturn(2) restores it.
 
-The frame is the road home of a thread whose tracer vanished: it lies on the thread's stack
+The frame is the way home for a thread whose tracer has vanished: it is on the thread's stack
 before any register changes. Layout: arch/arm64/kernel/signal.c and
-arch/arm64/include/uapi/asm/sigcontext.h. Pure: bytes in, bytes out.
+arch/arm64/include/uapi/asm/sigcontext.h. Pure functions: bytes in, bytes out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MCONTEXT_AT = 304  # fault_address, then regs[31], sp, pc, pstate
 _RECORDS_AT = 592
 _RECORDS_BYTES = 4096
 FRAME_BYTES = _RECORDS_AT + _RECORDS_BYTES
-"""The length of a frame whose vectors are not longer than 896 bits: most have this one."""
+"""The length of a frame with vectors of at most 896 bits, as most have."""
 
 _FPSIMD_MAGIC, _FPSIMD_BYTES = 0x46508001, 0x210
 _SVE_MAGIC = 0x53564501
@@ -31,7 +31,7 @@ SVE_PT_REGS_SVE = 1
 
 @dataclass(frozen=True, slots=True)
 class ThreadState:
-    """What a borrowed thread must get back to the bit.
+    """The state that a borrowed thread must get back to the bit.
 
     `fpsimd` is the NT_PRFPREG register set (528 bytes), `sve` NT_ARM_SVE where the CPU has
     it, `poe` the POR_EL0 value of NT_ARM_POE; `signal_mask` has bit N-1 for signal N.
@@ -55,11 +55,11 @@ def vectors_live(regset: bytes) -> bool:
 
 
 def build(state: ThreadState, at: int = 0) -> bytes:
-    """The signal frame that gives `state` back, for the 16-byte aligned address `at`.
+    """The signal frame that restores `state`, for the 16-byte aligned address `at`.
 
-    FRAME_BYTES of it, or more where the SVE vectors are long: their record then lies behind
-    the plain frame's records, at an address that the frame holds.
-    uc_stack stays zero, which rt_sigreturn takes for "leave the alternate stack alone".
+    It has FRAME_BYTES, or more where the SVE vectors are long: their record then follows the
+    plain frame's records, at an address that the frame holds.
+    uc_stack stays zero, which rt_sigreturn takes as "leave the alternate stack alone".
     """
     frame = bytearray(_RECORDS_AT)
     struct.pack_into("<Q", frame, _SIGMASK_AT, state.signal_mask)
@@ -67,7 +67,7 @@ def build(state: ThreadState, at: int = 0) -> bytes:
     frame[_MCONTEXT_AT + 8 : _MCONTEXT_AT + 8 + 272] = state.registers.pack()
     frame += _fpsimd_record(state.fpsimd)
     if state.poe is not None:
-        # 6.12 restores garbage into POR_EL0 when this record is missing.
+        # Linux 6.12 restores garbage into POR_EL0 when this record is missing.
         frame += struct.pack("<II", _POE_MAGIC, 16) + state.poe[:8]
     if state.sve is not None and state.sve_live:
         record = _sve_record(state.sve)
@@ -114,7 +114,7 @@ def _sve_record(sve: bytes) -> bytes:
 
 
 def _extra_record(at: int, length: int) -> bytes:
-    # parse_user_sigframe wants a terminator, and right behind it what the record points to.
+    # parse_user_sigframe wants a terminator, and right after it the data that the record points to.
     data_at = at + _EXTRA_BYTES + len(_TERMINATOR)
     head = struct.pack("<IIQI12x", _EXTRA_MAGIC, _EXTRA_BYTES, data_at, length)
     return head + _TERMINATOR

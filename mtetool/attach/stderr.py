@@ -1,8 +1,9 @@
-"""Another process's standard error, held for as long as it takes to write a few lines to it.
+"""Another process's standard error, held only as long as it takes to write a few lines to it.
 
-Whoever reads a process's output to its end waits for all who hold it, so nobody else may keep it
-open. It is duplicated out of the process (pidfd_getfd(2)): opened anew by its name in /proc, a
-file would begin at its start again, another user's pipe be refused, and a socket not be there.
+A reader of a process's output waits until every holder has closed it, so we must not keep it open.
+It is duplicated out of the process (pidfd_getfd(2)). If it were opened anew by its name in /proc, a
+file would start again at its beginning, another user's pipe would be refused, and a socket could
+not be opened.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from types import FrameType
 
 _NR_PIDFD_GETFD = 438  # include/uapi/asm-generic/unistd.h
 _STDERR = 2
-# Who does not read is not waited for.
+# A reader that does not read is not waited for.
 _PATIENCE_SECONDS = 1.0
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -26,7 +27,7 @@ _libc.syscall.restype = ctypes.c_long
 
 @contextmanager
 def stderr_of(processes: Iterable[int]) -> Iterator[int | None]:
-    """A descriptor of the first such process's standard error that can be had; None: there is none.
+    """Yield a descriptor of the first standard error that can be had; None if there is none.
 
     Needs the right to trace the process.
     """
@@ -41,8 +42,8 @@ def stderr_of(processes: Iterable[int]) -> Iterator[int | None]:
 def write_briefly(fd: int, data: bytes) -> None:
     """Write a few lines; what cannot be written within two seconds is dropped.
 
-    SIGALRM is used meanwhile; what it was set for comes later. The file's own flags are shared with
-    the process, so that it cannot be made non-blocking.
+    This uses SIGALRM; an alarm that was set comes later. The file's own flags are shared with the
+    process, so it cannot be made non-blocking.
     """
     poller = select.poll()
     poller.register(fd, select.POLLOUT)
@@ -55,7 +56,7 @@ def write_briefly(fd: int, data: bytes) -> None:
         os.write(fd, data)
         signal.setitimer(signal.ITIMER_REAL, 0)
     except OSError:
-        pass  # there is nobody left to report that to
+        pass  # there is nowhere left to report that
     signal.signal(signal.SIGALRM, before)
     signal.setitimer(signal.ITIMER_REAL, left)
 

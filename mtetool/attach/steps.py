@@ -1,10 +1,10 @@
-"""The steps of the work on another process, by name, where a test can make mtetool die.
+"""Named steps of the work on another process; at each, a test can make mtetool die.
 
-A step is reached before each request to the kernel that looks at or changes the process; what
-happens between two steps happens in mtetool alone. So a death before every step is a death at
-every instant. `MTETOOL_FAULT=SIGNAL@STEP[:NTH]` in the environment sends this process that
-signal at the NTH time (1) that it reaches the step, `KILL@home/setregset:2`; mtetool's own
-tests set it. A step's name has the phase of the work and the request.
+A step is reached before each request to the kernel that looks at or changes the process; between
+two steps, everything happens in mtetool alone. So a death before every step covers a death at every
+instant. `MTETOOL_FAULT=SIGNAL@STEP[:NTH]` in the environment sends this process that signal when it
+reaches the step for the NTH time (default 1), as in `KILL@home/setregset:2`; mtetool's own tests
+set it. A step's name is the phase of the work and the request.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _hook: Hook | None = None
 
 
 def enter(phase: str) -> None:
-    """From now on, steps belong to that phase of the work."""
+    """Start that phase of the work: the steps that follow belong to it."""
     global _phase
     _phase = phase
 
 
 def reach(request: str) -> None:
-    """Before a request to the kernel."""
+    """Reach the step before a request to the kernel."""
     if _hook is not None:
         _hook(f"{_phase}/{request}")
 
 
 def on_step(hook: Hook | None) -> None:
-    """Let `hook` be called with the name of every step, before it."""
+    """Call `hook` with the name of every step, before it."""
     global _hook
     _hook = hook
 
@@ -50,14 +50,14 @@ def fault(plan: str) -> Hook:
     except (KeyError, ValueError):
         raise UsageError(
             f"MTETOOL_FAULT={plan} is not of the form SIGNAL@STEP:NTH",
-            hint="it is for mtetool's own tests; unset it",
+            hint="unset it: it is for mtetool's own tests",
         ) from None
     seen = Counter[str]()
 
     def hook(reached: str) -> None:
         seen[reached] += 1
         if reached == step and seen[reached] == due:
-            # To this thread: to the process, another may have to take it, and this one goes on.
+            # To this thread: sent to the process, it might go to another, and this one would go on.
             signal.pthread_kill(threading.get_ident(), number)
 
     return hook

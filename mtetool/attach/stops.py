@@ -1,6 +1,6 @@
-"""Stop signals of the terminal (Ctrl-Z and its kin), which wait while something of a VMM is held.
+"""Delay the terminal's stop signals (Ctrl-Z and its kin) while anything of a VMM is held.
 
-SIGSTOP waits for nobody; that is what `mtetool.attach.guard` is for.
+SIGSTOP cannot be delayed; that is what `mtetool.attach.guard` is for.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import sys
 import threading
 from types import FrameType
 
-# What reading from or writing to the terminal brings a background process. Ignored, they let the
-# write through; a handler would let it be tried again without end.
+# A background process gets these when it reads from or writes to the terminal. Ignored, they let
+# the write through; with a handler, the write would be retried without end.
 _OF_THE_BACKGROUND = (signal.SIGTTIN, signal.SIGTTOU)
 
 
 class Stops:
-    """Stop signals between `begin` and `end` wait until `end`.
+    """Makes stop signals between `begin` and `end` wait until `end`.
 
-    Only the main thread can see to that (signal(2) in Python); begun in another, nothing waits. A
-    signal that somebody else ignores or handles is left alone.
+    Only the main thread can do that (signal(2) in Python); begun in another thread, nothing waits.
+    A signal that is already ignored or handled is left alone.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Stops:
         self._came = False
 
     def begin(self) -> None:
-        """From now on they wait."""
+        """Make them wait from now on."""
         if self._changed or threading.current_thread() is not threading.main_thread():
             return
         self._came = False
@@ -38,9 +38,9 @@ class Stops:
                 self._changed.append(number)
 
     def end(self) -> None:
-        """Stop now where one came; comes back when the process is continued.
+        """Stop now if one came; return when the process is continued.
 
-        Not where the process is about to end by another signal (Ctrl-Z, and then Ctrl-C).
+        But not if the process is about to end from another signal (Ctrl-Z, and then Ctrl-C).
         """
         if not self._changed or threading.current_thread() is not threading.main_thread():
             return
@@ -53,7 +53,7 @@ class Stops:
             signal.raise_signal(signal.SIGTSTP)
 
     def forget(self) -> None:
-        """In a forked child: nothing is held there, and what came was for its parent."""
+        """Forget all in a forked child: nothing is held there, and any signal was the parent's."""
         self._came = False
         self.end()
 

@@ -1,7 +1,7 @@
 """The one OS thread of ours that does all tracing of a process.
 
-ptrace belongs to the thread that attached. What is asked of it is waited for with a time-out: a
-process that is frozen by its cgroup, or stuck in the kernel, does not answer.
+Only the thread that attached can use ptrace. Every request to it has a timeout: a process that its
+cgroup has frozen, or that is stuck in the kernel, does not answer.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from mtetool.errors import BusyError, no_thread
 
 T = TypeVar("T")
 
-# What takes longer is stuck: mtetool then ends, which is safe; hanging is not. A call may be
-# held up by memory that is read in from swap.
+# A call that takes longer is stuck: mtetool then ends, which is safe; hanging is not. Memory that
+# is paged in from swap can hold up a call.
 CALL_PATIENCE_SECONDS = 60.0
 ATTACH_PATIENCE_SECONDS = 20.0
 _IDLE_SECONDS = 0.1
@@ -28,18 +28,18 @@ _SWITCH_SECONDS = 0.0005
 class Tracer:
     """Runs functions in the thread that traces process `pid`, one at a time.
 
-    `idle` is run there every tenth of a second in which nothing was asked. Raises HostError where
-    there can be no more threads.
+    It runs `idle` there after every tenth of a second without a request. Raises HostError where no
+    more threads can be started.
     """
 
     def __init__(self, pid: int, *, idle: Callable[[], None]) -> None:
         self._pid = pid
         self._idle = idle
         self.stuck = False
-        """Whether a function did not come back; then nothing more is asked of the thread."""
+        """Whether a function did not return; then the thread gets no more requests."""
         self._requests: queue.SimpleQueue[tuple[Future[object], Callable[[], object]] | None]
         self._requests = queue.SimpleQueue()
-        # Between two copies the guest waits for this thread, whatever others compute.
+        # Between two copies the guest waits for this thread, whatever the others compute.
         sys.setswitchinterval(_SWITCH_SECONDS)
         self._thread = threading.Thread(target=self._run, name="tracer", daemon=True)
         try:
@@ -49,15 +49,15 @@ class Tracer:
 
     @property
     def alive(self) -> bool:
-        """Whether it was not closed yet."""
+        """Whether the thread has not ended yet."""
         return self._thread.is_alive()
 
     def call(self, function: Callable[[], T], patience: float = CALL_PATIENCE_SECONDS) -> T:
-        """What `function` returns or raises. Raises BusyError when it takes longer than that."""
+        """Return or raise what `function` does. Raises BusyError if it takes longer than that."""
         return self.finish(self.begin(function), patience)
 
     def begin(self, function: Callable[[], T]) -> Future[T]:
-        """Have `function` run when all before it are done; `finish` gives what came of it."""
+        """Have `function` run once all before it are done; `finish` returns its result."""
         if self.stuck:
             raise self._no_answer(CALL_PATIENCE_SECONDS)
         future: Future[T] = Future()
@@ -65,7 +65,7 @@ class Tracer:
         return future
 
     def finish(self, future: Future[T], patience: float = CALL_PATIENCE_SECONDS) -> T:
-        """Wait for what was begun; as `call`."""
+        """Wait for a function that was begun; as `call`."""
         if self.stuck and not future.done():
             raise self._no_answer(patience)
         try:
@@ -75,16 +75,16 @@ class Tracer:
             raise self._no_answer(patience) from None
 
     def close(self) -> None:
-        """End the thread; what it still traces is let go by that."""
+        """End the thread, which lets go of everything that it still traces."""
         self._requests.put(None)
         self._thread.join(CALL_PATIENCE_SECONDS)
 
     def _no_answer(self, patience: float) -> BusyError:
         return BusyError(
             f"process {self._pid} did not answer for {patience:.0f} seconds",
-            hint="it is frozen (a cgroup's freezer?), or waits in the kernel: for a disk, or for a"
-            " userfaultfd that does not answer (post-copy migration, a VM resumed from a snapshot);"
-            " mtetool lets go of it by ending, and it goes on when it can",
+            hint="check whether it is frozen (by a cgroup's freezer) or waits in the kernel for a"
+            " disk or a userfaultfd that does not answer (post-copy migration, a VM resumed from a"
+            " snapshot); mtetool lets go of it when it ends, and the process goes on when it can",
             pid=self._pid,
         )
 

@@ -1,9 +1,9 @@
-"""Requests to the kernel for which a thread of the process has to stand still, and nothing else.
+"""Requests to the kernel that need a stopped thread of the process, and nothing else.
 
-One thread is stopped for as long as such a request takes, and let go; between two of them nothing
-is attached. No register and no memory of the process is used, so that a death of ours at any
-instant leaves nothing behind: the kernel detaches, and the thread runs on (one that a signal had
-stopped stays stopped). If mtetool is stopped with one in its hands, a guard ends it
+One thread is stopped for as long as such a request takes, and let go; between two requests we are
+not attached. No register and no memory of the process is used, so our death at any instant leaves
+nothing behind: the kernel detaches, and the thread runs on (a thread that a signal had stopped
+stays stopped). If mtetool is stopped while it holds a thread, a guard kills it
 (`mtetool.attach.guard`).
 """
 
@@ -26,18 +26,18 @@ from mtetool.permission import refusal, thread_has_ended
 
 T = TypeVar("T")
 
-# A thread that is made while others are being stopped is stopped as well; a process that makes
-# them without end is not.
+# Threads that are made while others are being stopped are stopped in a further round; a process
+# that makes them without end is given up.
 _ROUNDS = 20
 
 
 class Visitor:
     """Stops threads of process `pid`: one for the time of a visit, or all of them.
 
-    `living` gives its threads, `ranked` those first that are best stopped. `check` is asked once a
-    thread stands still, and raises where the process is not the one that was meant any more.
-    Usable from any thread of ours, one call at a time. Everything raises GuestError subclasses, the
-    constructor HostError where this host has no process or thread for us.
+    `living` returns its threads, `ranked` the same with the best to stop first. `check` is called
+    once a thread has stopped, and raises if the process is no longer the one that was meant.
+    Usable from any thread of ours, one call at a time. Everything raises GuestError subclasses; the
+    constructor raises HostError where this host can start no process or thread for us.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Visitor:
     ) -> None:
         self.pid = pid
         self.stopped_seconds = 0.0
-        """The longest time for which a thread stood still for a visit."""
+        """The longest time that a visit kept a thread stopped."""
         self._living = living
         self._ranked = ranked
         self._check = check
@@ -65,11 +65,11 @@ class Visitor:
             raise
 
     def visit(self, function: Callable[[Tracee], T]) -> T:
-        """What `function` returns, or raises, given a thread that is stopped meanwhile."""
+        """Return or raise what `function` does, given a thread that is stopped meanwhile."""
         return self._tracer.call(lambda: self._visit(function))
 
     def freeze(self) -> None:
-        """Stop all threads, also those that are made meanwhile; visits then use one of them."""
+        """Stop all threads, including those made meanwhile; visits then use one of them."""
         self._tracer.call(self._freeze)
 
     def thaw(self) -> None:
@@ -126,7 +126,7 @@ class Visitor:
 
     @contextmanager
     def _stopped(self, tracee: Tracee) -> Iterator[None]:
-        """The thread stands still, and is let go. Raises ProcessLookupError: it is not ours."""
+        """Stop the thread, then let it go. Raises ProcessLookupError if it is not `pid`'s."""
         since = time.monotonic()
         try:
             try:
@@ -134,7 +134,7 @@ class Visitor:
             except GuestLostError:
                 raise ProcessLookupError from None
             self._check()
-            # A thread's id, too, may belong to another process by now.
+            # The thread's id, too, may belong to another process by now.
             Path(f"/proc/{self.pid}/task/{tracee.tid}/stat").read_bytes()
             yield
         except FileNotFoundError:
@@ -154,8 +154,8 @@ class Visitor:
                     break
             else:
                 raise BusyError(
-                    f"process {self.pid} makes threads faster than they can be stopped",
-                    hint="try again, or stop it by a signal: kill -STOP",
+                    f"process {self.pid} makes threads faster than mtetool can stop them",
+                    hint=f"try again, or stop the process first: kill -STOP {self.pid}",
                     pid=self.pid,
                 )
             if not self._held.tracees:
@@ -178,7 +178,7 @@ class Visitor:
             raise self._refusal(error) from error
 
     def _reap(self) -> None:
-        # Unreaped, a thread that we traced keeps its process a zombie. All are collected.
+        # An unreaped thread that we traced keeps its process a zombie. This reaps all of them.
         Tracee(self.pid).ended()
 
     def _refusal(self, error: OSError) -> GuestError:
@@ -188,6 +188,6 @@ class Visitor:
     def _gone(self) -> GuestLostError:
         return GuestLostError(
             f"process {self.pid} ended while mtetool was working on it",
-            hint="look at why it ended; mtetool does not end it",
+            hint="find out why it ended; mtetool does not end it",
             pid=self.pid,
         )

@@ -1,4 +1,4 @@
-"""The backends by the prefix that names them: a new backend is one file and one line here."""
+"""The backends by their prefix: a new backend is one file and one line here."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def is_guest(source: str) -> bool:
 
 
 def guest_files(*sources: str) -> list[str]:
-    """The files that guests are kept in, of the sources that name such guests (`emu:PATH`)."""
+    """The files of those `sources` that name guests kept in files (`emu:PATH`)."""
     named = (source.partition(":") for source in sources)
     return [path for prefix, colon, path in named if prefix == "emu" and colon and path]
 
 
 def open_files(source: str) -> list[str]:
-    """The files that a live guest's process has open, as /proc/PID/fd/N; none where unreadable.
+    """The files that a live guest's process has open, as /proc/PID/fd/N; none if unreadable.
 
-    Disks and memory of a VM are among them: what no output may replace.
+    A VM's disks and memory are among them: no output may replace those.
     """
     prefix, _, rest = source.partition(":")
     if prefix not in ("kvm", "proc"):
@@ -61,16 +61,16 @@ def open_guest(source: str, options: GuestOptions | None = None) -> Guest:
 
 
 def _not_a_guest(source: str) -> SourceError:
-    """The error for a name without a prefix, which says what was probably meant."""
+    """The error for a name without a prefix, with a guess at what was meant."""
     kinds = ", ".join(f"{known}:" for known in _OPENERS)
     hint = f"a guest's name starts with one of {kinds}; see mtetool(1), SOURCES"
     message = f"{quoted(source)} does not name a guest"
     if source.isdecimal():
-        hint = f"a process is kvm:{source} (its VM) or proc:{source} (its own memory)"
+        hint = f"write kvm:{source} for its VM, or proc:{source} for its own memory"
     elif (kind := kind_of(source)) is FileKind.EMULATED:
-        message = f"{source} is the file of an emulated guest, which has another name"
+        message = f"{source} is the file of an emulated guest, not its name"
         hint = f"write emu:{source}"
     elif kind is FileKind.SNAPSHOT:
-        message = f"{source} is a snapshot file, and a guest is wanted"
-        hint = f"mtetool info {source} describes it; mtetool restore {source} GUEST"
+        message = f"{source} is a snapshot file, not a guest"
+        hint = f"describe it: mtetool info {source}; restore it: mtetool restore {source} GUEST"
     return SourceError(message, hint=hint)

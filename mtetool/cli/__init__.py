@@ -1,6 +1,6 @@
-"""The command line: one file a command, each loaded only when it is the one that was asked for.
+"""The command line: one file per command, each loaded only when its command is asked for.
 
-A new command is one new file with the attribute `command`, and one line in COMMANDS.
+A new command needs one new file with the attribute `command`, and one line in COMMANDS.
 """
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ import click
 
 from mtetool import __version__
 
-# Start-up counts, because scripts call the tool often: the help of the group comes from
-# this table, so that it loads neither the commands nor what they need.
+# Start-up time counts, because scripts call mtetool often: the help of the group comes from
+# this table, so it loads neither the commands nor what they need.
 COMMANDS: dict[str, tuple[str, str]] = {
     "save": ("mtetool.cli.save", "Save the tags of a guest to a snapshot."),
-    "restore": ("mtetool.cli.restore", "Put a snapshot's tags into a guest, exactly."),
-    "info": ("mtetool.cli.info", "Say what a snapshot holds, without reading its tags."),
+    "restore": ("mtetool.cli.restore", "Write a snapshot's tags into a guest, exactly."),
+    "info": ("mtetool.cli.info", "Show what a snapshot holds, without reading its tags."),
     "verify": ("mtetool.cli.verify", "Check a snapshot, and compare it with a guest."),
     "merge": ("mtetool.cli.merge", "Make one snapshot of a base and its deltas."),
-    "dump": ("mtetool.cli.dump", "Print tags: runs of equal ones, or each."),
-    "diff": ("mtetool.cli.diff", "Say where the tags of two sources differ."),
+    "dump": ("mtetool.cli.dump", "Print tags, in runs of equal ones or one by one."),
+    "diff": ("mtetool.cli.diff", "Show where the tags of two sources differ."),
     "list": ("mtetool.cli.listing", "List the VMs of this host, and whether they have tags."),
     "enable": ("mtetool.cli.enable", "Turn MTE on for a guest, before its first vCPU."),
     "exec": ("mtetool.cli.exec", "Start a VMM whose VM has MTE, in this process."),
-    "probe": ("mtetool.cli.probe", "Say whether this host can copy tags, and if not, why."),
+    "probe": ("mtetool.cli.probe", "Report whether this host can copy tags, and if not, why."),
     "emu": ("mtetool.cli.emu", "Make, show and change emulated guests."),
 }
 
 
 class ClosedPipeError(Exception):
-    """Nobody reads any more what is written.
+    """The reader of the output is gone.
 
-    A BrokenPipeError never comes out of `click.Command.main`, which ends the process with
-    status 1 for it even where `standalone_mode` is off.
+    `click.Command.main` lets no BrokenPipeError out: it ends the process with status 1, even
+    where `standalone_mode` is off.
     """
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are modules that are named, not imported."""
+    """A group that imports the module of a command only when it is needed."""
 
     def make_context(
         self,
@@ -48,7 +48,7 @@ class LazyGroup(click.Group):
         parent: click.Context | None = None,
         **extra: Any,
     ) -> click.Context:
-        """Parse, which prints help and version; raises ClosedPipeError for BrokenPipeError."""
+        """Parse, and print help or version; raises ClosedPipeError for a BrokenPipeError."""
         try:
             return super().make_context(info_name, args, parent, **extra)
         except BrokenPipeError as error:
@@ -66,7 +66,7 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The attribute `command` of the command's module, which is imported now."""
+        """Import the command's module and return its attribute `command`."""
         if cmd_name not in COMMANDS:
             return None
         command = cast(click.Command, import_module(COMMANDS[cmd_name][0]).command)
@@ -74,13 +74,13 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list of commands in the help; click's own would load every one of them."""
+        """Write the list of commands in the help; click's own method would load them all."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
 def _name_page(command: click.Command, page: str) -> None:
-    """Have the help of a command, and of those in a group, end with its manual page."""
+    """End the help of a command, and of those in a group, with the name of its manual page."""
     command.epilog = f"Manual page: {page}."
     if isinstance(command, click.Group):
         for inner in command.commands.values():
@@ -92,7 +92,7 @@ def _name_page(command: click.Command, page: str) -> None:
     cls=LazyGroup,
     no_args_is_help=False,  # a missing command is an error like any other
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Manual pages: mtetool(1), and one a command: mtetool-save(1), ...",
+    epilog="Manual pages: mtetool(1), and one per command: mtetool-save(1), ...",
 )
 @click.version_option(__version__, message="mtetool %(version)s")
 def group() -> None:

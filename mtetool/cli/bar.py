@@ -1,10 +1,10 @@
-"""A progress bar in one line of the terminal, however narrow it is.
+"""A progress bar in one line of the terminal, however narrow.
 
-rich measures and colours the line; its own live display is not used, because that hides the
-cursor, and whatever ends or stops mtetool has to leave the terminal as it should be. A terminal
-shows one bar at a time: of the two processes of `mtetool save ... | mtetool restore ...` one draws,
-by a lock on the terminal, and the other does when the first has ended. In the background nothing is
-drawn.
+rich measures and colours the line. Its own live display is not used, because it hides the cursor,
+and mtetool must leave the terminal intact however it is ended or stopped. A terminal shows one bar
+at a time: of the two processes of `mtetool save ... | mtetool restore ...`, the one that holds a
+lock on the terminal draws, and the other draws after the first has ended. A process in the
+background draws nothing.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from rich.text import Text
 from mtetool.words import printable
 
 _INTERVAL_SECONDS = 0.1
-_COLUMNS = 80  # of a terminal that does not say
+_COLUMNS = 80  # for a terminal that does not report its width
 _BAR_COLUMNS = (30, 10)
 _LABEL_COLUMNS = 12
-# Parts of a line, in the styles that rich has for them.
+# Parts of a line, with rich's styles for them.
 _STYLES = {
     r"\[#+": "bar.complete",
     r"-+\]": "bar.back",
@@ -38,7 +38,7 @@ _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("bytes", 1))
 
 
 class Bar:
-    """The bar of one task on standard error, which is a terminal; leaves no trace at the end."""
+    """The bar of one task on standard error, which is a terminal; it is erased at the end."""
 
     def __init__(self, label: str) -> None:
         self._label = printable(label)
@@ -51,7 +51,7 @@ class Bar:
         self._mine = False
 
     def __enter__(self) -> Self:
-        # Opened anew: a lock belongs to an open file, and a pipeline shares that of the shell.
+        # Opened again: a lock belongs to an open file, and a pipeline shares the shell's.
         with suppress(OSError):
             flags = os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC
             self._terminal = os.open(os.ttyname(self._fd), flags)
@@ -64,12 +64,12 @@ class Bar:
             os.close(self._terminal)
 
     def update(self, done_bytes: int, total_bytes: int | None) -> None:
-        """Draw how far it is, unless it was drawn just now."""
+        """Draw the progress, unless it was drawn just now."""
         now = time.monotonic()
         if now < self._due or not self._in_foreground() or not self._take_terminal():
             return
         self._due = now + _INTERVAL_SECONDS
-        # The last column stays free: some terminals go to the next line after it.
+        # The last column stays free: some terminals wrap the line after it.
         columns = (os.get_terminal_size(self._fd).columns or _COLUMNS) - 1
         text = line(self._label, done_bytes, total_bytes, now - self._started, columns)
         drawn = cell_len(text)
@@ -93,7 +93,7 @@ class Bar:
         except BlockingIOError:
             return False
         except OSError:
-            pass  # A terminal that cannot be locked is drawn on all the same.
+            pass  # Draw even on a terminal that cannot be locked.
         self._mine = True
         return True
 
@@ -101,17 +101,17 @@ class Bar:
         try:
             return os.tcgetpgrp(self._fd) == os.getpgrp()
         except OSError:
-            return True  # Not the terminal that controls this process: there are no jobs on it.
+            return True  # Not this process's controlling terminal: it has no jobs.
 
     def _write(self, text: str) -> None:
-        # Past the buffer of standard error: whoever is stuck here must not hold its lock.
+        # Past the buffer of standard error: a thread stuck here must not hold its lock.
         os.write(self._fd, text.encode(errors="backslashreplace"))
 
 
 def line(
     label: str, done_bytes: int, total_bytes: int | None, elapsed_seconds: float, columns: int
 ) -> str:
-    """What fits into `columns`: label, bar, percentage, sizes, rate and the time left."""
+    """Return what fits into `columns`: label, bar, percentage, sizes, rate and the time left."""
     if total_bytes is None:
         bars, share = [""], ""
     else:
@@ -119,8 +119,8 @@ def line(
         bars = [*(_bar(done, width) for width in _BAR_COLUMNS), ""]
         share = f"{int(done * 100):3d}%"
     sizes, rate, left = _numbers(done_bytes, total_bytes, elapsed_seconds)
-    # From all of it to the percentage alone: the first that leaves room for the label, or for
-    # enough of it to know it by.
+    # From everything down to the percentage alone: take the first that leaves room for the label,
+    # or for enough of it to be recognised.
     tails = [
         *(_joined(bar, share, sizes, rate, left) for bar in bars),
         _joined(bars[-1], share, sizes, rate),
@@ -151,7 +151,7 @@ def _bar(done: float, columns: int) -> str:
 def _numbers(
     done_bytes: int, total_bytes: int | None, elapsed_seconds: float
 ) -> tuple[str, str, str]:
-    """Sizes and the rate in one unit, and the time that is left."""
+    """Return the sizes and the rate in one unit, and the time left."""
     largest = done_bytes if total_bytes is None else total_bytes
     unit, unit_bytes = next(u for u in _UNITS if largest >= u[1] or u[1] == 1)
     rate = done_bytes / max(elapsed_seconds, 1e-6)

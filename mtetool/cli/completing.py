@@ -1,9 +1,9 @@
-"""What the shell completes: guests, snapshots, files; see mtetool(1), COMPLETION.
+"""Shell completion of guests, snapshots and files; see mtetool(1), COMPLETION.
 
-For each Tab the shell's script calls mtetool with the line so far, and gets a line for each answer:
+On each Tab the shell's script calls mtetool with the line so far, and gets one line per answer:
 `file,` and `emu,` (the shell itself completes the name of a file, after `emu:`), `begin,kvm:` (more
-must follow) or `plain,WORD`. Whatever goes wrong here is silence: nobody wants a message in the
-middle of a command line.
+must follow) or `plain,WORD`. Errors are silent: nobody wants a message in the middle of a command
+line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _VM_LINK = "anon_inode:kvm-vm"
 def files(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Names of files, which the shell itself completes."""
+    """File names, which the shell itself completes."""
     return [CompletionItem(incomplete, type="file")]
 
 
@@ -64,7 +64,7 @@ def sources(
 
 
 def _processes(kind: str) -> Iterator[str]:
-    """`kvm:PID` of the processes with a VM, `proc:PID` of this user's, where /proc shows them."""
+    """Yield `kvm:PID` of processes with a VM, or `proc:PID` of this user's, as /proc shows them."""
     names = (entry.name for entry in Path("/proc").iterdir())
     pids = islice((int(name) for name in names if name.isdecimal()), _MOST_PIDS)
     for pid in sorted(pids):
@@ -82,10 +82,10 @@ def _has_vm(pid: int) -> bool:
 
 
 class _Shell(ShellComplete):
-    """All shells give the line up to the cursor, and take `type,value` lines."""
+    """Any shell: it passes the line up to the cursor, and takes `type,value` lines."""
 
     def get_completion_args(self) -> tuple[list[str], str]:
-        """The words before the one that is completed, and what there is of it."""
+        """Return the words before the one to complete, and what is typed of that one."""
         line = os.environ.get("COMP_LINE", "")
         words = click.shell_completion.split_arg_string(line)
         complete = not words or (line[-1:].isspace() and not line.endswith("\\ "))
@@ -93,12 +93,12 @@ class _Shell(ShellComplete):
         return words[1:], incomplete
 
     def format_completion(self, item: CompletionItem) -> str:
-        """An answer as a line."""
+        """Return an answer as a line."""
         return f"{item.type},{item.value}"
 
 
-# Bash completes what follows the last of COMP_WORDBREAKS, which has ":" and "=": an answer must not
-# repeat what is before it.
+# Bash completes what follows the last character of COMP_WORDBREAKS, which contains ":" and "=": an
+# answer must not repeat what comes before it.
 _BASH = r"""
 %(complete_func)s() {
     local IFS=$'\n' type value word=$2
@@ -175,7 +175,7 @@ complete --no-files --command %(prog_name)s --arguments '(%(complete_func)s)'
 
 
 def register() -> None:
-    """Have click answer shells by these."""
+    """Make click use these scripts."""
     for name, script in (("bash", _BASH), ("zsh", _ZSH), ("fish", _FISH)):
         attributes = {"name": name, "source_template": script}
         add_completion_class(type(f"_{name}", (_Shell,), attributes), name)

@@ -51,9 +51,9 @@ def command(
     quiet: bool,
     output: str,
 ) -> int:
-    """Say where the tags of A and B (guests, snapshots, or -) differ.
+    """Show where the tags of A and B (guests, snapshots, or -) differ.
 
-    A row is: address, size, the tag in A, the tag in B. What only one of them has differs too
+    Each row is address, size, tag in A, tag in B. Memory that only one of them has differs too
     (absent). Status 0 when they are the same, 1 when they differ.
     """
     from mtetool.flows.diff import check_ranges, diff
@@ -75,7 +75,7 @@ def command(
 
 
 class _Output:
-    """Streams rows, and counts them: all differences of a big guest may not fit into memory."""
+    """Streams rows and counts them: all differences of a big guest may not fit into memory."""
 
     def __init__(self, a: str, b: str, *, as_json: bool) -> None:
         from mtetool.sources.tally import Tally
@@ -87,7 +87,7 @@ class _Output:
         self.missing: Tally[Missing] = Tally()
 
     def write(self, rows: Iterator[Difference | Missing]) -> int:
-        """Write all rows; returns the exit status."""
+        """Write all rows, and return the exit status."""
         between = ",\n" if self._as_json else ""
         if self._as_json:
             head = {"schema": "mtetool.diff/1", **self._names}

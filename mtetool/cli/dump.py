@@ -1,4 +1,4 @@
-"""`mtetool dump`: tags to read."""
+"""`mtetool dump`: print tags."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Rows = Iterator[Run | Missing]
 
-# Rows that are written at once: one write a row is ten times slower.
+# Rows that are written at once: one write per row is ten times slower.
 _BATCH_ROWS = 4096
 
 
@@ -56,9 +56,9 @@ def command(
     quiet: bool,
     output: str,
 ) -> int:
-    """Print the tags of SOURCE (a guest, a snapshot, or -): runs of equal ones.
+    """Print the tags of SOURCE (a guest, a snapshot, or -), in runs of equal ones.
 
-    raw is one byte a granule, slots in order of address, and 0xff for what cannot be read.
+    raw is one byte per granule, slots in order of address, and 0xff for what cannot be read.
     Status 3 when some tags could not be read.
     """
     from mtetool.files.output import output_file
@@ -67,10 +67,10 @@ def command(
 
     if output == "raw" and sys.stdout.isatty():
         raise UsageError(
-            "raw tags are not for a terminal", hint="write to a pipe, or append > FILE"
+            "raw tags are not for a terminal", hint="write to a pipe, or to a file: > FILE"
         )
     if output == "raw" and each:
-        raise UsageError("--granules is for text and json: raw has one byte a granule anyway")
+        raise UsageError("--granules is for text and json: raw has one byte per granule anyway")
     check_inputs(sources=[source])
     with open_source(source, guest_options, every_page=every_page) as opened:
         extents = asked(opened, list(ranges))
@@ -90,7 +90,7 @@ def command(
 
 
 def _text(rows: Rows, *, each: bool) -> Tally[Missing]:
-    """Stream rows as text; returns what was missing."""
+    """Stream rows as text, and return what was missing."""
     from mtetool.guest import Missing
     from mtetool.sources.tally import Tally
 

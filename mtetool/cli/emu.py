@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _MEMORY_IPA = 0x40000000
 _MEMORY_BYTES = 1 << 30
 _PAGE_SIZES = {f"{size >> 10}K": size for size in PAGE_SIZES}
-# Those of mtetool.backends.emu.patterns, named here so that the help does not load numpy.
+# From mtetool.backends.emu.patterns, named here so that the help does not load numpy.
 _PATTERNS = ("zero", "sparse", "heap", "kernel", "random")
 
 
@@ -58,7 +58,7 @@ def _parse_slot(text: str) -> _Slot:
     hugetlb = text.endswith(":huge")
     slot = parse_memslot(text.removesuffix(":huge"))
     if slot.host_address is not None:
-        raise ValueError(f"{text!r} has an address in a process, and an emulated guest has none")
+        raise ValueError(f"{text!r} has an address in a process, but an emulated guest has none")
     if slot.readonly:
         return _Slot(replace(slot, kind="rom"), hugetlb)
     return _Slot(replace(slot, readonly=False), hugetlb)
@@ -89,7 +89,7 @@ _seed = click.option(
     type=click.IntRange(min=0),
     default=1,
     metavar="N",
-    help="The pattern's seed: the same gives the same tags (default 1).",
+    help="The pattern's seed: the same seed gives the same tags (default 1).",
 )
 
 
@@ -97,7 +97,7 @@ _seed = click.option(
 def command() -> None:
     """Make, show and change emulated guests: tag memory in a file, for trying things out.
 
-    PATH may be written emu:PATH, as the other commands want it.
+    PATH can also be written emu:PATH, as in the other commands.
     """
 
 
@@ -123,13 +123,13 @@ def command() -> None:
     "--fill", type=click.Choice(_PATTERNS), default="zero", help="Its tags (default zero)."
 )
 @_seed
-@click.option("--no-mte", is_flag=True, help="MTE off, as in a VM that nobody enabled it for.")
+@click.option("--no-mte", is_flag=True, help="Leave MTE off, as in a VM without it.")
 @click.option(
     "--vcpus",
     type=click.IntRange(0, 4096),
     default=1,
     metavar="N",
-    help="How many it has; MTE can be enabled without any only (default 1).",
+    help="Its number of vCPUs (default 1); MTE can be enabled only with 0.",
 )
 @click.option(
     "--kernel-behaviour",
@@ -137,7 +137,7 @@ def command() -> None:
     type=Parsed("behaviour", _parse_behaviour),
     multiple=True,
     metavar="NAME",
-    help="What its kernel does unlike others, such as hugetlb-tags (repeatable).",
+    help="How its kernel differs from others, such as hugetlb-tags (repeatable).",
 )
 @fault_option
 @click.option("--force", is_flag=True, help="Overwrite PATH if it exists.")
@@ -186,27 +186,27 @@ def create(
         faults=faults,
     )
     if output == "json":
-        with printing(f"the guest emu:{path} is made, and kept", path=path, kept=True):
+        with printing(f"the guest emu:{path} was created and is kept", path=path, kept=True):
             _show(path, output, "mtetool.emu-create/1")
 
 
-@command.command("show", short_help="Say what an emulated guest is.")
+@command.command("show", short_help="Show an emulated guest.")
 @click.argument("path", type=_PATH, shell_complete=completes("emulated"))
 @report_option
 def show(path: str, output: str) -> None:
-    """Say what an emulated guest is: its memslots, page size, whether MTE is on; its faults."""
+    """Show an emulated guest: its memslots, page size, whether MTE is on, and its faults."""
     _show(path, output, "mtetool.emu-show/1")
 
 
 @command.command("fault", short_help="Show or change the faults to rehearse.")
 @click.argument("path", type=_PATH, shell_complete=completes("emulated"))
 @fault_option
-@click.option("--clear", is_flag=True, help="No faults any more; a guest that vanished is back.")
+@click.option("--clear", is_flag=True, help="Remove all faults; a guest that vanished is back.")
 @report_option
 def fault(path: str, faults: tuple[Fault, ...], clear: bool, output: str) -> None:
     """Show the faults of an emulated guest and how often each fired.
 
-    With --fault these take the place of those before, and all counting begins anew.
+    With --fault, the new faults replace the old ones, and all counts start again.
     """
     if faults and clear:
         raise UsageError("--fault and --clear exclude each other")
@@ -230,7 +230,7 @@ def fault(path: str, faults: tuple[Fault, ...], clear: bool, output: str) -> Non
 @click.argument("setting", type=Parsed("ipa:size=tag", _parse_setting), metavar="IPA:SIZE=TAG")
 @report_option
 def set_(path: str, setting: _Setting, output: str) -> None:
-    """Give all granules (of 16 bytes) of a range one tag, in read-only memory too."""
+    """Give all granules (16 bytes) of a range one tag, even in read-only memory."""
     ipa, size_bytes = setting.extent.ipa, setting.extent.size_bytes
     with _opened(path) as guest:
         guest.owner.set_tag(ipa, size_bytes, setting.tag)
@@ -330,11 +330,11 @@ def _fill(
         try:
             owner.fill(pattern, seed, slots, ranges=ranges, advance=count)
         except SignalError as caught:
-            if in_place:  # else nothing of it stays
+            if in_place:  # otherwise no file is left
                 caught.word = InterruptedWorkError(
-                    f"{size(filled_bytes)} of {size(total)} had their tags written",
+                    f"the tags of {size(filled_bytes)} of {size(total)} were written",
                     caught.number,
-                    hint="fill it again, or create it again",
+                    hint="fill the guest again, or create it again",
                 )
             raise
 

@@ -1,4 +1,4 @@
-"""`mtetool enable`: MTE on, from outside."""
+"""`mtetool enable`: turn MTE on, from outside."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mtetool.guest import GuestOptions
 def command(guest: str, guest_options: GuestOptions, output: str) -> None:
     """Turn MTE on for GUEST (kvm:PID), before its first vCPU.
 
-    Start QEMU with -preconfig, run this, then continue with x-exit-preconfig. Status 0 also
-    when MTE was on already.
+    Start QEMU with -preconfig, run this, then continue with x-exit-preconfig. The status
+    is 0 even if MTE was already on.
     """
     from mtetool.flows.enable import enable
 
@@ -30,4 +30,4 @@ def command(guest: str, guest_options: GuestOptions, output: str) -> None:
             row = {"source": guest, "mte": True, "changed": changed}
             print_json({"schema": "mtetool.enable/1", **row})
         else:
-            say(f"{guest}: MTE {'enabled' if changed else 'was on already'}")
+            say(f"{guest}: MTE {'enabled' if changed else 'was already on'}")

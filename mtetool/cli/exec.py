@@ -1,4 +1,4 @@
-"""`mtetool exec`: a VMM whose VM has MTE, in mtetool's own process."""
+"""`mtetool exec`: start a VMM whose VM has MTE, in mtetool's own process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mtetool.words import printable
     type=click.IntRange(min=1),
     default=1,
     metavar="N",
-    help="Which VM gets MTE, in the order in which they are made (default 1).",
+    help="Which VM gets MTE, counted in order of creation (default 1).",
 )
 @click.option(
     "--wait",
@@ -30,19 +30,19 @@ from mtetool.words import printable
     "--require/--no-require",
     "required",
     default=True,
-    help="No VM without MTE (the default), or else one without.",
+    help="Refuse a VM without MTE (the default), or accept one.",
 )
 @click.option(
-    "--every-call", is_flag=True, help="Watch every system call: slower, and misses nothing."
+    "--every-call", is_flag=True, help="Watch every system call: slower, but misses nothing."
 )
 @click.argument("words", metavar="-- VMM [ARG]...", nargs=-1, required=True, type=click.UNPROCESSED)
 def command(
     vm: int, seconds: float, required: bool, every_call: bool, words: tuple[str, ...]
 ) -> None:
-    """Become the program VMM, and enable MTE for its VM as it is made.
+    """Become the program VMM, and enable MTE for its VM as it is created.
 
-    For a VMM that cannot do so itself. It keeps mtetool's PID, and its status is the VMM's; 2
-    or 4 when it could not be started.
+    This is for a VMM that cannot do so itself. The VMM keeps mtetool's PID. The status is the
+    VMM's, or 2 or 4 when it could not be started.
     """
     from mtetool.backends.kvm.starting import Wish
     from mtetool.flows.exec import exec_vmm
@@ -52,6 +52,6 @@ def command(
 
 
 def _text(error: MtetoolError) -> str:
-    """What is reported of an error, beside the VMM's own output."""
+    """Return what is printed for an error, beside the VMM's own output."""
     hint = f"  try: {printable(error.hint)}\n" if error.hint else ""
     return f"mtetool: {printable(error.message)}\n{hint}"

@@ -23,7 +23,7 @@ _CHANCE = re.compile(r"[01](?:\.[0-9]{1,15})?")
 
 
 def parse_fault(text: str) -> Fault:
-    """A fault as it is written on the command line, see mtetool-emu(1). Raises ValueError."""
+    """Parse a fault of the command line; see mtetool-emu(1). Raises ValueError."""
     from mtetool.faults.model import Fault
 
     effect_text, *words = text.split(",")
@@ -35,7 +35,7 @@ def parse_fault(text: str) -> Fault:
             known = ", ".join(_CONDITIONS)
             raise ValueError(f"{quoted(word)} is not a condition ({known}): a fault is {_FORM}")
         if key in conditions:
-            raise ValueError(f"{key}= stands twice: a fault is {_FORM}")
+            raise ValueError(f"{key}= is given twice: a fault is {_FORM}")
         try:
             conditions[key] = _CONDITIONS[key](value)
         except ValueError as error:
@@ -67,8 +67,8 @@ def _parse_slowness(text: str) -> Effect:
     match = _TIME.fullmatch(text)
     if match is None:
         raise ValueError(
-            f"slow={quoted(text)}: it is the time that a page takes longer, such as 1ms or 250us,"
-            " or a rate in bytes of guest memory, such as 64M/s"
+            f"slow={quoted(text)} is neither the extra time for each page, such as 1ms or 250us,"
+            " nor a rate in bytes of guest memory, such as 64M/s"
         )
     whole, fraction, unit = match.groups()
     size = _NANOSECONDS[unit]
@@ -115,7 +115,7 @@ fault_option = click.option(
 
 
 def faults_json(faults: Faults) -> dict[str, Any]:
-    """The keys `faults` and `vanished` of a report."""
+    """Return the keys `faults` and `vanished` of a report."""
     rows = [
         {"fault": str(fault), "fired": counted.fired, "spent": faults.is_spent(index)}
         for index, (fault, counted) in enumerate(zip(faults.ordered, faults.counted, strict=True))
@@ -124,9 +124,9 @@ def faults_json(faults: Faults) -> dict[str, Any]:
 
 
 def say_faults(faults: Faults) -> None:
-    """The faults, for people; nothing where there are none."""
+    """Print the faults for people; nothing where there are none."""
     if faults.vanished:
-        say("vanished (an ordered fault)")
+        say("vanished (an injected fault)")
     if faults.ordered:
         rows = [
             (str(fault), counted.fired, "spent" if faults.is_spent(index) else "")

@@ -25,9 +25,9 @@ _CONSISTENT = {True: "yes", False: "no, the guest ran during the save", None: "u
 @click.argument("file", type=NAME, metavar="FILE", shell_complete=completes("files"))
 @report_option
 def command(file: str, output: str) -> None:
-    """Say what the snapshot FILE (- is standard input) holds.
+    """Show what the snapshot FILE (- is standard input) holds.
 
-    The tags are not decompressed: see mtetool verify to know whether they are sound.
+    The tags are not decompressed; to check that they are sound, use mtetool verify.
     """
     from mtetool.snapshot.summary import read_summary
 
@@ -110,7 +110,7 @@ def _tell(file: str, summary: Summary, missing: Tally[Missing]) -> None:
     for name, value in rows:
         if value is not None:
             say(f"{name:<{width}}  {value}")
-    say("memslots:" if header.memslots else "memslots: not known")
+    say("memslots:" if header.memslots else "memslots: unknown")
     if header.memslots:
         slots = [_slot_row(slot) for slot in header.memslots]
         say(*table(("  id", "ipa", "size", "kind", "access"), slots, right=("  id",)))

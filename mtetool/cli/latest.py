@@ -1,7 +1,7 @@
-"""Progress that nobody waits for: a thread shows it, and whoever looks at it may be slow.
+"""Progress without waiting: a thread shows it, however slow its reader is.
 
 A guest may stand still while its tags are read. A terminal that was stopped by Ctrl-S, or a program
-that does not read its end of the pipe, must not make it stand longer.
+that does not read its end of the pipe, must not keep the guest stopped for longer.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from contextlib import contextmanager
 from mtetool.errors import no_thread
 
 Show = Callable[[int, int | None], None]
-"""Called with the bytes done and in all."""
+"""Called with the bytes done and the total."""
 
 _INTERVAL_SECONDS = 0.1
-# For one that only has to come back from its write; one that is stuck there is left behind.
+# Time for the thread to return from its write; a thread that is stuck in it is abandoned.
 _PATIENCE_SECONDS = 1.0
 
 
 @contextmanager
 def never_waiting(show: Show) -> Iterator[Show]:
-    """A function that takes what `show` takes and returns at once; a thread shows the latest.
+    """Yield a function like `show` that returns at once; a thread shows its latest arguments.
 
-    What `show` raises comes out of the next call, or in the end. When all went well, the end waits
-    until the last was shown. Raises HostError where there can be no more threads.
+    What `show` raises is raised by the next call, or at the end. After success, the end waits
+    until the last call was shown. Raises HostError where no thread can be started.
     """
     slot = _Slot(show)
     try:
         slot.thread.start()
     except RuntimeError as error:
-        raise no_thread("showing progress (--progress none shows none)", error) from error
+        raise no_thread("showing progress (--progress none avoids this)", error) from error
     try:
         yield slot.put
     except BaseException:
@@ -44,7 +44,7 @@ def never_waiting(show: Show) -> Iterator[Show]:
 
 
 class _Slot:
-    """The latest that is to be shown, and the thread that shows it."""
+    """The latest progress to show, and the thread that shows it."""
 
     def __init__(self, show: Show) -> None:
         self._show = show
@@ -74,7 +74,7 @@ class _Slot:
                 self._new.wait()
                 self._show_latest()
             self._show_latest()
-        except Exception as error:  # noqa: BLE001 - it is raised on the other side
+        except Exception as error:  # noqa: BLE001 - the caller's thread raises it
             self._error = error
 
     def _show_latest(self) -> None:
@@ -85,12 +85,12 @@ class _Slot:
 
 
 def write_line(text: str) -> None:
-    """A line to standard error, past its buffer: whoever is stuck here must not hold its lock."""
+    """Write a line past the buffer of standard error: a stuck thread must not hold its lock."""
     data = (text + "\n").encode()
     try:
         fd = sys.stderr.fileno()
     except (OSError, ValueError):
-        # A program's own stream in the place of standard error.
+        # A program has replaced standard error with a stream of its own.
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
         return

@@ -22,20 +22,20 @@ _UNSEEN = {
     "other-user": " of other users",
     "capabilities": " with capabilities that mtetool does not have",
     "not-dumpable": " protected against the same user",
-    "user-namespace": " outside of mtetool's user namespace",
+    "user-namespace": " outside mtetool's user namespace",
 }
 _MTE = {True: "on", False: "off", None: "unknown"}
 
 
 @click.command("list")
-@click.option("--no-attach", is_flag=True, help="Attach to no VMM: say only what /proc shows.")
+@click.option("--no-attach", is_flag=True, help="Attach to no VMM: show only what /proc says.")
 @quiet_option
 @report_option
 def command(no_attach: bool, quiet: bool, output: str) -> int:
     """List the VMs of this host: PID, VMM, name, vCPUs, memory, MTE, state, owner.
 
-    Each VMM is attached to for a moment, to ask the kernel whether MTE is on. What cannot be
-    learnt is shown as unknown, and why is printed on standard error.
+    mtetool attaches to each VMM for a moment, to ask the kernel whether MTE is on. Facts that
+    it cannot find out are shown as unknown, with the reason on standard error.
     """
     from mtetool.backends.kvm.listing import list_vms
 
@@ -57,7 +57,7 @@ def command(no_attach: bool, quiet: bool, output: str) -> int:
 
 
 def _unseen(errors: Iterable[PermissionRefusedError]) -> Iterator[str]:
-    """One line for each reason why processes could not be looked at."""
+    """Yield one line for each reason why processes could not be inspected."""
     by_reason: dict[object, list[PermissionRefusedError]] = {}
     for error in errors:
         by_reason.setdefault(error.details.get("reason"), []).append(error)
@@ -66,7 +66,7 @@ def _unseen(errors: Iterable[PermissionRefusedError]) -> Iterator[str]:
         may_be = "a VMM" if len(found) == 1 else "VMMs"
         which = _UNSEEN.get(str(reason), "")
         hint = "run mtetool as root" if reason == "other-user" else found[0].hint
-        yield f"{subject}{which} could not be looked at, and may be {may_be}; try: {hint}"
+        yield f"{subject}{which} could not be inspected, and may be {may_be}; try: {hint}"
 
 
 def _row(vm: ListedVm) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""`mtetool merge`: a snapshot and deltas to it into one."""
+"""`mtetool merge`: make one snapshot of a base and its deltas."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def command(
 ) -> int:
     """Make one snapshot of BASE and the DELTAs to it, in the order in which they were saved.
 
-    Of deltas only, the result is a delta to the same base; of BASE alone, the same snapshot,
-    written anew. Status 3 when some ranges are missing.
+    Deltas alone give a delta to the same base; BASE alone gives the same snapshot, written
+    again. Status 3 when some ranges are missing.
     """
     from mtetool.files.output import output_file
     from mtetool.flows.merge import merge
@@ -78,7 +78,7 @@ def command(
     ):
         result = merge(layers, stream, level=level, jobs=jobs, progress=update)
     elapsed = time.monotonic() - started
-    warn_partial((result.checked.missing, "are missing in the end"), quiet=quiet)
+    warn_partial((result.checked.missing, "are missing in the result"), quiet=quiet)
     with reporting_on(target, result.status):
         if output == "json":
             print_json(_document(files, target, elapsed, result))

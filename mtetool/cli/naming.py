@@ -1,4 +1,4 @@
-"""The names of what a command reads, looked at before anything is opened."""
+"""Checks of the names that a command reads, before anything is opened."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ def check_inputs(
 ) -> list[str]:
     """Check the names of snapshots (`files`) and of guests or snapshots (`sources`).
 
-    Returns the files among them, those of emulated guests too. `instead` is the hint for a guest
-    that is named where a snapshot is wanted. Raises SourceError for that, UsageError for standard
-    input that is named twice, OutputIsInputError where standard output goes to one of the files.
+    Returns the files among them, including those of emulated guests. `instead` makes the hint for
+    a guest named in place of a snapshot. Raises SourceError for such a guest, UsageError for
+    standard input named twice, OutputIsInputError where standard output goes to one of the files.
     """
     for file in files:
-        # A file may be called so: ./emu:x, or emu:x where there is one.
+        # A file can have such a name: ./emu:x, or emu:x if it exists.
         if is_guest(file) and not os.path.lexists(file):
             raise SourceError(
-                f"{file} is a guest, and a snapshot file is wanted",
+                f"{file} is a guest, but a snapshot file is needed",
                 hint=(instead or _save)(file),
             )
     plain = [*files, *(source for source in sources if not is_guest(source))]
     if plain.count("-") > 1:
         raise UsageError(
-            "standard input (-) can be only one of the files",
-            hint="name the others, or use the shell's <(command)",
+            "standard input (-) can be read only once",
+            hint="name the other files, or use the shell's <(command)",
         )
     inputs = [*plain, *guest_files(*sources)]
     from mtetool.files.output import keep_standard_output_off
@@ -42,4 +42,4 @@ def check_inputs(
 
 
 def _save(guest: str) -> str:
-    return f"mtetool save {guest} -o FILE makes a snapshot of it"
+    return f"make a snapshot of it: mtetool save {guest} -o FILE"

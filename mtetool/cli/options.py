@@ -1,4 +1,4 @@
-"""Options that several commands have: one definition each, for help, parsing and meaning."""
+"""Options that several commands share: one definition each of help, parsing and meaning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mtetool.uapi import TAG_MAX
 from mtetool.words import quoted
 
 if TYPE_CHECKING:
-    # Generic in click's newest stubs only: older releases cannot be subscripted at run time.
+    # Generic only in click's newest stubs: older releases cannot be subscripted at run time.
     _ParamType = click.ParamType[Any]
 else:
     _ParamType = click.ParamType
@@ -27,21 +27,21 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 _ADDRESS_END = 1 << 64
 _HEX_DIGITS = tuple("0123456789abcdefABCDEF")
-# Not int(text, 0): that takes "1_000", " 12" and digits of other scripts, and refuses "010".
+# Not int(text, 0): it accepts "1_000", " 12" and digits of other scripts, and refuses "010".
 _NUMBER = re.compile(r"(?:0[xX](?P<hex>[0-9a-fA-F]+)|(?P<decimal>[0-9]+))(?P<suffix>[kmgtKMGT]?)")
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def parse_number(text: str) -> int:
-    """`0x40000000`, `4096`, `64K`: decimal or hex, with a suffix K M G T (powers of 1024).
+    """Parse `0x40000000`, `4096`, `64K`: decimal or hex, suffixes K M G T (powers of 1024).
 
-    Raises ValueError for anything else, and from 2^64 on.
+    Raises ValueError for anything else, and for 2^64 or more.
     """
     match = _NUMBER.fullmatch(text)
     if match is None:
         raise ValueError(f"{quoted(text)} is not a number such as 4096, 0x1000, 64K or 1G")
     digits = match["hex"] or match["decimal"]
-    # Python refuses to convert endless digits, and nothing so long is an address.
+    # Python refuses to convert very long numbers, and no address is that long.
     value = int(digits[-40:], 16 if match["hex"] else 10) * _SUFFIXES[match["suffix"].upper()]
     if digits[:-40].strip("0") or value >= _ADDRESS_END:
         raise ValueError(f"{quoted(text)} does not fit into 64 bits")
@@ -49,15 +49,15 @@ def parse_number(text: str) -> int:
 
 
 def parse_size(text: str) -> int:
-    """A number of bytes that is not 0. Raises ValueError."""
+    """Parse a number of bytes that is not 0. Raises ValueError."""
     value = parse_number(text)
     if value == 0:
-        raise ValueError("a size of 0 bytes")
+        raise ValueError("the size is 0 bytes")
     return value
 
 
 def parse_range(text: str) -> Extent:
-    """`IPA:SIZE`. Raises ValueError."""
+    """Parse `IPA:SIZE`. Raises ValueError."""
     ipa_text, colon, size_text = text.partition(":")
     if not colon:
         raise ValueError(f"{quoted(text)} is not of the form IPA:SIZE, such as 0x40000000:64K")
@@ -68,7 +68,7 @@ def parse_range(text: str) -> Extent:
 
 
 def parse_memslot(text: str) -> Memslot:
-    """`IPA:SIZE[@ADDRESS][:ro]`; without `ro`, `readonly` is None: it was not told.
+    """Parse `IPA:SIZE[@ADDRESS][:ro]`; without `ro`, `readonly` is None: unknown.
 
     `ADDRESS` is where the memory is in the VMM's process. The id is 0. Raises ValueError.
     """
@@ -82,7 +82,7 @@ def parse_memslot(text: str) -> Memslot:
 
 
 def parse_tag(text: str) -> int:
-    """A tag: a hex digit, as tags are shown; or a number, 0 to 15. Raises ValueError."""
+    """Parse a tag: a hex digit, as tags are shown, or a number, 0 to 15. Raises ValueError."""
     if text in _HEX_DIGITS:
         return int(text, 16)
     value = parse_number(text)
@@ -92,14 +92,14 @@ def parse_tag(text: str) -> int:
 
 
 class Parsed(_ParamType):
-    """A parameter type out of a function that raises ValueError."""
+    """A parameter type made from a parser that raises ValueError."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
         self.name = name
         self._parse = parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The value that `value`, a text or a value already, stands for."""
+        """Parse `value`, unless it is parsed already."""
         if not isinstance(value, str):
             return value
         try:
@@ -109,18 +109,18 @@ class Parsed(_ParamType):
 
 
 def parse_name(text: str) -> str:
-    """A name that is not empty. Raises ValueError."""
+    """Return a name that is not empty. Raises ValueError."""
     if not text:
         raise ValueError("the name is empty")
     return text
 
 
 def parse_file(text: str) -> str:
-    """The file that an option names, or "-". Raises ValueError for what is another option."""
+    """Return the file that an option names, or "-". Raises ValueError for another option."""
     if text.startswith("-") and text != "-":
         raise ValueError(
-            f"a file is to be named, and {quoted(text)} looks like an option;"
-            f" a file with that name is ./{text[:40]}"
+            f"a file name must follow, but {quoted(text)} looks like an option;"
+            f" for a file with that name, write ./{text[:40]}"
         )
     return parse_name(text)
 
@@ -137,7 +137,7 @@ _Completed = Literal["files", "emulated", "guests", "sources"]
 
 
 def completes(what: _Completed) -> Callable[[click.Context, click.Parameter, str], Any]:
-    """What the shell completes in an argument or option, as `shell_complete` of click."""
+    """Return a `shell_complete` of click for an argument or option."""
 
     def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> Any:
         from mtetool.cli import completing
@@ -148,7 +148,7 @@ def completes(what: _Completed) -> Callable[[click.Context, click.Parameter, str
 
 
 def guest_options(command: _F) -> _F:
-    """`--memslot` and `--qmp`, as one keyword `guest_options` of type GuestOptions."""
+    """Add `--memslot` and `--qmp`, as one keyword `guest_options` of type GuestOptions."""
 
     @functools.wraps(command)
     def with_options(
@@ -176,9 +176,9 @@ def guest_options(command: _F) -> _F:
 
 
 def output_option(*more: str) -> Callable[[_F], _F]:
-    """`--output text|json…` and its alias `--json`, as the keyword `output`.
+    """Add `--output text|json…` and its alias `--json`, as the keyword `output`.
 
-    `more` are further forms, beside text (the default) and json.
+    `more` names further forms besides text (the default) and json.
     """
 
     def alias(context: click.Context, parameter: click.Parameter, given: bool) -> None:
@@ -186,7 +186,7 @@ def output_option(*more: str) -> Callable[[_F], _F]:
             context.params["output"] = "json"
 
     def decorate(command: _F) -> _F:
-        # Eager, so that it is done when the alias, which wins, overwrites it.
+        # Eager, so that it is processed before the alias, which overwrites it.
         option = click.option(
             "--output",
             type=click.Choice(["text", "json", *more]),
@@ -215,9 +215,9 @@ quiet_option = click.option(
 
 
 def progress_options(command: _F) -> _F:
-    """`--quiet` and `--progress`, as the keywords `quiet` (bool) and `progress`.
+    """Add `--quiet` and `--progress`, as the keywords `quiet` (bool) and `progress`.
 
-    `progress` is "auto", "json" or "none", the last also with `--quiet`.
+    `progress` is "auto", "json" or "none"; `--quiet` makes it "none".
     """
 
     @functools.wraps(command)
@@ -235,7 +235,7 @@ def progress_options(command: _F) -> _F:
 
 
 EVERY_PAGE_OPTION = click.option(
-    "--every-page", is_flag=True, help="Read also pages without tags, and allocate them."
+    "--every-page", is_flag=True, help="Also read pages without tags, and allocate them."
 )
 
 BASE_OPTION = click.option(
@@ -245,12 +245,12 @@ BASE_OPTION = click.option(
     multiple=True,
     shell_complete=completes("files"),
     metavar="FILE",
-    help="What a delta is a delta to (repeatable: the oldest first).",
+    help="The base of a delta (repeatable: the oldest first).",
 )
 
 
 def snapshot_target(out: str | None) -> str:
-    """What `-o` of a command that writes a snapshot means: "-" for standard output by any name.
+    """Return the file that `-o` names: "-" for standard output by any name.
 
     Raises UsageError for a terminal.
     """
@@ -259,7 +259,7 @@ def snapshot_target(out: str | None) -> str:
     to_stdout = out is None or names_standard_output(out)
     if to_stdout and sys.stdout is not None and sys.stdout.isatty():
         raise UsageError(
-            "a snapshot is binary, and standard output is a terminal",
+            "a snapshot is binary, but standard output is a terminal",
             hint="name a file with -o FILE, or pipe it",
         )
     return "-" if out is None or to_stdout else out

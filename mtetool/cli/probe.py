@@ -1,4 +1,4 @@
-"""`mtetool probe`: can this host do it."""
+"""`mtetool probe`: whether this host can copy tags."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 )
 @report_option
 def command(selftest: bool, output: str) -> int:
-    """Say whether this host can copy tags of KVM guests, and what stands in the way.
+    """Report whether this host can copy tags of KVM guests, and what stands in the way.
 
     Status 0 when it can, 4 when it cannot.
     """
@@ -96,4 +96,4 @@ def _tell_selftest(report: Report) -> None:
         say(f"defect: {defect.text}")
         say(f"  try: {defect.hint}")
     held = sum(row.state in ("ok", "fact") for row in report.rows)
-    say(f"selftest: {held} of {len(report.rows)} hold")
+    say(f"selftest: {held} of {len(report.rows)} checks hold")

@@ -17,7 +17,7 @@ _INTERVAL_SECONDS = 1.0
 
 @contextmanager
 def progress(total_bytes: int | None, label: str, mode: str) -> Iterator[Advance]:
-    """Show how far something is; `total_bytes` None where nobody knows it.
+    """Show the progress of a task; `total_bytes` is None where it is unknown.
 
     `mode` is that of `--progress`: "auto" shows a bar where standard error is a terminal,
     "json" writes one line a second and one at the end, "none" nothing.
@@ -36,9 +36,9 @@ def progress(total_bytes: int | None, label: str, mode: str) -> Iterator[Advance
 
 @contextmanager
 def shown(label: str, mode: str) -> Iterator[Callable[[int, int | None], None]]:
-    """As `progress`, for those who count themselves: called with bytes done and in all.
+    """As `progress`, for callers that count: they pass the bytes done and the total.
 
-    What is given back does not wait for whoever reads standard error; the end does.
+    The function yielded does not wait for the reader of standard error; the end does.
     """
     if mode == "json":
         with _lines(label) as update, never_waiting(update) as latest:
@@ -82,7 +82,7 @@ def _lines(label: str) -> Iterator[Callable[[int, int | None], None]]:
             write(now)
 
     yield update
-    # Only after success: what failed ends with its error, as the last line.
+    # Only after success: after a failure, the error is the last line.
     write(time.monotonic())
 
 

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from mtetool.sources.tally import Tally
 
 TEXT_ROWS = 20
-"""How many ranges are listed for people; all of them are in the JSON form."""
+"""How many ranges are listed for people; the JSON form has them all."""
 
 
 def listed_in(output: str) -> int | None:
-    """How many ranges of a kind a report of this form lists; None: all."""
+    """Return how many ranges of a kind a report of this form lists; None: all."""
     return None if output == "json" else TEXT_ROWS
 
 
 def size(n_bytes: int) -> str:
-    """`64 MiB`; followed by the exact bytes where the short form rounds."""
+    """Return `64 MiB`, followed by the exact bytes where the short form rounds."""
     value, unit = float(n_bytes), "bytes"
     for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
@@ -55,7 +55,7 @@ def extent_rows(extents: Iterable[Extent]) -> list[dict[str, int]]:
 
 
 def missing_row(item: Missing) -> dict[str, Any]:
-    """One range that is not there, as JSON."""
+    """A missing range as JSON."""
     return {
         "ipa": item.ipa,
         "size_bytes": item.size_bytes,
@@ -81,9 +81,9 @@ def slot_rows(slots: Iterable[Memslot]) -> list[dict[str, Any]]:
 def warn_partial(
     *parts: tuple[Tally[Any] | None, str], stopped: str | None = None, quiet: bool
 ) -> None:
-    """One line for whoever looks at standard error only, where a command did not do all.
+    """Warn, in one line on standard error, that a command did only part of its work.
 
-    `parts` are ranges and what became of their tags; `stopped` is why it ended early.
+    `parts` are ranges and what happened to their tags; `stopped` is why it ended early.
     """
     words = [
         f"the tags of {size(tally.size_bytes)} in {counted(tally.count, 'range')} {became}"
@@ -96,13 +96,13 @@ def warn_partial(
 
 
 def missing_lines(title: str, tally: Tally[Missing]) -> list[str]:
-    """What is not there, for people; nothing where nothing is missing."""
+    """Missing ranges, for people; empty where nothing is missing."""
     rows = [f"{_span(item)}  {why(item)}" for item in tally.first(TEXT_ROWS)]
     return _listed(title, tally, rows)
 
 
 def extent_lines(title: str, tally: Tally[Extent]) -> list[str]:
-    """Ranges, for people; nothing where there are none."""
+    """Ranges, for people; empty where there are none."""
     return _listed(title, tally, [_span(item) for item in tally.first(TEXT_ROWS)])
 
 
@@ -112,7 +112,7 @@ def _counted(name: str, tally: Tally[Any] | None, rows: Iterable[dict[str, Any]]
     if tally.truncated:
         warn(
             f"{name!r} does not list all of the {counted(tally.count, 'range')}: the directory for"
-            " temporary files is full; name another one: TMPDIR=DIRECTORY mtetool ..."
+            " temporary files is full; use another: TMPDIR=DIRECTORY mtetool ..."
         )
     return {f"{name}_bytes": tally.size_bytes, f"{name}_count": tally.count, name: Rows(rows)}
 
@@ -137,5 +137,5 @@ def columns(item: Extent | Missing | Run | Difference) -> str:
 
 
 def why(item: Missing) -> str:
-    """Why a range is not there: the errno by name, and the reason."""
+    """Why a range is missing: the errno by name, and the reason."""
     return f"{errno_name(item.errno)}: {item.reason}" if item.errno else item.reason

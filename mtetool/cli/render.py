@@ -1,6 +1,6 @@
 """Results as text and as JSON, on standard output; warnings, on standard error.
 
-Text is for people and not for parsing. It is the same on a terminal and in a pipe: nothing
+Text is for people, not for parsing. It is the same on a terminal and in a pipe: nothing
 is wrapped, truncated or read as markup.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def put(text: str) -> None:
-    """Write to standard output as it is. An OSError then names it (`filename`)."""
+    """Write `text` to standard output as it is. An OSError names the stream (`filename`)."""
     try:
         sys.stdout.write(text)
     except OSError as error:
@@ -28,14 +28,14 @@ def put(text: str) -> None:
 
 
 def stream_name(stream: TextIO) -> str:
-    """What messages call the stream that a report goes to."""
+    """Return what messages call the stream that a report goes to."""
     return "standard error" if stream is sys.stderr else "standard output"
 
 
 def print_json(document: Mapping[str, object]) -> None:
-    """One JSON document: a line in a pipe, indented on a terminal. Addresses are integers.
+    """Print one JSON document: a line in a pipe, indented on a terminal. Addresses are integers.
 
-    Its values may be `mtetool.streaming.Rows`.
+    Its values can be `mtetool.streaming.Rows`.
     """
     from mtetool.streaming import json_parts
 
@@ -45,7 +45,7 @@ def print_json(document: Mapping[str, object]) -> None:
 
 
 def print_tail(members: Mapping[str, object]) -> None:
-    """The end of a JSON document whose first members, the last of them an array, were printed."""
+    """Print the end of a JSON document whose first members, up to an open array, are printed."""
     from mtetool.streaming import json_parts
 
     parts = json_parts(members)
@@ -57,21 +57,21 @@ def print_tail(members: Mapping[str, object]) -> None:
 
 
 def say(*lines: str) -> None:
-    """Lines of a result for people."""
+    """Print lines of a result for people."""
     put("".join(printable(line) + "\n" for line in lines))
 
 
 def warn(text: str) -> None:
-    """A warning; a command with `--quiet` does not call this."""
+    """Print a warning; a command with `--quiet` does not call this."""
     sys.stderr.write(f"mtetool: warning: {printable(text)}\n")
 
 
 @contextmanager
 def printing(truth: str, **details: object) -> Iterator[None]:
-    """Print within this the report of what was done; `truth` is what holds though nobody reads it.
+    """Print a report in this context; `truth` is what holds even if the report is lost.
 
     Raises HostError, with `truth` and `details`, where the report cannot be printed.
-    BrokenPipeError passes: whoever closed the pipe wanted no report.
+    BrokenPipeError passes: the reader that closed the pipe wanted no report.
     """
     stream = sys.stdout
     try:
@@ -89,13 +89,13 @@ def printing(truth: str, **details: object) -> Iterator[None]:
 
 @contextmanager
 def reporting_on(target: str, status: int) -> Iterator[None]:
-    """`printing` for a command that wrote a snapshot to `target`, which ends with `status`.
+    """As `printing`, for a command that wrote a snapshot to `target` and ends with `status`.
 
-    The report goes to standard error where the snapshot has standard output for itself.
+    The report goes to standard error where the snapshot went to standard output.
     """
     is_streamed = target == "-"
-    truth = "the snapshot went to standard output whole" if is_streamed else ""
-    truth = truth or f"the snapshot {target} is whole, and kept"
+    truth = "the complete snapshot went to standard output" if is_streamed else ""
+    truth = truth or f"the snapshot {target} is complete and kept"
     if status:
         truth += f" (the status would have been {status})"
     path = None if is_streamed else target
@@ -111,7 +111,7 @@ def table(
 ) -> list[str]:
     """Aligned columns: a line for the header and one for each row.
 
-    `right` names the columns of the header that are aligned to the right (numbers). None is
+    `right` names the columns that are right-aligned (numbers). None is
     shown as `-`.
     """
     cells = [[_cell(value) for value in row] for row in [header, *rows]]

@@ -1,4 +1,4 @@
-"""`mtetool restore`: a snapshot's tags into a guest."""
+"""`mtetool restore`: write a snapshot's tags into a guest."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def parse_move(text: str) -> tuple[int, int]:
-    """`OLD=NEW`, two addresses. Raises ValueError."""
+    """Parse `OLD=NEW`, two addresses. Raises ValueError."""
     old, equals, new = text.partition("=")
     if not equals:
         raise ValueError(
@@ -54,7 +54,7 @@ def parse_move(text: str) -> tuple[int, int]:
     "--verify/--no-verify", default=True, help="Read back what was written (on by default)."
 )
 @click.option("--dry-run", is_flag=True, help="Check and compare; write nothing.")
-@click.option("--every-page", is_flag=True, help="Write also where the guest has no tags.")
+@click.option("--every-page", is_flag=True, help="Also write where the guest has no tags.")
 @click.option(
     "--map",
     "moves",
@@ -80,10 +80,10 @@ def command(
     progress: str,
     output: str,
 ) -> int:
-    """Put the tags of the snapshot FILE (- is standard input) into GUEST, exactly.
+    """Write the tags of snapshot FILE (- is standard input) into GUEST, exactly.
 
-    From a file nothing is written before all of it was checked. Read-only slots are compared
-    instead. Status 3 when some pages did not get their tags; what and where is reported.
+    A file is checked as a whole before anything is written. Read-only slots are only compared.
+    Status 3 when some pages did not get their tags; the report shows which, and why.
     """
     from mtetool.flows.restore import RestoreOptions, restore
     from mtetool.sources.opening import snapshot_input
@@ -91,7 +91,7 @@ def command(
     def swapped(named: str) -> str:
         if named == file and not is_guest(guest):
             return f"the snapshot comes first: mtetool restore {guest} {file}"
-        return f"mtetool save {named} -o FILE makes a snapshot of it"
+        return f"make a snapshot of it: mtetool save {named} -o FILE"
 
     check_inputs([*bases, file], [guest], instead=swapped)
     started = time.monotonic()

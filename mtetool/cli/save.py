@@ -1,4 +1,4 @@
-"""`mtetool save`: a guest's tags to a snapshot."""
+"""`mtetool save`: save a guest's tags to a snapshot."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _CONSISTENT = {
     True: "yes, the guest stood still",
     False: "no, the guest ran meanwhile",
-    None: "unknown, nobody could say whether the guest ran",
+    None: "unknown, mtetool could not see whether the guest ran",
 }
 
 
@@ -75,7 +75,7 @@ _CONSISTENT = {
 )
 @click.option("--freeze", is_flag=True, help="Stop the guest's vCPUs while tags are read.")
 @click.option(
-    "--spool", type=SIZE, metavar="SIZE", help="Keep so much in memory until all tags are read."
+    "--spool", type=SIZE, metavar="SIZE", help="Keep up to SIZE in memory until tags are read."
 )
 @click.option(
     "--base",
@@ -114,10 +114,11 @@ def command(
 ) -> int:
     """Save the tags of GUEST to a snapshot.
 
-    Pause the guest first, or use --freeze: the tags of a running one change while they are
-    read. Without -o the snapshot goes down the pipe. Status 3 when some pages could not be read.
+    Pause the guest first, or use --freeze: the tags of a running guest change while they are
+    read. Without -o the snapshot goes to standard output. Status 3 when some pages could not be
+    read.
     """
-    # Everything is loaded before the guest is looked at: it may be waiting, paused.
+    # Load everything before looking at the guest: it may be paused, and waiting.
     from mtetool.files.output import output_file
     from mtetool.flows.save import SaveOptions, save
 
@@ -158,7 +159,7 @@ def command(
 
 
 def _opened(bases: Sequence[str]) -> AbstractContextManager[Layers]:
-    """The base of a delta, and the deltas to it that it is to be taken with."""
+    """Open the base of a delta, together with the deltas that apply to it."""
     from mtetool.sources.layers import open_layers
 
     return open_layers(bases)
@@ -204,7 +205,7 @@ def _tell(guest: str, target: str, elapsed: float, result: SaveResult) -> None:
     if result.frozen_seconds is not None:
         say(f"the guest stood still for {result.frozen_seconds:.3f} s")
     if result.spool_overflowed:
-        say("more than --spool allows was to be kept: the guest waited for the output too")
+        say("the snapshot outgrew --spool: the guest waited for the output too")
     for slot in result.skipped:
         say(f"left out: slot {slot.id} at {slot.ipa:#x}, {size(slot.size_bytes)}: {UNREACHABLE}")
     for line in missing_lines("missing", result.missing):

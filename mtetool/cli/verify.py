@@ -1,4 +1,4 @@
-"""`mtetool verify`: is a snapshot sound, and does a guest have its tags."""
+"""`mtetool verify`: whether a snapshot is sound, and whether a guest has its tags."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def command(
 ) -> int:
     """Check every byte of the snapshot FILE (- is standard input).
 
-    With --against every tag is compared with a guest's: status 1 where they differ. Status 3
+    With --against, also compare every tag with a guest's: status 1 when they differ. Status 3
     when the snapshot marks ranges as missing, or some could not be compared.
     """
     from mtetool.flows.verify import verify, verify_against
@@ -133,7 +133,7 @@ def _tell(file: str, elapsed: float, result: VerifyResult) -> None:
         return
     if not result.differing:
         say(f"{result.against}: the same tags in {size(result.compared_bytes)}")
-    for line in extent_lines(f"{result.against}: other tags", result.differing):
+    for line in extent_lines(f"{result.against}: different tags", result.differing):
         say(line)
     for line in missing_lines(f"{result.against}: could not be read", result.unreadable):
         say(line)

@@ -1,8 +1,8 @@
 """An emulated KVM, as far as memory tags go: VMs, memslots, vCPUs and the copying of tags.
 
 It answers each call as the kernel does, bad ones included: `tests/differential` makes the same
-calls of both. What a kernel does unlike others is named in `behaviours`. Nothing here is ever
-run: a vCPU is only a thing that is there. `examples/emulated-kernel.py` shows its use.
+calls to both. `behaviours` names what some kernels do differently from others. Nothing here is ever
+run: a vCPU merely exists. `examples/emulated-kernel.py` shows its use.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
     "MemoryFile",
 ]
 
-# A guest in a file needs little of this, and is often opened for a moment only.
+# A guest in a file needs little of this, and is often opened only for a moment.
 _HOMES = {
     "AddressSpace": "memory",
     "Behaviour": "behaviours",

@@ -1,7 +1,6 @@
-"""What differs between hosts and kernels, by name.
+"""The differences between hosts and kernels, by name.
 
-Each behaviour is something that can be tried on a running kernel; which kernels have it is
-never asked by their version.
+Each behaviour can be probed on a running kernel; it is never inferred from the kernel's version.
 """
 
 from __future__ import annotations
@@ -14,28 +13,28 @@ class Behaviour(enum.Enum):
     """A way in which some kernels answer and others do not; the value is its name."""
 
     HUGETLB_TAGS = "hugetlb-tags"
-    """Memory of hugetlbfs can have tags (Linux 6.13 and later): the memslots of a VM
-    with MTE may have it, and one mark says of all of a huge page that it has tags. Without, such
-    a memslot is refused with EINVAL."""
+    """Memory of hugetlbfs can have tags (Linux 6.13 and later): memslots of a VM with MTE may use
+    it, and one mark says that a whole huge page has tags. Without it, such a memslot is refused
+    with EINVAL."""
 
     CLEAR_USER_EXACT = "clear-user-exact"
-    """Where the buffer ends in the middle of a page's tags, zeros for a page without tags fill
-    it to its last byte (newer kernels clear by the FEAT_MOPS instructions, where the CPU has
-    them; seen on 7.3); without, to the last whole word of eight bytes."""
+    """If the buffer ends in the middle of a page's tags, zeros for a page without tags fill it to
+    its last byte (newer kernels clear with the FEAT_MOPS instructions, if the CPU has them; seen on
+    7.3); without it, to the last whole word of eight bytes."""
 
     GUEST_MEMFD = "guest-memfd"
-    """KVM_CREATE_GUEST_MEMFD makes memory that a memslot may have, which excludes MTE, whichever
-    comes first: EINVAL for the other (commit 32e200bd6e44, Linux 6.18). Without, there is no such
+    """KVM_CREATE_GUEST_MEMFD makes memory that a memslot may use. It excludes MTE, whichever comes
+    first: EINVAL for the other (commit 32e200bd6e44, Linux 6.18). Without it, there is no such
     ioctl, and the answer is EINVAL, too."""
 
     VCPU_EL2_FEATURES = "vcpu-el2-features"
-    """KVM_ARM_VCPU_INIT knows the features for nested virtualization, and refuses them with
-    EINVAL where the host has none; without, they are unknown: ENOENT."""
+    """KVM_ARM_VCPU_INIT knows the features for nested virtualization, and refuses them with EINVAL
+    if the host has none; without it, they are unknown: ENOENT."""
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """The host that is emulated: numbers of its hardware and build, and its behaviours.
+    """The emulated host: numbers of its hardware and build, and its behaviours.
 
     `ipa_bits` is the largest size of guest addresses, `va_bits` that of a process's own;
     `hugepage_bytes` the size of the pages of MAP_HUGETLB memory; `aarch32` whether vCPUs may
@@ -51,10 +50,10 @@ class Host:
     behaviours: frozenset[Behaviour] = frozenset()
 
     def has(self, behaviour: Behaviour) -> bool:
-        """Whether its kernel behaves so."""
+        """Whether its kernel has this behaviour."""
         return behaviour in self.behaviours
 
     @property
     def page_granules(self) -> int:
-        """Tags of one page."""
+        """The number of tags of one page."""
         return self.page_size_bytes // 16

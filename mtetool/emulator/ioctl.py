@@ -36,18 +36,18 @@ class TagMemory(Protocol):
     """The memory of a guest, and the buffer of a request."""
 
     def begin(self, request: CopyRequest) -> int:
-        """What is looked at before any page, of a request that is well-formed: 0 or -errno."""
+        """Check a well-formed request before any page is copied: 0 or -errno."""
         ...
 
     def copy_some(self, request: CopyRequest, done: int) -> int:
-        """Copy from the page on that is `done` bytes into the request: bytes, 0 if it cannot be."""
+        """Copy from `done` bytes into the request on; return the bytes copied, 0 if it cannot."""
         ...
 
 
 def copy_tags(request: CopyRequest, memory: TagMemory, *, mte: bool, page_size_bytes: int) -> int:
-    """Copy up to the first page that cannot be; the kernel's answer.
+    """Copy up to the first page that cannot be copied; return the kernel's answer.
 
-    That is the bytes of guest memory done, or -errno when none was.
+    That is the bytes of guest memory done, or -errno if none was.
     """
     error = _check_request(request, mte=mte, page_size_bytes=page_size_bytes)
     if error or (error := memory.begin(request)):
@@ -61,7 +61,7 @@ def copy_tags(request: CopyRequest, memory: TagMemory, *, mte: bool, page_size_b
 
 
 def _check_request(request: CopyRequest, *, mte: bool, page_size_bytes: int) -> int:
-    """What the kernel looks at before it touches any memory, in its order: 0 or -EINVAL."""
+    """Make the kernel's checks before it touches any memory, in its order: 0 or -EINVAL."""
     if not mte:
         return -errno.EINVAL
     if request.reserved != (0, 0):
@@ -74,7 +74,7 @@ def _check_request(request: CopyRequest, *, mte: bool, page_size_bytes: int) -> 
 
 
 def copy_page(memory: AddressSpace, at: int, buffer: int, *, to_guest: bool) -> bool:
-    """Copy the tags of one page of a process's memory, from or to a buffer; whether all were."""
+    """Copy one page's tags from or to a buffer; return whether all were copied."""
     found = memory.fault_in(at, write=to_guest)
     if found is None:
         return False
@@ -83,7 +83,7 @@ def copy_page(memory: AddressSpace, at: int, buffer: int, *, to_guest: bool) -> 
 
 
 def _from_guest(memory: AddressSpace, found: Found, buffer: int) -> int:
-    """The tags of one page into the buffer; how many were copied."""
+    """Copy the tags of one page into the buffer; return how many were copied."""
     granules = memory.host.page_granules
     # The page of zeros that memory shares until it is written to has no mark either.
     if found.page is None or found.page.tags is None:
@@ -93,9 +93,9 @@ def _from_guest(memory: AddressSpace, found: Found, buffer: int) -> int:
 
 
 def _to_guest(memory: AddressSpace, found: Found, buffer: int) -> int:
-    """The tags of the buffer onto one page; how many were copied.
+    """Copy the tags of the buffer onto one page; return how many were copied.
 
-    Where the buffer faults, the page is left with no tags but 0.
+    If the buffer faults, the page is left with tags of 0.
     """
     page, granules = found.page, memory.host.page_granules
     assert page is not None
@@ -110,10 +110,10 @@ def _to_guest(memory: AddressSpace, found: Found, buffer: int) -> int:
 
 
 def _clear_user(memory: AddressSpace, address: int, size_bytes: int) -> int:
-    """clear_user of the kernel: zeros up to the first fault; how many were surely written.
+    """The kernel's clear_user: zeros up to the first fault; return how many were surely written.
 
-    Unlike the copying of tags it looks whether the address is one of a process, for which one
-    with a tag of its own is none (access_ok, arch/arm64/include/asm/uaccess.h).
+    Unlike the copying of tags, it checks that the address is a user address, which one with a tag
+    is not (access_ok, arch/arm64/include/asm/uaccess.h).
     """
     if address + size_bytes > 1 << memory.host.va_bits:
         return 0
@@ -127,7 +127,7 @@ def _clear_user(memory: AddressSpace, address: int, size_bytes: int) -> int:
 
 
 def _reachable(memory: AddressSpace, address: int) -> bool:
-    """Whether one store of eight bytes goes through, over the end of a page too."""
+    """Whether one store of eight bytes succeeds, even across the end of a page."""
     return all(
         memory.fault_in(at, write=True) is not None for at in (address, address + _STORE_BYTES - 1)
     )

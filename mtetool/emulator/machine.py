@@ -1,4 +1,4 @@
-"""Emulated VMs: what KVM answers to those who make them.
+"""Emulated VMs: KVM's answers to the process that makes them.
 
 Every method is one ioctl. It returns 0 or more, or -errno; it raises nothing.
 """
@@ -19,15 +19,15 @@ _IPA_BITS_MASK = 0xFF
 _IPA_BITS_MIN = 32
 _IPA_BITS_DEFAULT = 40
 _U64 = 1 << 64
-# What a vCPU may be here; the others of real hosts (PMU, SVE, …) have nothing to do with tags.
+# The vCPU features known here; others of real hosts (PMU, SVE, …) have nothing to do with tags.
 _FEATURES = uapi.KVM_ARM_VCPU_EL1_32BIT | uapi.KVM_ARM_VCPU_PSCI_0_2
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A memslot: numbers in bytes, `address` is the process's own.
+    """A memslot, in bytes; `address` is the process's own.
 
-    `guest_memfd`: its memory is not that of the process.
+    `guest_memfd`: its memory is not the process's.
     """
 
     id: int
@@ -39,7 +39,7 @@ class Slot:
 
     @property
     def end(self) -> int:
-        """The first guest address after it."""
+        """The first guest address after the slot."""
         return self.ipa + self.size_bytes
 
 
@@ -75,7 +75,7 @@ class EmulatedVm:
 
     @property
     def memslots(self) -> list[Slot]:
-        """The memslots that it has, in order of guest address."""
+        """Its memslots, in order of guest address."""
         return sorted(self._slots.values(), key=lambda slot: slot.ipa)
 
     @property
@@ -94,7 +94,7 @@ class EmulatedVm:
         return answers.get(capability, 0)
 
     def enable_cap(self, capability: int, flags: int = 0, argument: int = 0) -> int:
-        """KVM_ENABLE_CAP of KVM_CAP_ARM_MTE, the one that is emulated; others are unknown."""
+        """KVM_ENABLE_CAP of KVM_CAP_ARM_MTE, the only one emulated; others are unknown."""
         if flags or capability != uapi.KVM_CAP_ARM_MTE or self._vcpus:
             return -errno.EINVAL
         if any(slot.guest_memfd for slot in self._slots.values()):
@@ -124,7 +124,7 @@ class EmulatedVm:
             return -errno.EINVAL
         if features & uapi.KVM_ARM_VCPU_EL1_32BIT and (self.mte or not self.host.aarch32):
             return -errno.EINVAL
-        # All vCPUs of a VM are alike, and stay as they were first.
+        # All vCPUs of a VM have the features of the first, and keep them.
         if self._features not in (None, features):
             return -errno.EINVAL
         self._features = self._vcpus[number] = features
@@ -159,7 +159,7 @@ class EmulatedVm:
         return error
 
     def create_guest_memfd(self, size_bytes: int) -> int:
-        """KVM_CREATE_GUEST_MEMFD; what is behind it is never looked at."""
+        """KVM_CREATE_GUEST_MEMFD; the memory itself is never used."""
         if not self.host.has(Behaviour.GUEST_MEMFD):
             return -errno.EINVAL
         return 0 if size_bytes > 0 and not size_bytes % self.host.page_size_bytes else -errno.EINVAL
@@ -179,7 +179,7 @@ class EmulatedVm:
             return -errno.EINVAL
         if new.size_bytes % page or new.ipa % page or new.address % page:
             return -errno.EINVAL
-        # There is one address space; what is above 16 bits would be the number of another.
+        # There is one address space; the bits above the lowest 16 would be the number of another.
         if new.id >= uapi.MEMSLOTS_MAX:
             return -errno.EINVAL
         if new.address + new.size_bytes > 1 << self.host.va_bits or new.end >= _U64:
@@ -225,7 +225,7 @@ class EmulatedVm:
         return page_bytes
 
     def _host_address(self, ipa: int, *, write: bool) -> int | None:
-        """Where the process has the memory of a guest's page; None for none, or none to write."""
+        """Where the process has a guest's page; None if it has none, or may not write to it."""
         slots = self.memslots
         index = bisect_right(slots, ipa, key=lambda slot: slot.ipa) - 1
         if index < 0 or slots[index].end <= ipa:
@@ -237,6 +237,6 @@ class EmulatedVm:
 
 
 def _may_become(old: Slot, new: Slot) -> bool:
-    """Whether a slot can be changed so: its place and dirty logging, and nothing else."""
+    """Whether a slot can change like this: its place and dirty logging, and nothing else."""
     only = replace(new, ipa=old.ipa, flags=new.flags & ~uapi.KVM_MEM_LOG_DIRTY_PAGES)
     return only == replace(old, flags=old.flags & ~uapi.KVM_MEM_LOG_DIRTY_PAGES)

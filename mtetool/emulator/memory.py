@@ -1,7 +1,7 @@
 """The memory of an emulated process: mappings, files in memory, pages with their tags.
 
-Only what decides an answer is kept: whether a page is there, what is in it (buffers for tags
-lie in it), its tags, and whether the kernel has marked it as one that has tags.
+Only what decides an answer is kept: whether a page exists, its data (buffers for tags lie in it),
+its tags, and whether the kernel has marked it as tagged.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from mtetool.emulator.behaviours import Behaviour, Host
 from mtetool.uapi import TAG_MAX
 
 Protection = Literal["none", "r", "rw", "rw-mte"]
-"""What a mapping allows: nothing, reading, reading and writing, and tags of the process's own."""
+"""What a mapping allows: nothing, reading, reading and writing, or tags of its own as well."""
 
 _ADDRESS_BITS = (1 << 56) - 1
 
 
 @dataclass(slots=True)
 class Page:
-    """A page of memory. `tags` None: the kernel has not marked it as one with tags.
+    """A page of memory. `tags` is None if the kernel has not marked it as tagged.
 
     The pages of a huge page that is marked as a whole are one `Page`.
     """
@@ -31,23 +31,23 @@ class Page:
     tags: bytearray | None = None
 
     def mark(self) -> bytearray:
-        """Make it one that has tags, all 0 at first; they are returned."""
+        """Mark it as tagged, all tags 0 at first; return the tags."""
         if self.tags is None:
             self.tags = bytearray(len(self.data) // 16)
         return self.tags
 
     def copy(self) -> Page:
-        """What copy-on-write makes of it: the tags come along (copy_highpage)."""
+        """The result of copy-on-write: the tags are copied, too (copy_highpage)."""
         tags = None if self.tags is None else bytearray(self.tags)
         return Page(bytearray(self.data), tags)
 
 
 @dataclass
 class MemoryFile:
-    """A file in memory, by its pages; those that are not there are holes.
+    """A file in memory, by its pages; missing ones are holes.
 
-    `tags_allowed` is false for files of disks; `unit_bytes` is the size of its pages: huge ones
-    for hugetlbfs.
+    `tags_allowed` is false for files on disk; `unit_bytes` is the size of its pages: huge ones for
+    hugetlbfs.
     """
 
     size_bytes: int
@@ -56,7 +56,7 @@ class MemoryFile:
     pages: dict[int, Page] = field(default_factory=dict)
 
     def truncate(self, size_bytes: int) -> None:
-        """Cut it off or let it grow; what is cut off loses its tags."""
+        """Shrink or grow the file; what is cut off loses its tags."""
         self.size_bytes = size_bytes
         for index in [i for i in self.pages if i * self.unit_bytes >= size_bytes]:
             del self.pages[index]
@@ -68,7 +68,7 @@ class MemoryFile:
             self.pages.pop(index, None)
 
     def page(self, index: int) -> Page | None:
-        """The page of an index, made where there is a hole; None beyond the end."""
+        """The page at an index, made if it is a hole; None beyond the end."""
         if index * self.unit_bytes >= self.size_bytes:
             return None
         return self.pages.setdefault(index, Page(bytearray(self.unit_bytes)))
@@ -78,8 +78,8 @@ class MemoryFile:
 class Mapping:
     """A range of addresses with one kind of memory behind it.
 
-    `file` None: anonymous private memory. `own` has the pages that are this mapping's alone,
-    by their address.
+    `file` is None for anonymous private memory. `own` has the pages that are this mapping's alone,
+    by address.
     """
 
     start: int
@@ -93,7 +93,7 @@ class Mapping:
     own: dict[int, Page] = field(default_factory=dict)
 
     def part(self, start: int, end: int) -> Mapping:
-        """The same for a part of its addresses; the pages move into it."""
+        """The same mapping for a part of its addresses, with the pages there."""
         own = {at: page for at, page in self.own.items() if start <= at < end}
         offset = self.file_offset + (start - self.start)
         return replace(self, start=start, end=end, file_offset=offset, own=own)
@@ -101,14 +101,14 @@ class Mapping:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A page as the kernel reaches it: where in it an address lies; `page` None: of zeros."""
+    """A page, and where in it an address lies; `page` is None for the page of zeros."""
 
     page: Page | None
     offset: int
 
 
 class AddressSpace:
-    """The addresses of one process. Answers are 0 or more, or -errno, as system calls give."""
+    """The addresses of one process. Answers are those of system calls: 0 or more, or -errno."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
@@ -149,13 +149,13 @@ class AddressSpace:
         return 0
 
     def unmap(self, address: int, size_bytes: int) -> int:
-        """munmap; the pages that were the mapping's own are gone with their tags."""
+        """munmap; the mapping's own pages are gone with their tags."""
         self._split(address, size_bytes)
         self._mappings = [m for m in self._mappings if not self._inside(m, address, size_bytes)]
         return 0
 
     def protect(self, address: int, size_bytes: int, protection: Protection) -> int:
-        """mprotect; ENOMEM where not all of it is mapped."""
+        """mprotect; ENOMEM if not all of it is mapped."""
         at = address
         self._split(address, size_bytes)
         for mapping in self._mappings:
@@ -178,9 +178,9 @@ class AddressSpace:
         return 0 if at == end else -errno.ENOMEM
 
     def page_out(self, address: int, size_bytes: int) -> int:
-        """madvise with MADV_PAGEOUT on private memory; the pages that are on swap then.
+        """madvise with MADV_PAGEOUT on private memory; return how many pages are then on swap.
 
-        Nothing is lost by it, tags neither, so that nothing is done (mte_prepare_to_swap).
+        This loses nothing, not even tags (mte_prepare_to_swap), so nothing is done.
         """
         return sum(
             address <= at < address + size_bytes
@@ -197,7 +197,7 @@ class AddressSpace:
         return bytes(out)
 
     def poke_tags(self, address: int, tags: bytes) -> int:
-        """Set tags as PTRACE_POKEMTETAGS does; how many."""
+        """Set tags as PTRACE_POKEMTETAGS does; return how many."""
         done = 0
         for found, first, n in self._tagged(address, len(tags), write=True):
             assert found.page is not None
@@ -209,7 +209,7 @@ class AddressSpace:
     def _tagged(
         self, address: int, n_tags: int, *, write: bool
     ) -> Iterator[tuple[Found, int, int]]:
-        """Pages of a range that was mapped for tags: each, the first tag in it, and how many."""
+        """The pages of a range mapped for tags: each page, its first tag there, and how many."""
         for at, n_bytes in self._pieces(address - address % 16, n_tags * 16):
             mapping = next(self.crossing(at, 1), None)
             if mapping is None or mapping.protection != "rw-mte":
@@ -220,7 +220,7 @@ class AddressSpace:
             yield found, found.offset // 16, n_bytes // 16
 
     def truncate(self, file: MemoryFile, size_bytes: int) -> int:
-        """ftruncate: private copies of what is cut off are gone, too."""
+        """ftruncate: private copies of the pages cut off are gone, too."""
         file.truncate(size_bytes)
         for mapping in self._mappings:
             if mapping.file is file:
@@ -246,7 +246,7 @@ class AddressSpace:
         return (m for m in self._mappings if m.start < end and m.end > address)
 
     def fault_in(self, address: int, *, write: bool) -> Found | None:
-        """The page at an address, made if need be; None where an access would fault."""
+        """The page at an address, made if needed; None if an access would fault."""
         mapping = next(self.crossing(address, 1), None)
         if mapping is None or mapping.protection == "none":
             return None
@@ -263,7 +263,7 @@ class AddressSpace:
             return self._file_page(mapping, mapping.file, address, write=write)
         start = address - (address - mapping.start) % unit
         if start not in mapping.own:
-            # hugetlb has no page of zeros that is shared.
+            # hugetlb has no shared page of zeros.
             if not write and unit == self.host.page_size_bytes:
                 return Found(None, address - start)
             mapping.own[start] = Page(bytearray(unit), self._first_tags(unit))
@@ -283,7 +283,7 @@ class AddressSpace:
         return bytes(out)
 
     def store(self, address: int, data: bytes) -> int:
-        """Store bytes one after the other; how many before the first that faults."""
+        """Store bytes one after the other; return how many before the first that faults."""
         done = 0
         for at, n_bytes in self._pieces(address, len(data)):
             found = self.fault_in(at, write=True)
@@ -316,7 +316,7 @@ class AddressSpace:
         return Found(page, address - start)
 
     def _pieces(self, address: int, size_bytes: int) -> Iterator[tuple[int, int]]:
-        """A range in pieces that lie in one page each, tags of the address dropped."""
+        """A range in pieces within one page each, without the tag of the address."""
         page = self.host.page_size_bytes
         done = 0
         while done < size_bytes:

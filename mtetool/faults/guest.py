@@ -5,8 +5,8 @@
     with FaultyGuest(guest, [Fault(Fail(errno.EFAULT), on="write", after=100, times=1)]) as faulty:
         faulty.write_tags(ipa, tags)
 
-Answers are cut as the kernel cuts them: a fault in the middle of a copy leaves what was completed
-before it, by pages, and its errno is given where nothing was.
+Answers are cut as the kernel cuts them: a fault in the middle of a copy leaves the pages completed
+before it, and its errno is returned only if there are none.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ __all__ = ["Delay", "Fail", "Fault", "Faults", "FaultyGuest", "Kept", "Rate", "V
 
 
 class Kept(Protocol):
-    """Where the faults of a guest are, with what they have seen."""
+    """Where the faults of a guest are kept, with what they have seen."""
 
     def held(self) -> AbstractContextManager[Faults]:
-        """The faults, for this caller alone until the end of the `with`, which keeps changes."""
+        """The faults, locked for this caller until the end of the `with`, which saves changes."""
         ...
 
     def close(self) -> None:
-        """Let go. May be called twice."""
+        """Close it. May be called twice."""
         ...
 
 
@@ -55,12 +55,12 @@ class _InMemory:
         pass
 
 
-# What the kernel says of a whole VM, whichever page is written: of none, too.
+# Errnos that the kernel returns for a whole VM, whichever page is written, even for none.
 _OF_THE_WHOLE_VM = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def _refuses_all_writes(faults: Faults) -> int | None:
-    """The errno that every write gets for now; asking for it counts as no copy."""
+    """The errno that every write gets for now; asking does not count as a copy."""
     for index, fault in enumerate(faults.ordered):
         if fault.on == "read" or fault.at or fault.every != 1 or fault.chance < 1.0:
             continue
@@ -73,9 +73,9 @@ def _refuses_all_writes(faults: Faults) -> int | None:
 class FaultyGuest(Guest):
     """A `Guest` in front of another, which it closes; `faults` fire in copies of tags.
 
-    EIO, and `Vanish`, are reported as `kvm:` guests report them, by GuestLostError: EIO for as long
+    EIO and `Vanish` are reported as `kvm:` guests report them, as GuestLostError: EIO for as long
     as the fault fires, while a guest that vanished is gone for good. Counters live as long as this
-    object, or in `kept`, which then has the faults too. `sleep` is what slow copies call.
+    object, or in `kept`, which then has the faults, too. Slow copies call `sleep`.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class FaultyGuest(Guest):
             return deepcopy(faults)
 
     def info(self) -> GuestInfo:
-        """See `Guest.info`. Raises GuestLostError once it vanished."""
+        """See `Guest.info`. Raises GuestLostError once it has vanished."""
         self._check_there()
         return self._guest.info()
 
@@ -109,21 +109,21 @@ class FaultyGuest(Guest):
         self._guest.prepare()
 
     def paused(self) -> bool | None:
-        """See `Guest.paused`. Raises GuestLostError once it vanished."""
+        """See `Guest.paused`. Raises GuestLostError once it has vanished."""
         self._check_there()
         return self._guest.paused()
 
     def freeze(self) -> None:
-        """See `Guest.freeze`. Raises GuestLostError once it vanished."""
+        """See `Guest.freeze`. Raises GuestLostError once it has vanished."""
         self._check_there()
         self._guest.freeze()
 
     def thaw(self) -> float:
-        """See `Guest.thaw`; also where it vanished: nothing is left to run on."""
+        """See `Guest.thaw`; also once it has vanished: nothing is left to resume."""
         return self._guest.thaw()
 
     def enable_mte(self) -> bool:
-        """See `Guest.enable_mte`. Raises GuestLostError once it vanished."""
+        """See `Guest.enable_mte`. Raises GuestLostError once it has vanished."""
         self._check_there()
         return self._guest.enable_mte()
 
@@ -162,7 +162,7 @@ class FaultyGuest(Guest):
                 raise self._gone()
             stretch = Stretch(direction, ipa, length_bytes // page_bytes, page_bytes)
             plan = Plan(faults, stretch)
-            # A copy of nothing passes every check, or does not.
+            # A copy of nothing still goes through every check.
             part = tags[: plan.n_pages * page_bytes // GRANULE_BYTES]
             done = copy(ipa, part)
             seconds = plan.settle(done // page_bytes)
@@ -181,23 +181,23 @@ class FaultyGuest(Guest):
         assert isinstance(stopped.effect, Fail)
         number = stopped.effect.errno
         if number == errno.EIO:
-            raise GuestLostError(f"the VM behind {self._name()} is dead (EIO, an ordered fault)")
+            raise GuestLostError(f"the VM behind {self._name()} is dead (EIO, an injected fault)")
         raise OSError(
             number,
-            f"copying tags at {ipa:#x}: {errno_name(number)} (an ordered fault)",
+            f"copying tags at {ipa:#x}: {errno_name(number)} (an injected fault)",
         )
 
     def _check_there(self) -> None:
         if self._closed:
-            return  # what the guest says to that
+            return  # the guest itself reports that
         with self._kept.held() as faults:
             if faults.vanished:
                 raise self._gone()
 
     def _gone(self) -> GuestLostError:
         return GuestLostError(
-            f"{self._name()} vanished while it was worked on (an ordered fault)",
-            hint="mtetool emu fault brings an emulated guest back: --clear, or other faults",
+            f"{self._name()} vanished while mtetool was working on it (an injected fault)",
+            hint="bring an emulated guest back: mtetool emu fault PATH --clear",
         )
 
     def _name(self) -> str:

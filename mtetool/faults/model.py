@@ -1,7 +1,7 @@
-"""Faults that somebody ordered for a guest: what happens, and when. No tags, no I/O.
+"""Faults ordered for a guest: what happens, and when. No tags, no I/O.
 
-A fault looks at the pages of copies, one after the other. It *fires* at a page where all its
-conditions hold; what it does then is its effect. `Fault.__str__` gives the form of the command
+A fault watches the pages of copies, one after the other. It *fires* at a page where all its
+conditions hold; what happens then is its effect. `Fault.__str__` returns the form of the command
 line, `EFAULT,on=write,at=0x40010000:0x1000,times=1`.
 """
 
@@ -16,7 +16,7 @@ from mtetool.errors import errno_name
 Direction = Literal["read", "write"]
 
 ERRNO_MAX = 4095
-"""The largest number that a system call's answer can be told by (include/linux/err.h)."""
+"""The largest errno that a system call can return (include/linux/err.h)."""
 
 _NUMBER_END = 1 << 64
 _NANOSECONDS = 1_000_000_000
@@ -26,7 +26,7 @@ _SUFFIXES = (("T", 1 << 40), ("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10))
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """The copy stops in front of the page: an errno if nothing was copied, else a short copy."""
+    """The copy stops before the page: an errno if nothing was copied, else a short copy."""
 
     errno: int
 
@@ -47,7 +47,7 @@ class Vanish:
 
 @dataclass(frozen=True, slots=True)
 class Delay:
-    """Each page takes so much longer."""
+    """Each page takes this much longer."""
 
     nanoseconds: int
 
@@ -59,13 +59,13 @@ class Delay:
         return f"slow={self.nanoseconds // size}{unit}"
 
     def seconds_for(self, size_bytes: int, page_size_bytes: int) -> float:
-        """The time that guest memory of so many bytes is held up."""
+        """The delay for this many bytes of guest memory."""
         return size_bytes / page_size_bytes * self.nanoseconds / _NANOSECONDS
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """So many bytes of guest memory a second, and no more."""
+    """At most this many bytes of guest memory per second."""
 
     bytes_per_second: int
 
@@ -78,7 +78,7 @@ class Rate:
         return f"slow={rate // size}{letter}/s"
 
     def seconds_for(self, size_bytes: int, page_size_bytes: int) -> float:
-        """The time that guest memory of so many bytes takes."""
+        """The time that this many bytes of guest memory take."""
         return size_bytes / self.bytes_per_second
 
 
@@ -87,14 +87,14 @@ Effect = Fail | Vanish | Delay | Rate
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """An effect and its conditions, all of which have to hold.
+    """An effect and its conditions, all of which must hold.
 
     `on` None: copies in both directions. `at`: pages that this range (address, size in bytes)
-    touches. `after`: so many pages, of those that `on` and `at` name, pass first. `every` n: only
-    at the first page of each n-th copy that begins at such a page. `chance`: at each page with
-    this probability, as a generator made from `seed` has it. `times`: no more than so often.
+    touches. `after`: this many of the pages that `on` and `at` name pass first. `every` n: only at
+    the first page of each n-th copy that begins at such a page. `chance`: at each page with this
+    probability, from a generator seeded with `seed`. `times`: at most this often.
 
-    Raises ValueError for what makes no sense.
+    Raises ValueError for conditions that make no sense.
     """
 
     effect: Effect
@@ -116,13 +116,13 @@ class Fault:
         _check("'every'", self.every, 1, _NUMBER_END - 1)
         _check("'seed'", self.seed, 0, _NUMBER_END - 1)
         if not 0.0 < self.chance <= 1.0:
-            raise ValueError(f"chance={self.chance}: it is above 0, and 1 at most")
+            raise ValueError(f"chance={self.chance}: must be above 0 and at most 1")
         if self.seed and self.chance == 1.0:
-            raise ValueError("a seed without a chance: seed=N goes with chance=P")
+            raise ValueError("a seed without a chance: seed=N needs chance=P")
         if self.times is not None:
             _check("'times'", self.times, 1, _NUMBER_END - 1)
             if isinstance(self.effect, Vanish):
-                raise ValueError("a guest vanishes once: vanish has no times=N")
+                raise ValueError("a guest vanishes once: vanish takes no times=N")
 
     def __str__(self) -> str:
         words = [str(self.effect)]
@@ -148,7 +148,7 @@ class Fault:
 class Counted:
     """What one fault has seen: copies begun and pages passed that `on` and `at` name.
 
-    `fired` counts errnos given, pages held up, or the one time that the guest vanished.
+    `fired` counts errnos returned, pages delayed, or the one time that the guest vanished.
     """
 
     copies: int = 0
@@ -158,7 +158,7 @@ class Counted:
 
 @dataclass(slots=True)
 class Faults:
-    """All faults of a guest, with what they have seen; `vanished` once one made it end."""
+    """All faults of a guest, with what they have seen; `vanished` once one has ended it."""
 
     ordered: tuple[Fault, ...] = ()
     counted: list[Counted] = field(default_factory=list)

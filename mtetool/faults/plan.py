@@ -24,7 +24,7 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class _Watching:
-    """A fault in this copy: the pages `first` to `end` it looks at, and where it fires."""
+    """A fault in this copy: the pages `first` to `end` that it watches, and where it fires."""
 
     index: int
     first: int
@@ -33,10 +33,10 @@ class _Watching:
 
 
 class Plan:
-    """A copy as the faults will have it.
+    """What the faults will do to a copy.
 
-    `n_pages` is how many pages are let through; `stopped_by` the fault that stops the copy
-    behind them, if one does.
+    `n_pages` is how many pages get through; `stopped_by` the fault that stops the copy after them,
+    if any.
     """
 
     def __init__(self, faults: Faults, stretch: Stretch) -> None:
@@ -61,9 +61,9 @@ class Plan:
         return None if self._stop is None else self._faults.ordered[self._stop]
 
     def settle(self, done: int) -> float:
-        """Count what came of the copy, `done` pages; the seconds that it is held up.
+        """Count a copy that completed `done` pages; return the seconds to delay it.
 
-        A fault that stops a copy has fired once its errno can be given: when nothing was done.
+        A fault that stops a copy has fired once its errno can be returned: if nothing was done.
         """
         seconds = 0.0
         for watching in self._watching:
@@ -89,14 +89,14 @@ class Plan:
             self._faults.vanished = vanishes
         if done:
             return
-        # The page was come to: it counts, for chance goes on to the next number.
+        # The copy reached this page: it counts, so that chance moves on to the next number.
         for watching in self._watching:
             if watching.first == 0 and watching.end > 0:
                 self._faults.counted[watching.index].pages += 1
 
 
 def _watch(faults: Faults, index: int, fault: Fault, stretch: Stretch) -> _Watching | None:
-    """What a fault sees of a copy; None where it sees nothing."""
+    """What a fault sees of a copy; None if it sees nothing."""
     if fault.on not in (None, stretch.direction) or faults.is_spent(index):
         return None
     first, end = _within(fault.at, stretch)
@@ -127,10 +127,10 @@ def _within(at: tuple[int, int] | None, stretch: Stretch) -> tuple[int, int]:
 
 
 def _drawn(seed: int, numbers: _Pages) -> NDArray[np.float64]:
-    """A number of [0, 1) for each of `numbers`: the same for the same, in whatever pieces.
+    """A number in [0, 1) for each of `numbers`: always the same, in whatever pieces they come.
 
     SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014), whose
-    n-th number can be had without those before it.
+    n-th number can be made without those before it.
     """
     start = _mixed(np.array([seed], dtype=np.uint64))
     step = np.uint64(0x9E3779B97F4A7C15)

@@ -1,7 +1,7 @@
 """Record heads as msgpack maps: the one place that knows msgpack, and its traps.
 
-msgpack keeps the last of duplicate keys without a word, and fails with two families of
-exceptions; neither gets out of here.
+msgpack silently keeps the last of duplicate keys, and fails with two families of exceptions;
+neither gets out of this module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_TEXT_BYTES = 4096
 
 
 def pack_map(values: Mapping[str, object]) -> bytes:
-    """A map in the order of its keys as given."""
+    """Pack a map, its keys in the given order."""
     return bytes(msgpack.packb(values, use_bin_type=True, strict_types=False))
 
 
@@ -46,7 +46,7 @@ def _shown(value: object) -> str:
 
 
 def unpack_map(data: bytes, where: str) -> Fields:
-    """The map in `data`, which holds nothing else. Raises DamagedError."""
+    """Unpack the map in `data`, which holds nothing else. Raises DamagedError."""
     try:
         value = msgpack.unpackb(data, raw=False, strict_map_key=True, object_pairs_hook=_once)
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
@@ -72,14 +72,14 @@ class Fields:
         return self._values.pop(key)
 
     def wrong(self, what: str) -> DamagedError:
-        """The error that says that something in this map is not possible."""
+        """The error for something impossible in this map."""
         return DamagedError(f"{self.where}: {what}")
 
     def integer(self, key: str, low: int, high: int) -> int:
-        """An integer of low ≤ value ≤ high; true and false are none."""
+        """An integer with low ≤ value ≤ high; true and false are not integers."""
         value = self._take(key)
         if type(value) is not int or not low <= value <= high:
-            raise self.wrong(f"{key!r} is {_shown(value)}, not an integer of {low} to {high}")
+            raise self.wrong(f"{key!r} is {_shown(value)}, not an integer from {low} to {high}")
         return value
 
     def integer_or_none(self, key: str, low: int, high: int) -> int | None:
@@ -97,7 +97,7 @@ class Fields:
         """A string of at most `MAX_TEXT_BYTES` bytes of UTF-8."""
         value = self._take(key)
         if not isinstance(value, str) or len(value.encode()) > MAX_TEXT_BYTES:
-            raise self.wrong(f"{key!r} is not a text of at most {MAX_TEXT_BYTES} bytes")
+            raise self.wrong(f"{key!r} is not text of at most {MAX_TEXT_BYTES} bytes")
         return value
 
     def text_or_none(self, key: str) -> str | None:
@@ -111,7 +111,7 @@ class Fields:
         """True, false or nil."""
         value = self._take(key)
         if value is not None and type(value) is not bool:
-            raise self.wrong(f"{key!r} is none of true, false, nil")
+            raise self.wrong(f"{key!r} is not true, false or nil")
         return value
 
     def array(self, key: str) -> list[object]:
@@ -122,11 +122,11 @@ class Fields:
         return value
 
     def end(self) -> None:
-        """Raise UnknownVersionError for keys that nobody took and that may matter."""
+        """Raise UnknownVersionError for keys that were not read and that may matter."""
         unknown = [key for key in self._values if not key.startswith("x-")]
         if unknown:
             raise UnknownVersionError(
                 f"{self.where} uses a feature that this mtetool does not know:"
                 f" the key {unknown[0][:40]!r}",
-                hint="a newer mtetool wrote it",
+                hint="update mtetool: a newer one wrote it",
             )

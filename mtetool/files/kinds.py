@@ -1,4 +1,4 @@
-"""What kind of file mtetool has in front of it, by its first bytes: for messages that help."""
+"""Recognise the kind of a file by its first bytes, for messages that help."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class FileKind(Enum):
 
 
 def kind_of(path: str) -> FileKind | None:
-    """The kind of a regular file; None for all that is unknown or cannot be read."""
+    """The kind of a regular file; None if it is unknown or cannot be read."""
     try:
-        # Not blocking, for a FIFO.
+        # Non-blocking, because it may be a FIFO.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError):
         return None

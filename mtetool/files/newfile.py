@@ -1,4 +1,4 @@
-"""A new file that gets its name when it is whole, or that never was."""
+"""A new file that gets its name when it is whole, or never exists."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from mtetool.files.place import Place
 
 MODE = 0o600  # Tags are secrets: MTE's protection rests on them.
 
-# Some file systems cannot bring a directory to disk; what they say then.
+# The errors of file systems that cannot bring a directory to disk.
 _NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class NewFile:
     """A file that is still nameless (O_TMPFILE), or has a temporary name beside its own.
 
-    A nameless one vanishes with the process, however that ends; some file systems (NFS)
-    have none, and replacing a file needs a temporary name for a moment. What a process that
-    was killed has left under such a name, the next one that makes the same file removes: a
-    lock shows that nobody works on it any more.
+    A nameless file vanishes with the process, however that ends; some file systems (NFS) have none,
+    and replacing a file needs a temporary name for a moment. A file that a killed process has left
+    under such a name is removed by the next process that makes the same file: a lock shows that it
+    is no longer in use.
 
-    `new_file` makes it. `open` and `keep` raise OSError; `keep` also FileExistsAlreadyError
-    for a name that was taken meanwhile, and HostError where the file is in its place, but maybe
-    not for good.
+    `new_file` makes it. `open` and `keep` raise OSError; `keep` also raises FileExistsAlreadyError
+    for a name that was taken meanwhile, and HostError where the file is in place, but may not
+    survive a crash.
     """
 
     def __init__(self, place: Place, *, force: bool) -> None:
         self._path = place.path
         self._place = place
-        # A signal may end the holding of the place before this is closed.
+        # A signal may release the place before this is closed.
         self._at = os.dup(place.directory)
         self._force = force
-        # Known before it is used: a signal may come between any two calls, and then what bears
-        # this name goes. Shortened, so that a name of the greatest length has one as well.
+        # Known before it is used: a signal may come between any two calls, and then the file of
+        # this name is removed. Shortened, so that a file with the longest possible name has one.
         self._temporary = f".{place.name[:50]}.{os.urandom(6).hex()}.tmp"
         self.is_nameless = False
         self._file: io.FileIO | None = None
@@ -54,22 +54,22 @@ class NewFile:
         return self._file
 
     def open(self) -> None:
-        """Make the file, and remove what was left of earlier ones."""
+        """Make the file, and remove leftovers of earlier ones."""
         _remove_leftovers(self._place)
         self._file = io.FileIO(self._make(), "w")
         os.fchmod(self.file.fileno(), MODE)
         _lock(self.file.fileno())
 
     def close(self) -> None:
-        """Close it; unless it was kept, it is gone. May be called again."""
+        """Close the file; unless it was kept, it is gone. Idempotent."""
         try:
             if self._file is not None:
-                # Every error of writing was reported by fsync.
+                # fsync has reported every write error.
                 with suppress(OSError):
                     self._file.close()
         finally:
             if self._at >= 0:
-                # What cannot be removed is left to the next run: what failed before counts.
+                # The next run removes a file that stays: the error before this one counts.
                 with suppress(OSError):
                     os.unlink(self._temporary, dir_fd=self._at)
                 at, self._at = self._at, -1
@@ -86,7 +86,7 @@ class NewFile:
         return os.open(self._temporary, flags, MODE, dir_fd=self._at)
 
     def keep(self) -> None:
-        """Give the file its name, once its bytes are on the disk."""
+        """Give the file its name once its bytes are on the disk."""
         os.fsync(self.file.fileno())
         with _opened(".", os.O_RDONLY | os.O_DIRECTORY, self._at) as directory:
             if self._force:
@@ -98,16 +98,16 @@ class NewFile:
                 os.fsync(directory)
             except OSError as error:
                 if error.errno not in _NO_DIRECTORY_FSYNC:
-                    what = f"{self._path} is written, but may not outlast a crash of this host"
+                    what = f"{self._path} is written, but may not survive a crash of this host"
                     raise host_error(error, what, path=self._path) from error
 
     def _check_again(self) -> None:
-        """Refuse to replace anything but a file: neither a link nor a pipe that came meanwhile."""
+        """Refuse to replace anything but a file: a link or a pipe may have come meanwhile."""
         now = self._place.look()
         if now is not None and not stat.S_ISREG(now.st_mode):
             raise FileExistsAlreadyError(
-                f"{self._path} was replaced meanwhile, by something that is not a file",
-                hint="look who does that: ls -l; choose a directory of your own",
+                f"{self._path} was replaced meanwhile by something that is not a file",
+                hint="check who did that: ls -l; choose a directory of your own",
                 path=self._path,
             )
 
@@ -117,13 +117,13 @@ class NewFile:
         os.rename(self._temporary, self._place.name, src_dir_fd=self._at, dst_dir_fd=self._at)
 
     def _appear(self) -> None:
-        """Take the name, unless something has it by now: that a link refuses, a rename not."""
+        """Take the name, unless it is taken by now: a link refuses that, a rename does not."""
         try:
             self._link(self._place.name)
         except FileExistsError as error:
             raise exists(self._path) from error
         except OSError as error:
-            # FAT and some FUSE file systems have no links: a look before has to do there.
+            # FAT and some FUSE file systems have no links: there, a look beforehand must do.
             if self.is_nameless or error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
                 raise
             if self._place.look() is not None:
@@ -142,7 +142,7 @@ class NewFile:
 
 @contextmanager
 def new_file(place: Place, *, force: bool) -> Iterator[NewFile]:
-    """A `NewFile` for a place that is held, not open yet, and closed in the end."""
+    """A `NewFile` for a place that is held; it is not open yet, and closed in the end."""
     new = NewFile(place, force=force)
     try:
         yield new
@@ -150,17 +150,17 @@ def new_file(place: Place, *, force: bool) -> Iterator[NewFile]:
         try:
             new.close()
         except BaseException:
-            # A signal's exception, which comes once.
+            # The exception of a signal, which comes only once.
             new.close()
             raise
 
 
 def exists(path: str, kind: str | None = None) -> FileExistsAlreadyError:
-    """The error for a name that something has already; `kind` is what, if not a file."""
+    """The error for a name that is taken; `kind` says by what, if not by a file."""
     if kind is None:
-        return FileExistsAlreadyError(f"{path} exists", hint="--force overwrites it", path=path)
+        return FileExistsAlreadyError(f"{path} exists", hint="overwrite it with --force", path=path)
     return FileExistsAlreadyError(
-        f"{path} exists, and is {kind}", hint="--force writes to it as it is", path=path
+        f"{path} exists, and is {kind}", hint="write to it with --force", path=path
     )
 
 
@@ -175,7 +175,7 @@ def _opened(name: str, flags: int, at: int) -> Iterator[int]:
 
 
 def _lock(fd: int) -> bool:
-    """Whether the file is ours alone, or by now. Where there are no locks: False."""
+    """Lock the file unless another process has; whether it is ours. False without locks."""
     with suppress(OSError):
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -183,9 +183,9 @@ def _lock(fd: int) -> bool:
 
 
 def _remove_leftovers(place: Place) -> None:
-    """Remove what killed processes left when they made this file: temporary and not locked.
+    """Remove files that killed processes left when they made this one: temporary, not locked.
 
-    Best effort: what cannot be looked at stays.
+    Best effort: files that cannot be examined stay.
     """
     ours = re.compile(rf"\.{re.escape(place.name[:50])}\.[0-9a-f]{{12}}\.tmp", re.DOTALL)
     with suppress(OSError), _opened(".", os.O_RDONLY | os.O_DIRECTORY, place.directory) as fd:
@@ -198,6 +198,6 @@ def _remove_leftover(name: str, at: int) -> None:
     with _opened(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, at) as fd:
         status = os.fstat(fd)
         mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
-        # Its maker may have finished meanwhile: then it has no such name any more.
+        # Its maker may have finished meanwhile: then it no longer has this name.
         if mine and _lock(fd) and os.path.samestat(status, os.lstat(name, dir_fd=at)):
             os.unlink(name, dir_fd=at)

@@ -1,4 +1,4 @@
-"""Output files that appear under their name only when they are whole."""
+"""Output files that appear under their names only when they are whole."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def output_file(
 ) -> Iterator[BinaryIO]:
     """A file to write, front to back; "-" is standard output.
 
-    A regular file gets its name when the body is done: whatever ends the body otherwise,
-    SIGKILL included, leaves what was there before. What exists and is not a regular file is
-    written directly: /dev/null, what a descriptor of ours is (/dev/fd/N: a pipe), and with
-    `force` named pipes and devices. Modes are 0600. None of the files `inputs` ("-" is standard
-    input) is written, under whatever name; with `may_replace_inputs`, one may be replaced. (For
-    standard output see `keep_standard_output_off`.)
+    A regular file gets its name when the body is done: anything else that ends the body, SIGKILL
+    included, leaves everything as it was. Anything that exists and is not a regular file is written
+    directly: /dev/null, a descriptor of ours (/dev/fd/N: a pipe), and with `force` named pipes and
+    devices. Modes are 0600. None of the files in `inputs` ("-" is standard input) is written, under
+    any name; with `may_replace_inputs`, one may be replaced. (For standard output see
+    `keep_standard_output_off`.)
 
     Raises, before the body runs, OutputIsInputError, UsageError for a terminal or a directory,
     FileExistsAlreadyError, NoSuchFileError for a directory that does not exist, BadNameError,
-    PermissionRefusedError; from the file's own methods and the end DiskFullError and HostIoError.
-    BrokenPipeError passes.
+    PermissionRefusedError. The file's own methods and the end raise DiskFullError and HostIoError.
+    BrokenPipeError passes through.
     """
     if path == "-":
         with _written(_standard_output(), "standard output") as out:
@@ -84,7 +84,7 @@ def _check(place: Place, inputs: Sequence[str], *, force: bool, may_replace_inpu
 
 def _needs_force(place: Place, found: os.stat_result) -> bool:
     if place.descriptor is not None and not (place.is_regular or stat.S_ISBLK(found.st_mode)):
-        return False  # whoever started us opened it for us
+        return False  # the process that started us opened it for us
     return not is_null(found)
 
 
@@ -100,7 +100,7 @@ def _kind(found: os.stat_result) -> str | None:
 
 
 def _opened_directly(place: Place) -> io.FileIO:
-    """What is not a regular file, open for writing. A FIFO waits for its reader, as in a shell."""
+    """Open a file that is not regular, for writing. A FIFO waits for its reader, as in a shell."""
     found = place.found
     assert found is not None
     if place.descriptor is not None:
@@ -120,8 +120,8 @@ def _opened_directly(place: Place) -> io.FileIO:
     try:
         if not os.path.samestat(os.fstat(direct.fileno()), found):
             raise HostIoError(
-                f"{place.path} was replaced while it was opened",
-                hint="look who does that: ls -l",
+                f"{place.path} was replaced while mtetool opened it",
+                hint="check who did that: ls -l",
                 path=place.path,
             )
         if direct.isatty():
@@ -147,9 +147,9 @@ def _keep_off(found: os.stat_result, path: str, inputs: Sequence[str]) -> None:
         if _is_same_file(found, _input_status(name)):
             what = "standard input" if name == "-" else shortened(name)
             same = "" if what == path else f" (it is the same file as {what})"
-            use = "open in the guest's process" if name.startswith("/proc/") else "read"
+            use = "open in the guest's process" if name.startswith("/proc/") else "an input"
             raise OutputIsInputError(
-                f"{path} is {use}, so that it cannot be the output too{same}",
+                f"{path} is {use}, so it cannot be the output too{same}",
                 hint="write to another file",
                 path=path,
                 input=name,
@@ -157,7 +157,7 @@ def _keep_off(found: os.stat_result, path: str, inputs: Sequence[str]) -> None:
 
 
 def _is_same_file(a: os.stat_result, b: os.stat_result | None) -> bool:
-    """Whether two names are of one file that can be destroyed: terminals and sockets cannot."""
+    """Whether two names belong to one file that can be destroyed: terminals and sockets cannot."""
     if b is None or stat.S_IFMT(a.st_mode) != stat.S_IFMT(b.st_mode):
         return False
     if stat.S_ISBLK(a.st_mode):
@@ -167,7 +167,7 @@ def _is_same_file(a: os.stat_result, b: os.stat_result | None) -> bool:
 
 
 def _input_status(name: str) -> os.stat_result | None:
-    """What an input is; None where there is nothing, which its opening will report."""
+    """The status of an input; None where there is none, which its opening will report."""
     if name == "-":
         return _status_of(sys.stdin)
     try:
@@ -186,7 +186,7 @@ def _status_of(stream: IO[str] | None) -> os.stat_result | None:
 
 
 def check_not_a_stream(place: Place) -> None:
-    """Raise UsageError where the messages or the report of this run go there, or a person looks."""
+    """Raise UsageError for a terminal, or where this run's messages or report go."""
     found = place.found
     if found is None or is_null(found):
         return
@@ -195,8 +195,8 @@ def check_not_a_stream(place: Place) -> None:
     for stream, name in ((sys.stdout, "standard output"), (sys.stderr, "standard error")):
         if _is_same_file(found, _status_of(stream)):
             raise UsageError(
-                f"{place.path} is where {name} goes already: the two would be mixed",
-                hint="write to another file, or stream with -o - and nothing else there",
+                f"{name} already goes to {place.path}: the two would be mixed",
+                hint="write to another file, or stream with -o - and send nothing else there",
                 path=place.path,
             )
 
@@ -204,8 +204,8 @@ def check_not_a_stream(place: Place) -> None:
 def names_standard_output(path: str) -> bool:
     """Whether writing to `path` is writing to standard output, as with "-".
 
-    /dev/stdout and its kin, links to them, the name of the same pipe; of a regular file the
-    plain name too, where nothing is in it yet (`-o x > x`).
+    True for /dev/stdout and its kin, links to them, and the name of the same pipe; for a regular
+    file also under its plain name, while nothing is in it yet (`-o x > x`).
     """
     ours = _status_of(sys.stdout)
     if path == "-" or ours is None:
@@ -214,7 +214,7 @@ def names_standard_output(path: str) -> bool:
         with located(path) as place:
             found, by_descriptor = place.found, place.descriptor is not None
     except MtetoolError:
-        return False  # `output_file` will say
+        return False  # `output_file` will report it
     if found is None or is_null(found) or not os.path.samestat(found, ours):
         return False
     return by_descriptor or not stat.S_ISREG(ours.st_mode) or ours.st_size == 0
@@ -274,7 +274,7 @@ class _Raw(io.RawIOBase):
 
 @contextmanager
 def _written(target: BinaryIO | io.FileIO, path: str) -> Iterator[BinaryIO]:
-    """A buffer in front of a target, which is flushed in the end, and never after an error."""
+    """A buffer in front of a target; it is flushed in the end, but never after an error."""
     raw = _Raw(target, path)
     out = io.BufferedWriter(raw, 1 << 17)
     try:

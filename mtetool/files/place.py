@@ -1,9 +1,9 @@
-"""Where an output goes: a name in a directory that is held open, looked at and not followed again.
+"""Where an output goes: a name in a directory that is held open, whose links are followed once.
 
-Between the look at a name and the writing, whoever may write to its directory can put a link
-there. So links are followed here, one by one, each as the kernel would with
-fs.protected_symlinks, and afterwards only the last directory's descriptor and a name in it are
-used, with calls that follow nothing.
+Between the look at a name and the writing, any user who may write to its directory can put a link
+there. So links are followed here, one by one, each as the kernel would with fs.protected_symlinks.
+Afterwards only the last directory's descriptor and a name in it are used, with calls that follow
+nothing.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _TERMINAL_MAJORS = {4, 5, *range(136, 144)}
 class Place:
     """A name in an open directory.
 
-    `found` is what has the name, None for nothing; only in a directory of descriptors
-    (/proc/PID/fd) is that behind a link. `descriptor` is the number where a descriptor of this
-    process was named (/dev/fd/N), also where it led to a file that has a name.
+    `found` is the status of the file that has the name, None if there is none; a link is followed
+    for it only in a directory of descriptors (/proc/PID/fd). `descriptor` is the number where a
+    descriptor of this process was named (/dev/fd/N), even if it led to a file that has a name.
     """
 
     path: str
@@ -42,7 +42,7 @@ class Place:
     descriptor: int | None = None
 
     def look(self) -> os.stat_result | None:
-        """What has the name now; a link is not followed. Raises OSError."""
+        """Look up the name again, without following a link. Raises OSError."""
         return _status(self.name, self.directory)
 
     @property
@@ -63,7 +63,7 @@ def is_terminal(found: os.stat_result) -> bool:
 
 @contextmanager
 def named(path: str) -> Iterator[None]:
-    """Errors of the system about this output, in mtetool's words."""
+    """Turn the system's errors about this output into mtetool's own."""
     try:
         yield
     except BrokenPipeError:
@@ -71,7 +71,7 @@ def named(path: str) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NoSuchFileError(
             f"{path} cannot be created: {error.strerror}",
-            hint="does its directory exist?",
+            hint="check that its directory exists",
             path=path,
         ) from error
     except OSError as error:
@@ -82,9 +82,9 @@ def named(path: str) -> Iterator[None]:
 def located(path: str) -> Iterator[Place]:
     """Follow `path` to its end, and hold the directory.
 
-    Raises BadNameError for an empty name, UsageError for one that can only be a directory's and
+    Raises BadNameError for an empty name, UsageError for a name that only a directory can have and
     for a deleted file behind a descriptor, NoSuchFileError for a directory that does not exist,
-    PermissionRefusedError also for a link or a FIFO that somebody else put into a directory like
+    PermissionRefusedError also for a link or a FIFO that another user put into a directory like
     /tmp, HostIoError.
     """
     with ExitStack() as stack:
@@ -98,7 +98,7 @@ def _located(path: str, stack: ExitStack) -> Place:
     rest = path
     for _ in range(_LINKS_MAX):
         if not rest:
-            raise BadNameError("an empty name: no file has that", path=path)
+            raise BadNameError("the name of the file is empty", path=path)
         parent, name = os.path.split(rest)
         at = _opened_directory(parent, at, stack)
         if name in ("", ".", ".."):
@@ -124,7 +124,7 @@ def _behind_descriptor(path: str, at: int, name: str, own: int | None, stack: Ex
     place = _located(os.readlink(name, dir_fd=at), stack)
     if place.found is None or not os.path.samestat(place.found, found):
         raise UsageError(
-            f"{path} is a file that has no name any more, which cannot be written as a whole",
+            f"{path} is a file that has no name any more, so it cannot be replaced",
             hint="name a file with -o, or stream with -o -",
             path=path,
         )
@@ -154,9 +154,9 @@ def _name_of(directory: int) -> str:
 
 
 def _check_owner(found: os.stat_result, at: int, name: str) -> None:
-    """Raise EACCES where following or opening it is what somebody else wants us to do.
+    """Raise EACCES for a link or FIFO through which another user may want to misuse us.
 
-    The kernel's rule for links and FIFOs in sticky directories that all may write to
+    This is the kernel's rule for links and FIFOs in sticky directories that everyone may write to
     (fs/namei.c, may_follow_link and may_create_in_sticky), whether it is turned on or not.
     """
     directory = os.fstat(at)
@@ -164,5 +164,5 @@ def _check_owner(found: os.stat_result, at: int, name: str) -> None:
         return
     if found.st_uid not in (os.geteuid(), directory.st_uid):
         raise PermissionError(
-            errno.EACCES, f"{name} is another user's, in a directory that all may write to"
+            errno.EACCES, f"{name} is another user's, in a directory that everyone may write to"
         )

@@ -1,4 +1,4 @@
-"""What bytes are written to: one contract for whoever is between a snapshot and its file."""
+"""Where bytes are written to: one contract for everything between a snapshot and its file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Protocol
 
 
 class Sink(Protocol):
-    """Takes bytes, front to back. `output_file` gives one; so are buffered files, and BytesIO."""
+    """Takes bytes, front to back. `output_file` yields one; buffered files and BytesIO are too."""
 
     def write(self, data: bytes | memoryview, /) -> object:
-        """Take all of it. Raises HostError; BrokenPipeError passes."""
+        """Take all of `data`. Raises HostError; BrokenPipeError passes through."""
         ...

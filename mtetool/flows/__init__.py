@@ -1,5 +1,5 @@
-"""What the commands do, a file each: from options that were checked to a result that is printed.
+"""What the commands do, one file per command: from checked options to a result to print.
 
-Nothing here parses a command line or prints; that is `mtetool.cli`. How a source is read is in
+Nothing here parses a command line or prints: `mtetool.cli` does. Sources are read in
 `mtetool.sources`.
 """

@@ -1,4 +1,4 @@
-"""Where the tags that a guest has differ from those it should have."""
+"""Where a guest's tags differ from those it should have."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Comparer:
         *,
         every_page: bool = False,
     ) -> None:
-        """Compare the guest's tags from `ipa` on with `expected` (one byte a granule).
+        """Compare the guest's tags from `ipa` on with `expected` (one byte per granule).
 
         With `every_page` the guest is not asked first which pages may have tags.
         """
@@ -75,7 +75,7 @@ def add_differences(tally: Tally[Extent], ipa: int, a: TagBuffer, b: TagBuffer) 
     """Add the ranges in which the tags of `a` and `b`, both from `ipa` on, differ."""
     if loops.first_difference(a, b) == len(as_bytes(a)):
         return
-    # Imported here: where nothing differs, which is mostly so, it is not needed.
+    # Imported here: mostly nothing differs, and it is not needed.
     from mtetool.tags import as_array, difference_ranges
 
     starts, lengths = difference_ranges(as_array(a), as_array(b))

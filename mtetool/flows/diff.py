@@ -1,4 +1,4 @@
-"""Where two things that hold tags differ."""
+"""Where two sources of tags differ."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BLOCK_GRANULES = 1 << 16
 
 
 class Difference(NamedTuple):
-    """Granules next to each other with one tag in A and another in B; None: absent there."""
+    """Adjacent granules with one tag in A and another in B; None: absent there."""
 
     ipa: int
     size_bytes: int
@@ -30,7 +30,7 @@ class Difference(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """One stretch of addresses as both sides have it; None where a side does not speak of it."""
+    """A span of addresses as both sides have it; None where a side does not cover it."""
 
     ipa: int
     size_bytes: int
@@ -41,7 +41,7 @@ class _Pair(NamedTuple):
 def diff(
     a: TagSource, b: TagSource, within: Sequence[Extent] | None = None
 ) -> Iterator[Difference | Missing]:
-    """The ranges in which A and B differ, in order of address, and what cannot be compared.
+    """Yield the ranges where A and B differ or cannot be compared, in order of address.
 
     Ranges that only one side has are differences (the other side's tag is None); ranges that
     one side has but could not read are Missing. `within` limits both sides.
@@ -70,7 +70,7 @@ def diff(
 def check_ranges(ranges: Sequence[Extent], a: TagSource, b: TagSource) -> None:
     """Raise MisalignedError for parts of granules, RangeError for a range outside both.
 
-    Raises WouldAllocateError, too, for what `diff` then reads: the ranges, or all without any.
+    Also raises WouldAllocateError for what `diff` then reads: the ranges, or all if there are none.
     """
     check_aligned(ranges, GRANULE_BYTES, "granule")
     check_inside(ranges, [*a.extents(), *b.extents()], f"{a.name} and {b.name}")
@@ -131,7 +131,7 @@ def _alone(ipa: int, tags: Tags, *, in_a: bool) -> Iterator[Difference]:
 
 
 def _side_by_side(a: Iterator[Step], b: Iterator[Step]) -> Iterator[_Pair]:
-    """Two ascending streams cut so that each stretch is covered by each side wholly or not."""
+    """Cut two ascending streams so that each side covers a span entirely or not at all."""
     left, right = next(a, None), next(b, None)
     while left is not None or right is not None:
         start = min(step.ipa for step in (left, right) if step is not None)
@@ -154,7 +154,7 @@ def _side_by_side(a: Iterator[Step], b: Iterator[Step]) -> Iterator[_Pair]:
 
 
 def _behind(step: Step | None, ipa: int, rest: Iterator[Step]) -> Step | None:
-    """What is left of a step from `ipa` on, or the next step."""
+    """Return what is left of a step from `ipa` on, or the next step."""
     if step is None or step.ipa >= ipa:
         return step
     left_bytes = step.ipa + step.size_bytes - ipa

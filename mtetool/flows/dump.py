@@ -14,14 +14,14 @@ from mtetool.tags import as_array, runs
 from mtetool.uapi import GRANULE_BYTES
 
 RAW_MISSING = 0xFF
-"""What stands for a granule whose tag could not be read: no tag, those end at 15."""
+"""The byte for a granule whose tag could not be read: not a tag, as tags end at 15."""
 
-# Granules that are turned into rows at once: rows take 50 times the memory of tags.
+# Granules to turn into rows at once: rows take 50 times the memory of tags.
 _BLOCK_GRANULES = 1 << 16
 
 
 class Run(NamedTuple):
-    """Granules next to each other that all have one tag."""
+    """Adjacent granules that have the same tag."""
 
     ipa: int
     size_bytes: int
@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
 
 def tag_runs(source: TagSource, extents: Sequence[Extent]) -> Iterator[Run | Missing]:
-    """Maximal runs of equal tags, and what cannot be read, in order of address."""
+    """Yield maximal runs of equal tags, and ranges that cannot be read, in order of address."""
     last: Run | None = None
     for step in source.read(extents):
         if isinstance(step, Missing):
@@ -63,7 +63,7 @@ def _runs_of(step: Copied | Fill) -> Iterator[Run]:
 
 
 def granules(source: TagSource, extents: Sequence[Extent]) -> Iterator[Run | Missing]:
-    """Every granule on its own, and what cannot be read, in order of address."""
+    """Yield each granule on its own, and ranges that cannot be read, in order of address."""
     for step in source.read(extents):
         if isinstance(step, Missing):
             yield step
@@ -80,7 +80,7 @@ def granules(source: TagSource, extents: Sequence[Extent]) -> Iterator[Run | Mis
 
 
 def write_raw(source: TagSource, extents: Sequence[Extent], out: BinaryIO) -> Tally[Missing]:
-    """One byte a granule and nothing else; what cannot be read is RAW_MISSING, and returned."""
+    """Write one byte per granule, RAW_MISSING where it cannot be read; return those ranges."""
     missing: Tally[Missing] = Tally()
     for step in source.read(extents):
         if isinstance(step, Copied):

@@ -6,9 +6,9 @@ from mtetool.guest import Guest
 
 
 def enable(guest: Guest) -> bool:
-    """Turn MTE on; False where it was on already.
+    """Turn MTE on; return False if it was on already.
 
     Raises TooLateError once the VM has a vCPU (the kernel refuses from then on:
-    arch/arm64/kvm/arm.c, kvm_vm_ioctl_enable_cap), MteUnsupportedError on a host without.
+    arch/arm64/kvm/arm.c, kvm_vm_ioctl_enable_cap), MteUnsupportedError on a host without MTE.
     """
     return guest.enable_mte()

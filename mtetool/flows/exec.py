@@ -1,4 +1,4 @@
-"""Starting a VMM whose VM has MTE: all that can be known before, and then the VMM."""
+"""Starting a VMM whose VM has MTE: all checks that are possible before, then the VMM."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from mtetool.vmm.host import HostFacts, host_facts
 def exec_vmm(command: list[str], wish: Wish) -> NoReturn:
     """Become the program `command`, watched by a companion that does what `wish` says.
 
-    Raises NoSuchFileError and UsageError for a program that cannot be executed; where MTE is
-    required GuestError subclasses for a host that cannot do it (else they are reported on
+    Raises NoSuchFileError and UsageError for a program that cannot be executed and, where MTE is
+    required, a GuestError for a host that cannot provide it (otherwise that error is printed on
     standard error, and the program is started all the same).
     """
     environment = companion.initial_environment()
@@ -50,7 +50,7 @@ def exec_vmm(command: list[str], wish: Wish) -> NoReturn:
     except OSError as error:
         raise UsageError(
             f"{command[0]} cannot be executed: {error.strerror}",
-            hint="try it without mtetool",
+            hint="run it without mtetool",
             errno=errno_name(error.errno or 0),
         ) from error
 
@@ -59,27 +59,27 @@ def _start_companion(wish: Wish) -> None:
     try:
         companion.accompany(lambda pid: attach(pid, wish))
     except OSError as error:
-        # Not needed, and not loaded, for a start that goes well.
+        # Loaded only here: a start that succeeds does not need it.
         from mtetool.permission import refusal
 
         raise refusal(os.getpid(), error) from error
 
 
 def find_program(name: str, environment: dict[bytes, bytes]) -> str:
-    """The program's path, looked for as a shell does. Raises NoSuchFileError, UsageError."""
+    """Find the program's path as a shell does. Raises NoSuchFileError, UsageError."""
     search = os.fsdecode(environment[b"PATH"]) if b"PATH" in environment else os.defpath
     if found := shutil.which(name, path=search):
         return found
     if "/" in name and Path(name).exists():
-        raise UsageError(f"{name} is not an executable file", hint="chmod +x, or another path")
+        raise UsageError(f"{name} is not an executable file", hint="make it executable: chmod +x")
     raise NoSuchFileError(
         f"there is no program {name}" + ("" if "/" in name else " in PATH"),
-        hint="the VMM's command line comes after --: mtetool exec -- qemu-system-aarch64 ...",
+        hint="put the VMM's command line after --: mtetool exec -- qemu-system-aarch64 ...",
     )
 
 
 def check_host(facts: HostFacts) -> None:
-    """See that this host can give a VM MTE, as far as it tells.
+    """Check that this host can give a VM MTE, as far as that is known.
 
     Raises WrongHostError, PermissionRefusedError, MteUnsupportedError.
     """
@@ -101,11 +101,13 @@ def check_host(facts: HostFacts) -> None:
             errno=errno_name(facts.kvm_errno),
         )
     if facts.mte is False:
-        raise MteUnsupportedError("this host's KVM does not offer MTE", hint="why: mtetool probe")
+        raise MteUnsupportedError(
+            "this host's KVM does not offer MTE", hint="see why: mtetool probe"
+        )
 
 
 def check_file(path: str, facts: HostFacts) -> None:
-    """See that tracing does not take privileges away that the program's file gives.
+    """Check that tracing does not take away the privileges that the program's file gives.
 
     The kernel ignores them when the tracer lacks CAP_SYS_PTRACE (fs/exec.c, bprm_creds). Raises
     PermissionRefusedError.

@@ -15,9 +15,9 @@ from mtetool.errors import OutputStalledError
 from mtetool.guest import Guest
 
 DEFAULT_SPOOL_BYTES = 1 << 30
-"""What a frozen guest's snapshot may take in memory: 32 GiB of random tags, 300 of a heap's."""
+"""The memory for a frozen guest's snapshot: for 32 GiB of random tags, or 300 GiB of a heap's."""
 
-# What is likely to be kept, of each byte of tags; its room is made before the guest is stopped.
+# The expected ratio of tags to bytes kept; room for these is made before the guest is stopped.
 _EXPECTED_SHARE = 16
 _MOST_EXPECTED_BYTES = 64 << 20
 
@@ -28,14 +28,14 @@ Thaw = Callable[[], float | None]
 
 @contextmanager
 def held_still(guest: Guest, *, wanted: bool) -> Iterator[Thaw]:
-    """Stop the guest's vCPUs, if `wanted`, until the function given back is called.
+    """Stop the guest's vCPUs, if `wanted`, until the function that it yields is called.
 
-    That gives the seconds for which they stood still (None: not wanted).
+    That function returns for how many seconds they stood still (None: not wanted).
     """
     if not wanted:
         yield lambda: None
         return
-    unshared()  # with the guard, since it was forked
+    unshared()  # the forked guard shares this memory
     guest.freeze()
     try:
         yield guest.thaw
@@ -44,12 +44,12 @@ def held_still(guest: Guest, *, wanted: bool) -> Iterator[Thaw]:
 
 
 class Spool:
-    """A sink that keeps what is written to it in memory until it may go on to another.
+    """A sink that keeps what is written to it in memory until it may pass it on to another.
 
-    The guest must not wait for a slow disk, or for whoever reads the other end of a pipe. What
-    is kept is compressed, a few percent of the tags, of which there are `n_granules` bytes. Where
-    it would become more than `limit_bytes`, it goes on at once. A guest waits for that from `hurry`
-    to `let_through`, and not for long: OutputStalledError where `out` takes less than 1 MiB a
+    The guest must not wait for a slow disk, or for the reader at the other end of a pipe. What
+    is kept is compressed: a few percent of the tags, which take `n_granules` bytes. Where it would
+    exceed `limit_bytes`, it is passed on at once. From `hurry` to `let_through` a guest waits for
+    that, but not for long: the sink raises OutputStalledError where `out` takes less than 1 MiB a
     second.
     """
 
@@ -64,10 +64,10 @@ class Spool:
         self._keeps = limit_bytes > 0
         self._hurried: Hurried | None = None
         self.overflowed = False
-        """Whether there was more than the limit, so that the guest had to wait for `out`."""
+        """Whether the limit was exceeded, so the guest had to wait for `out`."""
 
     def hurry(self) -> None:
-        """A guest waits from now on."""
+        """Note that a guest waits from now on."""
         self._hurried = Hurried(self._out)
 
     def write(self, data: bytes | memoryview) -> None:
@@ -109,10 +109,10 @@ class Spool:
 
 
 class Hurried:
-    """Writes for which a guest waits: all of them together, no longer than the output deserves.
+    """Writes that a guest waits for, in total only as long as the output's progress earns.
 
-    A pipe is asked before each write whether it takes one, so that none is waited for in the
-    kernel. (A disk cannot be asked.)
+    A pipe is polled before each write, so that no write blocks in the kernel. (A disk cannot be
+    polled.)
     """
 
     def __init__(self, out: BinaryIO) -> None:
@@ -143,7 +143,7 @@ class Hurried:
                 raise self._stalled()
 
     def _patience(self) -> float:
-        """For how many seconds the guest may still wait."""
+        """Return for how many more seconds the guest may wait."""
         earned = 1 + self._written_bytes / _LEAST_BYTES_PER_SECOND
         return max(earned - self._waited_seconds, 0)
 
@@ -151,7 +151,7 @@ class Hurried:
         return OutputStalledError(
             "the frozen guest would have waited for the output, which takes less than 1 MiB a"
             f" second (or nothing): it took {self._written_bytes} bytes in"
-            f" {self._waited_seconds:.1f} s; the guest runs on",
-            hint="keep more in memory meanwhile: a larger --spool",
+            f" {self._waited_seconds:.1f} s; the guest is running again",
+            hint="keep more in memory meanwhile: use a larger --spool",
             written_bytes=self._written_bytes,
         )

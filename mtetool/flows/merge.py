@@ -1,4 +1,4 @@
-"""Several snapshots, each a delta to the one before, into one."""
+"""Merge several snapshots, each a delta to the one before, into one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mtetool.sources.pieces import Progress, no_progress
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """What came of it: a snapshot with the id of the last one, whose content it has."""
+    """The result: a snapshot with the id and the content of the last one."""
 
     header: Header
     footer: Footer
@@ -38,9 +38,9 @@ def merge(
     jobs: int | None = None,
     progress: Progress = no_progress,
 ) -> MergeResult:
-    """Write what `layers` are together to `out`, after all of them were checked.
+    """Check all `layers`, then write what they hold together to `out`.
 
-    Where the first is a delta, so is the result, to the same base. Raises SnapshotError.
+    If the first is a delta, the result is a delta to the same base. Raises SnapshotError.
     """
     checked = layers.check()
     total, done = total_bytes(layers.extents()), 0
@@ -63,7 +63,7 @@ def merge(
 
 
 def _add(step: Copied, writer: SnapshotWriter) -> None:
-    # Each record was decoded into a buffer of its own, which nobody writes to again.
+    # Each record was decoded into a buffer of its own, which is not written to again.
     if step.over_base:
         writer.add_changes(step.ipa, step.tags)
     else:

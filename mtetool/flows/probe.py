@@ -1,4 +1,4 @@
-"""Whether this host can copy tags: facts in, one judged row a fact out."""
+"""Whether this host can copy tags: takes facts, and judges each of them in a row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ State = Literal["ok", "no", "unknown"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One judged fact. `id` is stable; `needed` says that a "no" ends all hope."""
+    """One judged fact. `id` is stable; `needed` says that "no" means no tags can be copied."""
 
     id: str
     title: str
@@ -25,7 +25,7 @@ class Row:
 
 
 def judge(facts: HostFacts) -> list[Row]:
-    """The facts as rows, in the order in which they should be put right."""
+    """Return the facts as rows, in the order in which to fix them."""
     return [
         _architecture(facts),
         Row("kernel", "kernel release", "ok", facts.kernel),
@@ -38,14 +38,14 @@ def judge(facts: HostFacts) -> list[Row]:
 
 
 def able(rows: list[Row]) -> bool:
-    """Whether nothing that is needed is known to be missing."""
+    """Return whether nothing that is needed is known to be missing."""
     return all(row.state != "no" for row in rows if row.needed)
 
 
 def _architecture(facts: HostFacts) -> Row:
     if facts.machine == "aarch64":
         return Row("architecture", "architecture", "ok", facts.machine, needed=True)
-    hint = "MTE is a feature of arm64: only emulated guests (emu:PATH) and snapshots work here"
+    hint = "use emulated guests (emu:PATH) and snapshots: MTE is a feature of arm64"
     return Row("architecture", "architecture", "no", facts.machine, hint, needed=True)
 
 
@@ -55,9 +55,9 @@ def _kvm(facts: HostFacts) -> Row:
         return Row(row_id, title, "ok", "can be opened")
     name = errno_name(facts.kvm_errno)
     if facts.kvm_errno == errno.ENOENT:
-        hint = "no KVM here: is it a host with virtualisation, and the module loaded?"
+        hint = "check that the host supports virtualisation, and that the module is loaded"
         return Row(row_id, title, "no", f"{name}: absent", hint)
-    hint = "join the group that owns it (often kvm); copying from a running VMM works without"
+    hint = "join the group that owns it (often kvm); copying from a running VMM works without it"
     return Row(row_id, title, "no", f"{name}: cannot be opened", hint)
 
 
@@ -66,9 +66,9 @@ def _mte(facts: HostFacts) -> Row:
     if facts.mte:
         return Row(row_id, title, "ok", "a scratch VM could enable it", needed=True)
     if facts.mte is None and facts.machine == "aarch64":
-        hint = "run this where /dev/kvm can be opened to find out"
-        return Row(row_id, title, "unknown", "could not be asked", hint, needed=True)
-    hint = "needs a processor with FEAT_MTE2 and a kernel with CONFIG_ARM64_MTE (5.14 or later)"
+        hint = "to find out, run this where /dev/kvm can be opened"
+        return Row(row_id, title, "unknown", "could not be determined", hint, needed=True)
+    hint = "use a processor with FEAT_MTE2 and a kernel with CONFIG_ARM64_MTE (5.14 or later)"
     return Row(row_id, title, "no", "not offered", hint, needed=True)
 
 
@@ -80,7 +80,7 @@ def _permission(facts: HostFacts) -> list[Row]:
     elif facts.cap_sys_ptrace is None:
         capability = Row("cap-sys-ptrace", "CAP_SYS_PTRACE", "unknown", "could not be read")
     else:
-        value = "not held: only VMMs of this same user can be reached" if same_user else "not held"
+        value = "not held: only VMMs of the same user can be reached" if same_user else "not held"
         hint = "run as root, or give this process CAP_SYS_PTRACE"
         capability = Row(
             "cap-sys-ptrace", "CAP_SYS_PTRACE", "no", value, hint, needed=not same_user
@@ -96,15 +96,15 @@ def _yama(facts: HostFacts) -> Row:
         0: "users may trace their own processes",
         1: "users may trace only what the tracer started",
         2: "only with CAP_SYS_PTRACE",
-        3: "nobody may trace",
+        3: "no process may trace",
     }
-    value = f"{facts.ptrace_scope}: {means.get(facts.ptrace_scope, 'not known')}"
+    value = f"{facts.ptrace_scope}: {means.get(facts.ptrace_scope, 'unknown')}"
     if facts.ptrace_scope == 3:
-        hint = "no process may trace another until the next boot: use emulated guests"
+        hint = "use emulated guests: no process may trace another until the next boot"
         return Row(row_id, title, "no", value, hint, needed=True)
     if facts.ptrace_scope == 0 or facts.cap_sys_ptrace:
         return Row(row_id, title, "ok", value)
-    return Row(row_id, title, "no", value, "0 lets a user trace their own processes")
+    return Row(row_id, title, "no", value, "set it to 0 to let users trace their own processes")
 
 
 def _namespace(facts: HostFacts) -> Row:
@@ -123,5 +123,5 @@ def _seccomp(facts: HostFacts) -> Row:
         return Row(row_id, title, "unknown", "could not be read")
     if facts.seccomp == 0:
         return Row(row_id, title, "ok", "none")
-    hint = "a container's filter may deny ptrace and process_vm_readv"
+    hint = "run mtetool on the host itself: a container's filter may deny ptrace, process_vm_readv"
     return Row(row_id, title, "unknown", f"mode {facts.seccomp}", hint)

@@ -1,4 +1,4 @@
-"""Where a snapshot's memory is to go: slots that live at other addresses now."""
+"""Where a snapshot's memory goes: slots that are at other addresses now."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Relocation:
                 known = ", ".join(f"{ipa:#x}" for ipa in sorted(by_ipa))
                 raise UsageError(
                     f"--map {old:#x}={new:#x}: no slot of the snapshot starts at {old:#x}",
-                    hint=f"its slots start at {known}",
+                    hint=f"use an address at which a slot starts: {known}",
                 )
             if old in seen:
                 raise UsageError(f"--map: the slot at {old:#x} is mapped twice")
@@ -35,7 +35,7 @@ class Relocation:
         self._moved.sort(key=lambda move: move[0].ipa)
 
     def __call__(self, extent: Extent) -> Iterator[tuple[int, Extent]]:
-        """An extent of the snapshot as pieces: the offset in bytes of each, and where it goes."""
+        """Split an extent of the snapshot: yield each piece's offset in bytes and its target."""
         at, stop = extent.ipa, extent.ipa + extent.size_bytes
         for moved, distance in self._moved:
             first = max(at, moved.ipa)
@@ -50,7 +50,7 @@ class Relocation:
             yield at - extent.ipa, Extent(at, stop - at)
 
     def moved(self, extents: Iterable[Extent]) -> list[Extent]:
-        """Where extents go, merged. Raises LayoutError where two would go to one place."""
+        """Return where extents go, merged. Raises LayoutError where two would overlap."""
         targets = [target for extent in extents for _, target in self(extent)]
         targets.sort(key=lambda target: target.ipa)
         for before, after in pairwise(targets):
@@ -63,7 +63,7 @@ class Relocation:
         return merged(targets)
 
     def check_targets(self, page_size_bytes: int) -> None:
-        """Raise MisalignedError for a target that is no page of the guest."""
+        """Raise MisalignedError for a target that does not start at a page of the guest."""
         for moved, distance in self._moved:
             new = moved.ipa + distance
             if new % page_size_bytes:
@@ -82,8 +82,8 @@ def check_fit(
 ) -> None:
     """Raise LayoutError unless the guest can take `extents` (addresses in the guest).
 
-    `scope` is all that the snapshot speaks of, `missing` what it lacks of that: the edges of
-    both must fall on edges of the guest's pages, because the kernel copies whole pages.
+    `scope` is all memory that the snapshot covers, `missing` the part of it that it lacks: the
+    edges of both must be page boundaries of the guest, because the kernel copies whole pages.
     """
     page = layout.page_size_bytes
     whole = f"whole pages of {page // 1024} KiB"
@@ -93,15 +93,15 @@ def check_fit(
             f"the snapshot's memory {hex_range(extent)}",
             page,
             f"save only slots or ranges that are {whole} (save --slot, --range), or restore on"
-            " a host with such pages as the snapshot's",
+            " a host with the snapshot's page size",
         )
     for extent in missing:
         _check_pages(
             extent,
             f"what the snapshot is missing, {hex_range(extent)},",
             page,
-            f"save ranges of {whole} without it (save --range), or restore on a host with such"
-            " pages as the snapshot's",
+            f"save ranges of {whole} without it (save --range), or restore on a host with the"
+            " snapshot's page size",
         )
     outside = without(extents, layout.taggable)
     if outside:
@@ -109,7 +109,7 @@ def check_fit(
         raise LayoutError(
             f"the snapshot holds tags of {hex_range(outside[0])}, where the guest has no"
             " memory that takes tags",
-            hint=f"the guest's memory: {known}; if a slot has moved, say where to: --map OLD=NEW",
+            hint=f"the guest's memory: {known}; if a slot has moved, map it: --map OLD=NEW",
             ipa=outside[0].ipa,
             size_bytes=outside[0].size_bytes,
         )

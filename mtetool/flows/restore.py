@@ -1,4 +1,4 @@
-"""A snapshot's tags back into a guest, exactly: what was untagged ends untagged."""
+"""Restoring a snapshot's tags into a guest, exactly: untagged memory ends up untagged."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ from mtetool.uapi import GRANULE_BYTES
 
 @dataclass(frozen=True, slots=True)
 class RestoreOptions:
-    """What the user asked for; `moves` are pairs of a slot's IPA then and now.
+    """What the user asked for; `moves` are pairs of a slot's old and new IPA.
 
-    `every_page` writes tags of 0 also where the guest cannot have others, even where that
-    allocates memory. Only the first `listed` ranges of a kind are listed in the result (None: all).
+    `every_page` also writes tags of 0 where the guest cannot have others, even where that
+    allocates memory. The result lists only the first `listed` ranges of a kind (None: all).
     """
 
     verify: bool = True
@@ -61,11 +61,11 @@ class RestoreOptions:
 
 @dataclass
 class RestoreResult:
-    """What became of every page of the snapshot; addresses are the guest's.
+    """What happened to every page of the snapshot; addresses are the guest's.
 
-    `changes` is filled by a dry run only: where the guest's tags are not those of the
-    snapshot. `stopped` says why the restore ended early, if it did. `copy_seconds` is from the
-    first copy to the end of the last.
+    Only a dry run fills `changes`: the ranges where the guest's tags differ from the snapshot's.
+    `stopped` says why the restore ended early, if it did. `copy_seconds` runs from the first copy
+    to the end of the last.
     """
 
     header: Header
@@ -96,7 +96,7 @@ class RestoreResult:
         return STATUS_PARTIAL if any(short) or self.stopped else STATUS_OK
 
     def not_as_wanted(self) -> Iterator[Extent]:
-        """Where the guest was found not to have the snapshot's tags, as far as it is listed."""
+        """Yield the listed ranges where the guest does not have the snapshot's tags."""
         refused = (Extent(item.ipa, item.size_bytes) for item in self.refused)
         found = (refused, self.readonly_differing, self.verify_differing)
         last: Extent | None = None
@@ -121,14 +121,13 @@ def restore(
 ) -> RestoreResult:
     """Write a snapshot's tags into a guest.
 
-    `open_reader` starts at the snapshot's first byte; with `again` it can do so a second
-    time, and nothing is written before the whole snapshot was read and checked. Without
-    (a pipe) each piece is checked before it is used.
+    `open_reader` starts at the snapshot's first byte. With `again` it can do so a second time, and
+    the whole snapshot is read and checked before anything is written. Without it (a pipe), each
+    piece is checked before it is used.
 
     Raises SnapshotError, LayoutError, MisalignedError, UsageError, BaseNeededError,
-    WouldAllocateError; BusyError
-    when the guest logs dirty pages and nothing was written. An error that comes after something
-    was written says so.
+    WouldAllocateError; BusyError when the guest logs dirty pages and nothing was written. An error
+    after the first write says that something was written.
     """
     try:
         work, reader = _prepared(open_reader, guest, options, again=again)
@@ -140,7 +139,7 @@ def restore(
 
 
 def _interrupted(number: int, message: str, **details: object) -> InterruptedWorkError:
-    hint = "run the same restore again: it ends with every tag in its place"
+    hint = "run the same restore again: it puts every tag in its place"
     return InterruptedWorkError(message, number, hint=hint, **details)
 
 
@@ -151,7 +150,7 @@ def _prepared(
     *,
     again: bool,
 ) -> tuple[_Restorer, Stored]:
-    """All that comes before the first tag is written."""
+    """Do everything that comes before the first write."""
     reader = stored(open_reader())
     header = reader.header
     layout = tagged_layout(guest, "the guest", slots_of(header))
@@ -180,9 +179,9 @@ def _prepared(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Begun:
-    """Tags whose writing was begun; `steps` finish it.
+    """A write in flight; `steps` finish it.
 
-    `found` is for what the guest has then, and is filled by the call of `read_back`.
+    `read_back` fills `found` with the tags that the guest has after the write.
     """
 
     ipa: int
@@ -197,10 +196,10 @@ class _Begun:
 
 
 class _Restorer:
-    """One restore under way: takes pieces in the order of the snapshot.
+    """One restore under way: it takes pieces in the order of the snapshot.
 
-    As many writes are begun as the guest's `depth` says, each with its read-back: while the kernel
-    copies for one, those written before are compared with what the guest has.
+    Up to `depth` writes (the guest's) are in flight, each with its read-back: while the kernel
+    copies for one, earlier ones are compared with what the guest has.
     """
 
     def __init__(
@@ -232,7 +231,7 @@ class _Restorer:
                     before = list(self._begun)
                     self._take(step.ipa, step.tags)
                     while self._begun and self._begun[0] in before:
-                        self._finish_first()  # its buffer is used again
+                        self._finish_first()  # its buffer is reused next
                 elif isinstance(step, Fill):
                     self._take_fill(step)
                 done += step.size_bytes
@@ -247,7 +246,7 @@ class _Restorer:
                 self._finish_writing()
             raise self._with_what_was_done(error) from error.__cause__
         except SignalError as caught:
-            # What was begun is not waited for: it counts for nothing.
+            # Writes in flight are not waited for, and do not count.
             if not self._options.dry_run:
                 word = _interrupted(caught.number, "the restore is not complete")
                 self._with_what_was_done(word)
@@ -274,8 +273,8 @@ class _Restorer:
             return error
         if result.restored_bytes and result.restored_up_to is not None:
             error.message += (
-                f"; {result.restored_bytes} bytes of guest memory had their tags written"
-                f" already, the last at {result.restored_up_to - GRANULE_BYTES:#x}"
+                f"; the tags of {result.restored_bytes} bytes of guest memory were already written,"
+                f" the last at {result.restored_up_to - GRANULE_BYTES:#x}"
             )
         elif self._has_begun:
             error.message += "; the first write had begun, and may have changed tags"
@@ -293,7 +292,7 @@ class _Restorer:
             )
 
     def _take(self, ipa: int, tags: memoryview) -> None:
-        """Tags at an address of the snapshot: to their slots in the guest."""
+        """Put tags at an address of the snapshot into their slots in the guest."""
         whole = Extent(ipa, len(tags) * GRANULE_BYTES)
         for offset, target in self._relocation(whole):
             first = offset // GRANULE_BYTES
@@ -320,7 +319,7 @@ class _Restorer:
             at, end = fill.ipa, fill.ipa + fill.size_bytes
             first, last = -(-at // page) * page, end // page * page
             if not fill.tag and first < last:
-                # Over a terabyte that nobody touched, in one step.
+                # Skips a terabyte of untouched memory in one step.
                 self._put_constant(fill.tag, at, first, slot)
                 at = first
                 for there in self._tagged_there(Extent.between(first, last)):
@@ -350,7 +349,7 @@ class _Restorer:
         while at < end:
             slot = self._layout.slot_at(at)
             if slot is None or slot.kind == "device":
-                # Checked against what the header promises; a pipe's pieces can break that.
+                # The header was checked, but a pipe's pieces can break its promise.
                 raise LayoutError(
                     f"the snapshot holds tags of {hex_range(target)}, where the guest has no"
                     " memory that takes tags",
@@ -374,7 +373,7 @@ class _Restorer:
                     self._write(at, part, may_be_readonly=slot.readonly is None)
 
     def _write_where_it_matters(self, ipa: int, tags: memoryview, slot: Memslot) -> None:
-        """Write whole pages; but no tags of 0 where the guest has no others, and maybe no page."""
+        """Write whole pages, except tags of 0 where the guest has no others, and maybe no page."""
         at, end = ipa, ipa + len(tags) * GRANULE_BYTES
         for there in self._tagged_there(Extent.between(at, end)):
             self._write_tagged_pages(at, tags[(at - ipa) // GRANULE_BYTES :], there.ipa - at, slot)
@@ -392,7 +391,7 @@ class _Restorer:
     def _write_tagged_pages(
         self, ipa: int, tags: memoryview, size_bytes: int, slot: Memslot
     ) -> None:
-        """Of `size_bytes` of memory that has no tags, write the pages that shall have some."""
+        """In `size_bytes` of memory without tags, write the pages that must get some."""
         page = self._layout.page_size_bytes
         n_pages, first = size_bytes // page, 0
         part = tags[: size_bytes // GRANULE_BYTES]
@@ -412,7 +411,7 @@ class _Restorer:
         result.readonly_bytes += len(tags) * GRANULE_BYTES
 
     def _whole_pages(self, ipa: int, tags: memoryview) -> Iterator[tuple[int, memoryview]]:
-        """Tags cut at the guest's pages; a page that is held in part is filled up from the guest.
+        """Cut tags at the guest's pages; the guest supplies the rest of a page held in part.
 
         A snapshot of a host with smaller pages may cut a page into several pieces, in any
         order: each piece then changes its own part of the page.
@@ -434,7 +433,7 @@ class _Restorer:
                 yield start, part
 
     def _filled_up(self, ipa: int, part: memoryview) -> memoryview | None:
-        self._finish_writing()  # it may be of the same page
+        self._finish_writing()  # they may be of the same page
         page = self._layout.page_size_bytes
         first = ipa // page * page
         for step in self._reader.read([Extent(first, page)], every_page=True):
@@ -449,7 +448,7 @@ class _Restorer:
         return None
 
     def _write(self, ipa: int, tags: memoryview, *, may_be_readonly: bool) -> None:
-        """Begin to write and read back; what was begun before is finished meanwhile."""
+        """Begin to write and read back; finish earlier writes meanwhile."""
         most = self._guest.max_copy_granules
         for first in range(0, len(tags), most):
             part = tags[first : first + most]
@@ -468,7 +467,7 @@ class _Restorer:
         self._has_begun = True
 
     def _finish_overlapping(self, ipa: int, size_bytes: int) -> None:
-        """Before anything later is done with the same memory: that replaces it."""
+        """Finish the writes to this memory, before a later step replaces them."""
         if any(begun.overlaps(ipa, size_bytes) for begun in self._begun):
             self._finish_writing()
 
@@ -481,8 +480,8 @@ class _Restorer:
         try:
             self._take_steps(begun)
         except BaseException:
-            # What was begun after it may be written, and counts for nothing: all up to where
-            # a restore came has its tags, or is reported.
+            # Later writes may have happened, but do not count: all memory up to where a restore
+            # came has its tags, or is reported.
             self._begun.clear()
             raise
 
@@ -501,7 +500,7 @@ class _Restorer:
                 result.verified_bytes += step.size_bytes
 
     def _verify(self, begun: _Begun, step: Extent, wanted: memoryview) -> None:
-        """Compare what was written with the read-back, or where that is not whole, page by page."""
+        """Compare what was written with the read-back or, if that is not whole, page by page."""
         result = self.result
         assert begun.read_back is not None
         if len(wanted) == len(begun.tags) and _is_whole(begun.read_back, step.size_bytes):
@@ -512,10 +511,10 @@ class _Restorer:
             )
 
     def _refuse(self, step: Missing, part: memoryview, *, may_be_readonly: bool) -> None:
-        """A page that cannot be written; where nobody knew, reading tells a read-only one."""
+        """Note pages that cannot be written; if unknown, a read shows if they are read-only."""
         page_granules = self._layout.page_size_bytes // GRANULE_BYTES
         probe: Tally[Missing] = Tally()
-        # What the kernel says of read-only memory; any other errno has another reason.
+        # The kernel's answer for read-only memory; any other errno has another reason.
         may_be_readonly = may_be_readonly and step.errno == errno.EFAULT
         if may_be_readonly:
             first = part[:page_granules]
@@ -527,7 +526,7 @@ class _Restorer:
 
 
 def _is_whole(copy: Pending, size_bytes: int) -> bool:
-    """Whether a copy did all of that. Whoever asks for that memory again learns what is wrong."""
+    """Return whether a copy was complete. If not, another copy of the memory shows the error."""
     with suppress(OSError):
         return copy() == size_bytes
     return False

@@ -1,4 +1,4 @@
-"""A guest's tags into a snapshot."""
+"""Saving a guest's tags into a snapshot."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 class SaveOptions:
     """What the user asked for.
 
-    `ranges` or `slots` (ids), else all memory that has tags. `partial` None is "keep" for
-    pages that cannot be read, and "fail" for a guest that ends half-way. `freeze` stops the
-    guest's vCPUs for as long as tags are read. `spool_bytes` of the snapshot are kept in memory
+    Without `ranges` or `slots` (ids), all memory that has tags is saved. `partial` None is "keep"
+    for pages that cannot be read, and "fail" for a guest that ends half-way. `freeze` stops the
+    guest's vCPUs while tags are read. Up to `spool_bytes` of the snapshot are kept in memory
     meanwhile, so that the guest does not wait for the output (None: none, or with `freeze`
-    `DEFAULT_SPOOL_BYTES`). `every_page` reads also the pages that cannot have tags.
+    `DEFAULT_SPOOL_BYTES`). `every_page` also reads the pages that cannot have tags.
     """
 
     ranges: tuple[Extent, ...] = ()
@@ -65,10 +65,10 @@ class SaveOptions:
 class SaveResult:
     """What a save did; `lost` says how the guest ended, if it did half-way.
 
-    `frozen_seconds` is for how long the vCPUs were stopped; None where that was not asked for.
-    `spool_overflowed` is whether they waited for the output, as there was more than may be kept.
-    `copy_seconds` is from the first copy to the end of the last. `changed_bytes` of guest memory
-    have other tags than in the base; None without one.
+    `frozen_seconds` is how long the vCPUs were stopped; None if that was not asked for.
+    `spool_overflowed` says whether they waited for the output because the spool was full.
+    `copy_seconds` runs from the first copy to the end of the last. `changed_bytes` of guest memory
+    have other tags than in the base; None without a base.
     """
 
     header: Header
@@ -102,12 +102,12 @@ def save(
     base: Layers | None = None,
     progress: Progress = no_progress,
 ) -> SaveResult:
-    """Write a guest's tags to `out`, front to back; with `base` what has changed since.
+    """Write a guest's tags to `out`, front to back; with `base`, only what has changed.
 
     Raises MisalignedError, RangeError, UsageError and WouldAllocateError before anything is
     read; PartialError for the first page that cannot be read, with partial "fail"; GuestError
-    when nothing at all can be read or the guest is gone. SnapshotError and BaseNeededError of
-    the base. OutputStalledError where a frozen guest would have to wait for `out`.
+    when nothing at all can be read or the guest is gone; SnapshotError and BaseNeededError for
+    the base; OutputStalledError where a frozen guest would have to wait for `out`.
     """
     check_mte_is_on(guest)
     info = guest.info()
@@ -116,8 +116,7 @@ def save(
     check_has_tags(layout, info.source)
     scope = decide_scope(layout, options, info.source)
     check_allocates_nothing(guest, scope, info.source, every_page=options.every_page)
-    # What takes its time (the monitor, threads, memory for the tags) comes before the guest
-    # stands still.
+    # Slow work (the monitor, threads, memory for the tags) comes before the guest stands still.
     paused_before = True if options.freeze else guest.paused()
     header = Header.for_guest(info, scope, paused=paused_before)
     if base is not None:
@@ -125,7 +124,7 @@ def save(
     result = SaveResult(header, info, tuple(scope), _skipped(layout, options))
     spool = Spool(out, _spool_bytes(options), total_bytes(scope) // GRANULE_BYTES)
     with SnapshotWriter(spool, header, level=options.level, jobs=options.jobs) as writer:
-        # Where the writer's threads read, no guest waits, and they have buffers of their own.
+        # Where the writer's threads read, no guest waits, and they have their own buffers.
         others = base is None and all(guest.any_thread_reads(extent) for extent in scope)
         if not others:
             writer.warm_up()
@@ -151,7 +150,7 @@ def save(
 
 
 def decide_scope(layout: Layout, options: SaveOptions, source: str) -> list[Extent]:
-    """The extents to save, in order of address: ranges as asked, slots by id, or all memory.
+    """Return the extents to save, by address: ranges as asked, slots by id, or all memory.
 
     Raises MisalignedError, RangeError, UsageError.
     """
@@ -171,7 +170,7 @@ def _slot_extent(layout: Layout, slot_id: int) -> Extent:
     for slot in layout.slots:
         if slot.id == slot_id:
             if slot.kind == "device":
-                raise UsageError(f"slot {slot_id} has no tags to be reached: {UNREACHABLE}")
+                raise UsageError(f"the tags of slot {slot_id} cannot be reached: {UNREACHABLE}")
             return Extent(slot.ipa, slot.size_bytes)
     known = ", ".join(str(slot.id) for slot in layout.slots) or "none"
     raise UsageError(f"the guest has no slot {slot_id}", hint=f"its slots: {known}")
@@ -221,12 +220,12 @@ def _copy(
 
 
 def _on(base: Layers, header: Header) -> Header:
-    """The header of a delta; the base is read whole before, as the delta relies on it."""
+    """Return the header of a delta, after a check of the whole base that it relies on."""
     base.need_whole()
     if base.page_size_bytes != header.page_size_bytes:
         raise UsageError(
-            f"{base.name} is of pages of {base.page_size_bytes} bytes, and the guest has"
-            f" {header.page_size_bytes}: a delta needs the same",
+            f"{base.name} has pages of {base.page_size_bytes} bytes, but the guest has pages of"
+            f" {header.page_size_bytes}: a delta needs the same page size",
             hint="save the whole guest, without --base",
         )
     base.check()
@@ -255,7 +254,7 @@ def _note_missing(
         raise PartialError(
             f"tags of {hex_range(Extent(missing.ipa, missing.size_bytes))} cannot be read:"
             f" {missing.reason}; {result.saved_bytes} bytes of guest memory had been read before",
-            hint="without --partial fail, the snapshot is written with those ranges marked"
+            hint="leave out --partial fail: the snapshot is then written with those ranges marked"
             " as missing (status 3)",
             ipa=missing.ipa,
             size_bytes=missing.size_bytes,
@@ -266,7 +265,7 @@ def _note_missing(
 
 
 def _with_where(error: GuestError, result: SaveResult, ipa: int) -> GuestError:
-    """The same error, which also says how far the save had come."""
+    """Return the same error, which now also says how far the save had come."""
     slot = next((s for s in result.info.memslots if s.ipa <= ipa < s.end), None)
     if result.saved_bytes:
         error.message += (
@@ -279,21 +278,21 @@ def _with_where(error: GuestError, result: SaveResult, ipa: int) -> GuestError:
 
 
 def _nothing(result: SaveResult, reader: TagReader) -> GuestError:
-    """Nothing was read: what was tried for that, and whether that was all there is."""
+    """Return the error for a save that read nothing: what it tried, and whether that was all."""
     (first,) = result.missing.first(1)
     failed, untried = reader.failed_pages, reader.untried_pages
     if untried:
         return GuestError(
             f"no tags were read: {failed:,} of {failed + untried:,} pages were tried, and none of"
             f" them can be read ({errno_name(first.errno or 0)} at {first.ipa:#x})",
-            hint="to try every page: --every-page; nothing was saved",
+            hint="use --every-page to try every page; nothing was saved",
             ipa=first.ipa,
             tried_pages=failed,
             untried_pages=untried,
         )
     return GuestError(
         f"no tags at all can be read: {first.ipa:#x}: {first.reason}",
-        hint="nothing was saved; check the memslots, and with --memslot that they are right",
+        hint="check the memslots, and those given with --memslot; nothing was saved",
         ipa=first.ipa,
         tried_pages=failed,
         untried_pages=0,
@@ -311,7 +310,7 @@ def _spool_bytes(options: SaveOptions) -> int:
 
 
 def _consistent(before: bool | None, after: bool | None) -> bool | None:
-    """Whether the vCPUs stood still all the time, as far as the two ends can tell."""
+    """Return whether the vCPUs stood still throughout, as far as the two ends show."""
     if before is False or after is False:
         return False
     return True if before and after else None

@@ -1,7 +1,7 @@
-"""Proof on scratch VMs that this host keeps tags, and refuses what it has to refuse.
+"""Proof on scratch VMs that this host keeps tags, and refuses what it must refuse.
 
-Each check has VMs of its own and ends as one row: what the kernel must answer, and what it
-answered. What mtetool relies on is asked here, nothing else.
+Each check has its own VMs and gives one row: what the kernel must answer, and what it
+answered. The checks cover what mtetool relies on, and nothing else.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mtetool.vmm.host import HostFacts
 State = Literal["ok", "no", "fact", "unknown"]
 Access = Literal["read", "write"]
 
-# Little enough for any host (1 MiB with pages of 64 KiB), and several pages.
+# Small enough for any host (1 MiB with pages of 64 KiB), but several pages.
 _RAM, _RAM_PAGES = 0x4000_0000, 16
 _ROM = 0x5000_0000
 _HOLE = 0x6000_0000
@@ -32,7 +32,7 @@ _FLAGS = {"read": uapi.KVM_ARM_TAGS_FROM_GUEST, "write": uapi.KVM_ARM_TAGS_TO_GU
 
 
 class Vm(Protocol):
-    """What a check needs of a scratch VM; see `mtetool.vmm.scratch.ScratchVm`."""
+    """What a check needs from a scratch VM; see `mtetool.vmm.scratch.ScratchVm`."""
 
     @property
     def page_size_bytes(self) -> int: ...
@@ -55,7 +55,7 @@ OpenVm = Callable[[], AbstractContextManager[Vm]]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One check: `id` is stable. `note` says more, of a "fact" what differs and since when."""
+    """One check; `id` is stable. `note` says more: for a "fact", what differs and since when."""
 
     id: str
     title: str
@@ -67,7 +67,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All rows, always the same ones; `not_run` says why none was tried."""
+    """All rows, always the same; `not_run` says why no check was tried."""
 
     rows: tuple[Row, ...]
     defects: tuple[Defect, ...] = ()
@@ -80,14 +80,14 @@ class Report:
 
 
 def selftest(facts: HostFacts, open_vm: OpenVm) -> Report:
-    """Try every check on VMs from `open_vm`, which raises OSError where there are none."""
+    """Try every check on VMs from `open_vm`, which raises OSError if it can make none."""
     reason = _cannot(facts)
     if reason is not None:
         return Report(tuple(_untried(check, reason) for check in _CHECKS), not_run=reason)
     rows: list[Row] = []
     defects: list[Defect] = []
     for check in _CHECKS:
-        # Without MTE no VM has tags, and all that follows would say the same again.
+        # Without MTE no VM has tags, and all later checks would say the same.
         if any(row.state != "ok" for row in rows[:2]):
             rows.append(_untried(check, "MTE cannot be enabled"))
             continue
@@ -108,7 +108,7 @@ def _cannot(facts: HostFacts) -> str | None:
     return None
 
 
-# --- what a check comes to ----------------------------------------------------------------
+# --- the result of a check ----------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ class _Check:
 
 
 class _RefusedError(Exception):
-    """A scratch VM refused what every VM must do."""
+    """A scratch VM refused something that every VM must do."""
 
 
 def _try(check: _Check, open_vm: OpenVm) -> _Result:
@@ -200,7 +200,7 @@ def _copy(vm: Vm, access: Access, ipa: int, tags: Tags) -> int:
 
 
 def _blank(vm: Vm, n_pages: int) -> Tags:
-    # Not a tag, so that bytes which the kernel leaves alone are seen.
+    # Not a tag, so that bytes which the kernel does not write show up.
     return np.full(n_pages * vm.page_size_bytes // uapi.GRANULE_BYTES, 0xFF, dtype=np.uint8)
 
 
@@ -211,7 +211,7 @@ def _zeros(vm: Vm, n_pages: int) -> Tags:
 def _refused(
     vm: Vm, number: int, ipa: int, length_bytes: int, *, flags: int = 0, older: int | None = None
 ) -> list[_Step]:
-    """Both ways of a copy that must be refused; the kernel may not get further than two pages."""
+    """Try a copy that must be refused, both ways; the kernel must not get beyond two pages."""
     tags = _zeros(vm, 2)
     return [
         _Step(
@@ -254,13 +254,13 @@ def _untagged(open_vm: OpenVm) -> list[_Step]:
 
 
 def _round_trip(open_vm: OpenVm) -> _Result:
-    """All pages in one copy each way."""
+    """Copy all pages at once, each way."""
     with _ready(open_vm) as vm:
         return _prove(vm, lambda access, tags: _copy(vm, access, _RAM, tags))
 
 
 def _round_trip_pages(open_vm: OpenVm) -> _Result:
-    """A page a copy, from the last to the first: what the first spoils is not repaired."""
+    """Copy page by page, from the last to the first: what the first spoils is not repaired."""
     with _ready(open_vm) as vm:
         page = vm.page_size_bytes
         granules = page // uapi.GRANULE_BYTES
@@ -276,7 +276,7 @@ def _round_trip_pages(open_vm: OpenVm) -> _Result:
 
 
 def _prove(vm: Vm, copy: Callable[[Access, Tags], int]) -> _Result:
-    """Write and read every pattern; together they tell each granule from all others."""
+    """Write and read every pattern; together they distinguish each granule from all others."""
     n_granules = _blank(vm, _RAM_PAGES).size
     expected = f"{n_granules} granules in {_RAM_PAGES} pages keep each of the 16 tags"
     reads = []
@@ -323,12 +323,12 @@ def _top_bits(open_vm: OpenVm) -> list[_Step]:
 
 
 def _by_page(vm: Vm, bytes_by_page: NDArray[np.intp]) -> Tags:
-    """A page of each byte: no page has two tags, so that only what is between pages shows."""
+    """A page of each byte: no page has two tags, so only effects between pages show."""
     return np.repeat(bytes_by_page, vm.page_size_bytes // uapi.GRANULE_BYTES).astype(np.uint8)
 
 
 def _partial(open_vm: OpenVm) -> list[_Step]:
-    """Two pages of which only the first is in the slot."""
+    """Copy two pages, only the first of which is in the slot."""
     with _ready(open_vm) as vm:
         page = vm.page_size_bytes
         end = _RAM + _RAM_PAGES * page
@@ -379,7 +379,7 @@ def _dirty_logging(open_vm: OpenVm) -> list[_Step]:
 
 
 def _nothing(open_vm: OpenVm) -> list[_Step]:
-    """A copy of nothing, where nothing is: how it is found out whether MTE is on."""
+    """Copy nothing, even where no memory is: mtetool finds out in this way whether MTE is on."""
     with _ready(open_vm) as vm:
         tags = _zeros(vm, 1)
         return [
@@ -404,7 +404,7 @@ def _bad_reserved(open_vm: OpenVm) -> list[_Step]:
 
 
 def _too_long(open_vm: OpenVm) -> list[_Step]:
-    # In a hole: a kernel that does not look at the length stops there at once.
+    # In a hole: a kernel that does not check the length stops there at once.
     with _ready(open_vm) as vm:
         length = uapi.COPY_LENGTH_MAX + 1
         return _refused(vm, errno.EINVAL, _HOLE, length, older=-errno.EFAULT)
@@ -426,20 +426,20 @@ _CHECKS = (
     _Check("mte-off", "a VM without MTE has no tags", _mte_off),
     _Check("untagged-zero", "pages that were never tagged read as 0", _untagged),
     _Check("round-trip", "tags come back, all in one copy", _round_trip),
-    _Check("round-trip-pages", "tags come back, a page a copy", _round_trip_pages),
+    _Check("round-trip-pages", "tags come back, one page per copy", _round_trip_pages),
     _Check("neighbours", "a copy changes no other page", _neighbours),
     _Check("top-bits", "bits 7:4 of a byte are dropped", _top_bits),
-    _Check("partial", "a copy across a slot's end says how far it came", _partial),
-    _Check("hole", "no copy where no memory is", _hole),
+    _Check("partial", "a copy across a slot's end says how far it got", _partial),
+    _Check("hole", "no copy where there is no memory", _hole),
     _Check("read-only", "no write to read-only memory", _read_only),
     _Check(
         "dirty-logging",
         "no write during dirty logging",
         _dirty_logging,
-        older="this kernel takes the write, without logging it: do not restore during a migration",
+        older="this kernel accepts the write, but does not log it: do not restore during migration",
     ),
     _Check("length-zero", "a copy of nothing succeeds", _nothing),
-    _Check("misaligned-ipa", "no copy from within a page", _misaligned_ipa),
+    _Check("misaligned-ipa", "no copy that starts inside a page", _misaligned_ipa),
     _Check("misaligned-length", "no copy of part of a page", _misaligned_length),
     _Check("bad-flags", "unknown flags are refused", _bad_flags),
     _Check("bad-reserved", "reserved words must be 0", _bad_reserved),
@@ -447,7 +447,7 @@ _CHECKS = (
         "too-long",
         "no copy of 2 GiB or more",
         _too_long,
-        older="this kernel does not look at the length (Linux before 6.4); mtetool itself does",
+        older="this kernel does not check the length (Linux before 6.4); mtetool itself does",
     ),
 )
 CHECK_IDS = tuple(check.id for check in _CHECKS)

@@ -1,7 +1,7 @@
-"""Tags to write and read back that tell every granule from every other, and what went wrong.
+"""Test tags that distinguish every granule from all others, and what went wrong with them.
 
-Granule i has the number i; the patterns are the hexadecimal digits of the numbers, so that
-the tags read for all patterns spell the number of the granule that they were written to.
+Granule i has the number i; the patterns are the hexadecimal digits of the numbers, so the
+tags read for all patterns spell the number of the granule that they were written to.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _EMULATED_PAGE_GRANULES = 4096 // GRANULE_BYTES
 
 @dataclass(frozen=True, slots=True)
 class Defect:
-    """A way in which tags get lost, by a stable id; where one causes it, that is named."""
+    """A way in which tags get lost, with a stable id; `text` names a cause if it is known."""
 
     id: str
     text: str
@@ -32,12 +32,12 @@ class Defect:
 NOT_KEPT = Defect(
     "tags-not-kept",
     "the tags that are read do not depend on those written: this host's memory keeps none",
-    "look at the firmware's settings of MTE, and at the emulator if this host is emulated",
+    "check the firmware's MTE settings, and the emulator if this host is emulated",
 )
 OVERWRITE_IN_PAGE = Defect(
     "tags-overwrite-in-page",
     "tags set in a page overwrite each other, as in QEMU 7.2 (the version of Debian 12): this host"
-    " would be a machine that it emulates, and its emulated processors lose tags",
+    " is probably emulated by it, and its emulated processors lose tags",
     "emulate the host with QEMU 8 or later, or use a real processor",
 )
 OVERWRITE = Defect(
@@ -47,13 +47,13 @@ OVERWRITE = Defect(
 )
 CHANGED = Defect(
     "tags-changed",
-    "tags come back as ones that were not written",
+    "tags are read back that were never written",
     "do not trust any tags on this host; no cause of this is known, so please report it",
 )
 
 
 def patterns(n_granules: int) -> Iterator[Tags]:
-    """The patterns for so many granules, each of shape (n_granules,).
+    """Yield the patterns for `n_granules` granules, each of shape (n_granules,).
 
     The first 16 give every granule every tag, in the order of the lowest digit; the others
     are the higher digits.
@@ -66,7 +66,7 @@ def patterns(n_granules: int) -> Iterator[Tags]:
 
 
 def compare(reads: Sequence[Tags], granules_per_page: int, ipa: int) -> str | None:
-    """How what was read differs from the patterns, in words; None where it does not.
+    """Say how the tags that were read differ from the patterns; None where they do not.
 
     `reads` has what came back for each pattern, from `ipa` on.
     """
@@ -90,7 +90,7 @@ def compare(reads: Sequence[Tags], granules_per_page: int, ipa: int) -> str | No
 
 
 def diagnose(reads: Sequence[Tags]) -> Defect:
-    """What kind of defect it is that makes `reads` differ from the patterns."""
+    """Return the defect that makes `reads` differ from the patterns."""
     if all(np.array_equal(read, reads[0]) for read in reads):
         return NOT_KEPT
     source = _source(reads)
@@ -98,14 +98,14 @@ def diagnose(reads: Sequence[Tags]) -> Defect:
         return CHANGED
     # QEMU 7.2 looks up a tag by its page's address, without the place in the page, and by one
     # address bit for the nibble (allocation_tag_mem and store_tag1 in target/arm/mte_helper.c;
-    # mended in 8.0): what was set last stays. Its pages have 4 KiB whatever the host's have.
+    # fixed in 8.0): the last tag set stays. Its pages have 4 KiB, whatever the host's page size.
     number = np.arange(source.size)
     last = (number | _EMULATED_PAGE_GRANULES - 1) & ~1 | number & 1
     return OVERWRITE_IN_PAGE if np.array_equal(source, last) else OVERWRITE
 
 
 def _source(reads: Sequence[Tags]) -> NDArray[np.intp] | None:
-    """The number of the granule whose tags each granule has; None where that is no granule's."""
+    """Return the number of the granule whose tags each granule has; None if there is none."""
     n_granules = reads[0].size
     number = np.zeros(n_granules, dtype=np.intp)
     for digit, read in enumerate((reads[0], *reads[_N_TAGS:])):

@@ -20,7 +20,7 @@ from mtetool.sources.tally import Tally
 
 @dataclass
 class VerifyResult:
-    """A snapshot that is sound; `paused` and the tallies speak of the guest, if there was one."""
+    """A sound snapshot; `paused` and the tallies describe the guest, if there was one."""
 
     checked: Checked
     against: str | None = None
@@ -31,7 +31,7 @@ class VerifyResult:
 
     @property
     def status(self) -> int:
-        """1: other tags in the guest; 3: not everything is there to be compared; else 0."""
+        """The exit status: 1 if the guest has other tags, 3 if some cannot be compared, or 0."""
         if self.differing:
             return STATUS_NO
         return STATUS_PARTIAL if self.checked.missing or self.unreadable else STATUS_OK
@@ -55,10 +55,10 @@ def verify_against(
 ) -> VerifyResult:
     """Check a snapshot and compare each of its tags with the guest's.
 
-    Only the first `listed` ranges of a kind are listed in the result (None: all).
+    The result lists only the first `listed` ranges of a kind (None: all).
 
     Raises SnapshotError, BaseNeededError, and GuestError where the guest refuses as a whole;
-    WouldAllocateError where memory would be made and `every_page` is false.
+    WouldAllocateError where memory would be allocated and `every_page` is false.
     """
     whole = stored(reader)
     layout = tagged_layout(guest, name, slots_of(whole.header))

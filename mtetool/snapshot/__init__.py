@@ -1,5 +1,5 @@
 """The snapshot format, mtesnap(5): written front to back, read with every byte checked.
 
-Nothing of guests enters here but what they look like (`mtetool.guest`); files as such are in
-`mtetool.files`.
+Of guests, this package knows only what they look like (`mtetool.guest`); files as such are the
+business of `mtetool.files`.
 """

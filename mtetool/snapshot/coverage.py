@@ -1,4 +1,4 @@
-"""Which pages of the scope were spoken of, and which are missing in the end."""
+"""Which pages of the scope the records cover, and which are missing in the end."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import replace
 from mtetool.guest import Extent, Missing
 
 MAX_FRAGMENTS = 1 << 18
-"""The most separate ranges that are kept track of: bounds memory and time for hostile files."""
+"""The most separate ranges that are tracked: bounds memory and time for hostile files."""
 
 _SORT_AT = 1 << 16
 
 
 class ScatteredError(ValueError):
-    """A snapshot speaks of more separate ranges than can be kept track of."""
+    """A snapshot covers more separate ranges than are tracked."""
 
 
 def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same addresses as ascending (start, end) that neither overlap nor touch."""
+    """The same addresses as ascending pairs (start, end) that neither overlap nor touch."""
     result: list[tuple[int, int]] = []
     for start, end in sorted(ranges):
         if result and start <= result[-1][1]:
@@ -31,10 +31,10 @@ def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 class Coverage:
-    """Collects ranges in any order, to tell in the end which pages were left out.
+    """Collects ranges in any order, to find in the end which pages were left out.
 
-    Ranges that follow each other join at once; others are sorted now and then, so that
-    even a hostile order costs n log n.
+    Ranges that follow each other are joined at once; others are sorted now and then, so even a
+    hostile order costs n log n.
     """
 
     def __init__(self, scope: Iterable[Extent]) -> None:
@@ -49,7 +49,7 @@ class Coverage:
         return index >= 0 and end <= self._scope[index][1]
 
     def add(self, start: int, end: int) -> None:
-        """A record speaks of this range. Raises ScatteredError."""
+        """Add a range that a record covers. Raises ScatteredError."""
         if self._ranges and self._ranges[-1][1] == start:
             self._ranges[-1] = (self._ranges[-1][0], end)
             return
@@ -61,7 +61,7 @@ class Coverage:
             self._sort_at = max(_SORT_AT, 2 * len(self._ranges))
 
     def first_gap(self) -> tuple[int, int] | None:
-        """The first (start, end) of the scope that no record spoke of; None: complete."""
+        """The first (start, end) of the scope that no record covers; None if complete."""
         self._ranges = _merged(self._ranges)
         at = 0
         for start, end in self._scope:
@@ -71,7 +71,7 @@ class Coverage:
             if at < len(self._ranges) and self._ranges[at][0] <= start:
                 start = self._ranges[at][1]
                 behind += 1
-            # Ranges neither overlap nor touch by now: what is between two is a gap.
+            # Ranges neither overlap nor touch by now: between any two there is a gap.
             if start < end:
                 more = self._ranges[behind : behind + 1]
                 return start, min(end, more[0][0]) if more else end
@@ -79,14 +79,14 @@ class Coverage:
 
 
 class MissingMap:
-    """What is missing, as later records add to it and take from it."""
+    """The missing ranges, as later records add to them and take from them."""
 
     def __init__(self) -> None:
         self._items: list[Missing] = []
         self._starts: list[int] = []
 
     def add(self, missing: Missing) -> None:
-        """A range is missing from now on. Raises ScatteredError."""
+        """Add a range that is missing. Raises ScatteredError."""
         at = self._cut(missing.ipa, missing.end)
         if at and _continues(self._items[at - 1], missing):
             before = self._items[at - 1]
@@ -99,11 +99,11 @@ class MissingMap:
         self._starts.insert(at, missing.ipa)
 
     def remove(self, start: int, end: int) -> None:
-        """A range has tags from now on. Raises ScatteredError."""
+        """Remove a range that has tags now. Raises ScatteredError."""
         self._cut(start, end)
 
     def _cut(self, start: int, end: int) -> int:
-        """Take a range out; returns the place in the list where it was."""
+        """Take a range out; return the place in the list where it was."""
         if not self._items or self._items[-1].end <= start:
             return len(self._items)
         low = bisect_right(self._starts, start)
@@ -133,7 +133,7 @@ class MissingMap:
         return sum(item.size_bytes for item in self._items)
 
     def ranges(self) -> tuple[Missing, ...]:
-        """What is missing, ascending; neighbours with one cause are joined."""
+        """The missing ranges, ascending; neighbours with one cause are joined."""
         return tuple(_joined(self._items))
 
 

@@ -1,8 +1,8 @@
-"""Tags to and from the payload of a record: as runs or packed, then one zstd frame.
+"""Convert tags to and from the payload of a record: as runs or packed, in zstd frames.
 
-python-zstandard's streaming calls take a truncated frame in silence, and its one-shot call
-ignores `max_output_size` where the frame declares a size itself; so a frame must declare
-exactly the size that the record's head implies, before anything is decompressed.
+python-zstandard's streaming calls silently accept a truncated frame, and its one-shot call ignores
+`max_output_size` where the frame declares a size itself. So before anything is decompressed, a
+frame must declare exactly the size that the record's head implies.
 """
 
 from __future__ import annotations
@@ -27,20 +27,19 @@ _NOISE_BYTES = 64 << 10
 
 
 class FrameError(Exception):
-    """A payload that is not the one frame that it has to be; the text says why."""
+    """A payload that is not the frame that it must be; the text says why."""
 
 
 Split = tuple[int, int]
-"""Where in a payload its second frame begins, and its third, if there is one."""
+"""Where in a payload its second frame begins, and its third if there is one."""
 
 
 class Encoded(NamedTuple):
-    """Tags as a record holds them: `fill` is their one tag, or None and `frame` has them.
+    """Tags as a record holds them: `fill` is their one tag, or it is None and `frame` has them.
 
-    `runs` is how many runs the frame has; None where it has packed tags. Runs are two frames or
-    three, which begin where the two numbers of `split` say: lengths, tags and long lengths compress
-    better each by themselves. With `over_base` they are the exclusive-or of the tags and those of
-    the base.
+    `runs` is the number of runs in the frame; None where it has packed tags. Runs are two or three
+    frames, split at the two offsets in `split`: lengths, tags and long lengths compress better
+    separately. With `over_base` they are the exclusive-or of the tags and those of the base.
     """
 
     fill: int | None
@@ -51,11 +50,11 @@ class Encoded(NamedTuple):
     over_base: bool = False
     split: Split | None = None
     changed: int | None = None
-    """Granules whose tag is not the base's, where that is known."""
+    """The number of granules whose tag is not the base's, where it is known."""
 
 
 BaseTags = Callable[[int, memoryview], bool]
-"""Writes the base's tags from an address on to a buffer; False where it has not all of them."""
+"""Writes the base's tags from an address on to a buffer; False where it lacks some of them."""
 
 
 class Encoder:
@@ -83,11 +82,11 @@ class Encoder:
         return self(tags, page_granules)
 
     def changes(self, tags: TagBuffer, page_granules: int) -> Encoded:
-        """As a call, for tags that are over a base already."""
+        """As a call, for tags that are already over a base."""
         return self._encode(as_bytes(tags), page_granules, over_base=True)
 
     def against(self, base: BaseTags, ipa: int, tags: TagBuffer, page_granules: int) -> Encoded:
-        """As a call, for tags from `ipa` on, or over the base's, where that is shorter."""
+        """As a call, for tags from `ipa` on; over the base's where that is shorter."""
         mine = self._buffers()
         change = mine.change[: len(as_bytes(tags))]
         if not base(ipa, change):
@@ -123,9 +122,9 @@ class Encoder:
         return Encoded(None, None, tagged, pages, frame, over_base, None, changed)
 
     def warm_up(self) -> None:
-        """Make this thread's buffers and use them once, so that later nothing is made."""
+        """Allocate this thread's buffers and use them once, so that nothing is allocated later."""
         mine = self._buffers()
-        # What can hardly be compressed, as large as it gets: so much stays with the allocator.
+        # Data that hardly compresses, of the largest size: the allocator keeps that much.
         half = self._chunk_granules // 2
         mine.room[:half] = (os.urandom(_NOISE_BYTES) * (half // _NOISE_BYTES + 1))[:half]
         mine.zstd.compress(mine.room[:half])
@@ -141,8 +140,8 @@ def _parameters(level: int) -> zstandard.ZstdCompressionParameters:
     """Frames that declare their size and have no checksum: the record has one.
 
     Lengths of runs rarely repeat in long strings, and looking for short ones costs more than it
-    saves: level 1 hardly looks, which makes it twice as fast as zstd's own level 1 on the
-    lengths of a heap, and smaller.
+    saves: this level 1 hardly looks, which makes it twice as fast as zstd's own on the lengths of a
+    heap, and its output smaller.
     """
     common = {"write_content_size": True, "write_checksum": False}
     if level != 1:
@@ -184,7 +183,7 @@ class _Buffers:
 def decode(payload: bytes, tags: memoryview, *, runs: int | None, split: Split | None) -> None:
     """Fill `tags`, one byte a granule, from the payload of a record. Raises FrameError.
 
-    `runs` is how many runs the record announces, in frames as `split` says; None for packed tags.
+    `runs` is how many runs the record announces, in frames split at `split`; None for packed tags.
     """
     n_granules = len(tags)
     if runs is None or split is None:
@@ -204,7 +203,7 @@ def decode(payload: bytes, tags: memoryview, *, runs: int | None, split: Split |
 
 
 def _content(frame: bytes, least: int, most: int) -> bytes:
-    """What is in a frame, which must declare how much that is, within these bounds."""
+    """The content of a frame, which must declare its size, within these bounds."""
     try:
         size = zstandard.get_frame_parameters(frame).content_size
         if not least <= size <= most:

@@ -1,4 +1,4 @@
-"""The heads of the kinds of records, between their maps and the model."""
+"""Encode the heads of all kinds of records from the model, and decode them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _OVER_BASE = 4  # added to these
 
 @dataclass(frozen=True, slots=True)
 class TagsHead:
-    """A record of tags; `fill` is its one tag, or None where the payload holds them.
+    """The head of a record of tags; `fill` is its one tag, or None where the payload holds them.
 
-    It holds them as so many `runs`, in frames that begin where `split` says; or packed, where
-    these are None. With `over_base` they are the
-    exclusive-or of the tags and those of the snapshot's base; a fill is of 0 then.
+    The payload has `runs` runs, in frames split at `split`; if both are None, it has packed tags.
+    With `over_base` they are the exclusive-or of the tags and those of the snapshot's base; a fill
+    is then 0.
     """
 
     ipa: int
@@ -57,7 +57,7 @@ class TagsHead:
 
 @dataclass(frozen=True, slots=True)
 class DoneHead:
-    """The end record: the footer, and where and what everything before it was."""
+    """The end record: the footer, the place of the index, and a digest of everything before it."""
 
     footer: Footer
     index_offset: int
@@ -69,7 +69,7 @@ class DoneHead:
 
 
 def storable(header: Header) -> Header:
-    """The header with texts as a snapshot can hold them."""
+    """The header, its texts made such that a snapshot can hold them."""
     return replace(
         header,
         source=storable_text(header.source),
@@ -110,7 +110,7 @@ def encode_header(header: Header) -> bytes:
 
 
 def decode_header(data: bytes, where: str) -> Header:
-    """The header, everything in it checked. Raises DamagedError, UnknownVersionError."""
+    """Decode the header and check everything in it. Raises DamagedError, UnknownVersionError."""
     fields = unpack_map(data, where)
     fields.integer("granule_size", GRANULE_BYTES, GRANULE_BYTES)
     header = Header(
@@ -140,7 +140,7 @@ def _memslot(value: object, where: str) -> Memslot:
     fields = Fields(value, f"a memslot in {where}")
     kind = fields.text("kind")
     if kind not in ("ram", "rom", "device"):
-        raise fields.wrong(f"a kind {kind[:40]!r}")
+        raise fields.wrong(f"an unknown kind {kind[:40]!r}")
     slot = Memslot(
         id=fields.integer("id", 0, MAX_SLOT_ID),
         ipa=fields.integer("ipa", 0, _U64),
@@ -192,14 +192,14 @@ def same_head(ipa: int, granules: int) -> TagsHead:
 def decode_tags(
     data: bytes, where: str, page_granules: int, chunk_granules: int, *, has_base: bool
 ) -> TagsHead:
-    """A record of tags. Raises DamagedError, UnknownVersionError."""
+    """Decode the head of a record of tags. Raises DamagedError, UnknownVersionError."""
     fields = unpack_map(data, where)
     encoding = fields.integer("enc", 0, 255)
     over_base, shape = bool(encoding & _OVER_BASE), encoding & ~_OVER_BASE
     if shape > _RUNS:
         raise UnknownVersionError(
             f"{where} has its tags in an encoding that this mtetool does not know: {encoding}",
-            hint="a newer mtetool wrote it",
+            hint="update mtetool: a newer one wrote it",
         )
     ipa = fields.integer("ipa", 0, _U64)
     if over_base and not has_base:
@@ -238,7 +238,7 @@ def encode_missing(missing: Missing) -> bytes:
 
 
 def decode_missing(data: bytes, where: str) -> Missing:
-    """A record of missing tags. Raises DamagedError, UnknownVersionError."""
+    """Decode a record of missing tags. Raises DamagedError, UnknownVersionError."""
     fields = unpack_map(data, where)
     missing = Missing(
         ipa=fields.integer("ipa", 0, _U64),
@@ -286,7 +286,7 @@ def encode_done(done: DoneHead) -> bytes:
 
 
 def decode_done(data: bytes, where: str, *, has_base: bool) -> DoneHead:
-    """The end record. Raises DamagedError, UnknownVersionError."""
+    """Decode the end record. Raises DamagedError, UnknownVersionError."""
     fields = unpack_map(data, where)
     footer = Footer(
         records=fields.integer("records", 1, MAX_RECORDS),

@@ -28,7 +28,7 @@ from mtetool.uapi import GRANULE_BYTES
 
 
 class Entry(NamedTuple):
-    """Where a record of tags or of missing tags is, and what it speaks of."""
+    """Where a record of tags or of missing tags is, and what it covers."""
 
     offset: int
     ipa: int
@@ -43,9 +43,9 @@ class Entry(NamedTuple):
 
 
 class IndexedSnapshot:
-    """Header, end and index of a snapshot; the records in between are read when asked for.
+    """Header, end and index of a snapshot; the records in between are read on demand.
 
-    Every record that is read has its checksum compared, those that are not may be damaged.
+    The checksum of every record that is read is compared; records that are not read may be damaged.
     """
 
     def __init__(self, stream: BinaryIO, name: str, header: Header, size: int, end: int) -> None:
@@ -55,7 +55,7 @@ class IndexedSnapshot:
         self._file_bytes = size
         self._first = stream.tell()
         self._end = end
-        # For its checks of ranges; nothing is entered into it.
+        # Only for its checks of ranges; nothing is entered into it.
         self._ledger = Ledger(header)
         self._done = self._read_done()
 
@@ -64,7 +64,7 @@ class IndexedSnapshot:
         """A snapshot in a regular file; None where the file has no end mark.
 
         Without the mark something is wrong with the file, and reading it front to back
-        says what. Raises SnapshotError, HostIoError.
+        shows what. Raises SnapshotError, HostIoError.
         """
         header = SnapshotReader(stream, name).header
         try:
@@ -84,7 +84,7 @@ class IndexedSnapshot:
 
     @classmethod
     def of(cls, stream: BinaryIO, name: str) -> Self:
-        """As `open`, but where there is no end mark, the error says what is wrong."""
+        """As `open`, but without an end mark raises an error that says what is wrong."""
         found = cls.open(stream, name)
         if found is None:
             try:
@@ -110,7 +110,7 @@ class IndexedSnapshot:
     def _read_done(self) -> DoneHead:
         record = self._record_at(self._end)
         if record.kind != DONE:
-            raise self._damaged(self._end, "it is not the end record, which belongs here")
+            raise self._damaged(self._end, "it is not the end record, which must be here")
         if self._end + record.length_bytes + TRAILER.size != self._file_bytes:
             raise self._damaged(self._end, "the file continues after the end record")
         done = decode_done(
@@ -119,13 +119,13 @@ class IndexedSnapshot:
             has_base=self.header.base_id is not None,
         )
         if record.sequence != done.footer.records:
-            raise self._damaged(self._end, "the end record does not count the records before it")
+            raise self._damaged(self._end, "the end record miscounts the records before it")
         if not self._first <= done.index_offset <= self._end:
             raise self._damaged(self._end, "the index is outside the file")
         return done
 
     def entries(self) -> Iterator[Entry]:
-        """The index, in the order of the log, everything in it checked."""
+        """The entries of the index, all checked, in the order of the log."""
         offset = self._done.index_offset
         behind = self._first
         for _ in range(self._done.index_records):
@@ -133,7 +133,7 @@ class IndexedSnapshot:
                 raise self._damaged(offset, "the index continues after the end record")
             record = self._record_at(offset)
             if record.kind != INDX:
-                raise self._damaged(offset, "it is not the index, which belongs here")
+                raise self._damaged(offset, "it is not the index, which must be here")
             index_entries(record, self._name)
             for values in INDEX_ENTRY.iter_unpack(record.payload):
                 entry = Entry(*values)
@@ -147,16 +147,16 @@ class IndexedSnapshot:
     def _check_entry(self, entry: Entry, behind: int, offset: int) -> None:
         end = entry.offset + entry.length_bytes
         if entry.offset < behind or end > self._done.index_offset or not entry.length_bytes:
-            raise self._damaged(offset, "an entry of the index points out of order")
+            raise self._damaged(offset, "an index entry points to a wrong place")
         if entry.kind not in (TAGS, MISS):
-            raise self._damaged(offset, f"an entry of the index of kind {entry.kind!r}")
+            raise self._damaged(offset, f"an index entry of kind {entry.kind!r}")
         try:
             self._ledger.check(entry.ipa, entry.size_bytes)
         except LedgerError as error:
             raise self._damaged(offset, f"the index: {error}") from error
 
     def load(self, entry: Entry) -> Piece | Missing:
-        """The record that an entry names. Raises SnapshotError."""
+        """Read the record that an entry names. Raises SnapshotError."""
         record = self._record_at(entry.offset)
         where = f"{self._name}: the record at byte {entry.offset}"
         result: Piece | Missing
@@ -179,7 +179,7 @@ class IndexedSnapshot:
         return result
 
     def summary(self) -> Summary:
-        """What the header, the end, the index and the records of missing tags say."""
+        """Summarise the header, the end, the index and the records of missing tags."""
         ledger = Ledger(self.header)
         try:
             for entry in self.entries():
@@ -193,12 +193,12 @@ class IndexedSnapshot:
             raise DamagedError(f"{self._name}: {error}") from error
         footer = self._done.footer
         if (counted.granules, counted.missing_bytes) != (footer.granules, footer.missing_bytes):
-            raise DamagedError(f"{self._name}: the totals are not those of the index")
+            raise DamagedError(f"{self._name}: the totals do not match the index")
         return Summary(self.header, footer, ledger.missing.ranges(), self._file_bytes)
 
     @property
     def footer(self) -> Footer:
-        """The totals, as the end record says them."""
+        """The totals from the end record."""
         return self._done.footer
 
     def pieces(self, extents: Sequence[Extent]) -> Iterator[Piece | Missing]:

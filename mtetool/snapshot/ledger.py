@@ -1,4 +1,4 @@
-"""The account of a log of records, kept alike by the writer and by every reader."""
+"""The account of a log of records, the same for the writer and for every reader."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LedgerError(Exception):
 class Ledger:
     """Totals, coverage and what is missing, record by record.
 
-    Raises LedgerError for a range that is not aligned, not in the scope, or one too many.
+    Raises LedgerError for a range that is not aligned, not in the scope, or one range too many.
     """
 
     def __init__(self, header: Header) -> None:
@@ -27,14 +27,14 @@ class Ledger:
         self._granules = 0
         self._tagged_granules = 0
         self._tagged_pages = 0
-        # What of a delta has changed at least, and at most: only a base says it for sure.
+        # How much of a delta has changed, at least and at most: only the base says exactly.
         self._changed_bounds = (0, 0)
 
     def check(self, ipa: int, size_bytes: int) -> None:
-        """Whether a record may speak of this range at all."""
+        """Check that a record may cover this range at all."""
         where = f"the range {ipa:#x}:{size_bytes:#x}"
         if ipa % self._page or size_bytes % self._page or size_bytes <= 0:
-            raise LedgerError(f"{where} is not a number of whole pages of {self._page} bytes")
+            raise LedgerError(f"{where} is not made of whole pages of {self._page} bytes")
         if not self._coverage.holds(ipa, ipa + size_bytes):
             raise LedgerError(f"{where} is not inside the snapshot's scope")
 
@@ -43,7 +43,7 @@ class Ledger:
         return self._coverage.holds(start, end)
 
     def tags(self, head: TagsHead) -> None:
-        """A record of tags comes next."""
+        """Enter a record of tags."""
         self.seen(head.ipa, head.granules)
         self._tagged_granules += head.tagged_granules
         self._tagged_pages += head.tagged_pages
@@ -54,7 +54,7 @@ class Ledger:
             self._changed_bounds = (least, most + head.granules)
 
     def seen(self, ipa: int, granules: int) -> None:
-        """As `tags`, for a record of which only the index is known: its tags are not counted."""
+        """As `tags`, for a record known only from the index: its tags are not counted."""
         size_bytes = granules * GRANULE_BYTES
         self.check(ipa, size_bytes)
         try:
@@ -67,7 +67,7 @@ class Ledger:
             raise LedgerError("more granules than can be counted")
 
     def miss(self, missing: Missing) -> None:
-        """A record of missing tags comes next."""
+        """Enter a record of missing tags."""
         self.check(missing.ipa, missing.size_bytes)
         try:
             self.missing.add(missing)
@@ -76,19 +76,19 @@ class Ledger:
             raise LedgerError(str(error)) from error
 
     def check_changed(self, changed: int | None) -> None:
-        """Whether so many granules can have changed, after all records of tags."""
+        """Check, after all records of tags, that this many granules can have changed."""
         least, most = self._changed_bounds
         if changed is not None and not least <= changed <= most:
-            raise LedgerError(f"{counted(changed, 'granule')} changed, of {least} to {most}")
+            raise LedgerError(f"{counted(changed, 'granule')} changed, not {least} to {most}")
 
     def footer(
         self, records: int, consistent: bool | None, changed_granules: int | None = None
     ) -> Footer:
-        """The totals in the end; all pages of the scope must have been spoken of."""
+        """The totals in the end; the records must cover all pages of the scope."""
         gap = self._coverage.first_gap()
         if gap is not None:
             start, end = gap
-            raise LedgerError(f"no record speaks of {start:#x}:{end - start:#x}")
+            raise LedgerError(f"no record covers {start:#x}:{end - start:#x}")
         return Footer(
             records=records,
             granules=self._granules,

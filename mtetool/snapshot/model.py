@@ -1,4 +1,4 @@
-"""What a snapshot says, without how it is stored.
+"""What a snapshot says, regardless of how it is stored.
 
 Nothing here imports numpy, zstandard or xxhash: a program that only names extents or
 prints a header starts quickly.
@@ -33,9 +33,9 @@ MAX_ERRNO = (1 << 31) - 1
 class Header:
     """What the first record of a snapshot says.
 
-    `memslots` is the source's layout (may be empty, where nobody knew it), in order of
-    address; `scope` the memory that the snapshot speaks of: aligned to `page_size_bytes`,
-    ascending, disjoint. `paused` is whether the guest stood still when the save began.
+    `memslots` is the source's layout (empty where it was unknown), in order of address; `scope` is
+    the memory that the snapshot covers: aligned to `page_size_bytes`, ascending, disjoint.
+    `paused` is whether the guest stood still when the save began.
     `snapshot_id` and `base_id` are 32 lower-case hex digits.
     """
 
@@ -80,11 +80,11 @@ class Footer:
     """What the end of a snapshot says.
 
     `records` counts those before the end record. `granules`, `tagged_granules` (tag not 0)
-    and `tagged_pages` (pages with such a granule) are sums over all records of tags, so that
-    a page that was written twice counts twice. `missing_bytes` is guest memory that is
-    missing in the end. `consistent` is whether the guest stood still during the whole save.
-    `changed_granules` is, of a delta, how many have another tag than in the base, or none there;
-    None where that is not known, and of a snapshot without a base.
+    and `tagged_pages` (pages with such a granule) are sums over all records of tags, so a page
+    that was written twice counts twice. `missing_bytes` is the guest memory that is missing in the
+    end. `consistent` is whether the guest stood still during the whole save. `changed_granules` is
+    how many granules of a delta have another tag than in the base, or have no tag there; None where
+    that is unknown, and for a snapshot without a base.
     """
 
     records: int
@@ -120,13 +120,13 @@ def header_problem(header: Header) -> str | None:
         for item in ranges:
             where = f"{what} {item.ipa:#x}:{item.size_bytes:#x}"
             if item.ipa % page or item.size_bytes % page or item.size_bytes <= 0:
-                return f"{where} is not a number of whole pages"
+                return f"{where} is not made of whole pages"
             if item.ipa < behind:
                 return f"{where} overlaps the one before, or is out of order"
             behind = item.ipa + item.size_bytes
-            # All of the address space in one range: a size that no u64 holds.
+            # The whole address space in one range has a size that no u64 holds.
             if behind > ADDRESS_LIMIT or item.size_bytes >= ADDRESS_LIMIT:
-                return f"{where} goes beyond the address space"
+                return f"{where} ends beyond the address space"
     for slot in header.memslots:
         if not 0 <= slot.id <= MAX_SLOT_ID:
             return f"a memslot with the number {slot.id}"

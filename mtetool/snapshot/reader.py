@@ -1,4 +1,4 @@
-"""Reading a snapshot front to back, from any stream."""
+"""Read a snapshot front to back, from any stream."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tags of some memory; `fill` is the one tag of all of it, or None.
+    """The tags of some memory; `fill` is the one tag of all of it, or None.
 
     With `over_base` they are the exclusive-or of the tags and those of the snapshot's base.
-    `stored_bytes` is what the record takes in the file.
+    `stored_bytes` is the size of the record in the file.
     """
 
     ipa: int
@@ -69,7 +69,7 @@ class Piece:
     _payload: bytes = field(repr=False)
     _max_granules: int = field(repr=False, compare=False)
     _page_granules: int = field(repr=False, compare=False)
-    # What the record's head says of its tags: how many are not 0, and in how many pages.
+    # What the record's head says about its tags: how many are not 0, and in how many pages.
     _tagged: tuple[int, int] = field(repr=False)
     _runs: int | None = field(repr=False, compare=False)
     _split: tuple[int, int] | None = field(repr=False, compare=False)
@@ -85,11 +85,10 @@ class Piece:
         return self.ipa + self.size_bytes
 
     def tags(self, out: TagBuffer | None = None) -> memoryview:
-        """The tags, one byte a granule, written to `out` (as long), or to a buffer of their own.
+        """Write the tags, one byte a granule, to `out` (of that length) or to a new buffer.
 
-        Raises DamagedError where they cannot be decompressed or are not as many as the
-        record says, and ValueError for a fill that is longer than the snapshot's chunks: it
-        may speak for a terabyte.
+        Raises DamagedError where they cannot be decompressed or do not match the record's head, and
+        ValueError for a fill that is longer than the snapshot's chunks: it may cover a terabyte.
         """
         if self.fill is not None and self.n_granules > self._max_granules:
             raise ValueError(f"a fill of {self.n_granules} granules at once")
@@ -97,7 +96,7 @@ class Piece:
         if self.fill is not None:
             view[:] = bytes([self.fill]) * self.n_granules
             return view
-        # Here, because whoever reads only the description needs no decompression.
+        # Imported here, because reading only the description needs no decompression.
         from mtetool import loops
         from mtetool.snapshot.frames import FrameError, decode
 
@@ -105,20 +104,20 @@ class Piece:
             decode(self._payload, view, runs=self._runs, split=self._split)
         except FrameError as error:
             raise DamagedError(f"{self._where}: {error}", ipa=self.ipa) from error
-        # The footer's totals are sums of these, and `info` prints them without a look at tags.
+        # The footer's totals are sums of these, and `info` prints them without looking at tags.
         _, tagged, pages, _ = loops.scan(view, self._page_granules)
         if (tagged, pages) != self._tagged:
-            raise DamagedError(f"{self._where}: the tags are not as many as it says", ipa=self.ipa)
+            raise DamagedError(f"{self._where}: its tags do not match its head", ipa=self.ipa)
         return view
 
 
 class SnapshotReader:
     """Reads a snapshot from a stream, front to back; iterated once.
 
-    The header is read at once. Iterating gives the records of tags and of missing tags in
-    the order in which they were written, so that a later one replaces earlier ones; each
-    one's checksum was compared before. The iteration ends only when the snapshot is known
-    to be whole: totals, index, coverage, and nothing after the end.
+    The header is read at once. Iterating yields the records of tags and of missing tags in the
+    order in which they were written; a later one replaces earlier ones, and the checksum of each
+    has been compared. The iteration ends only when the snapshot is known to be whole: totals,
+    index, coverage, and nothing after the end.
 
     Raises NotASnapshotError, UnknownVersionError, TruncatedError, DamagedError, HostIoError.
     """
@@ -130,7 +129,7 @@ class SnapshotReader:
         self._ledger = Ledger(self.header)
         self._page_granules = self.header.page_size_bytes // GRANULE_BYTES
         self._sequence = 1
-        # What the index must say, and what it said, without keeping either.
+        # What the index must say, and what it says, without keeping either.
         self._expected_index, self._index = Digest(), Digest()
         self._index_offset: int | None = None
         self._index_records = 0
@@ -142,19 +141,19 @@ class SnapshotReader:
 
     @property
     def footer(self) -> Footer:
-        """The totals. Raises RuntimeError before the iteration came to the end."""
+        """The totals. Raises RuntimeError before the iteration has ended."""
         if self._footer is None:
             raise RuntimeError("the snapshot was not read to its end")
         return self._footer
 
     @property
     def missing(self) -> tuple[Missing, ...]:
-        """What is missing, as far as was read: ascending, neighbours of one cause joined."""
+        """The missing ranges so far: ascending, neighbours with one cause joined."""
         return self._ledger.missing.ranges()
 
     @property
     def offset(self) -> int:
-        """The bytes that were read so far."""
+        """The number of bytes read so far."""
         return self._source.offset
 
     def _read_header(self) -> Header:
@@ -173,7 +172,7 @@ class SnapshotReader:
                 return
             self._sequence += 1
             if self._sequence > MAX_RECORDS:
-                raise self._damaged(record, "one record more than there may be")
+                raise self._damaged(record, "one record too many")
             self._digest.add(CHECKSUM.pack(record.checksum))
             if record.kind == INDX:
                 self._take_index(record)
@@ -230,9 +229,9 @@ class SnapshotReader:
             self._index_offset = record.offset
         expected = DoneHead(footer, self._index_offset, self._index_records, self._digest.value)
         if done != expected:
-            raise self._damaged(record, "the totals are not those of the records before")
+            raise self._damaged(record, "the totals do not match the records before it")
         if self._index.value != self._expected_index.value:
-            raise self._damaged(record, "the index is not that of the records before")
+            raise self._damaged(record, "the index does not match the records before it")
         trailer = self._source.exactly(TRAILER.size, "the end mark")
         if trailer != TRAILER.pack(record.offset, END_MAGIC):
             raise DamagedError(f"{self._source.name}: the end mark is wrong")
@@ -240,12 +239,12 @@ class SnapshotReader:
             raise DamagedError(
                 f"{self._source.name} continues after the end of the snapshot,"
                 f" which is {self._source.offset - 1} bytes long",
-                hint="something was appended to it",
+                hint="remove what was appended to it",
             )
         self._footer = footer
 
 
-# --- what the sequential and the indexed way share --------------------------------------------
+# --- shared by the sequential and the indexed reader --------------------------------------------
 
 
 def _where(name: str, record: Record) -> str:
@@ -259,12 +258,12 @@ def tags_head(record: Record, name: str, header: Header) -> TagsHead:
     has_base = header.base_id is not None
     head = decode_tags(record.head, where, page_granules, header.chunk_granules, has_base=has_base)
     if (head.fill is None) != bool(record.payload):
-        raise DamagedError(f"{where}: a payload that does not belong to its encoding")
+        raise DamagedError(f"{where}: its payload does not fit its encoding")
     return head
 
 
 def piece_of(record: Record, head: TagsHead, name: str, header: Header) -> Piece:
-    """A record of tags as its reader sees it."""
+    """The piece that a record of tags holds."""
     return Piece(
         ipa=head.ipa,
         n_granules=head.granules,
@@ -286,7 +285,7 @@ def index_entries(record: Record, name: str) -> int:
     where = _where(name, record)
     n_entries = decode_index(record.head, where)
     if len(record.payload) != n_entries * INDEX_ENTRY.size:
-        raise DamagedError(f"{where}: an index of {n_entries} entries in another size")
+        raise DamagedError(f"{where}: an index whose size does not fit its {n_entries} entries")
     return n_entries
 
 
@@ -296,7 +295,7 @@ def _check_ignorable(record: Record, name: str) -> None:
         raise UnknownVersionError(
             f"{_where(name, record)} is of a kind that this mtetool does not know:"
             f" {record.kind.decode('ascii', 'backslashreplace')!r}",
-            hint="a newer mtetool wrote it",
+            hint="update mtetool: a newer one wrote it",
         )
 
 
@@ -311,7 +310,7 @@ _OTHER_FORMATS = (
     (b"QFI\xfb", "a qcow2 image"),
     (b"\x89PNG", "a PNG image"),
     (EMULATED_MAGIC, "the file of an emulated guest"),
-    (b"\x89MTESNP\r\n", "a snapshot that was transferred as text, which destroyed it"),
+    (b"\x89MTESNP\r\n", "a snapshot that was destroyed when it was transferred as text"),
 )
 
 
@@ -325,7 +324,7 @@ def _looks_like(start: bytes) -> str:
         try:
             start.decode()
         except UnicodeDecodeError as error:
-            # A character may be cut by where we stopped reading.
+            # The end of what was read may cut a character.
             return "text" if error.end >= len(start) and error.start else "some other file"
         return "text"
     return "some other file"
@@ -345,8 +344,8 @@ def _read_prologue(source: ByteSource) -> bytes:
             "a gzip file": "unpack it first: gunzip",
             "a zstd file": "unpack it first: zstd -d",
             "an xz file": "unpack it first: unxz",
-            "the file of an emulated guest": f"as a guest it is named emu:{_path(source.name)}",
-        }.get(what, "mtetool save writes snapshots")
+            "the file of an emulated guest": f"name it as a guest: emu:{_path(source.name)}",
+        }.get(what, "make a snapshot with mtetool save")
         raise NotASnapshotError(f"{source.name} is not a snapshot: it is {what}", hint=hint)
     if len(prologue) < PROLOGUE.size:
         raise TruncatedError(f"{source.name} ends after {counted(len(prologue), 'byte')}")
@@ -355,16 +354,13 @@ def _read_prologue(source: ByteSource) -> bytes:
         raise UnknownVersionError(
             f"{source.name} is a snapshot of version {version};"
             f" this mtetool reads version {VERSION}",
-            hint="a newer mtetool wrote it",
+            hint="update mtetool: a newer one wrote it",
             version=version,
         )
     if flags:
         raise UnknownVersionError(
             f"{source.name} is a snapshot of version {version} with features ({flags:#x})"
             f" that this mtetool, which reads version {VERSION}, does not know",
-            hint="a newer mtetool wrote it",
+            hint="update mtetool: a newer one wrote it",
         )
     return prologue
-
-
-# --- files ---------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Records: how the bytes of a snapshot are cut, checked and numbered. See mtesnap(5).
 
-Every length is held against a bound before anything is read for it, and a record's checksum
-is compared before anything in it is believed.
+Every length is checked against a bound before anything is read for it, and a record's checksum is
+compared before anything in it is believed.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ MAX_INDEX_ENTRIES = 1 << 16
 """The most entries of one index record; a longer index takes several."""
 MAX_RECORDS = 1 << 24
 MAX_RUNS_SHARE = 4
-"""A record of runs has at most one for so many granules."""
+"""A record of runs has at most one run for this many granules."""
 LONG_RUN_GRANULES = 16
-"""From this length on, a run's is kept by itself: at most one byte for so many granules."""
+"""From this length on, a run's length is stored apart: at most a byte for this many granules."""
 
-# A read asks for this much at once, so that a length that lies costs no more than this.
+# A read asks for this much at once, so a false length costs no more than this.
 _READ_BYTES = 1 << 20
 
 
 def frame_bound(packed_bytes: int) -> int:
-    """The most bytes that a zstd frame of so many may take; never below ZSTD_compressBound."""
+    """The most bytes that a zstd frame of that many may take; not below ZSTD_compressBound."""
     return packed_bytes + packed_bytes // 256 + 64
 
 
@@ -66,7 +66,7 @@ def payload_bound(kind: bytes, chunk_granules: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record whose checksum was right; `offset` is its first byte's in the snapshot."""
+    """A record whose checksum was right; `offset` is where it starts in the snapshot."""
 
     kind: bytes
     sequence: int
@@ -77,12 +77,12 @@ class Record:
 
     @property
     def length_bytes(self) -> int:
-        """All that the record takes in the file."""
+        """The whole length of the record in the file."""
         return PREAMBLE_BYTES + len(self.head) + len(self.payload)
 
 
 def checksum_of(prologue: bytes, preamble: bytes, head: bytes, payload: bytes) -> int:
-    """A record's checksum; `prologue` is empty but for the first record."""
+    """A record's checksum; `prologue` is empty except for the first record."""
     if not payload:
         return int(xxh3_64_intdigest(prologue + preamble + head))
     state = xxh3_64(prologue + preamble + head)
@@ -91,7 +91,7 @@ def checksum_of(prologue: bytes, preamble: bytes, head: bytes, payload: bytes) -
 
 
 class Digest:
-    """A running xxh3 over what is not kept: the records' checksums, the index's entries."""
+    """A running xxh3 over data that is not kept: the records' checksums, the index's entries."""
 
     def __init__(self) -> None:
         self._state = xxh3_64()
@@ -115,7 +115,7 @@ class ByteSource:
         self.offset = offset
 
     def read(self, n_bytes: int) -> bytes:
-        """Up to `n_bytes` bytes: fewer only where the stream ends. Raises HostIoError."""
+        """Read up to `n_bytes` bytes: fewer only where the stream ends. Raises HostIoError."""
         parts: list[bytes] = []
         left = n_bytes
         while left:
@@ -134,14 +134,14 @@ class ByteSource:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def exactly(self, n_bytes: int, what: str) -> bytes:
-        """`n_bytes` bytes. Raises TruncatedError where the stream ends before."""
+        """Read `n_bytes` bytes. Raises TruncatedError where the stream ends before that."""
         start = self.offset
         data = self.read(n_bytes)
         if len(data) < n_bytes:
             raise TruncatedError(
                 f"{self.name} ends after {counted(self.offset, 'byte')}, in the middle of {what}"
                 f" that starts at byte {start}",
-                hint="the copy of the snapshot was cut short, or it was never finished",
+                hint="copy or save it again: the copy was cut short, or the save never finished",
                 offset=self.offset,
             )
         return data
@@ -150,7 +150,7 @@ class ByteSource:
 def read_record(
     source: ByteSource, sequence: int | None, chunk_granules: int, prologue: bytes = b""
 ) -> Record:
-    """The next record, its checksum compared; `sequence` None takes any number.
+    """Read the next record, compare its checksum; a `sequence` of None takes any number.
 
     Raises TruncatedError, and DamagedError naming the record.
     """
@@ -168,7 +168,7 @@ def read_record(
     if checksum != checksum_of(prologue, opening[: PREAMBLE.size], head, payload):
         raise DamagedError(
             f"{where} has a wrong checksum",
-            hint="the file was changed after it was written: by a disk, a transfer, an editor",
+            hint="use another copy: a disk, a transfer or an editor has changed this file",
             offset=offset,
         )
     if sequence is not None and number != sequence:

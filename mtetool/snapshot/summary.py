@@ -1,4 +1,4 @@
-"""Opening a snapshot by its name: a file, or standard input; in full or by its index."""
+"""Open a snapshot by its name, a file or standard input; read it in full or by its index."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def opened(path: str) -> Iterator[BinaryIO]:
     directory, PermissionRefusedError, HostIoError.
     """
     if not path:
-        raise BadNameError("an empty name: no file has that", path=path)
+        raise BadNameError("the name of the file is empty", path=path)
     if path == "-":
         stdin = sys.stdin
         if stdin is None or stdin.isatty():
             raise UsageError(
                 "a snapshot is expected on standard input, which is "
                 + ("closed" if stdin is None else "a terminal"),
-                hint="name a file, or pipe one in",
+                hint="name a file, or pipe a snapshot in",
             )
         yield stdin.buffer
         return
@@ -55,7 +55,7 @@ def opened(path: str) -> Iterator[BinaryIO]:
     except OSError as error:
         raise file_error(error, path, f"{path} cannot be opened") from error
     except ValueError as error:
-        what = f"{path!r} is not a name that a file can have: {error}"
+        what = f"{path!r} cannot be the name of a file: {error}"
         raise BadNameError(what, path=path) from error
     with stream:
         yield stream
@@ -73,28 +73,28 @@ def open_snapshot(path: str) -> Iterator[SnapshotReader]:
 
 
 def display_name(path: str) -> str:
-    """What messages call an input."""
+    """The name of an input in messages."""
     return "standard input" if path == "-" else path
 
 
 def is_seekable(stream: BinaryIO) -> bool:
-    """Whether a stream is a regular file read from its start, which its index may serve.
+    """Whether a stream is a regular file at its start, so that its index can be used.
 
-    Raises HostError where that cannot be found out: a file is not to be taken for a pipe, of
-    which less is known before it is used.
+    Raises HostError where that is unknown: a file must not be taken for a pipe, since less is known
+    about a pipe before it is used.
     """
     try:
         fd = stream.fileno()
     except (OSError, ValueError):
-        return False  # it is none of the system's
+        return False  # it is not one of the system's
     try:
         return stat.S_ISREG(os.fstat(fd).st_mode) and stream.tell() == 0
     except OSError as error:
-        raise host_error(error, "the snapshot cannot be looked at") from error
+        raise host_error(error, "the snapshot cannot be examined") from error
 
 
 def read_summary(path: str) -> Summary:
-    """A snapshot's description, without reading the tags where it is a file.
+    """A snapshot's description; the tags in a file are not read for it.
 
     From a pipe, everything is read and checked, and nothing decompressed. Raises as
     `open_snapshot`.
@@ -118,7 +118,7 @@ def _summary_of_stream(reader: SnapshotReader) -> Summary:
 def read_range(path: str, extents: Sequence[Extent]) -> Iterator[Piece | Missing]:
     """The records that overlap any of `extents`, whole, in the order of the log.
 
-    A file is read by its index: only what is wanted, each record's checksum compared. A
+    A file is read by its index: only the wanted records, each with its checksum compared. A
     pipe is read to its end. Raises as `open_snapshot`.
     """
     wanted = tuple(extents)

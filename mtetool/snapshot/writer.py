@@ -1,4 +1,4 @@
-"""Writing a snapshot front to back, into anything that takes bytes."""
+"""Write a snapshot front to back, into anything that takes bytes."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # More threads than this have nothing to do: the kernel's own copy is slower than two of them,
-# and each takes the memory of some chunks.
+# and each needs memory for some chunks.
 _MOST_JOBS = 4
 
-# Chunks under way for each worker: one that it encodes, one that waits for it.
+# Chunks in flight for each worker: one that it encodes, one that waits for it.
 _WINDOW_PER_JOB = 2
 
-# Fills that wait after a chunk under way; they are small, but must not pile up either.
+# Fills that wait after a chunk in flight; they are small, but must not pile up either.
 _MAX_QUEUED = 4096
 
 
@@ -82,14 +82,14 @@ class _Stored(NamedTuple):
 class SnapshotWriter:
     """Writes a snapshot; used as a context manager, in one thread.
 
-    Records come out in the order of the calls, later ones for the same page replace earlier
-    ones. Memory is bounded by a few chunks for each job, plus 32 bytes for the index for each
-    record. `jobs` threads encode (None: one for each CPU that this process may use, at most
-    four), `out.write` is only called in the caller's thread.
+    Records come out in the order of the calls; later ones for the same page replace earlier ones.
+    Memory is bounded by a few chunks for each job, plus 32 bytes of index for each record. `jobs`
+    threads encode (None: one for each CPU that this process may use, at most four); `out.write` is
+    called only in the caller's thread.
 
-    Raises LayoutError for a header that cannot be stored. Errors of `out` pass as they are.
-    Leaving the context without `finish`, or by an exception, aborts: what was written then
-    has no end, and every reader refuses it.
+    Raises LayoutError for a header that cannot be stored. Errors of `out` pass through unchanged.
+    Leaving the context without `finish`, or by an exception, aborts: the output then has no end,
+    and every reader refuses it.
     """
 
     def __init__(self, out: Sink, header: Header, *, level: int = 1, jobs: int | None = 1) -> None:
@@ -104,31 +104,31 @@ class SnapshotWriter:
         self._jobs = jobs or min(len(os.sched_getaffinity(0)), _MOST_JOBS)
         self._pool = ThreadPoolExecutor(self._jobs, thread_name_prefix="encode")
         self.keeps = _WINDOW_PER_JOB * self._jobs
-        """How many chunks may be under way, whose tags are still needed."""
+        """How many chunks can be in flight; their tags are still needed."""
         self.fill_bytes = 0
         """Bytes of guest memory in records of one tag so far."""
-        # In the order of the records: chunks under way, and fills, which need no work.
+        # In the order of the records: chunks in flight, and fills, which need no work.
         self._pending: deque[Future[_Stored] | _Stored] = deque()
         self._n_chunks = 0
         # The last fill, held back: the next one may continue it.
         self._fill: TagsHead | None = None
         self._open = True
         self.changed_granules: int | None = None if header.base_id is None else 0
-        """Granules of a delta that are not as in the base so far; None where it is not known."""
+        """Granules of a delta that differ from the base so far; None where that is unknown."""
 
     def warm_up(self) -> None:
-        """Start the threads and give them what they need, so that no chunk has to wait for that.
+        """Start the threads and allocate what they need, so that no chunk waits for that.
 
-        Raises HostError where there can be no more threads.
+        Raises HostError where no more threads can be started.
         """
         gate = threading.Barrier(self._jobs)
 
         def ready() -> None:
             try:
                 self._encoder.warm_up()
-                gate.wait()  # so that no thread takes the place of another
+                gate.wait()  # so that no thread does the work of two
             except threading.BrokenBarrierError:
-                pass  # another one failed, and says why
+                pass  # another thread failed, and says why
             except BaseException:
                 gate.abort()
                 raise
@@ -142,13 +142,13 @@ class SnapshotWriter:
             future.result()
 
     def add_tags(self, ipa: int, tags: TagBuffer, *, base: BaseTags | None = None) -> None:
-        """The tags of the memory from `ipa` on (page-aligned), one byte a granule.
+        """Add the tags of the memory from `ipa` on (page-aligned), one byte a granule.
 
-        `tags` is C-contiguous, of whole pages, at most the header's `chunk_granules` long,
-        bits 7:4 zero. It must stay as it is until `keeps` more chunks were added, or the end.
-        With `base`, which is called in other
-        threads, only what has changed since is written. Raises RangeError; ValueError, sooner or
-        later, for bytes that are not tags; what `base` raises.
+        `tags` is C-contiguous, of whole pages, at most the header's `chunk_granules` long, with
+        bits 7:4 zero. It must not change until `keeps` more chunks have been added, or the end.
+        With `base`, which is called in other threads, only the changes since then are written.
+        Raises RangeError; ValueError, sooner or later, for bytes that are not tags; and what `base`
+        raises.
         """
         page, view = self._page_granules, as_bytes(tags)
         if base is None:
@@ -157,10 +157,10 @@ class SnapshotWriter:
             self._add(ipa, len(view), lambda: self._encoder.against(base, ipa, view, page))
 
     def add_later(self, ipa: int, size_bytes: int, read: Callable[[memoryview], None]) -> None:
-        """As `add_tags`, for tags that a thread of the writer shall read itself.
+        """As `add_tags`, for tags that a thread of the writer reads itself.
 
-        `read` fills a buffer, of one byte a granule. What it raises comes out of a later call,
-        or of `finish`.
+        `read` fills a buffer of one byte a granule. A later call, or `finish`, raises what it
+        raises.
         """
         page = self._page_granules
         n_granules = size_bytes // GRANULE_BYTES
@@ -184,18 +184,18 @@ class SnapshotWriter:
         self._write_ready()
 
     def add_fill(self, ipa: int, size_bytes: int, tag: int, *, changed: int | None = None) -> None:
-        """Memory of any size (both page-aligned, in bytes) whose granules all have one tag.
+        """Add memory of any size (both page-aligned, in bytes) whose granules all have one tag.
 
         `changed` of them have another tag in the base. Raises RangeError.
         """
         self._check(ipa, size_bytes)
         if not 0 <= tag <= TAG_MAX:
-            raise RangeError(f"a tag of {tag}, which are 0 to {TAG_MAX}")
+            raise RangeError(f"a tag of {tag}; tags are 0 to {TAG_MAX}")
         granules = size_bytes // GRANULE_BYTES
         self._queue(fill_head(ipa, granules, tag, self._page_granules), changed)
 
     def add_same(self, ipa: int, size_bytes: int) -> None:
-        """Memory of any size (both page-aligned, in bytes) whose tags are those of the base.
+        """Add memory of any size (both page-aligned, in bytes) with the tags of the base.
 
         Raises RangeError.
         """
@@ -211,12 +211,12 @@ class SnapshotWriter:
             self._write_oldest()
 
     def add_missing(self, missing: Missing) -> None:
-        """Memory whose tags could not be read. Raises RangeError."""
+        """Add memory whose tags could not be read. Raises RangeError."""
         self._check(missing.ipa, missing.size_bytes)
         if missing.errno is not None and not 0 <= missing.errno <= MAX_ERRNO:
             raise RangeError(f"an errno of {missing.errno}")
         if missing.size_bytes >= ADDRESS_LIMIT:
-            raise RangeError("all of the address space is more than one record can speak of")
+            raise RangeError("one record cannot cover all of the address space")
         stored = Missing(
             missing.ipa, missing.size_bytes, missing.errno, storable_text(missing.reason)
         )
@@ -230,13 +230,13 @@ class SnapshotWriter:
 
     @property
     def written_bytes(self) -> int:
-        """How long the snapshot is so far."""
+        """The length of the snapshot so far."""
         return self._log.offset
 
     def finish(self, *, consistent: bool | None) -> Footer:
-        """Write what is outstanding, the index and the end. Nothing can be added after.
+        """Write everything outstanding, the index and the end. Nothing can be added afterwards.
 
-        Raises RangeError when pages of the scope were left out.
+        Raises RangeError if pages of the scope were left out.
         """
         self._require_open()
         self._settle()
@@ -252,7 +252,7 @@ class SnapshotWriter:
         return footer
 
     def abort(self) -> None:
-        """Stop the threads and forget what was not written. May be called twice."""
+        """Stop the threads and drop everything that was not written. Idempotent."""
         self._open = False
         self._close_pool()
         self._pending.clear()
@@ -273,7 +273,7 @@ class SnapshotWriter:
 
     def _require_open(self) -> None:
         if not self._open:
-            raise RuntimeError("the snapshot was finished or given up already")
+            raise RuntimeError("the snapshot was already finished or aborted")
 
     def _check(self, ipa: int, size_bytes: int) -> None:
         self._require_open()
@@ -358,13 +358,13 @@ def _stored(ipa: int, n_granules: int, found: Encoded) -> _Stored:
 
 
 def _alike(first: TagsHead, second: TagsHead) -> bool:
-    """Whether two fills next to each other are one."""
+    """Whether the second fill continues the first."""
     same = (first.fill, first.over_base) == (second.fill, second.over_base)
     return same and first.end == second.ipa
 
 
 class _Log:
-    """Puts records after each other: numbers, checksums, offsets, the index, the end."""
+    """Writes records one after another: numbers, checksums, offsets, the index, the end."""
 
     def __init__(self, out: Sink, header: Header) -> None:
         self._out = out
@@ -376,7 +376,7 @@ class _Log:
         if len(head) > MAX_HEADER_BYTES:
             raise LayoutError(
                 f"the guest's layout cannot be saved: {counted(len(header.memslots), 'memslot')}"
-                f" and {counted(len(header.scope), 'range')} are more than a header holds"
+                f" and {counted(len(header.scope), 'range')} are more than a header can hold"
             )
         prologue = PROLOGUE.pack(MAGIC, VERSION, 0)
         self._put(prologue)
@@ -395,9 +395,9 @@ class _Log:
         prologue: bytes = b"",
         index: tuple[int, int] | None = None,
     ) -> None:
-        """A record; `index` is the address and number of granules that the index will name."""
+        """Write a record; `index` is the address and number of granules for its index entry."""
         if self.records >= MAX_RECORDS:
-            raise RangeError(f"a snapshot of more than {MAX_RECORDS} records")
+            raise RangeError(f"a snapshot can have at most {MAX_RECORDS} records")
         preamble = PREAMBLE.pack(kind, len(head), len(payload), self.records)
         checksum = CHECKSUM.pack(checksum_of(prologue, preamble, head, payload))
         start = self.offset
@@ -411,7 +411,7 @@ class _Log:
             self._index.frombytes(INDEX_ENTRY.pack(start, *index, kind, self.offset - start))
 
     def write_index(self) -> int:
-        """All parts of the index; returns how many there were."""
+        """Write all parts of the index; return how many there are."""
         entries = memoryview(self._index)
         step = MAX_INDEX_ENTRIES * INDEX_ENTRY.size
         parts = 0
@@ -422,7 +422,7 @@ class _Log:
         return parts
 
     def write_end(self, footer: Footer, index_offset: int, index_records: int) -> None:
-        """The end record and the trailer."""
+        """Write the end record and the trailer."""
         start = self.offset
         done = DoneHead(footer, index_offset, index_records, self._digest.value)
         self.write(DONE, encode_done(done))

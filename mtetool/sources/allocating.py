@@ -1,4 +1,4 @@
-"""A guest that is read shall have no more memory afterwards, unless the user wants that."""
+"""Reading a guest must not allocate memory for it, unless the user wants that."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from mtetool.errors import WouldAllocateError
 from mtetool.guest import Extent, Guest
 from mtetool.sources.layout import merged, total_bytes
 
-# The unit in which a kernel makes memory where it makes the most of it at a time: a huge page.
+# The largest unit in which a kernel allocates memory: a huge page.
 _TOLERATED_BYTES = 2 << 20
 
 
 def check_allocates_nothing(
     guest: Guest, extents: Iterable[Extent], name: str, *, every_page: bool
 ) -> None:
-    """Check that reading or writing tags of 0 in `extents` leaves the guest's memory as it is.
+    """Check that reading, or writing tags of 0, in `extents` allocates no memory in the guest.
 
-    Raises WouldAllocateError, before anything is read, where the guest would be given more than a
-    little memory and `every_page` does not say that it may be.
+    Raises WouldAllocateError, before anything is read, where the guest would get more than a little
+    memory and `every_page` does not allow it.
     """
     if every_page:
         return
@@ -32,8 +32,8 @@ def check_allocates_nothing(
     if n_bytes > _TOLERATED_BYTES:
         raise WouldAllocateError(
             f"up to {n_bytes} bytes of memory would be newly allocated in {name}: it has"
-            f" {total_bytes(asked)} bytes to be read, and it is not known which of its pages exist",
-            hint="say where the memory is: a monitor (--qmp SOCKET), or --memslot"
-            " IPA:SIZE@ADDRESS; or allocate it: --every-page",
+            f" {total_bytes(asked)} bytes to read, and it is unknown which of its pages exist",
+            hint="say where the memory is (--qmp SOCKET or --memslot IPA:SIZE@ADDRESS), or allow"
+            " the allocation with --every-page",
             would_allocate_bytes=n_bytes,
         )

@@ -1,6 +1,6 @@
-"""Finding the way around guest memory that cannot be copied: where a copy may go on.
+"""Find the way around guest memory that cannot be copied: where a copy can go on.
 
-The kernel says of one page only that it cannot be copied, never how far that goes.
+The kernel says only that one page cannot be copied, never how many after it.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from mtetool.guest import Missing
 from mtetool.sources.layout import UNREACHABLE, Layout
 
 ONE_BY_ONE_PAGES = 1024
-"""How long a stretch of pages that cannot be copied may be for every one of them to be tried.
+"""The longest stretch of pages that cannot be copied in which every page is tried.
 
 A memslot that ends early can have 100,000s of them, and each try costs up to a millisecond on a
-real VM, which a guest that was frozen waits for.
+real VM, while a frozen guest waits.
 """
 
-# What is found out at once where every page is tried: whoever waits sees how far it is.
+# How many pages are tried in one go where every page is tried, so that progress can be shown.
 _STEP_PAGES = 1 << 14
 
-# Answers that are about the request or the whole VM, not about the page asked for:
-# going on to the next page would only collect them again.
+# Errors about the request or the whole VM, not about the page: the next page would only
+# give the same error again.
 _WHOLE_VM = {
-    errno.EINVAL: "the kernel takes the request for a malformed one; is MTE on for this VM?",
+    errno.EINVAL: "the kernel rejects the request as malformed; is MTE on for this VM?",
     errno.EIO: "the VM belongs to another process, or is dead",
     errno.EBADF: "the VM's file descriptor is gone",
     errno.ENOTTY: "the file descriptor is not a VM's, or its kernel has no KVM_ARM_MTE_COPY_TAGS",
@@ -36,11 +36,11 @@ _WHOLE_VM = {
 }
 
 Transfer = Callable[[int, int], int]
-"""Copies the tags of so many bytes from an address on, and returns the bytes done."""
+"""Copies the tags of that many bytes from an address on, and returns the bytes done."""
 
 
 class Gap(NamedTuple):
-    """What cannot be copied; of its pages, how many failed and how many were not tried."""
+    """Memory that cannot be copied; how many of its pages failed, and how many were not tried."""
 
     missing: Missing
     failed_pages: int
@@ -57,9 +57,9 @@ def way_around(
     writing: bool,
     insist: bool,
 ) -> Gap:
-    """What is missing from `at` on, where a copy failed with nothing done.
+    """Find what is missing from `at` on, where a copy failed with nothing done.
 
-    With `insist` every page is tried, however many there are.
+    With `insist`, every page is tried, however many there are.
     """
     number = error.errno or errno.EIO
     raise_for_whole_vm(number, at, writing=writing)
@@ -84,11 +84,12 @@ def way_around(
 def first_that_answers(
     transfer: Transfer, start: int, end: int, page_bytes: int, *, insist: bool = False
 ) -> tuple[int, int]:
-    """The first page after `start` that can be copied (else `end`), and how many cannot.
+    """Find the first page after `start` that can be copied (else `end`), and how many cannot.
 
-    The page at `start` is known to fail. Those after it are tried one by one; where
-    `ONE_BY_ONE_PAGES` have failed, without `insist`, at doubling distances, then bisecting back.
-    Good pages between two failing tries can be missed there; the count lets the caller say so.
+    The page at `start` is known to fail. The pages after it are tried one by one; once
+    `ONE_BY_ONE_PAGES` have failed, and without `insist`, they are tried at doubling distances, then
+    bisecting back. That can miss good pages between two that fail; the count lets the caller say
+    so.
     """
     failed = 1
 
@@ -131,7 +132,7 @@ def raise_for_whole_vm(number: int, ipa: int, *, writing: bool) -> None:
     verb = "written" if writing else "read"
     if number == errno.EBUSY:
         raise BusyError(
-            f"tags cannot be {verb} at {ipa:#x}: {name}: the VM logs dirty pages",
+            f"tags cannot be {verb} at {ipa:#x}: {name}: the VM is logging dirty pages",
             hint="a migration, snapshot or dirty-rate measurement is under way in the VMM:"
             " let it end (QMP: query-migrate, query-dirty-rate), then try again",
             ipa=ipa,

@@ -1,4 +1,4 @@
-"""Reading a whole snapshot to know that every byte of it is sound."""
+"""Read a whole snapshot to make sure that every byte of it is sound."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Checked:
         return total_bytes(self.held)
 
     def expect_same(self, header: Header) -> None:
-        """Raise DamagedError when the file is another one by now."""
+        """Raise DamagedError if the file is another one by now."""
         if header != self.header:
             raise DamagedError(
                 "the snapshot changed between its check and its use",
-                hint="somebody wrote to the file; nothing was done with it",
+                hint="check what writes to the file; mtetool did nothing with it",
             )
 
 
@@ -48,7 +48,7 @@ def check(
 ) -> Checked:
     """Read every record, decompress every piece, and hand the tags to `use` and `use_fill`.
 
-    Raises SnapshotError at the first thing that is wrong, the absence of the end included.
+    Raises SnapshotError at the first thing that is wrong, a missing end included.
     """
     result = Checked(reader.header)
     total, done = total_bytes(reader.header.scope), 0
@@ -73,7 +73,7 @@ def check(
 
 
 def _append(extents: list[Extent], extent: Extent) -> None:
-    """Pieces mostly follow each other: kept as one extent, so that the list stays short."""
+    """Append an extent; pieces mostly follow each other, and joining them keeps the list short."""
     if extents and extents[-1].ipa + extents[-1].size_bytes == extent.ipa:
         last = extents.pop()
         extent = Extent(last.ipa, last.size_bytes + extent.size_bytes)

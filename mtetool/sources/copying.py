@@ -1,8 +1,8 @@
-"""Copying tags out of a guest and into one, around what cannot be copied (`sources.around`).
+"""Copy tags out of a guest and into one, around memory that cannot be copied (`sources.around`).
 
-The kernel answers a copy with what it completed, and with an errno only when that is nothing
-(Documentation/virt/kvm/api.rst, KVM_ARM_MTE_COPY_TAGS). So a copy that came back short is
-asked again at the place where it stopped, which gives the errno.
+The kernel returns how much of a copy it completed, and an errno only when that is nothing
+(Documentation/virt/kvm/api.rst, KVM_ARM_MTE_COPY_TAGS). So a copy that came back short is retried
+at the place where it stopped, which gives the errno.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mtetool.uapi import GRANULE_BYTES
 class Copied:
     """Tags that were read, one byte a granule; see `mtetool.buffers` for how long they are valid.
 
-    With `over_base`, of a delta, they are the exclusive-or of the tags and those of its base.
+    With `over_base`, in a delta, they are the exclusive-or of the tags and those of its base.
     """
 
     ipa: int
@@ -41,10 +41,10 @@ class Copied:
 def check_mte_is_on(guest: Guest) -> None:
     """Raise MteOffError for a guest without MTE, whatever its layout and its snapshot are.
 
-    Before anything else is asked of it: where nothing has to be read (memory that was never
-    touched, an empty snapshot) no copy would say so.
+    This comes before any other request to the guest: where nothing needs to be read (memory that
+    was never touched, an empty snapshot), no copy would report it.
     """
-    guest.read_tags(0, bytearray())  # a copy of nothing passes every check, or says why not
+    guest.read_tags(0, bytearray())  # an empty copy passes every check, or says why not
 
 
 def check_has_tags(layout: Layout, name: str) -> None:
@@ -52,12 +52,12 @@ def check_has_tags(layout: Layout, name: str) -> None:
     if not layout.taggable:
         raise GuestError(
             f"{name} has no memory that carries tags",
-            hint="see its memslots with: mtetool emu show, or name them with --memslot IPA:SIZE",
+            hint="check its memslots: mtetool emu show; or name them: --memslot IPA:SIZE",
         )
 
 
 def tagged_layout(guest: Guest, name: str, otherwise: Sequence[Memslot] | None = None) -> Layout:
-    """The layout of a guest that has tags; `otherwise` is that of `layout_of`.
+    """The layout of a guest that has tags; `otherwise` is as for `layout_of`.
 
     Raises MteOffError, GuestError for a guest without memory, LayoutUnknownError.
     """
@@ -87,7 +87,7 @@ def check_takes_tags(guest: Guest, ipa: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """Granules that all have one tag, as many as one likes: nothing was read for them."""
+    """Any number of granules that all have one tag: nothing was read for them."""
 
     ipa: int
     size_bytes: int
@@ -97,7 +97,7 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class Later:
-    """Tags that whoever needs them reads, in a thread of its own."""
+    """Tags that their user reads later, in a thread of its own."""
 
     ipa: int
     size_bytes: int
@@ -106,7 +106,7 @@ class Later:
 
 
 Step = Copied | Fill | Missing
-"""What reading gives: each has `ipa` and `size_bytes` of guest memory."""
+"""A result of reading: each has `ipa` and `size_bytes` of guest memory."""
 
 
 class _Begun(NamedTuple):
@@ -118,10 +118,10 @@ class _Begun(NamedTuple):
 
 
 class TagReader:
-    """Reads a guest's tags in chunks, of which it keeps `keep` beside the last.
+    """Reads a guest's tags in chunks; `keep` chunks stay valid besides the last.
 
-    A chunk is what the guest copies at once, or `chunk_granules`. With `insist` every page is tried
-    of what cannot be read, however long that is.
+    A chunk is as long as the guest can copy at once, or `chunk_granules`. With `insist`, every page
+    of memory that cannot be read is tried, however much there is.
     """
 
     def __init__(
@@ -138,27 +138,27 @@ class TagReader:
         self.failed_pages = 0
         """Pages that were tried and cannot be read."""
         self.untried_pages = 0
-        """Pages that were taken for such without a try, beside those that failed."""
+        """Pages that were assumed unreadable without a try, besides those that failed."""
         self._layout = layout
         page = layout.page_size_bytes
         chunk_bytes = (chunk_granules or guest.max_copy_granules) * GRANULE_BYTES
         self._chunk_bytes = -(-chunk_bytes // page) * page
-        # Faulted in now: a guest may be waiting, paused, from the first copy on. (Fresh buffers a
-        # chunk would cost more than the copy.)
+        # Faulted in now: a guest may be waiting, paused, from the first copy on. (Fresh buffers
+        # for each chunk would cost more than the copy.)
         n_granules = self._chunk_bytes // GRANULE_BYTES
-        # One more, into which the next copy is begun before a chunk is handed out.
+        # One more buffer, for the next copy, which is begun before a chunk is handed out.
         self._looks_ahead = guest.depth > 1
         self._buffers = [prepared(n_granules) for _ in range(1 + keep + self._looks_ahead)]
         self._zeros = memoryview(bytes(n_granules))
         self._begun: _Begun | None = None
 
     def read(self, extents: Iterable[Extent], *, every_page: bool = False) -> Iterator[Step]:
-        """The tags of `extents` (page-aligned), in their order, and what could not be read.
+        """Read the tags of `extents` (page-aligned), in their order; yield what is missing, too.
 
-        Every page of the extents is in exactly one of the results. What the guest says cannot
-        be tagged is not read, unless `every_page` is true; results are cut at the same places
-        either way, every chunk from the extent's start. Raises GuestError when the guest is gone
-        or refuses as a whole.
+        Every page of the extents is in exactly one of the results. Memory that the guest says
+        cannot be tagged is not read, unless `every_page` is true; either way results are cut at the
+        same places, in chunks from the extent's start. Raises GuestError if the guest is gone or
+        refuses as a whole.
         """
         for step in self._read_all(extents, every_page, later=False):
             assert not isinstance(step, Later)
@@ -167,14 +167,14 @@ class TagReader:
     def read_later(
         self, extents: Iterable[Extent], *, every_page: bool = False
     ) -> Iterator[Step | Later]:
-        """As `read`, but chunks that can be read by any thread are left to others."""
+        """As `read`, but chunks that any thread can read are left to others."""
         return self._read_all(extents, every_page, later=True)
 
     def _read_all(
         self, extents: Iterable[Extent], every_page: bool, *, later: bool
     ) -> Iterator[Step | Later]:
         for extent in extents:
-            self._begun = None  # of an earlier moment, where a reading was given up
+            self._begun = None  # from an earlier read that was given up
             parts = [extent] if every_page else self._guest.may_be_tagged(extent)
             yield from self._read(extent, _Ahead(parts), later=later)
 
@@ -236,7 +236,7 @@ class TagReader:
         return Later(start, end - start, read)
 
     def _read_chunk(self, start: int, end: int, parts: _Ahead) -> tuple[int, OSError | None]:
-        """Read into the first buffer: up to where, and what kept it from the end."""
+        """Read into the first buffer; return where it stopped, and the error if it was early."""
         at = start
         while at < end:
             room = self._buffers[0][(at - start) // GRANULE_BYTES :]
@@ -261,14 +261,14 @@ class TagReader:
         return at, None
 
     def _begin(self, ipa: int, room: memoryview) -> Pending:
-        """A copy into a part of the first buffer; the one that was begun there, if it is that."""
+        """Begin a copy into a part of the first buffer, unless the same one was begun already."""
         begun, self._begun = self._begun, None
         if begun is not None and begun.ipa == ipa and begun.n_granules == len(room):
             return begun.copy
         return self._guest.begin_read(ipa, room)
 
     def _begin_next(self, ipa: int, end: int) -> None:
-        """The first copy of the next chunk, into what will be the first buffer then."""
+        """Begin the first copy of the next chunk, into the buffer that will then be the first."""
         n_granules = (end - ipa) // GRANULE_BYTES
         copy = self._guest.begin_read(ipa, self._buffers[1][:n_granules])
         self._begun = _Begun(ipa, n_granules, copy)
@@ -306,7 +306,7 @@ def cut(step: Step, ipa: int, size_bytes: int) -> Step:
 
 
 class _Ahead:
-    """Ascending extents, looked at one ahead."""
+    """Ascending extents, read one ahead."""
 
     def __init__(self, extents: Iterable[Extent]) -> None:
         self._extents = iter(extents)
@@ -326,9 +326,9 @@ def write_extent(
 ) -> Iterator[Extent | Missing]:
     """Begin to write `tags`, at most what the guest copies at once, from `ipa` on.
 
-    (Both are whole pages.) The steps of the result do the rest: what was written, and what could
-    not be. With `insist` every page is tried of what cannot be written. They raise BusyError while
-    the VM logs dirty pages, GuestError when the guest is gone.
+    (Both are whole pages.) Iterating over the result does the rest, and yields what was written and
+    what could not be. With `insist`, every page of memory that cannot be written is tried. It
+    raises BusyError while the VM logs dirty pages, GuestError if the guest is gone.
     """
 
     def write(at: int, size_bytes: int) -> int:
@@ -342,7 +342,7 @@ def write_extent(
 def _walk(
     begun: Pending, transfer: Transfer, extent: Extent, layout: Layout, *, insist: bool
 ) -> Iterator[Extent | Missing]:
-    """Write an extent, all of which was begun. Each result is done with before the next call."""
+    """Write an extent that was begun whole. The caller uses each result before the next."""
     at, end = extent.ipa, extent.end
     while at < end:
         try:
@@ -360,7 +360,7 @@ def _walk(
 def _check_completed(done: int, size_bytes: int, at: int, layout: Layout) -> None:
     if not 0 < done <= size_bytes or done % layout.page_size_bytes:
         raise GuestError(
-            f"the copy of {size_bytes} bytes at {at:#x} answered {done}, which is not a"
-            " length that it can have completed",
+            f"the copy of {size_bytes} bytes at {at:#x} returned {done}, which is not a"
+            " possible length",
             ipa=at,
         )

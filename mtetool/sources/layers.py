@@ -1,4 +1,4 @@
-"""A snapshot and the deltas to it, read as one: what a delta does not have comes from below."""
+"""A snapshot and its deltas, read as one: tags that a delta lacks come from the one below."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from mtetool.uapi import GRANULE_BYTES
 def open_layers(paths: Sequence[str]) -> Iterator[Layers]:
     """Open snapshots as one: a base, a delta to it, a delta to that, and so on.
 
-    The first may be a delta as well; then so are all of them together. "-" is standard input.
-    Raises what opening a snapshot raises, and BaseNeededError where one is not a delta to that
-    before it.
+    The first may be a delta as well; then together they are one, too. "-" is standard input.
+    Raises what opening a snapshot raises, and BaseNeededError where one is not a delta to the
+    one before it.
     """
     with ExitStack() as stack:
         streams = []
@@ -44,7 +44,7 @@ def open_layers(paths: Sequence[str]) -> Iterator[Layers]:
 class Layers:
     """Several snapshots, each a delta to the one before; a `TagSource`.
 
-    Every record that is read has its checksum compared; `check` looks at all of them.
+    The checksum of every record that is read is compared; `check` reads all of them.
     """
 
     def __init__(self, streams: Sequence[tuple[BinaryIO, str]]) -> None:
@@ -72,16 +72,16 @@ class Layers:
 
     @property
     def missing(self) -> tuple[Missing, ...]:
-        """What is missing in the end; known once `check` was done."""
+        """What is missing in the end; known once `check` is done."""
         return self._missing
 
     def need_whole(self) -> None:
-        """Raise BaseNeededError where the first of them is a delta too."""
+        """Raise BaseNeededError if the first snapshot is a delta too."""
         if self.header.base_id is not None:
             name = self._streams[0][1]
             raise BaseNeededError(
                 f"{name} is a delta to the snapshot {self.header.base_id}, which is not here",
-                hint="name that before it; mtetool info says the id of a snapshot",
+                hint="name that snapshot before it; mtetool info prints a snapshot's id",
                 base_id=self.header.base_id,
             )
 
@@ -90,12 +90,12 @@ class Layers:
         return list(self.header.scope)
 
     def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
-        """See `TagSource.read`; steps are over the base where that is not here."""
+        """See `TagSource.read`; steps are over the base if that is not here."""
         for extent in extents:
             yield from self._read(len(self._sources) - 1, extent)
 
     def steps(self, *, keep: int = 0) -> Iterator[Step]:
-        """All tags, in order of address. All are kept: each record has a buffer of its own."""
+        """All tags, in order of address. All stay valid: each record has a buffer of its own."""
         return self.read(self.header.scope)
 
     def check(self, *, progress: Progress = no_progress) -> Checked:
@@ -118,9 +118,9 @@ class Layers:
         return Checked(self.header, held, missing, n_pieces, stored_bytes)
 
     def fill_in(self, ipa: int, out: memoryview) -> bool:
-        """Write the tags from `ipa` on to `out`; False where not all of them are here.
+        """Write the tags from `ipa` on to `out`; False if some of them are not here.
 
-        May be called by several threads at a time.
+        Several threads may call it at a time.
         """
         extent = Extent(ipa, len(out) * GRANULE_BYTES)
         with self._lock:
@@ -134,7 +134,7 @@ class Layers:
         return True
 
     def changed_by(self, fill: Fill) -> list[tuple[Extent, int]]:
-        """The parts of a range, and how many granules there have another tag than `fill`."""
+        """The parts of a range, and how many granules in each have another tag than `fill`."""
         with self._lock:
             return [
                 (Extent(step.ipa, step.size_bytes), self._count_others(step, fill.tag))
@@ -166,7 +166,7 @@ class Layers:
                     yield step
 
     def _resolved(self, level: int, step: Copied | Fill) -> Iterator[Step]:
-        """A step over the layer below, together with that."""
+        """A step over the layer below, combined with that layer."""
         extent = Extent(step.ipa, step.size_bytes)
         if isinstance(step, Fill):
             yield from self._read(level - 1, extent)
@@ -190,18 +190,18 @@ class Layers:
 def _check_on(below: Header, below_name: str, above: Header, name: str) -> None:
     if above.base_id is None:
         raise UsageError(
-            f"{name} is a whole snapshot, no delta to {below_name}",
-            hint="a base comes first, and only deltas after it",
+            f"{name} is a whole snapshot, not a delta to {below_name}",
+            hint="name the base first, and only deltas after it",
         )
     if above.base_id != below.snapshot_id:
         raise BaseNeededError(
-            f"{name} is a delta to the snapshot {above.base_id}, and {below_name} is"
+            f"{name} is a delta to the snapshot {above.base_id}, but {below_name} is"
             f" {below.snapshot_id}",
-            hint="name the snapshots in the order in which they were saved, none left out",
+            hint="name all snapshots in the order in which they were saved",
             base_id=above.base_id,
         )
     if above.page_size_bytes != below.page_size_bytes:
         raise LayoutError(
-            f"{name} is of pages of {above.page_size_bytes} bytes, and its base {below_name}"
-            f" of {below.page_size_bytes}"
+            f"{name} has pages of {above.page_size_bytes} bytes, but its base {below_name} has"
+            f" pages of {below.page_size_bytes} bytes"
         )

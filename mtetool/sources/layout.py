@@ -10,7 +10,7 @@ from mtetool.errors import LayoutUnknownError, MisalignedError, RangeError
 from mtetool.guest import Extent, Guest, Memslot
 from mtetool.snapshot.model import Header
 
-UNREACHABLE = "a device's memory, or protected from its own program"
+UNREACHABLE = "a device's memory, or memory protected from its own program"
 """What a slot of the kind "device" is."""
 
 
@@ -18,7 +18,7 @@ UNREACHABLE = "a device's memory, or protected from its own program"
 class Layout:
     """Memslots in order of address, and the page size that copies are aligned to.
 
-    Without slots it is a layout that nobody knows: every address may hold memory.
+    Without slots, the layout is unknown: every address may hold memory.
     """
 
     slots: tuple[Memslot, ...]
@@ -48,16 +48,16 @@ class Layout:
 
     @property
     def writable(self) -> list[Extent]:
-        """Of `taggable` what takes tags, as far as is known."""
+        """The part of `taggable` that takes tags, as far as is known."""
         return [
             Extent(s.ipa, s.size_bytes) for s in self.slots if s.kind == "ram" and not s.readonly
         ]
 
 
 def layout_of(guest: Guest, otherwise: Sequence[Memslot] | None = None) -> Layout:
-    """The layout of a guest; `otherwise` (a snapshot's memslots) where it cannot be learnt.
+    """The layout of a guest; that of `otherwise` (a snapshot's memslots) where it is unknown.
 
-    Raises LayoutUnknownError when it cannot be learnt and there is no other.
+    Raises LayoutUnknownError if it is unknown and `otherwise` is None.
     """
     try:
         slots = guest.info().memslots
@@ -69,7 +69,7 @@ def layout_of(guest: Guest, otherwise: Sequence[Memslot] | None = None) -> Layou
 
 
 def slots_of(header: Header) -> tuple[Memslot, ...]:
-    """A snapshot's memslots; what it speaks of, where nobody knew them at its save."""
+    """A snapshot's memslots; its scope, where they were unknown at its save."""
     if header.memslots:
         return header.memslots
     scope = enumerate(merged(header.scope))
@@ -90,7 +90,7 @@ def merged(extents: Iterable[Extent]) -> list[Extent]:
 
 
 def common(a: Iterable[Extent], b: Iterable[Extent]) -> list[Extent]:
-    """The addresses that are in both."""
+    """The addresses that are in both `a` and `b`."""
     left, right = merged(a), merged(b)
     result: list[Extent] = []
     i = j = 0
@@ -155,7 +155,7 @@ def check_inside(ranges: Iterable[Extent], held: Sequence[Extent], whose: str) -
         if not common([asked], held):
             known = ", ".join(hex_range(extent) for extent in held[:8]) or "none"
             raise RangeError(
-                f"the range {hex_range(asked)} is outside all memory of {whose}",
+                f"the range {hex_range(asked)} is outside the memory of {whose}",
                 hint=f"its memory: {known}{', …' if len(held) > 8 else ''}",
                 ipa=asked.ipa,
                 size_bytes=asked.size_bytes,

@@ -1,4 +1,4 @@
-"""A snapshot that is read once or, where that can be, twice."""
+"""A snapshot that is read once or, where possible, twice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mtetool.sources.layers import Layers, open_layers
 
 @dataclass(frozen=True, slots=True)
 class SnapshotInput:
-    """An open snapshot. `seekable` says that `reader` may be called more than once."""
+    """An open snapshot. If `seekable` is true, `reader` may be called more than once."""
 
     stream: BinaryIO
     name: str
@@ -33,7 +33,7 @@ class SnapshotInput:
 
 @dataclass(frozen=True, slots=True)
 class LayeredInput:
-    """Open snapshots that are read as one, as often as one likes."""
+    """Open snapshots that are read as one, any number of times."""
 
     layers: Layers
     seekable: bool = True

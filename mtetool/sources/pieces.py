@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from mtetool.snapshot.reader import Piece
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes of guest memory that are done and those there are in all."""
+"""Called with the bytes of guest memory that are done, and with their total."""
 
-# More threads would wait for whoever uses the tags.
+# More threads would only wait for the user of the tags.
 _MOST_JOBS = 4
 
 
 def no_progress(done_bytes: int, total_bytes: int) -> None:
-    """Nobody wants to know."""
+    """Report nothing."""
 
 
 @lru_cache(maxsize=1)
 def constant(tag: int, n_granules: int) -> memoryview:
-    """So many granules of one tag, not to be written to."""
+    """That many granules of one tag; do not write to them."""
     return memoryview(bytes([tag]) * n_granules)
 
 
@@ -41,9 +41,9 @@ def decoded(
     """The pieces in their order, with the tags of those that are not fills.
 
     Threads decode ahead, as far as there are buffers: one for each CPU and one more, at most
-    five, each as large as the largest piece was. Of those that have tags, `keep` are kept beside
-    the last, for which there are so many more buffers. Raises what `pieces` and `Piece.tags` raise,
-    each in its turn.
+    five, each as large as the largest piece so far. The tags of `keep` pieces stay valid besides
+    the last, in that many more buffers. Raises what `pieces` and `Piece.tags` raise, each in its
+    turn.
     """
     jobs = min(len(os.sched_getaffinity(0)), _MOST_JOBS)
     with ThreadPoolExecutor(jobs, thread_name_prefix="decode") as pool:
@@ -61,7 +61,7 @@ def _decoded(
             while not ended and buffers.free and len(pending) < _MOST_PENDING:
                 try:
                     piece = next(pieces, None)
-                except Exception as error:  # noqa: BLE001 - raised when what is before it was used
+                except Exception as error:  # noqa: BLE001 - raised after the pieces before it
                     failed, piece = error, None
                 if piece is None:
                     ended = True
@@ -102,7 +102,7 @@ def _submit(pool: ThreadPoolExecutor, piece: Piece, room: memoryview) -> Future[
 
 
 class _Buffers:
-    """Buffers that are taken and given back in turn, and grow to what is asked of them."""
+    """Buffers that are taken and given back in turn, and grow to the requested size."""
 
     def __init__(self, count: int) -> None:
         self._rooms = [memoryview(b"") for _ in range(count)]
@@ -118,5 +118,5 @@ class _Buffers:
         return self._rooms[at][:n_bytes]
 
     def give_back(self) -> None:
-        """The one that was taken first."""
+        """Give back the one that was taken first."""
         self.free += 1

@@ -1,4 +1,4 @@
-"""One way to read tags from whatever has them: a guest, a snapshot file, a pipe."""
+"""One way to read tags from any source: a guest, a snapshot file, a pipe."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from mtetool.uapi import GRANULE_BYTES
 
 
 class TagSource(Protocol):
-    """What has tags for some extents of guest memory."""
+    """A source of tags for some extents of guest memory."""
 
     @property
     def name(self) -> str:
-        """What the user called it."""
+        """The name that the user gave it."""
         ...
 
     @property
@@ -36,11 +36,11 @@ class TagSource(Protocol):
         ...
 
     def extents(self) -> list[Extent]:
-        """The memory that it speaks of, in order of address."""
+        """The memory that it covers, in order of address."""
         ...
 
     def check(self, extents: Sequence[Extent]) -> None:
-        """Raise WouldAllocateError where reading these makes memory that nobody asked for."""
+        """Raise WouldAllocateError if reading these would allocate unwanted memory."""
         ...
 
     def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
@@ -53,7 +53,7 @@ class TagSource(Protocol):
 
 
 def asked(source: TagSource, ranges: Sequence[Extent]) -> list[Extent]:
-    """What to read of a source: the ranges that were asked for, or all of it.
+    """The extents to read from a source: the requested ranges, or all of it.
 
     Raises MisalignedError for parts of granules, RangeError for a range outside all of it,
     WouldAllocateError.
@@ -86,8 +86,8 @@ def open_source(
         base_id = snapshot.header.base_id
         if base_id is not None:
             raise BaseNeededError(
-                f"{source} is a delta to the snapshot {base_id}, and says nothing without it",
-                hint="make one of the two: mtetool merge BASE DELTA -o WHOLE",
+                f"{source} is a delta to the snapshot {base_id}, and useless without it",
+                hint="merge the two: mtetool merge BASE DELTA -o WHOLE",
                 base_id=base_id,
             )
         yield SnapshotSource(snapshot, source)
@@ -142,7 +142,7 @@ class SnapshotSource:
         return list(self._snapshot.header.scope)
 
     def check(self, extents: Sequence[Extent]) -> None:
-        """See `TagSource.check`: a file is only read."""
+        """See `TagSource.check`: reading a file allocates nothing."""
 
     def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
         """See `TagSource.read`."""
@@ -179,7 +179,7 @@ def _in_force(entries: Iterable[Entry]) -> Iterator[tuple[Extent, Entry]]:
         ((entry.ipa, entry.ipa + entry.size_bytes, -number, entry))
         for number, entry in enumerate(entries)
     )
-    # The record with the highest number is on top; those that ended are dropped late.
+    # The record with the highest number is on top; records that have ended are dropped late.
     open_now: list[tuple[int, int, Entry]] = []
     at = index = 0
     while index < len(by_ipa) or open_now:
@@ -215,13 +215,13 @@ class _Copying:
 
 @contextmanager
 def _spool(stream: BinaryIO, name: str) -> Iterator[BinaryIO]:
-    """A snapshot from a pipe in a file without a name, checked on the way there.
+    """Copy a snapshot from a pipe to a file without a name, checked on the way.
 
-    A source that is not a snapshot ends at its first bytes, and fills no disk.
+    A source that is not a snapshot fails at its first bytes, and fills no disk.
     """
     with _about_spool():
         spool = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
-    # Closed by hand: what `with` would flush once more behind an error is not wanted.
+    # Closed by hand: `with` would flush once more after an error.
     try:
         for _ in SnapshotReader(cast(BinaryIO, _Copying(stream, spool)), name):
             pass
@@ -238,9 +238,9 @@ def _about_spool() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = "a snapshot from a pipe needs room in a directory for temporary files, which failed"
+        what = "a snapshot from a pipe could not be copied to the directory for temporary files"
         told = host_error(error, what)
-        told.hint = "another directory: TMPDIR=DIRECTORY mtetool ...; or save to a file first"
+        told.hint = "use another directory: TMPDIR=DIRECTORY mtetool ...; or save to a file first"
         raise told from error
 
 

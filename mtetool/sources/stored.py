@@ -1,4 +1,4 @@
-"""What can be put into a guest: a snapshot that is read front to back, or one with its deltas."""
+"""Snapshots to put into a guest: one that is read front to back, or one with its deltas."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ class Stored(Protocol):
 
     @property
     def header(self) -> Header:
-        """What it is of."""
+        """The header of the snapshot."""
         ...
 
     @property
     def missing(self) -> tuple[Missing, ...]:
-        """What is missing in the end, once it was read to its end."""
+        """What is missing in the end; known once the snapshot was read to its end."""
         ...
 
     def steps(self, *, keep: int = 0) -> Iterator[Step]:
         """The tags; a later step replaces what earlier ones say.
 
-        Those of `keep` steps are kept beside the last. Raises SnapshotError.
+        The tags of `keep` steps stay valid besides the last. Raises SnapshotError.
         """
         ...
 
     def check(self, *, progress: Progress = no_progress) -> Checked:
-        """Look at every byte. Raises SnapshotError."""
+        """Check every byte. Raises SnapshotError."""
         ...
 
 
 def stored(snapshot: SnapshotReader | Layers) -> Stored:
-    """A snapshot that needs no other. Raises BaseNeededError."""
+    """The tags of a snapshot that needs no other. Raises BaseNeededError."""
     if isinstance(snapshot, Layers):
         snapshot.need_whole()
         return snapshot
     base_id = snapshot.header.base_id
     if base_id is not None:
         raise BaseNeededError(
-            f"the snapshot is a delta to the snapshot {base_id}, and says nothing without it",
-            hint="name that with --base, or make one of the two: mtetool merge BASE DELTA -o WHOLE",
+            f"the snapshot is a delta to the snapshot {base_id}, and useless without it",
+            hint="name that with --base, or merge the two: mtetool merge BASE DELTA -o WHOLE",
             base_id=base_id,
         )
     return _FrontToBack(snapshot)

@@ -1,4 +1,4 @@
-"""Ranges counted and listed for a report: all of them, in bounded memory."""
+"""Count and list ranges for a report: all of them, in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 IN_MEMORY_ROWS = 1 << 15
 """How many ranges are kept in memory; more go to a file without a name."""
 
-# What is read back at once, in rows.
+# How many rows are read back at once.
 _READ_ROWS = 1 << 12
 
-# A row is the address, the size in bytes, and the number of the range that it is otherwise alike.
+# A row is the address, the size in bytes, and the number of a range that is otherwise alike.
 _ROW_NUMBERS = 3
 _ROW_BYTES = 8 * _ROW_NUMBERS
 
@@ -38,10 +38,10 @@ R = TypeVar("R", bound=_Range)
 class Tally(Generic[R]):
     """Ranges in the order they came; those that touch and are otherwise equal are joined.
 
-    `count` and `size_bytes` speak of all of them, and so does the list that iterating gives,
-    unless only the first `listed` are wanted. Of a terabyte in which every other granule is
-    wrong the list is as long as a disk is large: where the directory for temporary files has no
-    room it ends early, and `truncated` is true.
+    `count` and `size_bytes` cover all of them, and so does the list that iterating yields, unless
+    only the first `listed` are wanted. For a terabyte in which every other granule is wrong, the
+    list can fill a disk: where the directory for temporary files has no room, it ends early, and
+    `truncated` is true.
     """
 
     def __init__(self, listed: int | None = None) -> None:
@@ -50,7 +50,7 @@ class Tally(Generic[R]):
         self.truncated = False
         self._listed = listed
         self._last: R | None = None
-        # One of each kind: ranges of one reason differ in address and size only.
+        # One of each kind: ranges with one reason differ in address and size only.
         self._kinds: list[R] = []
         self._numbers: dict[R, int] = {}
         self._rows = array("Q")
@@ -61,7 +61,7 @@ class Tally(Generic[R]):
         return self.count > 0
 
     def __iter__(self) -> Iterator[R]:
-        """The ranges that are listed. Raises OSError where they cannot be read back."""
+        """The listed ranges. Raises OSError where they cannot be read back."""
         at = 0
         while at < self._spooled_rows:
             n_rows = min(_READ_ROWS, self._spooled_rows - at)
@@ -73,11 +73,11 @@ class Tally(Generic[R]):
 
     @property
     def items(self) -> list[R]:
-        """All that are listed, in memory."""
+        """All listed ranges, in memory."""
         return list(self)
 
     def first(self, count: int) -> list[R]:
-        """The first of them, at most `count`."""
+        """The first listed ranges, at most `count`."""
         return [item for _, item in zip(range(count), self, strict=False)]
 
     def add(self, item: R) -> None:
@@ -92,7 +92,7 @@ class Tally(Generic[R]):
         self.count += 1
 
     def extend(self, kind: R, ipas: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
-        """As `add` for ranges in order that do not touch, otherwise like `kind`; 1 at least."""
+        """As `add`, for at least 1 range: in order, not touching, otherwise like `kind`."""
         last = len(ipas) - 1
         self.add(_replace(kind, ipa=int(ipas[0]), size_bytes=int(sizes[0])))
         if not last:
@@ -111,13 +111,13 @@ class Tally(Generic[R]):
         return not self.truncated and (self._listed is None or index < self._listed)
 
     def _close_last(self) -> None:
-        """The last range is complete: what comes does not join it."""
+        """Complete the last range: the next one does not join it."""
         last = self._last
         if last is not None and self._is_listed(self.count - 1):
             self._keep(array("Q", (last.ipa, last.size_bytes, self._number(last))))
 
     def _as_rows(self, kind: R, ipas: NDArray[np.int64], sizes: NDArray[np.int64]) -> array[int]:
-        """Ranges as they are kept, as many as are still to be listed."""
+        """Ranges as they are kept; only as many as are still to be listed."""
         import numpy as np
 
         rows = np.empty((len(ipas), _ROW_NUMBERS), dtype=np.uint64)
@@ -146,7 +146,7 @@ class Tally(Generic[R]):
         try:
             self._write_out()
         except OSError:
-            # The work that is reported is worth more than its report.
+            # The work is worth more than its report.
             self.truncated = True
 
     def _write_out(self) -> None:

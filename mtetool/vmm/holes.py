@@ -1,8 +1,8 @@
-"""How much memory a VMM would newly have if memory of its guest were read.
+"""How much memory reading a guest's memory would newly allocate in its VMM.
 
-Anonymous private memory that nobody touched is read from the kernel's one page of zeros, and costs
-nothing. A hole of a file in memory (memfd, tmpfs, hugetlbfs) gets a page of its own as soon as it
-is read, which stays, and is charged to the VMM's cgroup, as a thread of the VMM reads it.
+Untouched anonymous private memory reads as the kernel's one page of zeros, and costs nothing. A
+hole of a file in memory (memfd, tmpfs, hugetlbfs) gets a page of its own as soon as it is read; the
+page stays, and is charged to the VMM's cgroup, because a thread of the VMM reads it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from mtetool.vmm.pagemap import (
     open_mapped,
 )
 
-# The unit of st_blocks, whatever the file system's own is.
+# The unit of st_blocks, whatever the file system's own unit is.
 _BLOCK_BYTES = 512
-# What is smaller is not searched for: a VMM has many mappings of such a size.
+# Smaller memory is not searched for: a VMM has many mappings of such a size.
 _WORTH_BYTES = 1 << 20
 
 
@@ -44,9 +44,9 @@ class _Window:
 
 
 def bytes_to_be_made(pid: int, known: HostMemory | None, extents: Iterable[Extent]) -> int:
-    """At most how many bytes reading guest memory would newly allocate in process `pid`.
+    """The most bytes that reading guest memory would newly allocate in process `pid`.
 
-    Of `extents`, pages that are `known` not to exist are not read.
+    Pages of `extents` that are `known` not to exist are not read.
     """
     unplaced: list[int] = []
     made = 0
@@ -61,7 +61,7 @@ def bytes_to_be_made(pid: int, known: HostMemory | None, extents: Iterable[Exten
                 unplaced.append(stop - at)
     if unplaced:
         free = _without(windows, known.addresses() if known else [])
-        # What is larger than all such files together is not of them.
+        # Memory larger than all such files together is not in them.
         if sum(window.end - window.start for window in free) >= min(unplaced):
             made += min(sum(unplaced), _holes(free))
     return made
@@ -73,11 +73,11 @@ def _made_of(
     """The same for memory that is at one of several addresses."""
     size = stop - at
     here = [list(_within(windows, address, address + size)) for address in addresses]
-    # Which huge pages exist is not known, and all are read.
+    # Which huge pages exist is unknown, so all are read.
     made = max(_holes([each for each in some if each.is_huge]) for some in here)
     if len(addresses) < 2 or not any(_holes(some) for some in here):
         return made
-    # What exists at any of them is read, wherever the memory is.
+    # Pages that exist at any of the addresses are read, whichever is the right one.
     read = sum(part.size_bytes for part in known.existing(Extent(at, size)))
     for some, address in zip(here, addresses, strict=True):
         made = max(made, min(_holes(some), read - known.existing_at(address, address + size)))
@@ -90,14 +90,14 @@ def _holes(windows: Iterable[_Window]) -> int:
     for window in windows:
         if window.hole_bytes:
             absent, _ = of_files.get(window.file, (0, 0))
-            # What is in the page tables exists; private huge pages are nowhere else.
+            # Pages in the page tables exist; private huge pages are nowhere else.
             absent += window.end - window.start - _present(window.pid, window.start, window.end)
             of_files[window.file] = absent, window.hole_bytes
     return sum(min(absent, holes) for absent, holes in of_files.values())
 
 
 def _windows(pid: int) -> Iterator[_Window]:
-    """The mappings that may be a guest's memory and are of files in memory."""
+    """The mappings of files in memory that may be a guest's memory."""
     with suppress(OSError):
         for mapping in procfs.mappings(pid):
             start, end = mapping.start, mapping.end
@@ -107,7 +107,7 @@ def _windows(pid: int) -> Iterator[_Window]:
             try:
                 fd = open_mapped(pid, mapping, os.O_PATH)
             except UnknownError:
-                # It may be memory. What it has beyond the VMM's own page tables is not shown to us.
+                # It may be memory. We cannot see its pages beyond the VMM's own page tables.
                 yield _Window(pid, start, end, file, end - start, False)
                 continue
             try:

@@ -1,7 +1,7 @@
 """What this host offers: its processor, its KVM, and what this process may do to others.
 
-Looks only at this process and at /proc and /dev; the one VM that is made is a scratch one
-of our own, and is gone when the answer is there.
+This looks only at this process, /proc and /dev; the one VM that it makes is a scratch VM of our
+own, which is gone once it has answered.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mtetool.vmm.scratch import Kvm
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What was found; None where it could not be found out.
+    """What was found; None for what could not be found out.
 
     `kvm_errno` is 0 when /dev/kvm could be opened. The last four are those of
     `mtetool.permission.Rights`.
@@ -64,7 +64,7 @@ def _ask_kvm(path: Path, machine: str) -> tuple[int, bool | None]:
 
 
 def _scratch_vm_has_mte(kvm: Kvm) -> bool | None:
-    """Whether MTE can be enabled, tried on a VM that ends here; None without a VM."""
+    """Whether MTE can be enabled, tried on a scratch VM; None without a VM."""
     try:
         vm = kvm.create_vm()
     except OSError:

@@ -1,4 +1,4 @@
-"""Where in a VMM's process the memory of its guest is, and which of it exists."""
+"""Where guest memory is in the VMM's process, and which of it exists."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mtetool.vmm.pagemap import Pagemap
 
 
 class HostMemory:
-    """Where in a VMM's process the memory of its guest is.
+    """Where guest memory is in the VMM's process.
 
-    Where several are told for some memory, it is one of them, nobody knows which.
+    If several places are given for some memory, it is in one of them; which one is unknown.
     """
 
     def __init__(self, pagemap: Pagemap, where: Sequence[Place]) -> None:
@@ -24,9 +24,9 @@ class HostMemory:
         self._ends = sorted(ends)
 
     def existing(self, extent: Extent) -> Iterator[Extent]:
-        """The parts of guest memory whose pages exist, or of which that is unknown.
+        """The parts of guest memory whose pages exist or may exist.
 
-        In order, no two of them touching.
+        In order; no two of them touch.
         """
         start = stop = extent.ipa
         for first, behind in self._parts(extent.ipa, extent.end):
@@ -39,11 +39,11 @@ class HostMemory:
             yield Extent.between(start, stop)
 
     def addresses(self) -> list[Span]:
-        """All ranges of addresses that were told."""
+        """All ranges of addresses that were given."""
         return [Span(each.address, each.address + each.size_bytes) for each in self._where]
 
     def told(self, ipa: int, end: int) -> Iterator[tuple[int, int, list[int]]]:
-        """(start, end, addresses) of each part of a range: where its start may be, if told."""
+        """(start, end, addresses) of each part of a range: where its start may be, if given."""
         inside = [at for at in self._ends if ipa < at < end]
         for at, stop in itertools.pairwise([ipa, *inside, end]):
             if at < stop:
@@ -72,5 +72,5 @@ class HostMemory:
             yield Span(first + shift, behind + shift)
 
     def close(self) -> None:
-        """Let go of the process. Idempotent."""
+        """Close the pagemap. Idempotent."""
         self._pagemap.close()

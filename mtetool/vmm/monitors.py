@@ -1,8 +1,8 @@
-"""The monitor of a QEMU: found where QEMU sees it, and believed once it is proven to be QEMU's.
+"""The monitor of a QEMU: found where QEMU sees it, and trusted once it is proven to be QEMU's.
 
-A path means what the mount namespace of a process makes of it, and a socket outlives the process
-that made it: another VM may answer there. What it says of its memory would be taken for the
-guest's, and tags would be lost in silence.
+The meaning of a path depends on the mount namespace of a process, and a socket outlives the process
+that made it: another VM may answer there. Its memory would be taken for the guest's, and tags would
+be lost silently.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CONFIG_BYTES = 1 << 20
 
 
 def open_given(pid: int, path: Path) -> Monitor:
-    """Connect to the monitor at a path of our own, proven to be that of the process.
+    """Connect to the monitor at a path of our own, if it is proven to be the process's.
 
     Raises ForeignMonitorError, LayoutUnknownError.
     """
@@ -38,8 +38,8 @@ def open_given(pid: int, path: Path) -> Monitor:
 def open_found(pid: int) -> Monitor | None:
     """Connect to the first monitor on the process's command line that is proven to be its own.
 
-    None where it names none that can be connected to. Raises LayoutUnknownError, which says why
-    for each.
+    None if it names none that listens on a unix socket. Raises LayoutUnknownError with the reason
+    for each that fails.
     """
     patience = Patience()
     refusals = []
@@ -60,7 +60,7 @@ def open_found(pid: int) -> Monitor | None:
 
 
 def name_of(pid: int) -> str | None:
-    """The guest's name on a QEMU's command line; None where there is none."""
+    """The guest's name on a QEMU's command line; None if there is none."""
     name = qemu_options.guest_name(proc.command_line(pid), lambda path: _config(pid, path))
     return None if name is None else name[:NAME_LENGTH]
 
@@ -70,7 +70,7 @@ def _addresses(pid: int) -> list[SocketAddress]:
 
 
 def _config(pid: int, path: str) -> str:
-    """The text of a QEMU's `-readconfig` file; empty where it cannot be read."""
+    """The text of a QEMU's `-readconfig` file; empty if it cannot be read."""
     try:
         file = unix_sockets.find(pid, path)
     except OSError:
@@ -107,7 +107,7 @@ def _connected(where: str, file: int) -> socket.socket:
 
 
 def _proven(pid: int, where: str, connection: socket.socket, patience: Patience) -> Monitor:
-    """The monitor at the other end; nothing is asked of one that cannot be this process's."""
+    """The monitor at the other end; one that cannot be this process's is asked nothing."""
     try:
         peer = unix_sockets.peer_of(connection)
         conversation = Conversation(connection, where, patience)
@@ -127,23 +127,22 @@ def _proven(pid: int, where: str, connection: socket.socket, patience: Patience)
 def _check_threads(
     pid: int, where: str, peer: unix_sockets.Peer, conversation: Conversation
 ) -> None:
-    """See that it names threads of the process. Raises ForeignMonitorError."""
+    """Check that it names threads of the process. Raises ForeignMonitorError."""
     try:
         conversation.open()
         tids = Monitor(conversation).vcpu_threads()
     except LayoutUnknownError as error:
         raise _foreign(pid, where, peer, f"; {error.message}") from error
     if not tids or not tids <= proc.inner_tids(pid):
-        raise _foreign(pid, where, peer, ", and the vCPUs' threads that it names are others")
+        raise _foreign(pid, where, peer, "; the vCPU threads it names are another process's")
 
 
 def _may_speak_for(peer: unix_sockets.Peer, pid: int) -> bool:
-    """Whether a manager that made the socket may be one of the process's.
+    """Whether the peer may be a manager that made the socket for the process.
 
     libvirt and Kata listen themselves, and hand the socket to QEMU. QEMU then names its threads by
-    their ids in its own PID namespace, which are the same in many containers: so the peer has to
-    be in that namespace too. The ids of threads are no secret: so it has to be root, or the
-    process's own user.
+    their ids in its own PID namespace, which are the same in many containers: so the peer must be
+    in that namespace too. Thread ids are not secret: so it must be root, or the process's own user.
     """
     with suppress(OSError):
         own, others = (os.stat(f"/proc/{each}/ns/pid") for each in (pid, peer.pid))  # noqa: PTH116
@@ -152,12 +151,12 @@ def _may_speak_for(peer: unix_sockets.Peer, pid: int) -> bool:
 
 
 def _foreign(pid: int, where: str, peer: unix_sockets.Peer, more: str) -> ForeignMonitorError:
-    who = f"process {peer.pid} ({proc.program(peer.pid)})" if peer.pid else "a process unseen here"
+    who = f"process {peer.pid} ({proc.program(peer.pid)})" if peer.pid else "a hidden process"
     return ForeignMonitorError(
-        f"the monitor at {where} is not proven to be that of process {pid}: {who} listens there"
+        f"the monitor at {where} is not proven to belong to process {pid}: {who} listens there"
         f"{more}",
-        hint="leave --qmp away, so that mtetool finds the VM's own monitor or asks the kernel;"
-        " VMs are listed by: mtetool list",
+        hint="leave --qmp out: mtetool then finds the VM's own monitor or asks the kernel;"
+        " list the VMs: mtetool list",
         pid=pid,
         path=where,
     )

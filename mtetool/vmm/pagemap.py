@@ -1,11 +1,11 @@
 """Which pages of a process's memory exist, found without touching them.
 
 The page tables show it for private memory (/proc/PID/pagemap, PAGEMAP_SCAN of Linux 6.7:
-Documentation/admin-guide/mm/pagemap.rst; before, `vmm.pagewords`). A page of a shared file can
-exist without being in them:
-there the file's own holes are asked too (SEEK_DATA, which counts pages on swap as data:
-mm/filemap.c, folio_seek_hole_data). What is not plainly one of these is taken to exist.
-Pages of which the kernel shows that they have no tags are left out, too (`vmm.page_flags`).
+Documentation/admin-guide/mm/pagemap.rst; before that, `vmm.pagewords`). A page of a shared file can
+exist without being in them, so the file's own holes are looked up too (SEEK_DATA, which counts
+pages on swap as data: mm/filemap.c, folio_seek_hole_data). Anything that is not clearly one of
+these is assumed to exist. Pages that the kernel shows to have no tags are left out, too
+(`vmm.page_flags`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _REGION = struct.Struct("<3Q")
 _PAGEMAP_SCAN = 0xC0000000 | _ARGUMENT.size << 16 | ord("f") << 8 | 16
 _IS_PRESENT, _IS_SWAPPED, _IS_ZERO_PAGE = 1 << 3, 1 << 4, 1 << 5
 _REGIONS = 1024
-# struct procmap_query, with a name of at most so many bytes.
+# struct procmap_query, with a name of at most _NAME_BYTES.
 _QUERY = struct.Struct("<9Q4I2Q")
 _FLAGS = ("r-", "w-", "x-", "sp")  # by bit: PROCMAP_QUERY_VMA_FLAGS
 _PROCMAP_QUERY = 0xC0000000 | _QUERY.size << 16 | ord("f") << 8 | 17
@@ -49,8 +49,8 @@ class UnknownError(Exception):
 class Mappings:
     """The mappings of process `pid` as they are now; it must be closed.
 
-    One is asked for by PROCMAP_QUERY (Linux 6.11: include/uapi/linux/fs.h), else all are read,
-    which with a VMM's hundreds of them takes as long as the tags of some MiB.
+    PROCMAP_QUERY asks for one (Linux 6.11: include/uapi/linux/fs.h); otherwise all are read, which
+    for a VMM's hundreds of them takes as long as the tags of some MiB.
     """
 
     def __init__(self, pid: int) -> None:
@@ -61,7 +61,7 @@ class Mappings:
             self._fd = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
 
     def at(self, address: int) -> Mapping | None:
-        """The mapping of that address; None where there is none, or the process is gone."""
+        """The mapping at that address; None if there is none, or the process is gone."""
         try:
             return self._asked(address)
         except OSError as error:
@@ -74,7 +74,7 @@ class Mappings:
         return next((found for found in every if found.start <= address < found.end), None)
 
     def _asked(self, address: int) -> Mapping:
-        """Raises OSError: ENOENT where there is none, ENOTTY where the kernel does not know it."""
+        """Ask the kernel. Raises OSError: ENOENT for no mapping, ENOTTY for an older kernel."""
         if self._fd < 0:
             raise OSError(errno.EBADF, "it could not be opened")
         name = _address_of(self._name)
@@ -88,14 +88,14 @@ class Mappings:
         return Mapping(start, end, flags, inode, text, offset, os.makedev(major, minor))
 
     def close(self) -> None:
-        """Let go of the process. Idempotent."""
+        """Close its files. Idempotent."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
 
 class Pagemap:
-    """The memory of process `pid` as it is now. Raises UnknownError where it cannot be looked at.
+    """The memory of process `pid` as it is now. Raises UnknownError if it cannot be examined.
 
     It must be closed.
     """
@@ -114,18 +114,18 @@ class Pagemap:
             self._flags = PageFlags()
         self._scans = self._kernel_scans()
         try:
-            # A page may yet be brought by whoever serves the faults of this process.
+            # The process that serves its page faults may still bring in pages.
             if _has_userfaultfd(pid):
-                raise UnknownError("somebody serves its page faults (userfaultfd)")
+                raise UnknownError("another process may serve its page faults (userfaultfd)")
         except (OSError, UnknownError) as error:
             self.close()
             raise UnknownError(str(error)) from error
 
     def existing(self, start: int, end: int) -> Iterator[Span]:
-        """The parts of a range of addresses that may have tags, in their order.
+        """The parts of a range of addresses that may have tags, in order.
 
-        Their pages exist. They may touch. Whole pages; where that cannot be known, all is taken to
-        exist. The process runs: what is made after the place where this has come to is not seen.
+        They are whole pages that exist, and may touch. Where existence is unknown, it is assumed.
+        The process keeps running: pages made after the search has passed them are missed.
         """
         at = start
         while at < end and (mapping := self._mappings.at(at)) is not None:
@@ -134,7 +134,7 @@ class Pagemap:
                 yield from self._with_tags(first, behind)
             at = stop
         if at < end:
-            yield Span(at, end)  # not mapped, or not as we were told: a copy tells
+            yield Span(at, end)  # not mapped, or not as we were told: a copy will show
 
     def _with_tags(self, start: int, end: int) -> Iterator[Span]:
         if self._flags is None:
@@ -143,7 +143,7 @@ class Pagemap:
             yield from self._flags.may_be_tagged(self._fd, start, end)
 
     def close(self) -> None:
-        """Let go of the process. Idempotent."""
+        """Close its files. Idempotent."""
         for fd in [self._fd, *self._files.values()]:
             if fd >= 0:
                 os.close(fd)
@@ -160,7 +160,7 @@ class Pagemap:
                 yield Span(first, stop)
                 at = stop
         except UnknownError:
-            yield Span(at, end)  # what was not looked at yet
+            yield Span(at, end)  # what was not examined yet
 
     def _known(self, mapping: Mapping, start: int, end: int) -> Iterator[Span]:
         if mapping.inode == 0:
@@ -170,7 +170,7 @@ class Pagemap:
             yield from united(tables, self._in_file(mapping, start, end))
 
     def _kernel_scans(self) -> bool:
-        """Whether the kernel has PAGEMAP_SCAN: before, any ioctl there is ENOTTY."""
+        """Whether the kernel has PAGEMAP_SCAN: on older ones any ioctl there is ENOTTY."""
         try:
             self._scan(0, 0, _address_of(self._vector))
         except OSError:
@@ -190,22 +190,22 @@ class Pagemap:
         at = done = start
         while at < end:
             n_regions, behind = self._scan(at, end, _address_of(self._vector))
-            # A copy: whoever looks at other memory meanwhile takes the same vector.
+            # A copy, because the caller may scan other memory meanwhile, into the same vector.
             regions = bytes(self._vector[: n_regions * _REGION.size])
             for first, stop, _ in _REGION.iter_unpack(regions):
                 if stop > done:
                     yield Span(max(first, done), stop)
                     done = stop
-            # Where the vector is full at the end of the range, this may be before the last regions
+            # If the vector is full at the end of the range, this may be before the last regions
             # (seen on 6.18): they come again.
             if behind <= at:
                 break
             at = behind
 
     def _scan(self, start: int, end: int, vector: int) -> tuple[int, int]:
-        """How many regions were found, and up to where was looked."""
+        """How many regions were found, and where the scan stopped."""
         either = _IS_PRESENT | _IS_SWAPPED
-        # The kernel's page of zeros stands for what was only read: it has no tags but 0.
+        # The kernel's page of zeros stands for memory that was only read: all its tags are 0.
         zero = _IS_ZERO_PAGE
         words = (start, end, 0, vector, _REGIONS, 0, zero, zero, either, either)
         argument = bytearray(_ARGUMENT.pack(_ARGUMENT.size, 0, *words))
@@ -238,19 +238,19 @@ class Pagemap:
 
 
 def _open_file(pid: int, mapping: Mapping) -> int:
-    """The file of a mapping, if it is small pages of memory. Raises UnknownError."""
+    """Open the file of a mapping, if it is small pages of memory. Raises UnknownError."""
     fd = open_mapped(pid, mapping, os.O_RDONLY | os.O_NONBLOCK)
     if file_system(fd) == TMPFS:
         return fd
-    # hugetlbfs: it tells no holes, and tags of its pages live by rules of their own.
+    # hugetlbfs: it does not report holes, and tags of its pages have rules of their own.
     os.close(fd)
     raise UnknownError(f"{mapping.name} is not a file in memory")
 
 
 def open_mapped(pid: int, mapping: Mapping, flags: int) -> int:
-    """The regular file of a mapping, opened. Raises UnknownError.
+    """Open the regular file of a mapping. Raises UnknownError.
 
-    No device is ever opened: that could do something, and /dev/zero is one.
+    Devices are never opened: that could have side effects, and /dev/zero is one.
     """
     ways = [Path(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")]
     with suppress(OSError):
@@ -267,7 +267,7 @@ def open_mapped(pid: int, mapping: Mapping, flags: int) -> int:
 
 
 def file_system(fd: int) -> int:
-    """The number of the file system's kind. (Huge pages of tmpfs have its large st_blksize too.)"""
+    """The file system's type. (tmpfs with huge pages has hugetlbfs's large st_blksize, too.)"""
     import ctypes
 
     # struct statfs, of which f_type is the first word (include/uapi/asm-generic/statfs.h).

@@ -1,8 +1,8 @@
-"""Which pages a process has in its page tables, by the words of /proc/PID/pagemap.
+"""Which pages a process has in its page tables, from the words of /proc/PID/pagemap.
 
-One word of 64 bits a page (Documentation/admin-guide/mm/pagemap.rst): bit 63 is set for a page in
-memory, bit 62 for one on swap. Every kernel has them; PAGEMAP_SCAN (Linux 6.7) answers the same
-faster, and leaves out the kernel's page of zeros, which counts as present here.
+One word of 64 bits per page (Documentation/admin-guide/mm/pagemap.rst): bit 63 is set for a page in
+memory, bit 62 for one on swap. Every kernel has them; PAGEMAP_SCAN (Linux 6.7) gives the same
+answer faster, and leaves out the kernel's page of zeros, which counts as present here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mtetool.spans import Span
 
 _PAGE = mmap.PAGESIZE
 _WORD_BYTES = 8
-# 512 KiB of words, 256 MiB of memory of small pages.
+# 512 KiB of words, 256 MiB of memory in small pages.
 _BLOCK_PAGES = 1 << 16
 # Both bits are in the last byte of a little-endian word.
 _EXISTS = bytes(byte >= 0x40 for byte in range(256))
@@ -26,8 +26,8 @@ _RUN = re.compile(rb"\x01+")
 def existing(pagemap: int, start: int, end: int) -> Iterator[Span]:
     """The parts of a range of addresses that are in memory or on swap, in order.
 
-    Whole pages, as is the range; parts may touch. `pagemap` is the open /proc/PID/pagemap. Raises
-    OSError where the kernel gives no words, as for a process that is gone.
+    Whole pages, like the range; parts may touch. `pagemap` is the open /proc/PID/pagemap. Raises
+    OSError if the kernel returns no words, as for a process that is gone.
     """
     at = start
     while at < end:

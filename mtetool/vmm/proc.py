@@ -20,18 +20,18 @@ from mtetool.errors import (
     SourceError,
 )
 
-# The names are given in virt/kvm/kvm_main.c.
+# These names come from virt/kvm/kvm_main.c.
 _VM_LINK = "anon_inode:kvm-vm"
 _VCPU_LINK = "anon_inode:kvm-vcpu:"
 # include/linux/sched.h
 _PF_KTHREAD = 0x0020_0000
 _PF_IO_WORKER, _PF_USER_WORKER = 0x10, 0x4000  # the latter since Linux 6.4
 
-# Of a QEMU with hundreds of devices it is some 100 KiB. A process can name any of its memory as its
-# arguments (PR_SET_MM).
+# A QEMU with hundreds of devices has some 100 KiB. A process can declare any of its memory to be
+# its arguments (PR_SET_MM).
 _COMMAND_LINE_BYTES = 1 << 20
 
-# How often, and how far apart, a thread is looked at that is never seen to wait.
+# How often, and how far apart, to look at a thread that is never seen waiting.
 _LOOKS = 6
 _LOOK_SECONDS = 0.005
 
@@ -61,14 +61,14 @@ def find(pid: int) -> VmmProcess:
 
 
 def check_is_process(pid: int, prefix: str) -> None:
-    """See that it is a process of programs of users; hints name others with `prefix`.
+    """Check that `pid` is a user-space process; hints name others with `prefix`.
 
-    Raises NoSuchProcessError (also of one that has ended), NotAProcessError.
+    Raises NoSuchProcessError (also for one that has ended), NotAProcessError.
     """
     status = procfs.status_of(pid)
     if not status:
         raise no_process(pid)
-    # /proc also answers to the ids of threads, which it does not list.
+    # /proc also accepts the ids of threads, which it does not list.
     group = int(status["Tgid"])
     if group != pid:
         raise NotAProcessError(
@@ -80,14 +80,14 @@ def check_is_process(pid: int, prefix: str) -> None:
         raise ended
     if _is_kernel_thread(pid):
         raise NotAProcessError(
-            f"process {pid} ({status.get('Name', '?')}) is a thread of the kernel itself",
-            hint="give the PID of a program; VMMs are listed by: mtetool list",
+            f"process {pid} ({status.get('Name', '?')}) is a kernel thread",
+            hint="give the PID of a program; list the VMMs: mtetool list",
             pid=pid,
         )
 
 
 def has_memory(pid: int, started: int) -> bool:
-    """Whether the process that started then is still there, and not about to be gone."""
+    """Whether the process that started then still exists, and is not about to be gone."""
     try:
         return start_time(pid) == started and bool(Path(f"/proc/{pid}/maps").read_bytes())
     except PermissionError:
@@ -97,7 +97,7 @@ def has_memory(pid: int, started: int) -> bool:
 
 
 def find_all() -> tuple[list[VmmProcess], list[PermissionRefusedError]]:
-    """All processes that have a VM, by PID; and why others could not be looked at, one each."""
+    """All processes that have a VM, by PID; and an error for each that could not be inspected."""
     found: list[VmmProcess] = []
     unseen: list[PermissionRefusedError] = []
     for path in Path("/proc").iterdir():
@@ -115,7 +115,7 @@ def find_all() -> tuple[list[VmmProcess], list[PermissionRefusedError]]:
 
 
 def owner(pid: int) -> str | None:
-    """The user that the process runs as, by name where the user has one; None: it is gone."""
+    """The user that the process runs as, by name if there is one; None if it is gone."""
     try:
         uid = Path(f"/proc/{pid}").stat().st_uid
     except OSError:
@@ -127,9 +127,9 @@ def owner(pid: int) -> str | None:
 
 
 def choose_vm(process: VmmProcess, fd: int | None) -> int:
-    """The VM's fd: `fd` where it is one, or the only one that there is.
+    """The VM's fd: `fd` if it is a VM, or the only one that there is.
 
-    Raises NotAVmmError, SeveralVmsError, SourceError (that fd is no VM).
+    Raises NotAVmmError, SeveralVmsError, SourceError (`fd` is not a VM).
     """
     pid, fds = process.pid, process.vm_fds
     listed = ", ".join(map(str, fds))
@@ -152,22 +152,22 @@ def choose_vm(process: VmmProcess, fd: int | None) -> int:
 
 
 def check_same(process: VmmProcess, fd: int) -> None:
-    """See that the PID and the fd are still what they were. Raises NoSuchProcessError."""
+    """Check that the PID and the fd are still what they were. Raises NoSuchProcessError."""
     pid = process.pid
     if start_time(pid) != process.start_time:
         raise NoSuchProcessError(
             f"process {pid} ended, and another one has its PID now",
-            hint="look for the VMM again; nothing was touched",
+            hint="find the VMM again: mtetool list; nothing was touched",
             pid=pid,
         )
     if _fd_links(pid).get(fd) != _VM_LINK:
         raise NoSuchProcessError(
-            f"process {pid} has closed its VM (fd {fd}) meanwhile", hint="look at the VMM", pid=pid
+            f"process {pid} closed its VM (fd {fd}) in the meantime", hint="check the VMM", pid=pid
         )
 
 
 def vm_fds(pid: int) -> frozenset[int]:
-    """The file descriptors of the process that are VMs; none where they cannot be looked at."""
+    """The file descriptors of the process that are VMs; none if they cannot be read."""
     found = []
     with suppress(OSError):
         for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - many, and again and again
@@ -186,7 +186,7 @@ def start_time(pid: int) -> int:
 
 
 class Activity(Enum):
-    """What a thread is at, as /proc shows."""
+    """What a thread is doing, as /proc shows it."""
 
     VCPU = "in KVM_RUN"
     BLOCKED = "waits in another call"
@@ -194,17 +194,17 @@ class Activity(Enum):
 
 
 def activities(pid: int) -> dict[int, Activity]:
-    """What each living thread is at now. Empty where that is unknown.
+    """What each living thread is doing now. Empty if that is unknown.
 
-    Threads that the kernel made in the process (of io_uring: iou-sqp-PID, iou-wrk-PID; vhost-PID)
-    are left out: they have no code of their own to stop in, and registers that mean nothing.
+    Threads that the kernel made in the process (io_uring: iou-sqp-PID, iou-wrk-PID; vhost-PID) are
+    left out: they have no code of their own to stop in, and their registers mean nothing.
     """
     found = {}
     kernels = ~_flags(Path(f"/proc/{pid}")) & (_PF_IO_WORKER | _PF_USER_WORKER)
     for task in _tasks(pid):
         with suppress(OSError, IndexError):
             fields = procfs.stat_of(task)
-            # What the main thread has too is from its parent, with another meaning (Linux 5.16).
+            # A flag of the main thread comes from its parent, with another meaning (Linux 5.16).
             if fields[0] in "ZX" or int(fields[6]) & kernels:
                 continue
             found[int(task.name)] = _activity((task / "syscall").read_text().split())
@@ -220,7 +220,7 @@ def _activity(call: list[str]) -> Activity:
 
 
 def is_stopped(pid: int) -> bool | None:
-    """Whether all living threads are stopped by a signal; None: it is gone."""
+    """Whether all living threads are stopped by a signal; None if it is gone."""
     states = set()
     for task in _tasks(pid):
         with suppress(OSError, IndexError):
@@ -230,10 +230,10 @@ def is_stopped(pid: int) -> bool | None:
 
 
 def runs_guest(pid: int) -> bool:
-    """Whether some vCPU runs, as far as that can be seen.
+    """Whether any vCPU runs, as far as that can be seen.
 
-    A thread in KVM_RUN tells, halted or not: none is there while the VMM has paused its guest.
-    Besides the main thread, what never rests is taken for a vCPU too.
+    A thread in KVM_RUN proves it, halted or not: there is none while the VMM has paused its guest.
+    A thread other than the main one that never waits is taken for a vCPU, too.
     """
     restless: set[int] | None = None
     for _ in range(_LOOKS):
@@ -247,10 +247,10 @@ def runs_guest(pid: int) -> bool:
 
 
 def threads_to_borrow(pid: int) -> list[int]:
-    """The process's threads, those first whose borrowing the guest feels least.
+    """The process's threads, in the order in which borrowing them disturbs the guest least.
 
-    The main thread where it waits in a call, as a main loop does; others that wait; then what
-    runs all the time and so may be a vCPU; last those that are vCPUs.
+    The main thread if it waits in a call, as a main loop does; others that wait; then those that
+    run all the time and so may be vCPUs; last the vCPUs.
     """
     seen: dict[int, set[Activity]] = {}
     for _ in range(_LOOKS):
@@ -269,7 +269,7 @@ def threads_to_borrow(pid: int) -> list[int]:
 
 
 def command_line(pid: int) -> list[str]:
-    """The process's arguments; empty where they cannot be read, or are absurdly long."""
+    """The process's arguments; empty if they cannot be read, or are absurdly long."""
     try:
         with Path(f"/proc/{pid}/cmdline").open("rb") as file:
             raw = file.read(_COMMAND_LINE_BYTES + 1)
@@ -288,7 +288,7 @@ def inner_tids(pid: int) -> frozenset[int]:
 
 
 def uid_of(pid: int) -> int | None:
-    """The user that the process runs as; None where it is gone."""
+    """The user that the process runs as; None if it is gone."""
     uids = procfs.status_of(pid).get("Uid", "").split()
     return int(uids[1]) if len(uids) > 1 and uids[1].isdecimal() else None
 
@@ -321,7 +321,7 @@ def _is_kernel_thread(pid: int) -> bool:
 
 
 def _flags(task: Path) -> int:
-    """The PF_ flags of a task; 0 where it is gone."""
+    """The PF_ flags of a task; 0 if it is gone."""
     try:
         return int(procfs.stat_of(task)[6])
     except OSError:
@@ -329,15 +329,15 @@ def _flags(task: Path) -> int:
 
 
 def no_process(pid: int) -> NoSuchProcessError:
-    """The error for a process that is not there."""
+    """The error for a process that does not exist."""
     return NoSuchProcessError(
-        f"there is no process {pid}", hint="look for the VMM with: mtetool list", pid=pid
+        f"there is no process {pid}", hint="find the VMM: mtetool list", pid=pid
     )
 
 
 def program(pid: int) -> str:
-    """The name of the program that the process executes; `?` where it cannot be read."""
-    # The kernel cuts comm at 15 bytes; the executable's name needs the right to trace.
+    """The name of the program that the process executes; `?` if it cannot be read."""
+    # The kernel cuts comm at 15 bytes; reading the executable's name needs the right to trace.
     try:
         return Path(f"/proc/{pid}/exe").readlink().name.removesuffix(" (deleted)")
     except OSError:

@@ -1,7 +1,7 @@
 """What a QEMU process says over its monitor: memory layout, threads, and whether it runs.
 
 The layout comes from the human monitor's `info mtree -f`, the only place that says which regions
-KVM was given. Nothing of it is taken on trust: what cannot be is a LayoutUnknownError.
+KVM was given. None of it is taken on trust: an impossible answer is a LayoutUnknownError.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mtetool.spans import Place
 from mtetool.vmm.qmp import Conversation
 
 NAME_LENGTH = 1024
-"""Characters of a name that are kept."""
+"""How many characters of a name are kept."""
 
 # "  0000000040000000-000000007fffffff (prio 0, ram): mach-virt.ram KVM", offsets as "@0000…".
 _REGION = re.compile(
@@ -25,8 +25,8 @@ _REGION = re.compile(
 # "Host virtual address for 0x40000000 (mach-virt.ram) is 0xffff…"
 _HOST_ADDRESS = re.compile(r"Host virtual address for 0x[0-9a-f]+ .* is (?:0x)?([0-9a-f]{1,16})\s*")
 _HOST_ADDRESS_LENGTH = 1024
-# RAM is written through the slot; ROM (and flash in its reading mode) is a read-only slot;
-# "ramd" is memory of a device that QEMU has mapped.
+# RAM is written through the slot; ROM (and flash in read mode) is a read-only slot; "ramd" is
+# device memory that QEMU has mapped.
 _KINDS: dict[str, tuple[SlotKind, bool]] = {
     "ram": ("ram", False),
     "nv-ram": ("ram", False),
@@ -35,8 +35,8 @@ _KINDS: dict[str, tuple[SlotKind, bool]] = {
     "nv-rom": ("rom", True),
     "ramd": ("device", False),
 }
-# What KVM can have: arch/arm64/include/asm/kvm_pgtable.h, include/linux/kvm_host.h. Its pages are
-# of 4 KiB at least.
+# The most that KVM can have: arch/arm64/include/asm/kvm_pgtable.h, include/linux/kvm_host.h. Its
+# pages have at least 4 KiB.
 _IPA_END = 1 << 52
 _MOST_SLOTS = 32764
 _SMALLEST_PAGE_BYTES = 4096
@@ -56,7 +56,7 @@ class Monitor:
             raise self._conversation.error(f"no VM can have the memory it names: {error}") from None
 
     def host_addresses(self) -> list[Place]:
-        """Where the slots of RAM are that lie in one piece in QEMU's own memory."""
+        """The places of the RAM slots that lie in one piece in QEMU's own memory."""
         found = []
         for slot in self.memslots():
             if slot.kind != "ram":
@@ -73,19 +73,19 @@ class Monitor:
         return int(match[1], 16) if match else None
 
     def paused(self) -> bool:
-        """Whether the vCPUs stand still."""
+        """Whether the vCPUs are stopped."""
         status = self._conversation.execute("query-status")
         running = status.get("running") if isinstance(status, dict) else None
         if not isinstance(running, bool):
-            raise self._conversation.error("its answer to query-status is not one")
+            raise self._conversation.error("its answer to query-status makes no sense")
         return not running
 
     def name(self) -> str | None:
-        """The guest's name, `-name`; cut where it is very long."""
+        """The guest's name, `-name`; cut if it is very long."""
         answer = self._conversation.execute("query-name")
         name = answer.get("name", "") if isinstance(answer, dict) else None
         if not isinstance(name, str):
-            raise self._conversation.error("its answer to query-name is not one")
+            raise self._conversation.error("its answer to query-name makes no sense")
         return name[:NAME_LENGTH] or None
 
     def vcpu_threads(self) -> frozenset[int]:
@@ -95,7 +95,7 @@ class Monitor:
         ids = [cpu.get("thread-id") if isinstance(cpu, dict) else None for cpu in cpus]
         known = frozenset(tid for tid in ids if type(tid) is int)
         if None in ids or len(known) != len(ids):
-            raise self._conversation.error("its answer to query-cpus-fast is not one")
+            raise self._conversation.error("its answer to query-cpus-fast makes no sense")
         return known
 
     def close(self) -> None:
@@ -117,7 +117,7 @@ class Monitor:
 def parse_mtree(text: str) -> tuple[Memslot, ...]:
     """The memslots in the output of `info mtree -f`, in order of address.
 
-    QEMU prints every address space; the same region comes several times. Raises ValueError for
+    QEMU prints every address space, so the same region comes several times. Raises ValueError for
     slots that no VM can have.
     """
     regions: set[tuple[int, int, SlotKind, bool]] = set()

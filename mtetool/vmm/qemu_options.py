@@ -1,8 +1,8 @@
-"""A QEMU's command line, as far as it says where a monitor listens and what the guest is called.
+"""The parts of a QEMU command line that name the monitors' sockets and the guest.
 
 The rules are those of QEMU's own parsers (lookup_opt and monitor_parse in system/vl.c,
 util/qemu-option.c, util/qemu-config.c, chardev/char-socket.c). Nothing here raises, whatever the
-words are: what is not understood is passed over.
+words are: anything not understood is skipped.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 ReadConfig = Callable[[str], str]
-"""The text of a `-readconfig` file, by its path as QEMU sees it; empty where there is none."""
+"""The text of a `-readconfig` file, by its path as QEMU sees it; empty if there is none."""
 
-# Options that take no value (qemu-options.hx of QEMU 11 and of older ones). Whatever stands
-# after any other option is its value, also where it begins with a dash.
+# Options that take no value (qemu-options.hx of QEMU 11 and of older ones). The word after any
+# other option is its value, even if it begins with a dash.
 _FLAG_NAMES = (
     "S alt-grab async-teardown ctrl-grab curses daemonize enable-fips enable-kvm"
     " enable-sync-profile full-screen h help jitdump mem-prealloc no-acpi no-fd-bootchk no-frame"
@@ -26,7 +26,7 @@ _FLAG_NAMES = (
     " tdf usb version win2k-hack xen-attach xen-domid-restrict"
 )
 _FLAGS = frozenset(_FLAG_NAMES.split())
-# The key of a value that stands first, without one: "-mon NAME,mode=control".
+# The key of a first value that has none: "-mon NAME,mode=control".
 _IMPLIED = {"chardev": "backend", "mon": "chardev", "name": "guest", "object": "qom-type"}
 
 _KEY = re.compile(r"[^=,]*+")
@@ -37,10 +37,10 @@ _ENTRY = re.compile(r'\s*([^\s=]+)\s*=\s*"([^"]*)"\s*')
 
 @dataclass(frozen=True, slots=True)
 class SocketAddress:
-    """A unix socket that a QEMU listens on; `path` is what QEMU makes of it.
+    """A unix socket that a QEMU listens on; `path` is as QEMU resolves it.
 
-    An `abstract` one is no file but a name in QEMU's network namespace; `padded` with NULs to the
-    full length of an address, as `tight=off` asks.
+    An `abstract` one is not a file but a name in QEMU's network namespace; `padded` with NULs to
+    the full length of an address if `tight=off` asks for that.
     """
 
     path: str
@@ -73,7 +73,7 @@ def monitors(words: Iterable[str], read_config: ReadConfig) -> list[SocketAddres
 
 
 def guest_name(words: Iterable[str], read_config: ReadConfig) -> str | None:
-    """The guest's name, `-name NAME` or `-name guest=NAME`; None where it has none."""
+    """The guest's name, `-name NAME` or `-name guest=NAME`; None if it has none."""
     name = None
     for group, fields in _groups(words, read_config):
         if group == "name":
@@ -92,10 +92,10 @@ def options(words: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def parsed(text: str, implied: str) -> dict[str, str]:
-    """The fields of `key=value,flag,…`; a doubled comma is one of the value's own.
+    """The fields of `key=value,flag,…`; a doubled comma is a comma in the value.
 
-    A first value without a key is that of `implied`. A later one is a flag, which is on, and off
-    where it begins with "no". Of equal keys the last counts.
+    A first value without a key belongs to `implied`. A later one is a flag, which is on, or off if
+    it begins with "no". Of equal keys the last counts.
     """
     fields: dict[str, str] = {}
     at = 0
@@ -165,10 +165,10 @@ def _is_control(group: str, fields: dict[str, str]) -> bool:
 
 
 def _address(fields: dict[str, str]) -> SocketAddress | None:
-    """Where others can connect to such a chardev; None for any other one.
+    """Where others can connect to a chardev; None if they cannot.
 
-    A socket that QEMU was given as a descriptor (`fd`) has no name here, and without `server` QEMU
-    is the one who connects.
+    A socket that QEMU was given as a descriptor (`fd`) has no name here, and without `server` it is
+    QEMU that connects.
     """
     path = fields.get("path")
     if fields.get("backend") != "socket" or not path or "fd" in fields:
@@ -185,5 +185,5 @@ def _is_on(fields: dict[str, str], key: str, default: str = "off") -> bool:
 
 def _match(pattern: re.Pattern[str], text: str, at: int) -> tuple[str, int]:
     found = pattern.match(text, at)
-    assert found is not None  # both patterns match nothing, too
+    assert found is not None  # both patterns also match the empty string
     return found[0], found.end()

@@ -1,8 +1,8 @@
-"""A conversation in QMP with somebody who may be anybody.
+"""A conversation in QMP with an untrusted peer.
 
-The protocol is QEMU's docs/interop/qmp-spec.rst: JSON objects one after the other, each on one
-line or, from a monitor that prints prettily, on many. What comes is bounded in every way: bytes
-and depth of a message, events, and the time that all of it may take.
+The protocol is QEMU's docs/interop/qmp-spec.rst: JSON objects one after the other, each on one line
+or, from a monitor that pretty-prints, on many. All input is bounded: the bytes and depth of a
+message, the number of events, and the total time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 from mtetool.errors import LayoutUnknownError
 
-# A monitor that somebody else holds accepts the connection and says nothing.
+# A monitor that another client holds accepts the connection and says nothing.
 GREETING_SECONDS = 4.0
 CONVERSATION_SECONDS = 24.0
 
@@ -31,14 +31,14 @@ _INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)  # a string, up to its e
 
 
 class Patience:
-    """The seconds that may still be spent on waiting, for all that shares them."""
+    """The seconds that may still be spent waiting, by everything that shares them."""
 
     def __init__(self, seconds: float = CONVERSATION_SECONDS) -> None:
         self._left = seconds
 
     @contextmanager
     def spent(self, at_most: float = CONVERSATION_SECONDS) -> Iterator[float]:
-        """Gives the time.monotonic() at which the caller has to be done."""
+        """Yield the time.monotonic() by which the caller must be done."""
         since = time.monotonic()
         try:
             yield since + min(self._left, at_most)
@@ -47,7 +47,7 @@ class Patience:
 
 
 class Messages:
-    """Cuts a stream of bytes into JSON objects. Raises ValueError for what cannot be one."""
+    """Cuts a stream of bytes into JSON objects. Raises ValueError if that is impossible."""
 
     def __init__(self) -> None:
         self._buffer = b""
@@ -56,22 +56,22 @@ class Messages:
         self._quoted = False
 
     def feed(self, data: bytes) -> None:
-        """More of the stream."""
+        """Add more of the stream."""
         self._buffer += data
 
     def take(self) -> bytes | None:
-        """The next whole object, unparsed; None where it has not come in full."""
+        """The next whole object, unparsed; None if it has not arrived in full."""
         if not self._depth:
             self._buffer = self._buffer.lstrip()
             if self._buffer[:1] not in (b"", b"{"):
                 raise ValueError("not an object")
-        at = self._seen  # only what is new is looked at
+        at = self._seen  # only new bytes are examined
         while at < len(self._buffer):
             if self._quoted:
                 inside = _INSIDE.match(self._buffer, at)
                 at = inside.end() if inside else at
                 if self._buffer[at : at + 1] != b'"':
-                    break  # not whole, or half an escape, which waits for its other half
+                    break  # incomplete, perhaps within an escape: wait for the rest
                 at += 1
                 self._quoted = False
             elif mark := _MARK.search(self._buffer, at):
@@ -103,8 +103,8 @@ class Messages:
 class Conversation:
     """Commands and answers over a connected socket, which is closed with it.
 
-    `where` names the monitor in messages. Every failure is a LayoutUnknownError; what has failed
-    once is not spoken to again, as an answer that comes late would be taken for another one's.
+    `where` names the monitor in messages. Every failure is a LayoutUnknownError; after a failure
+    nothing more is sent, because a late answer would be taken for another command's.
     """
 
     def __init__(self, connection: socket.socket, where: str, patience: Patience) -> None:
@@ -115,14 +115,14 @@ class Conversation:
         self._failed: LayoutUnknownError | None = None
 
     def open(self) -> None:
-        """Wait for the greeting, and leave the mode in which nothing can be asked."""
+        """Wait for the greeting, and leave the mode that only negotiates capabilities."""
         with self._patience.spent(GREETING_SECONDS) as deadline:
             if "QMP" not in self._receive(deadline):
                 raise self._fail("it is not a QMP monitor")
         self.execute("qmp_capabilities")
 
     def execute(self, command: str, **arguments: object) -> object:
-        """Run a command; its `return`. Events that come between are passed over."""
+        """Run a command, and return its `return`. Events that come between are skipped."""
         if self._failed is not None:
             raise self._failed
         message: dict[str, object] = {"execute": command}
@@ -136,7 +136,7 @@ class Conversation:
                     return answer["return"]
                 if "error" in answer:
                     raise self.error(_description(answer["error"], command))
-        raise self._fail("it sends events without end")
+        raise self._fail("it never stops sending events")
 
     def text(self, command_line: str) -> str:
         """What the human monitor prints for a command."""
@@ -146,7 +146,7 @@ class Conversation:
         return answer
 
     def error(self, why: str) -> LayoutUnknownError:
-        """The error for a monitor that answers, and not what is needed."""
+        """The error for a monitor that answers, but not with what is needed."""
         return unusable(self.where, why)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""Scratch VMs of our own: memory, no program, gone when they are closed.
+"""Scratch VMs of our own: with memory, without a program, gone when they are closed.
 
-Whatever is asked here is asked by the process that made the VM, so that nothing is borrowed.
-Answers are those of the kernel: 0 or more, or -errno.
+The process that made the VM makes all calls itself, so no thread is borrowed. Answers are those of
+the kernel: 0 or more, or -errno.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 class Kvm:
-    """/dev/kvm, open; a context manager. Raises OSError where it cannot be opened."""
+    """/dev/kvm, open; a context manager. Raises OSError if it cannot be opened."""
 
     def __init__(self, path: Path = Path("/dev/kvm")) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
     def create_vm(self) -> ScratchVm:
-        """A new VM. Raises OSError: no KVM of the known API, or no VM to be had."""
+        """Make a VM. Raises OSError if KVM's API is not the known one, or no VM can be made."""
         version = fcntl.ioctl(self._fd, uapi.KVM_GET_API_VERSION)
         if version != uapi.KVM_API_VERSION:
             raise OSError(errno.EPROTO, f"KVM's API has version {version}")
         bits = fcntl.ioctl(self._fd, uapi.KVM_CHECK_EXTENSION, uapi.KVM_CAP_ARM_VM_IPA_SIZE)
-        # Type 0 asks for 40 bits of address, which small hosts do not have.
+        # Type 0 asks for 40 address bits, which small hosts do not have.
         return ScratchVm(fcntl.ioctl(self._fd, uapi.KVM_CREATE_VM, bits if 0 < bits < 40 else 0))
 
     def close(self) -> None:
@@ -55,7 +55,7 @@ class Kvm:
 
 
 class ScratchVm:
-    """One VM, of the file descriptor that KVM_CREATE_VM gave; a context manager.
+    """One VM, by the file descriptor that KVM_CREATE_VM returned; a context manager.
 
     Its memory is private and anonymous: other memory cannot carry tags before Linux 6.2.
     """
@@ -68,7 +68,7 @@ class ScratchVm:
         self._memory: dict[int, mmap.mmap] = {}
 
     def check_extension(self, capability: int) -> int:
-        """KVM_CHECK_EXTENSION on the VM: 0 where it is not offered."""
+        """KVM_CHECK_EXTENSION on the VM: 0 if it is not offered."""
         return self._ioctl(uapi.KVM_CHECK_EXTENSION, capability)
 
     def enable(self, capability: int) -> int:
@@ -76,9 +76,9 @@ class ScratchVm:
         return self._ioctl(uapi.KVM_ENABLE_CAP, uapi.enable_cap(capability))
 
     def set_memslot(self, slot: int, ipa: int, size_bytes: int, flags: int) -> int:
-        """KVM_SET_USER_MEMORY_REGION: new memory, or other flags for a slot that is there.
+        """KVM_SET_USER_MEMORY_REGION: new memory, or other flags for an existing slot.
 
-        Raises OSError (ENOMEM) where this process cannot have the memory.
+        Raises OSError (ENOMEM) if this process cannot have the memory.
         """
         if slot not in self._memory:
             private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -88,7 +88,7 @@ class ScratchVm:
         return self._ioctl(uapi.KVM_SET_USER_MEMORY_REGION, region)
 
     def offer_memory(self, slot: int, ipa: int, size_bytes: int, address: int) -> int:
-        """KVM_SET_USER_MEMORY_REGION, read-only, for memory that the VM shall refuse."""
+        """KVM_SET_USER_MEMORY_REGION, read-only, for memory that the VM should refuse."""
         region = uapi.memory_region(slot, uapi.KVM_MEM_READONLY, ipa, size_bytes, address)
         return self._ioctl(uapi.KVM_SET_USER_MEMORY_REGION, region)
 
@@ -105,14 +105,14 @@ class ScratchVm:
     ) -> int:
         """KVM_ARM_MTE_COPY_TAGS between the VM and `tags`; the bytes of guest memory copied.
 
-        `tags` must be as long as what the kernel may copy: it is not looked at here.
+        `tags` must have room for all that the kernel may copy: this is not checked here.
         """
         address = tags.ctypes.data
         request = uapi.copy_mte_tags(ipa, length_bytes, address, flags, reserved)
         return self._ioctl(uapi.KVM_ARM_MTE_COPY_TAGS, request)
 
     def close(self) -> None:
-        """End the VM, and give its memory back. Idempotent."""
+        """End the VM, and free its memory. Idempotent."""
         vcpus, self._vcpus = self._vcpus, []
         fd, self._fd = self._fd, -1
         # The VM lives as long as one of its vCPUs is open.
@@ -123,7 +123,7 @@ class ScratchVm:
             self._memory.popitem()[1].close()
 
     def _ioctl(self, request: int, argument: int | bytes) -> int:
-        # A buffer that may be changed makes Python return the result instead of the buffer.
+        # With a mutable buffer, Python returns the result instead of the buffer.
         passed = bytearray(argument) if isinstance(argument, bytes) else argument
         try:
             return fcntl.ioctl(self._fd, request, passed)
@@ -143,6 +143,6 @@ class ScratchVm:
 
 
 def scratch_vm() -> ScratchVm:
-    """A VM of this host's KVM. Raises OSError."""
+    """Make a VM with this host's KVM. Raises OSError."""
     with Kvm() as kvm:
         return kvm.create_vm()

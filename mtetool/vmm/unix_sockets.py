@@ -1,4 +1,4 @@
-"""Unix sockets as another process sees them, and who is at the other end of one."""
+"""Unix sockets as another process sees them, and the process at the other end of one."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class _OpenHow(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The process that called listen(2), as seen from here; `pid` is 0 where it cannot be seen."""
+    """The process that called listen(2), as seen from here; `pid` is 0 if it cannot be seen."""
 
     pid: int
     uid: int
 
 
 def find(pid: int, path: str) -> int:
-    """An O_PATH descriptor of what the process finds at `path`. Raises OSError.
+    """Open what the process finds at `path`, as an O_PATH descriptor. Raises OSError.
 
     /proc/PID/root leads into its mount namespace, but an absolute symbolic link in there would
     lead out again, to our own root: RESOLVE_IN_ROOT (Linux 5.6) keeps links and ".." inside, and
@@ -49,14 +49,14 @@ def find(pid: int, path: str) -> int:
     try:
         return open_in(process / "root", path)
     except FileNotFoundError:
-        # QEMU's -chroot takes effect when its sockets are made, and leads into no namespace.
+        # QEMU's -chroot takes effect after its sockets are made, in the same mount namespace.
         if not (process / "ns/mnt").samefile("/proc/self/ns/mnt"):
             raise
         return open_in(Path("/"), path)
 
 
 def open_in(root: Path, path: str) -> int:
-    """An O_PATH descriptor of `path`, with the directory `root` as its root. Raises OSError."""
+    """Open `path` as an O_PATH descriptor, with the directory `root` as root. Raises OSError."""
     how = _OpenHow(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT)
     size = ctypes.c_size_t(ctypes.sizeof(how))
     root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -72,9 +72,9 @@ def open_in(root: Path, path: str) -> int:
 
 
 def read_regular(file: int, limit_bytes: int) -> bytes:
-    """What is in the regular file of an O_PATH descriptor; empty where it is another or longer.
+    """Read the regular file of an O_PATH descriptor; empty if it is not regular, or longer.
 
-    Raises OSError. A device or a pipe is not even opened: that alone can do something.
+    Raises OSError. A device or a pipe is not even opened: that alone can have side effects.
     """
     info = os.fstat(file)
     if not stat.S_ISREG(info.st_mode) or info.st_size > limit_bytes:
@@ -109,7 +109,7 @@ def _connected(address: str | bytes, timeout_seconds: float) -> socket.socket:
 
 
 def peer_of(connection: socket.socket) -> Peer:
-    """Who listens (or listened) at the other end. Raises OSError."""
+    """The process that listens (or listened) at the other end. Raises OSError."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, uid, _ = struct.unpack("3i", raw)
     return Peer(pid, uid)

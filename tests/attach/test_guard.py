@@ -273,7 +273,7 @@ def test_without_room_for_it_nothing_is_held() -> None:
         "    print('no child', flush=True)\n"
     )
     # No room for a process; room for one, and then none for a thread.
-    for limit, what in ((1, "no process could be started"), (2, "can't start new thread")):
+    for limit, what in ((1, "could not start its guard process"), (2, "can't start new thread")):
         with started(script.format(limit=limit)) as process:
             told = line(process)
             assert told.startswith("6 "), told

@@ -22,7 +22,7 @@ def test_before_the_first_vcpu(tmp_path: Path) -> None:
         "mte": True,
         "changed": False,
     }
-    assert "was on already" in run("enable", guest).out
+    assert "was already on" in run("enable", guest).out
 
 
 def test_after_the_first_vcpu(tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def test_written(text: str, fault: Fault) -> None:
         ("EFAULT,on", "'on' is not a condition"),
         ("EFAULT,until=3", "'until=3' is not a condition"),
         ("EFAULT,on=both", "neither read nor write"),
-        ("EFAULT,on=read,on=write", "on= stands twice"),
+        ("EFAULT,on=read,on=write", "on= is given twice"),
         ("EFAULT,at=x", "at=: 'x' is not a number"),
-        ("EFAULT,at=0:0", "a size of 0"),
+        ("EFAULT,at=0:0", "the size is 0"),
         ("EFAULT,at=0xffffffffffffffff:2", "beyond 64 bits"),
         ("EFAULT,every=0", "'every' is 0"),
         ("EFAULT,chance=2", "not a probability"),
@@ -148,7 +148,7 @@ def test_created_shown_changed_and_cleared(tmp_path: Path) -> None:
         assert [row["spent"] for row in shown["faults"]] == [True, False]
         assert shown["vanished"] is True
         assert run("emu", what, path).out.splitlines()[-4:] == [
-            "vanished (an ordered fault)",
+            "vanished (an injected fault)",
             "fault                                     fired",
             "EFAULT,on=read,at=0x40001000:0x1,times=1      1  spent",
             "vanish,after=40                               1",

@@ -252,10 +252,10 @@ def _read(leader: int) -> bytes:
 @pytest.mark.parametrize(
     ("words", "kept"),
     [
-        ("save emu:g -o new", "new is whole, and kept"),
-        ("save emu:g -o old --force", "old is whole, and kept"),
-        ("merge h d -o new", "new is whole, and kept"),
-        ("emu create made --memory 1M --json", "emu:made is made, and kept"),
+        ("save emu:g -o new", "new is complete and kept"),
+        ("save emu:g -o old --force", "old is complete and kept"),
+        ("merge h d -o new", "new is complete and kept"),
+        ("emu create made --memory 1M --json", "emu:made was created and is kept"),
         ("restore h emu:g", "the tags were written to emu:g"),
         ("restore h emu:g --dry-run", "nothing was written to emu:g"),
         ("emu set g 0x40000000:64=3 --json", "emu:g has the tags"),

@@ -21,7 +21,7 @@ def test_a_line_for_what_was_not_done(tmp_path: Path, more: list[str]) -> None:
         (("save", guest, "-o", snapshot), "12 KiB in 1 range could not be read"),
         (("verify", snapshot), "12 KiB in 1 range are missing in the snapshot"),
         (("verify", whole, "--against", guest), "12 KiB in 1 range could not be read"),
-        (("merge", snapshot, "-o", tmp_path / "m"), "12 KiB in 1 range are missing in the end"),
+        (("merge", snapshot, "-o", tmp_path / "m"), "12 KiB in 1 range are missing in the result"),
         (("restore", snapshot, target), "12 KiB in 1 range are not in the snapshot"),
         (("restore", whole, guest), "12 KiB in 1 range could not be written or read"),
     ):

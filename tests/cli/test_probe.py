@@ -63,8 +63,8 @@ def test_selftest_joins_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("probe", "--json").json["selftest"] is None
     done = run("probe", "--selftest")
     assert done.status == 0
-    assert "note: this kernel takes the write" in done.out
-    assert "19 of 19 hold" in done.out
+    assert "note: this kernel accepts the write" in done.out
+    assert "19 of 19 checks hold" in done.out
 
 
 def test_selftest_that_fails_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_selftest_that_fails_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.json["selftest"]["defects"][0]["id"] == "tags-overwrite-in-page"
     text = run("probe", "--selftest")
     assert text.status == 4
-    for words in ("must be: 4096 granules", "defect: tags set in a page", "17 of 19 hold"):
+    for words in ("must be: 4096 granules", "defect: tags set in a page", "17 of 19 checks hold"):
         assert words in text.out
     assert text.out.endswith("this host cannot copy tags of KVM guests\n")
     assert run("probe").status == 0

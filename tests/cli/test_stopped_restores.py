@@ -72,7 +72,7 @@ def test_a_signal(tmp_path: Path, number: signal.Signals, as_json: bool) -> None
     if not as_json:
         said, hint = lines
         assert f"interrupted by {number.name}" in said
-        assert "bytes of guest memory had their tags written already" in said
+        assert "bytes of guest memory were already written" in said
         assert "run the same restore again" in hint
         return
     word = json.loads(*lines)
@@ -146,7 +146,7 @@ def test_a_full_disk(tmp_path: Path, room_bytes: int, as_json: bool) -> None:
         assert (error["restored_bytes"], error["restored_up_to"]) == (written, expected)
         assert expected <= up_to < expected + 4096
     else:
-        assert f"{written} bytes of guest memory had their tags written already".encode() in err
+        assert f"{written} bytes of guest memory were already written".encode() in err
         assert f"the last at {expected - 16:#x}".encode() in err
     # With room again it is simply run again.
     assert run("restore", file, guest).status == 0
@@ -166,4 +166,4 @@ def test_a_signal_while_a_guest_is_filled(tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGTERM
     word = json.loads(err.splitlines()[-1])
     assert (word["error"], word["status"]) == ("interrupted", 143)
-    assert " of 1 TiB had their tags written" in word["message"]
+    assert " of 1 TiB were written" in word["message"]

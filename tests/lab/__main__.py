@@ -1,4 +1,4 @@
-"""`python -m tests.lab run|shell|build`: the lab from the command line."""
+"""The lab from the command line: `python -m tests.lab run|shell|build`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Run in the lab: the memslots of a VM, learnt from the kernel, and what learning them cost.
+"""Run in the lab: probe the kernel for the memslots of a VM, and measure the cost.
 
 `python3 -m tests.lab.asking PID [QMP]` prints JSON: the ranges found, those that QEMU's monitor
-tells (touching ones joined), the number of questions, the time, and which pages of the guest's
+reports (adjacent ones joined), the number of probes, the time, and which pages of the guest's
 memory existed before and after.
 """
 

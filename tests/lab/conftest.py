@@ -1,7 +1,7 @@
-"""The lab for tests: one machine a kernel for all of them, booted when the first one needs it.
+"""The lab for tests: one machine per kernel, shared by all and booted when first needed.
 
-Where the lab cannot run, its tests fail and say why: a skip would hide that nothing was
-tried on a real kernel.
+If the lab cannot run, its tests fail with the reason: a skip would hide that nothing was
+tested on a real kernel.
 """
 
 from __future__ import annotations

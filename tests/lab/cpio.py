@@ -1,7 +1,8 @@
-"""The newc cpio archive that the kernel takes as its first root file system.
+"""The newc cpio archive that the kernel accepts as its first root file system.
 
-Format: the kernel's Documentation/driver-api/early-userspace/buffer-format.rst. Written by
-hand because device-free archives owned by root need neither the cpio tool nor root then.
+Format: the kernel's Documentation/driver-api/early-userspace/buffer-format.rst. We write it
+ourselves because an archive without devices, owned by root, then needs neither the cpio tool nor
+root.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Run in the lab: attach, copy, freeze and detach, killed before each of its steps.
 
 `python3 -m tests.lab.deaths PID [no-exit]` forks a mtetool for each step (see
-`mtetool.attach.steps`) and prints, as JSON, what state the VMM was in behind each death. With
-"no-exit" the VMM's C library is taken for one without the instructions that end a thread, as in
-a statically linked VMM.
+`mtetool.attach.steps`) and prints, as JSON, the VMM's state after each death. With "no-exit"
+mtetool acts as if the VMM's C library lacked the instructions that end a thread, as in a
+statically linked VMM.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A disk image from a directory, without root."""
+"""Make a disk image from a directory, without root."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Run in the lab: which pages of a guest's memory exist, exactly those.
+"""Run in the lab: find exactly the pages of a guest's memory that exist.
 
-`python3 -m tests.lab.existing PID ADDRESS SIZE` prints JSON: the extents that exist
-of the memory which the process has at that address, and the blocks of the file behind it. Of memory
-that is shared these are the file's; of memory that is not, the file's and the process's own copies.
+`python3 -m tests.lab.existing PID ADDRESS SIZE` prints JSON: the extents that exist in the
+process's memory at that address, and the blocks of the file that backs it. For shared memory the
+extents are the file's; for private memory, the file's and the process's own copies.
 """
 
 from __future__ import annotations

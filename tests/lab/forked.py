@@ -1,8 +1,8 @@
-"""Run in the lab, by its agent: Python programs of the checkout as forks of it.
+"""Run in the lab, by its agent: Python programs of the checkout as forks of the agent.
 
 Under emulation a start of Python with mtetool's modules takes two to six seconds, a fork a tenth
-of one. The fork has a session, descriptors, environment and name as if it had been started; its
-executable and command line are the agent's, and the modules are loaded.
+of a second. The fork has a session, descriptors, environment and name as if it had been started;
+its executable and command line are the agent's, and the modules are already loaded.
 """
 
 from __future__ import annotations

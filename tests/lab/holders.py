@@ -1,10 +1,10 @@
 """Run in the lab: attach to a VMM whose main thread watches its own registers and calls.
 
 `python3 -m tests.lab.holders WHAT MODE...` starts a holder for each mode, one after the other,
-and prints, as JSON, what each counted: `registers` attaches to it and is also killed at steps
-all along the way; `calls` attaches until the holder's call came back; `signals` sends it
-numbered signals meanwhile; `faults` lets it fault in the middle of the borrow; `stopped` attaches
-to one that a signal has stopped where it cannot be borrowed.
+and prints each holder's counts as JSON: `registers` attaches to it, and is also killed at steps
+throughout; `calls` attaches until the holder's call returns; `signals` sends it numbered signals
+meanwhile; `faults` makes it fault in the middle of the borrow; `stopped` attaches to a holder that
+a signal has stopped where it cannot be borrowed.
 """
 
 from __future__ import annotations

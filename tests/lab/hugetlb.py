@@ -1,9 +1,9 @@
-"""Runs in the lab: a VMM whose guest memory is huge pages that others have tagged before.
+"""Run in the lab: a VMM whose guest memory is huge pages with tags of earlier users.
 
     python3 -m tests.lab.hugetlb
 
-It prints its address, how many tags of the rest of a huge page are not 0 after a copy to one of
-its pages, and `ready`; then it lives until its standard input ends.
+It prints the sizes of the memory and of a huge page, how many tags of the rest of a huge page are
+not 0 after a copy to one of its pages, and `ready`; then it runs until its standard input ends.
 """
 
 from __future__ import annotations

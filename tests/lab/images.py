@@ -1,7 +1,7 @@
-"""What the lab boots, built from Debian packages once and cached outside the repository.
+"""The lab's images, built once from Debian packages and cached outside the repository.
 
-Each part lies under a key of what goes into it, so that a changed recipe builds anew and an
-unchanged one is found. `$XDG_CACHE_HOME/mtetool` may be removed at any time.
+Each part is cached under a hash of its recipe, so a changed recipe is rebuilt and an unchanged
+one is reused. `$XDG_CACHE_HOME/mtetool` can be removed at any time.
 """
 
 from __future__ import annotations

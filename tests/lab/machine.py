@@ -1,8 +1,8 @@
-"""A lab machine: boot it, run commands in it, end it.
+"""A lab machine: boot it, run commands in it, shut it down.
 
-The emulated host has EL2 and MTE, so that KVM inside offers MTE to its guests. A command's
-output and end come over a port of their own (`inside/agent.py`); the console is only shown
-when the machine is lost.
+The emulated host has EL2 and MTE, so KVM inside it offers MTE to its guests. A command's output
+and status come over a separate port (`inside/agent.py`); the console is only shown if the machine
+is lost.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Run in the lab: several mtetool commands, without a start of Python for each.
+"""Run in the lab: several mtetool commands, without starting Python for each.
 
-Standard input is a JSON list of command lines, the first word being `mtetool`, or `sh` for a
-script of the shell, or `paint PID ADDRESS SIZE TAG`, which gives memory of a process one tag.
-Each runs in a process of its own. Standard output is a JSON list of [status, output, errors],
-the output in Latin-1.
+Standard input is a JSON list of command lines. The first word is `mtetool`, or `sh` for a shell
+script; `paint PID ADDRESS SIZE TAG` gives memory of a process one tag. Each command runs in a
+process of its own. Standard output is a JSON list of [status, output, errors], the output in
+Latin-1.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Run in the lab: how much of a guest's memory may be tagged, with the kernel's marks and without.
+"""Run in the lab: how much of a guest's memory may be tagged, with and without the kernel's marks.
 
-`python3 -m tests.lab.marked KVM IPA SIZE` prints JSON: bytes and seconds of both.
+`python3 -m tests.lab.marked KVM IPA SIZE` prints JSON: bytes and seconds for both.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The memory of a guest in a lab machine: which of its pages exist.
 
-What its VMM has in memory besides comes and goes by itself: these are the pages that a save must
-not make, and no others.
+The VMM's other memory comes and goes by itself, so only the guest's pages count: a save must not
+allocate any of them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Kernel modules that a first root needs, found in a kernel package and put in order.
+"""The kernel modules that a first root needs, found in a kernel package and put in order.
 
-Debian's packages hold no `modules.dep`: the package's script makes it. Each module says itself
-what it needs (its `.modinfo` section: `depends`, `softdep`, `alias`), and what is built in
-stands in `modules.builtin` and `modules.builtin.modinfo`; depmod reads the same.
+Debian's packages hold no `modules.dep`: the package's script makes it. Each module lists its own
+needs (in its `.modinfo` section: `depends`, `softdep`, `alias`), and `modules.builtin` and
+`modules.builtin.modinfo` list the built-in ones; depmod reads the same files.
 """
 
 from __future__ import annotations

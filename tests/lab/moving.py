@@ -1,8 +1,8 @@
-"""Run in the lab: the question about a place, to a VM whose other memslots go as it is asked.
+"""Run in the lab: probe for a place in a VM whose other memslots vanish during the probe.
 
-It is a VM of this process, so that nothing is borrowed: answers are the kernel's own. Prints JSON:
-the answers to the first guess that was right and to what followed it, the error, and whether the
-slot then is where it was.
+The VM belongs to this process, so no thread is borrowed, and the answers are the kernel's own.
+Prints JSON: the answers to the first right guess and to the requests after it, the error, and
+whether the slot is back where it was.
 """
 
 from __future__ import annotations

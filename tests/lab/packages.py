@@ -1,7 +1,7 @@
 """Debian packages of another release or architecture, without touching the machine's apt.
 
-apt keeps its whole state in a directory of ours; nothing is installed: packages are
-downloaded with all they depend on and unpacked into a tree. No root is needed.
+apt keeps all its state in a directory of ours, and nothing is installed: packages are downloaded
+with their dependencies and unpacked into a tree. This needs no root.
 """
 
 from __future__ import annotations

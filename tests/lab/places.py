@@ -1,10 +1,10 @@
-"""Run in the lab: where a guest's memory is in its VMM, confirmed by the kernel.
+"""Run in the lab: find a guest's memory in its VMM, confirmed by the kernel.
 
 `python3 -m tests.lab.places PID [PATH]` prints JSON: the places (ipa, size, address), those that
-QEMU's monitor at PATH reports, the number of questions, how many of them were guesses, and the
-time; and whether the same pages of the guest's memory existed before and after. With a monitor,
-`confirmed` are the places found when those that it reports are tried first, and `confirming` is
-the number of questions then.
+QEMU's monitor at PATH reports, the number of probes, how many of them were guesses, and the time;
+and whether the same pages of the guest's memory existed before and after. With a monitor,
+`confirmed` are the places found if those that it reports are tried first, and `confirming` is the
+number of probes for that.
 """
 
 from __future__ import annotations

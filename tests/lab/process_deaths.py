@@ -1,8 +1,8 @@
-"""Run in the lab: copies from and to a process, killed before each of their steps.
+"""Run in the lab: copy tags from and to a process, and kill mtetool before each step.
 
-`python3 -m tests.lab.process_deaths PID ADDRESS` kills mtetool, working on a page of process PID
-that it may change; with `--process` as the only argument it kills processes that are worked on.
-It prints, as JSON, what was found.
+`python3 -m tests.lab.process_deaths PID ADDRESS` kills mtetool while it works on the page of
+process PID at ADDRESS, whose tags it may change; with `--process` as the only argument it kills
+the processes instead. It prints its findings as JSON.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The program with tagged memory (programs/tagged.c), running in a lab machine."""
+"""The program with tagged memory (programs/tagged.c), run in a lab machine."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Run in the lab: a restore that is broken off at its steps, and then run again.
+"""Run in the lab: interrupt a restore at its steps, and then run it again.
 
 `python3 -m tests.lab.restores PID RIGHT WRONG ENDS RANGE...` gives the VMM the tags of the snapshot
-WRONG, lets a restore of RIGHT end at one of its steps (see `mtetool.attach.steps`) by a signal,
-restores RIGHT again, and compares what is in the ranges. That ENDS times, at steps that are spread
-over all of the restore. Prints what happened, as JSON.
+WRONG, ends a restore of RIGHT at one of its steps (see `mtetool.attach.steps`) with a signal,
+restores RIGHT again, and compares the ranges. It does that ENDS times, at steps spread over the
+whole restore, and prints the results as JSON.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Run in the lab: a VMM is started, and what watches its start is killed before each of its steps.
+"""Run in the lab: start a VMM, and kill the companion that watches the start before each step.
 
 `python3 -m tests.lab.start_deaths [every-call] [term] [stop]` prints, as JSON, how each VMM
 differed from one that was started plainly. A step is one request to the kernel that concerns the
-VMM; before the death the VMM gets the time to come to its next stop. With "term" it is sent SIGTERM
-one step before, by which it must end. With "stop" what watches is stopped there instead, and nobody
-continues it.
+VMM; before the death the VMM gets time to reach its next stop. With "term" the VMM gets a SIGTERM
+one step earlier, which must end it. With "stop" the companion is stopped there instead, and never
+continued.
 """
 
 from __future__ import annotations

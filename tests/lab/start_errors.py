@@ -1,8 +1,8 @@
-"""Run in the lab: a VMM is started that shall have MTE, and what watches its start goes wrong.
+"""Run in the lab: start a VMM with MTE required, and make the companion's requests fail.
 
-`python3 -m tests.lab.start_errors` lets each request to the kernel fail in turn, one a start and
-each in another way, and prints, as JSON, how many did, and what came of those starts that should
-not have come of them: a VM without MTE.
+`python3 -m tests.lab.start_errors` makes each request to the kernel fail in turn, one per start
+and each in another way, and prints, as JSON, how many failed, and the starts with a wrong result:
+a VM without MTE.
 """
 
 from __future__ import annotations

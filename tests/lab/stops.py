@@ -1,7 +1,8 @@
-"""Run in the lab: mtetool is stopped while it holds a guest's vCPUs, in every way there is.
+"""Run in the lab: stop mtetool, in every possible way, while it holds a guest's vCPUs.
 
-`python3 -m tests.lab.stops PID [TIMES]` prints, as JSON, what became of mtetool and of the VMM with
-that PID each time, and how long its guest still stood after a SIGSTOP (measured TIMES times).
+`python3 -m tests.lab.stops PID [TIMES]` prints, as JSON, what happened to mtetool and to the VMM
+with that PID each time, and for how long its guest stood still after a SIGSTOP (measured TIMES
+times).
 """
 
 from __future__ import annotations

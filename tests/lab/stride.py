@@ -1,6 +1,6 @@
-"""Which steps of many a campaign of deaths dies at: all, or every few where time is short.
+"""The steps at which a campaign kills mtetool: all, or every few if time is short.
 
-`MTETOOL_DEATH_STRIDE` says how many steps lie between two deaths; CI has more than one.
+`MTETOOL_DEATH_STRIDE` is the number of steps from one death to the next; CI uses more than one.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Run in the lab: push memory of a process out to swap, and say what is really there.
+"""Run in the lab: swap out memory of a process, and report which of it is really on swap.
 
 `python3 -m tests.lab.swapping PID SIZE [ENOUGH]` takes all mappings of that size of a process in
-a control group of its own, and ends when so many pages of each are out (by default, all that were
-in memory: what was only read may be the page of zeros, which never goes). It prints JSON, a list
-of one object a mapping: its pages, how many of them are on swap and in memory now, and how many
-pages on swap have a copy in memory. The process need not know: MADV_PAGEOUT by process_madvise.
+its own control group, and ends when ENOUGH pages of each are swapped out (by default, all that
+were in memory: a page that was only read may be the page of zeros, which is never swapped out).
+It prints JSON, a list with one object per mapping: its pages, how many of them are now on swap and
+in memory, and how many pages on swap have a copy in memory. The process does not take part:
+MADV_PAGEOUT by process_madvise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What memory tags are to AArch32 code: at EL0 of a guest with MTE it runs as ever, unchecked."""
+"""Memory tags and AArch32 code: at EL0 of a guest with MTE it runs as always, unchecked."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_32_bit_process_in_a_guest_with_mte(lab: Machine, tmp_path: Path) -> Non
 
 @pytest.mark.long
 def test_32_bit_kernel_does_not_start_where_mte_was_enabled(lab: Machine) -> None:
-    """KVM refuses the vCPU, not the enabling: it cannot know yet what the vCPU will be."""
+    """KVM refuses the vCPU, not the enabling: it cannot know the kind of the vCPU yet."""
     cpu = "host,aarch64=off,sve=off"
     without = Qemu(lab, "without", mte=False, cpu=cpu).start()
     without.qmp("x-exit-preconfig")

@@ -1,4 +1,4 @@
-"""What mtetool must not do to a VMM, whatever state it finds it in."""
+"""Things that mtetool must not do to a VMM, whatever the VMM's state."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""mtetool killed: the VMM and its guest go on, and nothing of ours stays.
+"""Kill mtetool: the VMM and its guest go on, and nothing of ours stays behind.
 
-At instants drawn by lot: `test_torture`.
+For deaths at random instants, see `test_torture`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the emulated kernel answers is what real ones do: see `tests/differential`.
+"""The emulated kernel answers like real ones: see `tests/differential`.
 
 The long comparison, call by call and on each kernel, is `make differential`; this one runs on each
-with `make lab-kernels`.
+kernel with `make lab-kernels`.
 """
 
 from __future__ import annotations

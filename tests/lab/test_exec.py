@@ -1,4 +1,4 @@
-"""`mtetool exec`: a VMM whose VM has MTE, and which is otherwise as if it was started plainly."""
+"""`mtetool exec`: the VM has MTE, and otherwise the VMM is as if it had been started plainly."""
 
 from __future__ import annotations
 
@@ -219,10 +219,10 @@ def test_vm_that_cannot_have_mte(lab: Machine) -> None:
     out, status, error = _run(lab, "--", "/lab/newvms", "--deny", "1")
     assert (out, status) == ("vm 1 errno=95 open=0\nready\n", 7)
     assert "seccomp filter" in error
-    assert "so it gets no VM" in error
+    assert "so the VMM gets no VM" in error
     out, status, error = _run(lab, "--no-require", "--", "/lab/newvms", "--deny", "1")
     assert (out, status) == ("vm 1 mte=0\nready\n", 7)
-    assert "goes on without MTE" in error
+    assert "continues without MTE" in error
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_vm_that_can_neither_have_mte_nor_be_closed(
     result = lab.run([*become, "mtetool", "exec", "--", *program, "1"])
     assert (result.returncode, result.stdout) == (-9, b"")
     assert said in result.stderr.decode()
-    assert b"so mtetool has ended it" in result.stderr
+    assert b"so mtetool killed the VMM" in result.stderr
 
 
 def test_whatever_goes_wrong_there_is_no_vm_without_mte(lab: Machine) -> None:
@@ -281,7 +281,7 @@ def test_nobody_waits_for_the_companion(lab: Machine) -> None:
 
 
 def test_the_probe_of_a_manager_ends_at_once(lab: Machine) -> None:
-    """As libvirt asks a new QEMU what it can do: no VM is made there, and none will be."""
+    """As libvirt asks a new QEMU for its capabilities: that QEMU never creates a VM."""
     qemu = (
         "qemu-system-aarch64 -S -no-user-config -nodefaults -nographic -machine none,accel=tcg"
         " -qmp unix:/tmp/probe.qmp,server=on,wait=off -pidfile /tmp/pid -daemonize"

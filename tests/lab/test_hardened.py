@@ -1,4 +1,4 @@
-"""VMMs that are locked up: as libvirt starts QEMU, and with a filter of the strictest kind."""
+"""Hardened VMMs: QEMU as libvirt starts it, and a VMM with the strictest kind of filter."""
 
 from __future__ import annotations
 

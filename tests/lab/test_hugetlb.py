@@ -1,4 +1,4 @@
-"""Guest memory of huge pages, which kernels since 6.13 take for a VM with MTE."""
+"""Guest memory of huge pages, which kernels since 6.13 accept for a VM with MTE."""
 
 from __future__ import annotations
 

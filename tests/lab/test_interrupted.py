@@ -1,4 +1,4 @@
-"""A restore into a live VMM that is broken off: run again, it ends exact."""
+"""An interrupted restore into a live VMM: run again, it gives exact tags."""
 
 from __future__ import annotations
 

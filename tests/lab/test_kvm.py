@@ -1,4 +1,4 @@
-"""`kvm:PID` against live VMMs: what is read is what the guest has, and the VMM never notices."""
+"""`kvm:PID` on live VMMs: the tags read are the guest's, and the VMM never notices."""
 
 from __future__ import annotations
 

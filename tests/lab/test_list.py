@@ -1,4 +1,4 @@
-"""`mtetool list`: every VM of the host, whoever runs it and whatever it refuses."""
+"""`mtetool list`: every VM of the host, whatever its user and whatever it refuses."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ def test_user_without_the_right_sees_what_there_is_to_see(lab: Machine) -> None:
     found = json.loads(result.stdout)
     assert found["vms"] == []
     assert found["unseen_processes"] > 0
-    assert b"of other users could not be looked at" in result.stderr
+    assert b"of other users could not be inspected" in result.stderr
     assert b"run mtetool as root" in result.stderr
 
 
 def test_the_reason_why_a_process_is_not_seen_is_said_to_root_too(lab: Machine) -> None:
-    """Root that has a capability less than the one other process that it may not look at."""
+    """Root lacks a capability that other processes have, and so may not examine them."""
     lab.put(
         "/tmp/drop.py",
         b"import ctypes, os, sys\n"
@@ -111,13 +111,13 @@ def test_the_reason_why_a_process_is_not_seen_is_said_to_root_too(lab: Machine) 
     count = json.loads(result.stdout)["unseen_processes"]
     assert count > 0
     noun = "process" if count == 1 else "processes"
-    said = f"{count} {noun} with capabilities that mtetool does not have could not be looked at"
+    said = f"{count} {noun} with capabilities that mtetool does not have could not be inspected"
     assert said.encode() in result.stderr
     assert b"other users" not in result.stderr
 
 
 def test_thread_of_the_kernel_is_no_vcpu(lab: Machine) -> None:
-    """It runs all the time, as a vCPU does, and has no registers to borrow."""
+    """It runs all the time, like a vCPU, and has no registers to borrow."""
     pid = start_test_vmm(lab, "--sqpoll", "--no-mte", "0x40000000:0x100000")
     assert b"iou-sqp" in lab.sh(f"cat /proc/{pid}/task/*/comm").stdout
     assert _list(lab)[pid]["state"] is None

@@ -1,4 +1,4 @@
-"""The lab itself: what the other tests' verdicts rest on."""
+"""The lab itself, on which the other tests' verdicts rest."""
 
 from __future__ import annotations
 

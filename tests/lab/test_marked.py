@@ -1,4 +1,4 @@
-"""Memory that exists and never had tags: the kernel's mark on its frames tells."""
+"""Memory that exists and never had tags: the kernel's mark on its frames shows that."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_preallocated_memory(lab: Machine, memory: str, huge: str) -> None:
 
 
 def test_a_mark_inside_of_a_huge_page_does_not_show(lab: Machine) -> None:
-    """The flags of its first page are those of all: no page of it may be left out."""
+    """The flags of its first page stand for all pages: none of them may be left out."""
     _huge(lab, "always")
     slots = ["0x40000000:0x4000000", "0x1000000:0x100000", "0x2000000:0x100000"]
     pid = start_test_vmm(lab, "--data", *slots)

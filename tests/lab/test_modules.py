@@ -1,4 +1,4 @@
-"""Which modules a machine loads, in which order, from what a kernel package says."""
+"""The modules that a machine loads, and their order, found in a kernel package."""
 
 from __future__ import annotations
 

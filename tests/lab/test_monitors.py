@@ -1,7 +1,7 @@
-"""A monitor that is believed is the VMM's own, whatever is found at its path.
+"""Only the VMM's own monitor is believed, whatever is found at its path.
 
-In each of these a QEMU of another size answers where the first one's monitor is looked for: what
-it says would be taken for the guest's memory, and tags would be lost in silence.
+In each of these tests a QEMU of another size answers at the path of the first one's monitor: its
+answer would be taken for the guest's memory, and tags would be lost silently.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def test_the_same_path_in_a_container_and_outside(lab: Machine) -> None:
 
 
 def test_a_path_that_another_vm_has_taken_over(lab: Machine) -> None:
-    """The kernel is asked then: it knows nothing that is read-only."""
+    """The kernel is probed instead: it does not show which memory is read-only."""
     first = _paused(lab, "256M")
     second = _paused(lab, "128M")
     for pid, size, told in ((first, 256 * MIB, False), (second, 128 * MIB, True)):
@@ -147,7 +147,7 @@ def test_a_path_that_another_vm_has_taken_over(lab: Machine) -> None:
 
 @pytest.mark.parametrize("namespace", [pytest.param("host", marks=pytest.mark.long), "pids"])
 def test_a_socket_that_a_manager_made(lab: Machine, namespace: str) -> None:
-    """Its maker is not QEMU: the ids of its threads are what proves it."""
+    """QEMU did not create it: the ids of QEMU's threads prove that it is QEMU's."""
     paths = ("/tmp/one", "/tmp/other")
     one, other = (
         _managed(lab, memory, path, namespace)
@@ -207,7 +207,7 @@ def test_a_strange_monitor_costs_one_row_of_the_list(lab: Machine) -> None:
 
 @pytest.mark.long
 def test_a_vm_before_its_vcpus(lab: Machine) -> None:
-    """It answers no question about its threads: that it made the socket proves it."""
+    """QEMU does not report its threads yet: the proof is that it created the socket."""
     one, other = (Qemu(lab, name, mte=False).start() for name in ("one", "other"))
     refused = _ask(lab, "enable", f"kvm:{one.pid}", "--qmp", other.qmp_path, status=4)
     assert refused["error"] == "foreign-monitor"

@@ -1,4 +1,4 @@
-"""Snapshots between hosts with pages of 4 KiB and of 16 KiB: every tag, or nothing at all."""
+"""Snapshots between hosts with 4 KiB and 16 KiB pages: every tag, or nothing at all."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _tags(lab: Machine, source: str) -> bytes:
 
 @pytest.mark.long
 def test_every_tag_there_and_back(lab_on: LabOn) -> None:
-    """A guest's own tags go to a VMM on a host with other pages; the guest checks what returns."""
+    """A guest's tags go to a VMM on a host with other pages; the guest checks what comes back."""
     labs = lab_on(SMALL), lab_on(LARGE)
     guest, other = (Qemu(lab, "guest", extra=_CPU).start() for lab in labs)
     for qemu in (guest, other):
@@ -60,7 +60,7 @@ def test_every_tag_there_and_back(lab_on: LabOn) -> None:
 
 @pytest.mark.long
 def test_a_range_of_random_tags_and_nothing_else(lab_on: LabOn) -> None:
-    """The range is over both of two slots that touch."""
+    """The range spans two adjacent slots."""
     labs = lab_on(SMALL), lab_on(LARGE)
     slots = (f"{RAM:#x}:0x104000", f"{RAM + 0x104000:#x}:0xfc000")
     pids = [start_test_vmm(lab, *slots) for lab in labs]
@@ -107,7 +107,7 @@ def test_what_cannot_be_aligned_is_refused(lab_on: LabOn) -> None:
 
 @pytest.mark.long
 def test_stolen_time_of_qemu_does_not_fit(lab_on: LabOn) -> None:
-    """The page that it is accounted in is as large as the host's; mtetool-restore(1) says so."""
+    """The page that holds it is as large as the host's; see mtetool-restore(1)."""
     small, large = lab_on(SMALL), lab_on(LARGE)
     source, target = (Qemu(lab, "guest", extra="-S").start().pid for lab in (small, large))
     _run(small, f"save kvm:{source} -o /tmp/whole")

@@ -1,4 +1,4 @@
-"""Who may work on a VMM, and what those are told who may not: real users, real processes."""
+"""Who may work on a VMM, and the errors that others get: real users, real processes."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_where_nobody_may_until_the_next_boot() -> None:
     assert "ptrace_scope is 3" in told["message"]
     assert "reboot" in told["hint"]
     assert probe.returncode == 4
-    assert b"nobody may trace" in probe.stdout
+    assert b"no process may trace" in probe.stdout
 
 
 def test_a_process_that_is_traced_names_its_tracer(lab: Machine) -> None:
@@ -209,7 +209,7 @@ def test_a_zombie_is_one_that_has_ended(lab: Machine) -> None:
 def test_threads_are_no_vmms(lab: Machine) -> None:
     kernel = _told(_save(lab, "", 2))
     assert kernel["error"] == "no-vm"
-    assert "process 2 (kthreadd) is a thread of the kernel" in kernel["message"]
+    assert "process 2 (kthreadd) is a kernel thread" in kernel["message"]
     program = (
         "import threading, time\n"
         "thread = threading.Thread(target=lambda: time.sleep(1000))\nthread.start()\n"

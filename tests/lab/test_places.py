@@ -59,7 +59,7 @@ def test_two_nodes_of_qemu(lab: Machine) -> None:
 
 
 def test_slots_within_one_mapping(lab: Machine) -> None:
-    """The VMM's mappings touch and are alike, so that /proc shows one."""
+    """The VMM's mappings are adjacent and alike, so /proc shows a single one."""
     small = [[16 * MIB, 3 * MIB // 2], [32 * MIB, MIB], [40 * MIB, 5 * MIB // 4]]
     slots = [[BASE, 64 * MIB], *small]
     words = [f"{ipa:#x}:{size:#x}" for ipa, size in slots]
@@ -92,7 +92,7 @@ sys.exit(main())
 
 
 def test_a_monitor_that_tells_wrong_addresses(lab: Machine) -> None:
-    """Memory that nobody touched, of the same size: no tag is lost by that."""
+    """The address is that of untouched memory of the same size: no tag is lost."""
     spare = "-object memory-backend-ram,id=spare,size=256M,prealloc=off"
     guest = Qemu(lab, "g", extra=spare).start()
     guest.wait_for_checks(1)
@@ -117,11 +117,11 @@ def test_a_monitor_that_tells_wrong_addresses(lab: Machine) -> None:
 
 
 def test_a_slot_that_was_moved_is_put_back(lab: Machine) -> None:
-    """By a real kernel, in a VM of the test's own whose other slots go at that very moment."""
+    """On a real kernel, in a VM of the test itself whose other slots vanish at that moment."""
     command = ["python3", "-m", "tests.lab.moving"]
     result = lab.run(command, env={"PYTHONPATH": "/opt/mtetool"}, check=True)
     found = json.loads(result.stdout)
     print(found)
     assert found["answers"] == [-17, 0, 0]
     assert found["at_home"]
-    assert "was put back to 0x40000000" in found["message"]
+    assert "was put back at 0x40000000" in found["message"]

@@ -1,4 +1,4 @@
-"""What a borrowed thread gets back: every register it has, and the call that it was in."""
+"""A borrowed thread gets back all its registers and the call that it was in."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_registers_come_back_to_the_bit(lab: Machine) -> None:
 
 @_SME_AND_GCS
 def test_matrix_registers_come_back_to_the_bit(lab: Machine) -> None:
-    """With SME2: ZA, ZT0, TPIDR2 and FPMR outlive the borrowing; the vectors are longer, too."""
+    """With SME2, ZA, ZT0, TPIDR2 and FPMR survive the borrow; the vectors are longer, too."""
     found = _holders(lab, "registers", "za", "sve", "sve-long")
     assert _unharmed(found)
     assert all(counts and counts["attached"] == 4 for counts in found.values())
@@ -69,7 +69,7 @@ def test_guarded_control_stack_is_refused(lab: Machine) -> None:
 
 @pytest.mark.long
 def test_sleeps_keep_their_end(lab: Machine) -> None:
-    """Without what the kernel knows of a sleep, an attach would begin it anew."""
+    """Without the kernel's state of a sleep, an attach would restart it."""
     found = _holders(lab, "calls", *_SLEEPS)
     for mode, counts in found.items():
         assert counts is not None
@@ -86,7 +86,7 @@ def test_waits_go_on_behind_attaches(lab: Machine) -> None:
 
 
 def test_waits_that_any_stop_breaks_off_say_so(lab: Machine) -> None:
-    """mtetool(1) tells of these; should a kernel learn better, the page is to follow."""
+    """mtetool(1) lists these; if a kernel improves, the page must follow."""
     for mode, counts in _holders(lab, "calls", "epoll", "sigtimedwait").items():
         assert counts is not None
         assert counts["early"] > 0, mode

@@ -51,7 +51,7 @@ def test_every_row_holds_on_the_real_kernel(lab: Machine) -> None:
     assert (selftest["passed"], selftest["not_run"], selftest["defects"]) == (True, None, [])
     assert (status, report["able"]) == (0, True)
     text = lab.run(["mtetool", "probe", "--selftest"], check=True).stdout.decode()
-    assert f"selftest: {len(CHECK_IDS)} of {len(CHECK_IDS)} hold" in text
+    assert f"selftest: {len(CHECK_IDS)} of {len(CHECK_IDS)} checks hold" in text
 
 
 def test_it_leaves_nothing_and_takes_little(lab: Machine) -> None:

@@ -1,4 +1,4 @@
-"""Memslots without a monitor: what the kernel tells is what the VMM has set, and costs nothing."""
+"""Memslots without a monitor: the kernel's answers match the VMM's slots, and cost nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A guest never stands still because mtetool was stopped, or because nobody reads what it says."""
+"""A guest never stands still because mtetool was stopped, or because its output is not read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tags survive swapping: guest memory that is on a swap device is saved and restored exactly."""
+"""Tags survive swapping: guest memory on a swap device is saved and restored exactly."""
 
 from __future__ import annotations
 

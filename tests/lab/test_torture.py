@@ -1,6 +1,6 @@
-"""A campaign: commands on a busy VMM, ended in every bad way, and nobody is worse off.
+"""A campaign: commands on a busy VMM, ended in every bad way, do no harm.
 
-`make torture` lets a thousand of them die; the test run, as many as MTETOOL_DEATHS says (8).
+`make torture` kills a thousand of them; a test run kills MTETOOL_DEATHS of them (default 8).
 """
 
 from __future__ import annotations

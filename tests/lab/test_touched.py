@@ -1,4 +1,4 @@
-"""What nobody touched is neither read nor made, and every tag is saved: on QEMU's real memory."""
+"""Untouched memory is neither read nor allocated, and every tag is saved: on a real QEMU."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ time.sleep(100000)
 
 @pytest.mark.parametrize("memory", [pytest.param("private", marks=pytest.mark.long), "memfd"])
 def test_a_save_without_a_monitor_makes_no_memory(lab: Machine, memory: str) -> None:
-    """As under libvirt, whose connection is the only one: the kernel confirms where memory is."""
+    """As under libvirt, which holds the only connection: the kernel confirms where memory is."""
     guest = Qemu(lab, "g", extra=f"{MEMORIES[memory]} -S").start().wait_for_machine()
     touched = GuestMemory.of(guest, BASE, SIZE)
     lab.put("/tmp/hold.py", _HOLD_THE_MONITOR.encode())
@@ -132,7 +132,7 @@ def test_a_save_without_a_monitor_makes_no_memory(lab: Machine, memory: str) -> 
 
 @pytest.mark.long
 def test_holes_of_shared_memory_in_huge_pages(lab: Machine) -> None:
-    """Its files have large blocks, as those of hugetlbfs, and know their holes all the same."""
+    """Its files have large blocks, like those of hugetlbfs, and still report their holes."""
     lab.sh("echo always >/sys/kernel/mm/transparent_hugepage/shmem_enabled")
     try:
         guest = Qemu(lab, "g", extra=MEMORIES["memfd"]).start()
@@ -153,7 +153,7 @@ def test_holes_of_shared_memory_in_huge_pages(lab: Machine) -> None:
 @pytest.mark.long
 @pytest.mark.kernel("7.3")
 def test_huge_pages_of_hugetlbfs_are_all_read(lab: Machine) -> None:
-    """Which of them exist is unknown: made only where that is wanted, see mtetool-save(1)."""
+    """Which of them exist is unknown: they are allocated only on request; see mtetool-save(1)."""
     lab.sh("echo 150 >/proc/sys/vm/nr_hugepages")
     memory = MEMORIES["memfd"].replace("share=on", "share=on,hugetlb=on,hugetlbsize=2M")
     try:
@@ -181,7 +181,7 @@ def test_huge_pages_of_hugetlbfs_are_all_read(lab: Machine) -> None:
 
 @pytest.mark.every_kernel
 def test_a_page_that_is_only_in_the_file_exists(lab: Machine) -> None:
-    """Another process wrote it, or the page tables forgot it."""
+    """Another process wrote it, or it is no longer in the page tables."""
     guest = Qemu(lab, "g", extra=f"{MEMORIES['memfd']} -S").start()
     env = {"PYTHONPATH": "/opt/mtetool"}
     lab.run(["python3", "-c", _ONLY_IN_THE_FILE, str(guest.pid)], env=env, check=True, timeout=100)
@@ -189,7 +189,7 @@ def test_a_page_that_is_only_in_the_file_exists(lab: Machine) -> None:
 
 @pytest.mark.long
 def test_64_gib_of_which_a_hundredth_is_touched(lab: Machine) -> None:
-    """A guest of which 640 MiB have tags, in 160 places: that is what a save costs."""
+    """640 MiB of the guest have tags, in 160 places: that alone is the cost of a save."""
     memory = _MEMFD.format(size="64G", share="on")
     guest = Qemu(lab, "g", memory="64G", extra=f"{memory} -S").start()
     ranges = " ".join(f"--range {BASE + n * 400 * MIB}:4M" for n in range(160))

@@ -1,6 +1,6 @@
-"""Where it is not known which pages exist, no memory is made unless the user says so.
+"""If it is unknown which pages exist, no memory is allocated unless the user requests it.
 
-And on kernels before 6.7 it is known as well: by the words of /proc/PID/pagemap.
+On kernels before 6.7 it is known as well: from the words of /proc/PID/pagemap.
 """
 
 from __future__ import annotations

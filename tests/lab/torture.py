@@ -1,11 +1,11 @@
-"""Run in the lab: mtetool's commands started again and again on a VMM, and ended at bad moments.
+"""Run in the lab: start mtetool's commands again and again on a VMM, and end them at bad moments.
 
-`python3 -m tests.lab.torture PID DEATHS SEED SNAPSHOT` prints a line of JSON for each thing that
-the VMM suffered and one, at the end, of what was done. Commands run in forked children, from
-main() on, so that thousands of deaths take minutes. One in two dies at a step drawn by lot (see
-`mtetool.attach.steps`), the others after a while drawn by lot: by SIGKILL, SIGTERM, SIGINT or
-SIGHUP, or by the closing of the pipe that they write to; or they are stopped, by SIGSTOP or
-SIGTSTP, and nobody continues them before the VMM is as it was.
+`python3 -m tests.lab.torture PID DEATHS SEED SNAPSHOT` prints a line of JSON for each harm to the
+VMM and, at the end, a summary. Commands run in forked children, from main() on, so thousands of
+deaths take minutes. Every other command dies at a random step (see `mtetool.attach.steps`), the
+others after a random time: by SIGKILL, SIGTERM, SIGINT or SIGHUP, or because the pipe that they
+write to is closed; or they are stopped, by SIGSTOP or SIGTSTP, and not continued before the VMM
+is as it was.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Run in the lab: the VMM is killed before each step of an attach, a copy and a detach.
+"""Run in the lab: kill the VMM before each step of an attach, a copy and a detach.
 
-`python3 -m tests.lab.vmm_deaths` prints, as JSON, how many VMMs died so, how mtetool ended each
-time, and where it or the dead VMM did not end within a time that is ample.
+`python3 -m tests.lab.vmm_deaths` prints, as JSON, how many VMMs died this way, how mtetool ended
+each time, and the steps at which it or the dead VMM did not end within an ample time.
 """
 
 from __future__ import annotations

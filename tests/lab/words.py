@@ -1,8 +1,8 @@
-"""Run in the lab: what exists of a VMM's memory, by PAGEMAP_SCAN and by the words of pagemap.
+"""Run in the lab: find a VMM's existing pages by PAGEMAP_SCAN and by the words of pagemap.
 
-`python3 -m tests.lab.words PID` looks at all memory of a paused VMM both ways and prints JSON: how
-many pages exist by each, those that only the scan finds, before and after (there must be none), and
-those that only the words show and that are not the kernel's page of zeros (none either).
+`python3 -m tests.lab.words PID` examines all memory of a paused VMM both ways and prints JSON: the
+number of pages that each finds, those that only the scan finds, before and after (there must be
+none), and those that only the words show and that are not the kernel's page of zeros (also none).
 """
 
 from __future__ import annotations

@@ -462,8 +462,8 @@ def test_pages_that_nobody_speaks_of() -> None:
         for other in range(4):
             if other != page:
                 forge.fill(BASE + other * PAGE, 1)
-        refused(forge.end(), DamagedError, f"no record speaks of {BASE + page * PAGE:#x}:0x1000")
-    refused(small_forge().end(), DamagedError, "no record speaks")
+        refused(forge.end(), DamagedError, f"no record covers {BASE + page * PAGE:#x}:0x1000")
+    refused(small_forge().end(), DamagedError, "no record covers")
 
 
 @pytest.mark.parametrize(
@@ -625,7 +625,7 @@ def replace_records(forge: Forge) -> Forge:
 def test_an_index_of_another_size() -> None:
     forge = small_forge().fill(BASE, 4)
     forge.record(b"INDX", {"entries": 2}, forge.index)
-    refused(forge.data, DamagedError, "another size")
+    refused(forge.data, DamagedError, "does not fit its 2 entries")
 
 
 def test_nothing_comes_between_index_and_end() -> None:

@@ -120,8 +120,8 @@ def test_addresses_that_cannot_be_are_unknown(tmp_path: Path, text: str) -> None
 @pytest.mark.parametrize(
     ("piece", "why"),
     [
-        (b'{"event": "RESUME"}\n', "events without end"),
-        (b'{"event": "RESUME"}', "events without end"),
+        (b'{"event": "RESUME"}\n', "never stops sending events"),
+        (b'{"event": "RESUME"}', "never stops sending events"),
         (b"x", "does not speak QMP"),
         (b'{"return": "' + b"x" * 65536, "does not speak QMP"),
         (b'{"return": ["' + b'\\"' * 65536, "does not speak QMP"),
@@ -175,7 +175,7 @@ def test_late_answer_is_not_taken_for_that_to_another_question(tmp_path: Path) -
         monitors.open_given(os.getpid(), path) as monitor,
     ):
         for ask in (monitor.paused, monitor.name, monitor.memslots):
-            with pytest.raises(LayoutUnknownError, match="events without end"):
+            with pytest.raises(LayoutUnknownError, match="never stops sending events"):
                 ask()
 
 

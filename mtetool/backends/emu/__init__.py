@@ -1,5 +1,5 @@
 """Guests that are files, `emu:PATH`: for rehearsals, tests and hosts that are not arm64.
 
 They answer as the kernel does, by the checks of `mtetool.emulator`; faults that a user orders are
-kept beside the tags. Nothing of a real host's kernel enters here.
+kept next to the tags. Nothing here depends on the host's kernel.
 """

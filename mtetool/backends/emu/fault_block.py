@@ -2,9 +2,9 @@
 
     magic 8 | length u32 | CRC-32 of the rest u32 | msgpack: faults, what they have seen, vanished
 
-in little-endian order, then zeros; nothing but zeros says that there are none. Only files of
-guests with faults have it. Whoever reads or changes it holds a lock on its bytes, of the open
-file: several processes may read one guest's tags, and each copy counts.
+in little-endian order, then zeros; a block of zeros means no faults. Only files of guests with
+faults have it. A process that reads or changes it locks its bytes, with a lock of the open file:
+several processes may read one guest's tags, and each copy counts.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from mtetool.faults.model import (
 from mtetool.files.fields import Fields, pack_map, unpack_map
 
 FAULTS_MAX = 16
-"""How many faults one guest may have: they fit into 4096 bytes, so that they lie in one page of
-the file, and nobody who is killed leaves half of a change (Linux looks for fatal signals between
-the pages of a write: mm/filemap.c, generic_perform_write)."""
+"""How many faults one guest may have: they fit into 4096 bytes, so they lie in one page of the
+file, and a killed process never leaves half of a change (Linux checks for fatal signals between the
+pages of a write: mm/filemap.c, generic_perform_write)."""
 
 _MAGIC = b"MTEFAULT"
 _HEAD = struct.Struct("<8sII")
@@ -45,10 +45,10 @@ _NUMBER_MAX = (1 << 64) - 1
 
 
 class FaultsInFile:
-    """The faults behind a guest's tags; a `Kept` of `mtetool.faults.guest`.
+    """The faults after a guest's tags; a `Kept` of `mtetool.faults.guest`.
 
-    `at` is where the block is. Where the file may not be written, what the faults see counts for
-    this object only. The methods raise EmulatorFileError, HostIoError.
+    `at` is where the block is. If the file may not be written, what the faults see counts for this
+    object only. The methods raise EmulatorFileError, HostIoError.
     """
 
     def __init__(self, fd: int, path: str, at: int, *, writable: bool) -> None:
@@ -60,7 +60,7 @@ class FaultsInFile:
 
     @contextmanager
     def held(self) -> Iterator[Faults]:
-        """The faults, for this process alone until the end of the `with`, which keeps changes."""
+        """The faults, locked for this process until the end of the `with`, which saves changes."""
         if not self._writable:
             if self._own is None:
                 self._own = self.read()
@@ -80,7 +80,7 @@ class FaultsInFile:
             return _unpacked(self._load(), self._path)
 
     def replace(self, faults: Iterable[Fault]) -> None:
-        """Put other faults in their place, or the first; raises UsageError for too many."""
+        """Replace the faults, or add the first ones; raises UsageError for too many."""
         packed = _packed(Faults.of(faults))
         with self._locked(fcntl.F_WRLCK):
             try:
@@ -90,13 +90,13 @@ class FaultsInFile:
             try:
                 self._store(packed)
             except MtetoolError:
-                # A full disk: better none than what nobody could read.
+                # A full disk: no faults are better than unreadable ones.
                 with suppress(OSError):
                     os.ftruncate(self._fd, self._at)
                 raise
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -125,7 +125,7 @@ class FaultsInFile:
 
     @contextmanager
     def _locked(self, kind: int) -> Iterator[None]:
-        # The lock of the open file: that of the process would end with any other descriptor.
+        # A lock of the open file: one of the process would end when any other descriptor closes.
         self._lock(kind)
         try:
             yield
@@ -142,7 +142,7 @@ class FaultsInFile:
 
 def _packed(faults: Faults) -> bytes:
     if len(faults.ordered) > FAULTS_MAX:
-        raise UsageError(f"{len(faults.ordered)} faults: a guest has {FAULTS_MAX} at most")
+        raise UsageError(f"{len(faults.ordered)} faults: a guest can have at most {FAULTS_MAX}")
     rows = [
         {
             **_effect_row(fault.effect),
@@ -151,7 +151,7 @@ def _packed(faults: Faults) -> bytes:
             "size": fault.at and fault.at[1],
             "after": fault.after,
             "every": fault.every,
-            # As text, which comes back as the same number.
+            # As text, which reads back as the same number.
             "chance": repr(fault.chance),
             "seed": fault.seed,
             "times": fault.times,
@@ -187,7 +187,7 @@ def _unpacked(packed: bytes, path: str) -> Faults:
             ordered.append(fault)
             faults.counted.append(counted)
         fields.end()
-    # Well-formed nonsense too: values that a Fault does not take.
+    # This covers well-formed nonsense: values that a Fault does not take.
     except (MtetoolError, ValueError) as error:
         raise damaged(path, f"its faults make no sense: {error}") from error
     faults.ordered = tuple(ordered)

@@ -1,12 +1,12 @@
-"""The file behind an emulated guest: its header, its lock, and how it comes to be.
+"""The file behind an emulated guest: its header, its lock, and how it is made.
 
-A header, then the tags of each memslot, one byte a granule, in order of address, each slot at
-a multiple of 64 KiB:
+It has a header, then the tags of each memslot, one byte per granule, in order of address, each slot
+at a multiple of 64 KiB. The header:
 
     magic 8 | version u32 | description u32 | file size u64 | CRC-32 u32 | msgpack description
 
-in little-endian order; the checksum is that of the header without it. Tags that nobody set
-are holes. Behind all of it may be a block with faults (`fault_block`), which the file size in the
+in little-endian order; the checksum covers the rest of the header. Tags that were never set are
+holes. After the tags there may be a block with faults (`fault_block`), which the file size in the
 header does not count.
 """
 
@@ -63,8 +63,8 @@ _COUNT_MAX = _ADDRESS_END - 1
 class Description:
     """What the header says; slots in order of address, `readonly` never None.
 
-    `hugetlb` has the ids of slots with hugetlb memory, `behaviours` what its kernel does
-    differently from others.
+    `hugetlb` has the ids of slots with hugetlb memory, `behaviours` how its kernel differs from
+    others.
     """
 
     page_size_bytes: int
@@ -76,13 +76,13 @@ class Description:
 
 
 def check_description(described: Description) -> None:
-    """Raises UsageError, MisalignedError, RangeError for a guest that cannot be."""
+    """Raise UsageError, MisalignedError, RangeError for a guest that cannot exist."""
     if described.page_size_bytes not in PAGE_SIZES:
         raise UsageError(
-            f"a page size of {described.page_size_bytes} bytes: it is 4096, 16384 or 65536"
+            f"a page size of {described.page_size_bytes} bytes: must be 4096, 16384 or 65536"
         )
     if not 0 <= described.vcpus <= _COUNT_MAX:
-        raise UsageError(f"{described.vcpus} vCPUs: it is 0 to {_COUNT_MAX}")
+        raise UsageError(f"{described.vcpus} vCPUs: must be 0 to {_COUNT_MAX}")
     if not described.memslots:
         raise UsageError("a guest needs a memslot")
     for slot in described.memslots:
@@ -95,18 +95,19 @@ def check_description(described: Description) -> None:
 
 
 def check_hugetlb(described: Description) -> None:
-    """Raises UsageError for hugetlb memory in a VM with MTE on a kernel that refuses it.
+    """Raise UsageError for hugetlb memory in a VM with MTE on a kernel that refuses it.
 
-    For new guests only: the kernel looks when a memslot is made, not when MTE is enabled.
+    For new guests only: the kernel checks when a memslot is made, not when MTE is enabled.
     """
     if Behaviour.HUGETLB_TAGS in described.behaviours or not described.mte:
         return
     for slot in described.memslots:
         if slot.id in described.hugetlb:
             raise UsageError(
-                f"the memslot at {slot.ipa:#x} is hugetlb memory, which this kernel does not take"
+                f"the memslot at {slot.ipa:#x} is hugetlb memory, which this kernel refuses"
                 " for a VM with MTE (EINVAL)",
-                hint=f"--kernel-behaviour {Behaviour.HUGETLB_TAGS.value} is one that does (6.13)",
+                hint="emulate a kernel that accepts it (6.13): --kernel-behaviour"
+                f" {Behaviour.HUGETLB_TAGS.value}",
             )
 
 
@@ -127,7 +128,7 @@ def _check_slot(slot: Memslot, page: int) -> None:
 
 
 def header(described: Description) -> bytes:
-    """The header of a guest's file; as long as that of the same guest with MTE on or off."""
+    """The header of a guest's file; its length does not depend on whether MTE is on."""
     packed = _packed(described)
     if len(packed) > _DESCRIPTION_MAX_BYTES:
         raise UsageError(f"too many memslots for one guest: {len(described.memslots)}")
@@ -136,10 +137,11 @@ def header(described: Description) -> bytes:
 
 
 def replace_header(fd: int, old: Description, new: Description) -> None:
-    """Write the header of a guest over that of the same guest with MTE on or off.
+    """Overwrite a guest's header with that of the same guest with MTE switched.
 
-    Only the bytes that differ, checksum and switch, which are within the file's first sector:
-    whoever dies meanwhile leaves the one header or the other. Raises OSError.
+    It writes only the bytes that differ, checksum and switch, which are within the file's first
+    sector: a process that dies meanwhile leaves either the old header or the new one. Raises
+    OSError.
     """
     before, after = header(old), header(new)
     differing = [at for at, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
@@ -195,7 +197,7 @@ def _packed(described: Description) -> bytes:
 
 
 def _unpacked(packed: bytes) -> Description:
-    """Raises DamagedError."""
+    """Decode a description. Raises DamagedError."""
     fields = unpack_map(packed, "the description")
     page = fields.integer("page_size", 1, _COUNT_MAX)
     mte = fields.truth_or_none("mte")
@@ -215,7 +217,7 @@ def _unpacked_behaviour(name: object) -> Behaviour:
     try:
         return Behaviour(name)
     except ValueError:
-        raise DamagedError("a kernel's behaviour that this mtetool does not know") from None
+        raise DamagedError("it names a kernel behaviour that this mtetool does not know") from None
 
 
 def _unpacked_slot(fields: Fields) -> Memslot:
@@ -229,17 +231,17 @@ def _unpacked_slot(fields: Fields) -> Memslot:
 
 
 def read_header(fd: int, path: str) -> Description:
-    """Raises EmulatorFileError for anything that `create` would not have written."""
+    """Read the header. Raises EmulatorFileError for one that `create` would not have written."""
     try:
         start = os.pread(fd, _DESCRIPTION_AT, 0)
         if start.startswith(SNAPSHOT_MAGIC):
             raise EmulatorFileError(
                 f"{path} is a snapshot, not an emulated guest",
-                hint=f"mtetool info {path} describes it; mtetool restore {path} GUEST",
+                hint=f"describe it: mtetool info {path}; restore it: mtetool restore {path} GUEST",
                 path=path,
             )
         if not start or start[: len(_MAGIC)] != _MAGIC[: len(start)]:
-            raise damaged(path, "it does not begin like one")
+            raise damaged(path, "it does not start like one")
         if len(start) < _DESCRIPTION_AT:
             raise damaged(path, "it is truncated")
         _, version, length, size = _HEAD.unpack_from(start)
@@ -263,11 +265,11 @@ def _described(packed: bytes, path: str, size: int, actual: int) -> Description:
     try:
         described = _unpacked(packed)
         check_description(described)
-    # Well-formed nonsense: a wrong layout is not the user's usage here, but the file's.
+    # Well-formed nonsense: here a wrong layout is the file's fault, not the user's.
     except MtetoolError as error:
         raise damaged(path, f"its description makes no sense: {error.message}") from error
     if actual not in (size, size + FAULTS_BYTES) or size != file_size(described):
-        raise damaged(path, f"its size, {counted(actual, 'byte')}, does not fit its description")
+        raise damaged(path, f"its size, {counted(actual, 'byte')}, does not match its description")
     return described
 
 
@@ -275,12 +277,12 @@ def _described(packed: bytes, path: str, size: int, actual: int) -> Description:
 
 
 def open_file(path: str) -> tuple[int, bool]:
-    """A file descriptor of a regular file, and whether it can be written.
+    """Open a regular file; return its descriptor and whether it can be written.
 
     Raises NoSuchFileError, PermissionRefusedError, EmulatorFileError for a directory and the
     like, HostIoError.
     """
-    # Not blocking, for a FIFO; what is not a regular file is refused once it is open.
+    # Non-blocking, in case of a FIFO; anything but a regular file is refused once it is open.
     flags = os.O_CLOEXEC | os.O_NONBLOCK
     try:
         try:
@@ -294,7 +296,9 @@ def open_file(path: str) -> tuple[int, bool]:
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
-        raise damaged(path, f"it is {'a directory' if stat.S_ISDIR(mode) else 'no regular file'}")
+        raise damaged(
+            path, f"it is {'a directory' if stat.S_ISDIR(mode) else 'not a regular file'}"
+        )
     return fd, writable
 
 
@@ -305,18 +309,18 @@ def lock(fd: int, path: str, kind: int) -> None:
     except BlockingIOError:
         raise BusyError(
             f"{path} is in use by another process",
-            hint=f"wait for it to end; this says who it is: fuser {path}",
+            hint=f"wait for it to end; find it: fuser {path}",
         ) from None
     except OSError as error:
         raise refused(error, path) from error
 
 
 def create(path: str, described: Description, *, force: bool, fill: Callable[[int], None]) -> None:
-    """Make a file, with `fill` given its descriptor before it appears under its name.
+    """Make a file; `fill` gets its descriptor before it appears under its name.
 
-    Raises FileExistsAlreadyError without `force`; BusyError when it would replace a guest that
-    is in use; NoSuchFileError where there is no such directory; SourceError and BadNameError for
-    what is not a name for a file; PermissionRefusedError, DiskFullError, HostIoError.
+    Raises FileExistsAlreadyError without `force`; BusyError if it would replace a guest that is in
+    use; NoSuchFileError if there is no such directory; SourceError and BadNameError if `path` is
+    not a name for a file; PermissionRefusedError, DiskFullError, HostIoError.
     """
     content = header(described)
     with located(path) as place:
@@ -340,11 +344,11 @@ def _check_place(place: Place, *, force: bool) -> None:
         raise exists(place.path)
     if not place.is_regular:
         raise SourceError(
-            f"{place.path} is not a regular file, and not replaced",
+            f"{place.path} is not a regular file, and mtetool does not replace it",
             hint="name a new file",
             path=place.path,
         )
-    # A guest that somebody works on would live on without a name, and the work be lost.
+    # A guest in use by another process would live on without a name, and its work be lost.
     fd, _ = open_file(place.path)
     try:
         lock(fd, place.path, fcntl.LOCK_EX)
@@ -353,7 +357,7 @@ def _check_place(place: Place, *, force: bool) -> None:
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of it at an offset. Raises OSError."""
+    """Write all of `data` at an offset. Raises OSError."""
     left = memoryview(data)
     while left:
         n_bytes = os.pwrite(fd, left, offset)
@@ -364,18 +368,18 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def refused(error: OSError, path: str) -> MtetoolError:
-    """What an OSError of this host means; never to be mistaken for an answer of the guest."""
+    """Convert an OSError of this host, so it is never mistaken for an answer of the guest."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return NoSuchFileError(
-            f"{path}: no such file", hint="mtetool emu create makes a guest", path=path
+            f"{path}: no such file", hint="make a guest: mtetool emu create PATH", path=path
         )
     return file_error(error, path)
 
 
 def damaged(path: str, why: str) -> EmulatorFileError:
-    """The error that says why a file is not one of ours."""
+    """The error that says why a file is not an emulated guest's."""
     return EmulatorFileError(
         f"{path} is not the file of an emulated guest: {why}",
-        hint="mtetool emu create makes one",
+        hint="make one: mtetool emu create PATH",
         path=path,
     )

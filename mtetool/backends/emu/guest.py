@@ -31,23 +31,24 @@ if TYPE_CHECKING:
     from mtetool.faults.model import Fault
     from mtetool.guest import GuestOptions
 
-# Guest memory whose tags are read although they are a hole: half as much as is read at once.
+# Holes smaller than this much guest memory are read like data: half of what is read at once.
 _SMALL_HOLE_BYTES = 32 << 20
 
 
 def open_emulated(path: str, options: GuestOptions) -> EmulatedGuest:
     """Open the emulated guest kept in the file `path`, as its owner: no fault fires.
 
-    Raises NoSuchFileError; EmulatorFileError for what is no such file or is damaged;
-    BusyError while somebody writes to it; PermissionRefusedError; SourceError for no path.
+    Raises NoSuchFileError; EmulatorFileError for a file that is not a guest's or is damaged;
+    BusyError while another process writes to it; PermissionRefusedError; SourceError for an empty
+    path.
     """
     if not path:
-        raise SourceError("emu: needs a path", hint="mtetool emu create PATH makes a guest")
+        raise SourceError("emu: needs a path", hint="make a guest: mtetool emu create PATH")
     if any(slot.host_address is not None for slot in options.memslots):
         raise UsageError(
-            f"emu:{path} has no process that its memory could be in: --memslot with an address"
-            " is for kvm: sources",
-            hint="--memslot IPA:SIZE",
+            f"emu:{path} has no process with addresses: --memslot with an address is for kvm:"
+            " sources",
+            hint="leave the address out: --memslot IPA:SIZE",
         )
     fd, writable = open_file(path)
     try:
@@ -74,14 +75,13 @@ def create_emulated(
 ) -> None:
     """Make an emulated guest in the file `path`, all tags 0 or as `fill` sets them.
 
-    `hugetlb` names memslots, by id, whose memory is hugetlb; a kernel without the behaviour
-    HUGETLB_TAGS refuses those for a VM with MTE. It has
-    `faults` from the first use on.
+    `hugetlb` has the ids of memslots with hugetlb memory; a kernel without the behaviour
+    HUGETLB_TAGS refuses those for a VM with MTE. The guest has `faults` from its first use on.
 
-    The file appears when it is whole, with mode 0600. Raises UsageError, MisalignedError and
-    RangeError for a layout that no guest has; FileExistsAlreadyError without `force`;
-    BusyError when it would replace a guest that is in use; NoSuchFileError where there is no
-    such directory; PermissionRefusedError, DiskFullError, HostIoError.
+    The file appears once it is complete, with mode 0600. Raises UsageError, MisalignedError and
+    RangeError for a layout that no guest can have; FileExistsAlreadyError without `force`;
+    BusyError if it would replace a guest that is in use; NoSuchFileError if there is no such
+    directory; PermissionRefusedError, DiskFullError, HostIoError.
     """
     slots = tuple(sorted(memslots, key=lambda slot: slot.ipa))
     described = Description(
@@ -103,7 +103,7 @@ def create_emulated(
 class EmulatedGuest(Guest):
     """A guest whose tags are in a file; `open_emulated` makes it.
 
-    Readers share the file; the first write takes it for this process alone, until `close`.
+    Readers share the file; the first write locks it for this process alone, until `close`.
     """
 
     makes_pages = False  # a hole in the file stays one
@@ -124,11 +124,11 @@ class EmulatedGuest(Guest):
 
     @property
     def behaviours(self) -> frozenset[Behaviour]:
-        """What its kernel does differently from others."""
+        """How its kernel differs from others."""
         return self._file.described.behaviours
 
     def info(self) -> GuestInfo:
-        """See `Guest.info`; the memslots are those told with `--memslot`, if any were."""
+        """See `Guest.info`; the memslots are those given with `--memslot`, if any."""
         described = self._file.described
         return GuestInfo(
             source=f"emu:{self._file.path}",
@@ -139,28 +139,28 @@ class EmulatedGuest(Guest):
         )
 
     def paused(self) -> bool | None:
-        """True: nobody runs an emulated guest."""
+        """True: an emulated guest never runs."""
         return True
 
     def freeze(self) -> None:
-        """Nothing: an emulated guest always stands still."""
+        """Do nothing: an emulated guest never runs."""
 
     def thaw(self) -> float:
         """See `Guest.thaw`; 0.0, as it never ran."""
         return 0.0
 
     def any_thread_reads(self, extent: Extent) -> bool:
-        """See `Guest.any_thread_reads`: what lies in one slot, whatever layout was given."""
+        """See `Guest.any_thread_reads`: an extent within one slot, whatever layout was given."""
         slot = self._file.slot_at(extent.ipa)
         if slot is None or not self._file.described.mte:
             return False
         return slot.kind != "device" and extent.end <= slot.end
 
     def may_be_tagged(self, extent: Extent) -> Iterator[Extent]:
-        """See `Guest.may_be_tagged`: where the file has no holes, small ones left aside."""
+        """See `Guest.may_be_tagged`: where the file has no holes, ignoring small ones."""
         self._file.check_open()
         at, end = extent.ipa, extent.end
-        start = stop = at  # what was found and not given yet
+        start = stop = at  # found but not yielded yet
         while at < end:
             first, behind = self._file.data_from(at, end)
             if first - stop >= _SMALL_HOLE_BYTES:
@@ -172,11 +172,11 @@ class EmulatedGuest(Guest):
             yield Extent.between(start, stop)
 
     def read_tags(self, ipa: int, out: TagBuffer) -> int:
-        """See `Guest.read_tags`. Raises also EmulatorFileError, HostIoError."""
+        """See `Guest.read_tags`. Also raises EmulatorFileError, HostIoError."""
         return self._copy(ipa, as_bytes(out), KVM_ARM_TAGS_FROM_GUEST)
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
-        """See `Guest.write_tags`. Raises also BusyError, PermissionRefusedError, DiskFullError."""
+        """See `Guest.write_tags`. Also raises BusyError, PermissionRefusedError, DiskFullError."""
         return self._copy(ipa, as_bytes(tags), KVM_ARM_TAGS_TO_GUEST)
 
     def _copy(self, ipa: int, tags: memoryview, flags: int) -> int:
@@ -188,33 +188,33 @@ class EmulatedGuest(Guest):
         was_taken = file.is_taken
         answer = copy_tags(request, copy, mte=True, page_size_bytes=self.page_size_bytes)
         if file.is_taken and not tags and not was_taken:
-            file.share()  # whoever only asks keeps nobody from reading
+            file.share()  # a write of nothing must not lock out readers
         if answer < 0:
             raise OSError(-answer, f"copying tags at {ipa:#x}: {os.strerror(-answer)}")
         return answer
 
     def enable_mte(self) -> bool:
-        """See `Guest.enable_mte`. A guest with vCPUs, what `vcpus` says, refuses."""
+        """See `Guest.enable_mte`. Refused if the guest has vCPUs (`vcpus`)."""
         file = self._file
         file.check_open()
         if file.described.mte:
             return False
         if file.described.vcpus:
             raise TooLateError(
-                f"emu:{file.path} has vCPUs already: MTE can only be enabled before",
-                hint="mtetool emu create --vcpus 0 makes a guest without",
+                f"emu:{file.path} has vCPUs already: enable MTE before the first one",
+                hint="create a guest without vCPUs: mtetool emu create --vcpus 0",
             )
         file.take_for_writing()
         file.describe(replace(file.described, mte=True))
         return True
 
     def close(self) -> None:
-        """See `Guest.close`; ends the lock. Raises HostError where what was written is lost."""
+        """See `Guest.close`; ends the lock. Raises HostError if written data is lost."""
         self._file.close()
 
 
 class _FileCopy:
-    """Tags of a request on their way from or to the file; a `TagMemory`."""
+    """The tags of a request, copied from or to the file; a `TagMemory`."""
 
     def __init__(self, file: TagFile, ipa: int, tags: memoryview) -> None:
         self._file = file
@@ -223,7 +223,7 @@ class _FileCopy:
         self._is_short = False
 
     def begin(self, request: CopyRequest) -> int:
-        """See `TagMemory.begin`: whoever writes has the file alone."""
+        """See `TagMemory.begin`: a writer has the file to itself."""
         if request.to_guest:
             self._file.take_for_writing()
         return 0
@@ -239,5 +239,5 @@ class _FileCopy:
         copy = self._file.write if request.to_guest else self._file.read
         part = self._tags[done // GRANULE_BYTES :][: (slot.end - ipa) // GRANULE_BYTES]
         n_granules = copy(ipa, part)
-        self._is_short = n_granules < len(part)  # the next call there says why
+        self._is_short = n_granules < len(part)  # the next call from there says why
         return n_granules * GRANULE_BYTES

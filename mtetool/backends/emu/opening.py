@@ -1,4 +1,4 @@
-"""Emulated guests as the commands meet them: with the faults that they were given."""
+"""Emulated guests as the commands open them: with the faults that they were given."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def open_with_faults(path: str, options: GuestOptions) -> Guest:
     """Open the emulated guest kept in the file `path`, with the faults that it was given.
 
-    Raises NoSuchProcessError, as for a VMM that ended, once a fault made it vanish; and what
+    Raises NoSuchProcessError, as for a VMM that ended, once a fault has made it vanish; and what
     `open_emulated` raises.
     """
     guest = open_emulated(path, options)
@@ -33,8 +33,8 @@ def open_with_faults(path: str, options: GuestOptions) -> Guest:
     try:
         if kept.read().vanished:
             raise NoSuchProcessError(
-                f"the guest emu:{path} vanished (an ordered fault)",
-                hint=f"mtetool emu fault {path} --clear brings it back",
+                f"the guest emu:{path} vanished (an injected fault)",
+                hint=f"bring it back: mtetool emu fault {path} --clear",
             )
     except BaseException:
         faulty.close()

@@ -1,4 +1,4 @@
-"""What the owner of an emulated guest may do with it, who is not bound to what the kernel lets."""
+"""What the owner of an emulated guest may do with it, beyond what the kernel allows."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from mtetool.backends.emu.tag_file import TagFile
     from mtetool.faults.model import Fault, Faults
 
-# One tag for a long range is written by so many granules.
+# A long range with one tag is written this many granules at a time.
 _CHUNK_GRANULES = 1 << 20
 
 Advance = Callable[[int], None]
-"""Called with the bytes of guest memory that were done since the last call."""
+"""Called with the bytes of guest memory done since the last call."""
 
 
 class Owner:
@@ -33,7 +33,7 @@ class Owner:
 
     @property
     def memslots(self) -> tuple[Memslot, ...]:
-        """All there are, whatever the user said about the guest."""
+        """All memslots, whatever the user specified for the guest."""
         return self._file.described.memslots
 
     def set_tag(
@@ -41,11 +41,11 @@ class Owner:
     ) -> None:
         """Give the granules of a range one tag, in read-only memory too.
 
-        Raises MisalignedError for what is not whole granules, RangeError where not all of it
-        is memory, MteOffError, BusyError; nothing is changed then.
+        Raises MisalignedError if it is not whole granules, RangeError if not all of it is memory,
+        MteOffError, BusyError; nothing is changed then.
         """
         if not 0 <= tag <= TAG_MAX:
-            raise UsageError(f"{tag} is not a tag: tags go from 0 to {TAG_MAX}")
+            raise UsageError(f"{tag} is not a tag: tags are 0 to {TAG_MAX}")
         self._check_owned(ipa, size_bytes)
         n_granules = size_bytes // GRANULE_BYTES
         constant = memoryview(bytes([tag]) * min(n_granules, _CHUNK_GRANULES))
@@ -66,10 +66,10 @@ class Owner:
     ) -> None:
         """Give memslots (by id; None: all) the tags of a pattern, see `patterns`.
 
-        Device memory is left out. `ranges` are filled
-        instead of memslots, each with a pattern of its own. Raises UsageError for unknown slots
-        and patterns, MisalignedError for a range that is not whole pages, RangeError where not
-        all of it is memory, MteOffError, BusyError; nothing is changed then.
+        Device memory is left out. `ranges` are filled instead of memslots, each with a pattern of
+        its own. Raises UsageError for unknown slots and patterns, MisalignedError for a range that
+        is not whole pages, RangeError if not all of it is memory, MteOffError, BusyError; nothing
+        is changed then.
         """
         from mtetool.backends.emu.patterns import pattern_tags
 
@@ -88,7 +88,7 @@ class Owner:
                     advance(tags.size * GRANULE_BYTES)
 
     def faults(self) -> Faults:
-        """The faults it has for others, and what they have seen."""
+        """The guest's faults, and what they have seen; none fires for the owner."""
         from mtetool.faults.model import Faults
 
         kept = self.kept_faults()
@@ -98,9 +98,9 @@ class Owner:
             return kept.read()
 
     def set_faults(self, faults: Iterable[Fault]) -> None:
-        """Give it these faults in place of those before, or none; one that vanished is back.
+        """Replace its faults with these, or none; a guest that vanished is back.
 
-        Raises UsageError for too many of them, BusyError, PermissionRefusedError, DiskFullError.
+        Raises UsageError for too many faults, BusyError, PermissionRefusedError, DiskFullError.
         """
         ordered = tuple(faults)
         self._file.take_for_writing()
@@ -117,7 +117,7 @@ class Owner:
             raise refused(error, self._file.path) from error
 
     def kept_faults(self) -> FaultsInFile | None:
-        """Where its faults are kept, if it has any; to be closed by the caller."""
+        """Where its faults are kept, if it has any; the caller closes it."""
         self._file.check_open()
         at = self._file.tags_end
         try:
@@ -158,7 +158,7 @@ class Owner:
             if slot is None or slot.kind == "device":
                 raise RangeError(
                     f"{ipa:#x}:{size_bytes:#x} is not all memory: there is none at {at:#x}",
-                    hint=f"the memslots: mtetool emu show {self._file.path}",
+                    hint=f"list the memslots: mtetool emu show {self._file.path}",
                     ipa=at,
                 )
             at = slot.end
@@ -166,7 +166,7 @@ class Owner:
         self._file.take_for_writing()
 
     def _poke(self, ipa: int, tags: memoryview) -> None:
-        """Write to memory that is known to be there; it may cross from slot to slot."""
+        """Write to memory that is known to exist; it may span several slots."""
         done = 0
         while done < len(tags):
             at = ipa + done * GRANULE_BYTES

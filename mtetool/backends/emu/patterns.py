@@ -1,9 +1,9 @@
-"""Five patterns of tags, as the guests have that mtetool is measured with.
+"""Five patterns of tags, for the guests that mtetool is measured with.
 
 Each is a function of the pattern, a seed and the address of the memory, made in blocks of
-bounded size. What the patterns look like follows the allocators whose names they bear:
-scudo (a header granule, neighbours of different parity) and the kernel's slab and page
-allocators with KASAN in its hardware tag-based mode (0xe for freed objects).
+bounded size. The patterns look like those of real allocators: scudo (a header granule, neighbours
+of different parity) and the kernel's slab and page allocators with KASAN in its hardware tag-based
+mode (0xe for freed objects).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def pattern_tags(
     make = _MAKERS[name]
     for number, first in enumerate(range(0, n_granules, _BLOCK_GRANULES)):
         n_pages = min(_BLOCK_GRANULES, n_granules - first) // granules_per_page
-        # Blocks have their own streams, so that each could be made without those before it.
+        # Each block has its own stream, so it could be made without those before it.
         random = np.random.Generator(np.random.PCG64([seed, ipa, number]))
         yield make(random, n_pages, granules_per_page)
 
@@ -118,7 +118,7 @@ def _kernel(random: np.random.Generator, n_pages: int, per_page: int) -> Tags:
 
 
 def _slab_granules(random: np.random.Generator, block_granules: NDArray[np.intp]) -> Tags:
-    """Blocks of objects of one size each, every object with a tag; the last one is cut off."""
+    """Blocks of objects, one size per block, one tag per object; the last object is cut off."""
     sizes = random.choice(_SLAB_OBJECT_GRANULES, block_granules.size)
     counts = -(-block_granules // sizes)
     lengths = np.repeat(sizes, counts)

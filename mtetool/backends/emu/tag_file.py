@@ -1,8 +1,7 @@
 """The file of an emulated guest: its description, and one byte for each granule of its memory.
 
-The tags are read and written by pread and pwrite: a mapping would end the process with SIGBUS
-where the disk is full or the file was truncated, and would allocate the holes of a tmpfs as it
-reads them.
+The tags are read and written with pread and pwrite: a mapping would kill the process with SIGBUS if
+the disk is full or the file was truncated, and reading it would allocate the holes of a tmpfs.
 """
 
 from __future__ import annotations
@@ -25,26 +24,26 @@ from mtetool.uapi import GRANULE_BYTES
 if TYPE_CHECKING:
     from mtetool.backends.emu.file import Description
 
-# What is compared and written at once; and the unit that is left alone where nothing in it
+# The most that is compared and written at once; and the unit that is skipped if nothing in it
 # changes, so that zeros onto a hole allocate nothing: a file system's block.
 _CHUNK_BYTES = 1 << 20
 _BLOCK_BYTES = 4096
 
-# What is read at once stays in the processor's cache until it was looked at.
+# The most that is read at once: it stays in the processor's cache until it is examined.
 _READ_BYTES = 256 << 10
 
-# What file systems answer that do not know where a file has holes.
+# The errors of file systems that do not know where a file has holes.
 _NO_HOLES = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
-# After data, so many bytes of tags are taken for data: one look for each chunk at most.
+# After data, this many bytes of tags count as data: at most one lookup per chunk.
 _SEEK_STEP_BYTES = 1 << 20
 
 
 class TagFile:
-    """The open file `fd` of a guest at `path`, which it closes.
+    """The open file `fd` of a guest at `path`; it owns the descriptor.
 
-    Readers share the file; `take_for_writing` takes it for this process alone, until `share` or
-    `close`. Tags are read and written by a place in guest memory that exists, within its slot.
+    Readers share the file; `take_for_writing` locks it for this process alone, until `share` or
+    `close`. Reads and writes are by guest address, which must exist, and stay within its slot.
     """
 
     def __init__(self, fd: int, path: str, described: Description, *, writable: bool) -> None:
@@ -59,11 +58,11 @@ class TagFile:
 
     @property
     def tags_end(self) -> int:
-        """Where in the file the tags end; what follows are faults."""
+        """Where the tags end in the file; faults may follow."""
         return file_size(self.described)
 
     def slot_at(self, ipa: int) -> Memslot | None:
-        """The slot of that address, if any."""
+        """The slot at that address, if any."""
         index = bisect_right(self._starts, ipa) - 1
         if index < 0 or self.described.memslots[index].end <= ipa:
             return None
@@ -74,7 +73,7 @@ class TagFile:
         return self._offsets[index] + (ipa - self._starts[index]) // GRANULE_BYTES
 
     def read(self, ipa: int, out: memoryview) -> int:
-        """Fill `out`; how many granules. Raises EmulatorFileError, HostIoError."""
+        """Fill `out`; return how many granules. Raises EmulatorFileError, HostIoError."""
         return self._read_span(self._offset(ipa), out)
 
     def _read_span(self, offset: int, out: memoryview) -> int:
@@ -87,22 +86,22 @@ class TagFile:
                 raise refused(error, self.path) from error
             if n_bytes == 0:
                 raise damaged(self.path, "it was truncated while it was open")
-            # The kernel gives bits 7:4 as 0, whatever became of the file.
+            # The kernel returns bits 7:4 as 0, whatever is in the file.
             loops.mask(part[:n_bytes])
             done += n_bytes
         return done
 
     def write(self, ipa: int, tags: memoryview) -> int:
-        """Write tags; how many granules: whole pages, short where the disk is full.
+        """Write tags; return how many granules: whole pages, fewer if the disk is full.
 
-        Raises DiskFullError, HostIoError for none.
+        Raises DiskFullError, HostIoError if none could be written.
         """
         offset = self._offset(ipa)
         if self._scratch is None:
             self._scratch = memoryview(bytearray(2 * _CHUNK_BYTES))
         done = 0
         while done < len(tags):
-            # Up to a multiple of the chunk in the file, so that blocks are the file's own.
+            # Up to a multiple of the chunk size in the file, to keep to the file's own blocks.
             room = _CHUNK_BYTES - (offset + done) % _CHUNK_BYTES
             part = tags[done : done + room]
             wanted = self._scratch[: len(part)]
@@ -124,9 +123,9 @@ class TagFile:
         return done
 
     def data_from(self, ipa: int, end: int) -> Span:
-        """The next stretch without a hole, empty at `end` if there is none.
+        """The next stretch without a hole; empty, at `end`, if there is none.
 
-        Addresses without tags have no hole that could be known.
+        Addresses without tags count as data: no holes are known there.
         """
         slot = self.slot_at(ipa)
         if slot is None:
@@ -139,7 +138,7 @@ class TagFile:
         limit = base + (end - slot.ipa) // GRANULE_BYTES
         try:
             data = min(os.lseek(self.fd, offset, os.SEEK_DATA), limit)
-            # No need to know small holes: what follows is looked at from behind the next step on.
+            # Small holes do not matter: the next lookup starts after this step.
             hole = min(data + _SEEK_STEP_BYTES, limit)
         except OSError as error:
             if error.errno == errno.ENXIO:  # only a hole is left
@@ -154,7 +153,7 @@ class TagFile:
         return Span(max(first, ipa), min(behind, end))
 
     def describe(self, described: Description) -> None:
-        """Put another description of the same memory. Raises DiskFullError, HostIoError."""
+        """Replace the description, for the same memory. Raises DiskFullError, HostIoError."""
         try:
             replace_header(self.fd, self.described, described)
         except OSError as error:
@@ -170,8 +169,9 @@ class TagFile:
         """Raise MteOffError for a guest without tags."""
         if not self.described.mte:
             raise MteOffError(
-                f"MTE is off in emu:{self.path}, so that it has no tags",
-                hint=f"mtetool enable emu:{self.path} before it has vCPUs, or emu create again",
+                f"MTE is off in emu:{self.path}, so it has no tags",
+                hint="create it again with MTE; or, while it has no vCPUs:"
+                f" mtetool enable emu:{self.path}",
             )
 
     def _unwritable(self) -> MtetoolError:
@@ -181,7 +181,7 @@ class TagFile:
         return file_error(OSError(number, os.strerror(number)), self.path, what)
 
     def take_for_writing(self) -> None:
-        """Take it for this process alone. Raises BusyError, PermissionRefusedError, HostIoError."""
+        """Lock it for this process alone. Raises BusyError, PermissionRefusedError, HostIoError."""
         self.check_open()
         if self.is_taken:
             return
@@ -190,7 +190,7 @@ class TagFile:
         try:
             lock(self.fd, self.path, fcntl.LOCK_EX)
         except BusyError:
-            # A conversion that fails has lost the lock that was held (flock(2)).
+            # A failed conversion loses the lock that was held (flock(2)).
             with suppress(BusyError):
                 lock(self.fd, self.path, fcntl.LOCK_SH)
             raise
@@ -202,13 +202,13 @@ class TagFile:
         lock(self.fd, self.path, fcntl.LOCK_SH)
 
     def close(self) -> None:
-        """Close it, which ends the lock. Raises HostError where what was written is lost."""
+        """Close it, which ends the lock. Raises HostError if written data is lost."""
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             try:
                 os.close(fd)
             except OSError as error:
-                # Network file systems tell of a full disk only here.
+                # Network file systems report a full disk only here.
                 if self.is_taken and error.errno != errno.EINTR:
                     raise refused(error, self.path) from error
 

@@ -1,4 +1,4 @@
-"""Memslots that the user given by hand, and where in the VMM's own memory they are."""
+"""Memslots that the user gave by hand, and where they are in the VMM's own memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mtetool.spans import Place
 
 
 def check_by_hand(pid: int, memslots: Sequence[Memslot]) -> None:
-    """Memslots given by hand must be ones that process `pid` can have on this host.
+    """Check that process `pid` can have memslots given by hand on this host.
 
     Raises MisalignedError, RangeError.
     """
@@ -24,7 +24,7 @@ def check_by_hand(pid: int, memslots: Sequence[Memslot]) -> None:
         if any(number % PAGE_BYTES for number in numbers):
             raise MisalignedError(
                 f"{named} is not a multiple of the host's page size, {PAGE_BYTES} bytes",
-                hint="memslots consist of whole pages; look at the VMM's own configuration",
+                hint="memslots are whole pages: check the VMM's configuration",
             )
         if slot.ipa < end:
             raise RangeError(f"{named} overlaps the one before it, which ends at {end:#x}")
@@ -35,14 +35,14 @@ def check_by_hand(pid: int, memslots: Sequence[Memslot]) -> None:
 
 def _check_is_mapped(pid: int, address: int, size_bytes: int) -> None:
     at = address
-    # The attach reports it where this user may not look there.
+    # If this user may not look there, the attach reports it.
     with suppress(OSError):
         for mapping in procfs.mappings(pid):
             if mapping.start <= at < mapping.end and "w" in mapping.flags:
                 at = mapping.end
         if at < address + size_bytes:
             raise RangeError(
-                f"process {pid} has not mapped {size_bytes} bytes of memory at {address:#x}:"
+                f"process {pid} does not map {size_bytes} bytes of writable memory at {address:#x}:"
                 f" there is none at {at:#x}",
                 hint=f"find the guest's memory in /proc/{pid}/maps, or leave the address out",
                 pid=pid,
@@ -50,7 +50,7 @@ def _check_is_mapped(pid: int, address: int, size_bytes: int) -> None:
 
 
 def places_by_hand(memslots: Sequence[Memslot]) -> list[Place]:
-    """Where the memslots are that were told with an address."""
+    """The places of the memslots that were given with an address."""
     return [
         Place(slot.ipa, slot.size_bytes, slot.host_address)
         for slot in memslots
@@ -59,9 +59,9 @@ def places_by_hand(memslots: Sequence[Memslot]) -> list[Place]:
 
 
 def by_hand_and_proven(by_hand: Sequence[Place], proven: Sequence[Place]) -> list[Place]:
-    """What is proven, and what was given by hand where nothing is proven.
+    """The proven places, and those given by hand where nothing is proven.
 
-    Raises UsageError where they contradict each other.
+    Raises UsageError if they contradict each other.
     """
     found = list(proven)
     for told in by_hand:
@@ -69,10 +69,10 @@ def by_hand_and_proven(by_hand: Sequence[Place], proven: Sequence[Place]) -> lis
         if true and told.shift not in true:
             places = " or ".join(f"{told.ipa + shift:#x}" for shift in sorted(true))
             raise UsageError(
-                f"the memslot {told.ipa:#x}:{told.size_bytes:#x} is not at {told.address:#x} of the"
-                f" VMM's memory: the kernel says that it is at {places}",
+                f"the memslot {told.ipa:#x}:{told.size_bytes:#x} is not at {told.address:#x} in the"
+                f" VMM's memory: the kernel says it is at {places}",
                 hint="leave the address out: the kernel confirms where this memory is",
             )
-        # What is proven may be a part of what was told, and the other way round.
+        # A proven place may be part of one given by hand, or the other way round.
         found.append(told)
     return found

@@ -41,19 +41,19 @@ def open_kvm(rest: str, options: GuestOptions) -> KvmGuest:
     """Open `PID` or `PID:FD`, the VM of a running VMM.
 
     Raises WrongHostError, SourceError, NoSuchProcessError, NotAVmmError, SeveralVmsError,
-    PermissionRefusedError, ForeignMonitorError. Nothing is attached to before the first call that
-    needs it.
+    PermissionRefusedError, ForeignMonitorError. mtetool attaches only at the first call that needs
+    it.
     """
     if platform.machine() != "aarch64":
         raise WrongHostError(
             f"kvm:{rest} needs an arm64 host with MTE; this one is {platform.machine()}",
-            hint="run mtetool on the host of the VM; emu: works everywhere",
+            hint="run mtetool on the VM's host; emu: works everywhere",
         )
     pid_text, colon, fd_text = rest.partition(":")
     if not pid_text.isdecimal() or (colon and not fd_text.isdecimal()):
         raise SourceError(
             f"kvm:{rest} is not of the form kvm:PID or kvm:PID:FD",
-            hint="look for the VMM with: mtetool list",
+            hint="find the VMM: mtetool list",
         )
     process = proc.find(int(pid_text))
     check_by_hand(process.pid, options.memslots)
@@ -75,25 +75,25 @@ class KvmGuest(LiveGuest):
         self._options = options
         self.vm = Vm(process, fd)
         self._asked: tuple[Memslot, ...] | None = None
-        """The memslots, where the kernel was asked for them."""
+        """The memslots, if the kernel was asked for them."""
         self._stack = ExitStack()
         self._stack.callback(self.vm.close)
         self._stack.callback(self.monitor.close)
 
     @property
     def borrowed_seconds(self) -> float:
-        """For how long a thread of the VMM itself was borrowed."""
+        """How long a thread of the VMM itself was borrowed."""
         return self.vm.borrowed_seconds
 
     def info(self) -> GuestInfo:
-        """The VM; attaches, to ask the kernel whether MTE is on."""
+        """Describe the VM; attaches, to ask the kernel whether MTE is on."""
         slots = self._memslots
         return self._described(self.vm.has_mte, slots)
 
     def glance(self, *, attach: bool) -> tuple[GuestInfo, GuestError | None]:
-        """As `info`, with None and () for what cannot be learnt, and the reason for that.
+        """Like `info`, with None and () for anything unknown, and the reason for that.
 
-        Without `attach` only the monitor is asked, and what everybody may know.
+        Without `attach`, this uses only the monitor, and what any user may know.
         """
         mte: bool | None = None
         slots: tuple[Memslot, ...] = ()
@@ -102,7 +102,7 @@ class KvmGuest(LiveGuest):
             mte = self.vm.has_mte if attach else None
             slots = self._memslots if mte else self.monitor.ask().memslots()
         except LayoutUnknownError as error:
-            # Without MTE the kernel is not asked, and to have no monitor is nothing to report.
+            # Without MTE the kernel is not asked, and a missing monitor is not worth reporting.
             reason = error if mte or self.monitor.may_exist else None
         except GuestError as error:
             reason = error
@@ -121,21 +121,21 @@ class KvmGuest(LiveGuest):
         )
 
     def prepare(self) -> None:
-        """See `Guest.prepare`: where its memory is, which the monitor and the kernel are asked."""
+        """See `Guest.prepare`: ask the monitor and the kernel where its memory is."""
         if self.vm.has_mte:
             _ = self._host_memory
 
     def paused(self) -> bool | None:
-        """What QEMU's monitor says; without one, a vCPU that is in the guest tells. True frozen."""
+        """True if frozen; else what QEMU's monitor says or, without one, what its threads show."""
         if self.is_frozen:
-            return True  # and a monitor may wait for a vCPU
+            return True  # a monitor may be waiting for a vCPU
         try:
             return self.monitor.ask().paused()
         except LayoutUnknownError:
             return False if proc.runs_guest(self.vm.process.pid) else None
 
     def _stop(self) -> None:
-        """The threads of the vCPUs are stopped by ptrace."""
+        """Stop the vCPU threads with ptrace."""
         self.vm.drain()
         pid = self.vm.process.pid
         hold_vcpus(self.vm.session, pid, proc.find(pid).vcpus)
@@ -153,11 +153,11 @@ class KvmGuest(LiveGuest):
         return self._copy(ipa, as_bytes(tags), uapi.KVM_ARM_TAGS_TO_GUEST)
 
     def begin_read(self, ipa: int, out: TagBuffer) -> Pending:
-        """See `Guest.begin_read`; under way at once."""
+        """See `Guest.begin_read`; in flight at once."""
         return self._begin(ipa, as_bytes(out), uapi.KVM_ARM_TAGS_FROM_GUEST)
 
     def begin_write(self, ipa: int, tags: TagBuffer) -> Pending:
-        """See `Guest.begin_write`; under way at once."""
+        """See `Guest.begin_write`; in flight at once."""
         return self._begin(ipa, as_bytes(tags), uapi.KVM_ARM_TAGS_TO_GUEST)
 
     def _begin(self, ipa: int, tags: memoryview, flags: int) -> Pending:
@@ -178,7 +178,7 @@ class KvmGuest(LiveGuest):
                 n_granules = self._begin(at, part, flags)() // uapi.GRANULE_BYTES
             except OSError:
                 if done:
-                    break  # what was copied before counts; the next call there says why
+                    break  # what was copied counts; the next call from here says why
                 raise
             done += n_granules
             if n_granules < len(part):
@@ -186,17 +186,17 @@ class KvmGuest(LiveGuest):
         return done * uapi.GRANULE_BYTES
 
     def _check(self, ipa: int, length_bytes: int) -> None:
-        """The kernel's checks of a whole request, which goes there in parts."""
+        """Apply the kernel's checks to a whole request, which reaches it in parts."""
         self.vm.need_mte()
         if not uapi.is_copy_range(ipa, length_bytes, self.page_size_bytes):
-            raise OSError(errno.EINVAL, f"{length_bytes} bytes at {ipa:#x} are not to be copied")
+            raise OSError(errno.EINVAL, f"{length_bytes} bytes at {ipa:#x} cannot be copied")
 
     def enable_mte(self) -> bool:
         """See `Guest.enable_mte`."""
         return self.vm.enable_mte()
 
     def may_be_tagged(self, extent: Extent) -> Iterator[Extent]:
-        """See `Guest.may_be_tagged`: the pages that exist, where QEMU or the kernel says which."""
+        """See `Guest.may_be_tagged`: the pages that exist, if QEMU or the kernel says which."""
         memory = self._host_memory
         if memory is None:
             yield extent
@@ -211,7 +211,7 @@ class KvmGuest(LiveGuest):
 
     @cached_property
     def _host_memory(self) -> HostMemory | None:
-        # First of all: nobody is asked for what could not be used.
+        # The pagemap comes first: without it, nothing else needs to be asked.
         with suppress(LayoutUnknownError, AttachRefusedError, UnknownError):
             pagemap = Pagemap(self.vm.process.pid)
             self._stack.callback(pagemap.close)
@@ -219,7 +219,7 @@ class KvmGuest(LiveGuest):
         return None
 
     def _places(self) -> list[Place]:
-        """Where the kernel confirms that memory is, or the user says so."""
+        """Where memory is, as the kernel confirms or the user says."""
         by_hand = places_by_hand(self._options.memslots)
         layout, told = self._asked, []
         with suppress(LayoutUnknownError):
@@ -236,7 +236,7 @@ class KvmGuest(LiveGuest):
 
     @cached_property
     def _memslots(self) -> tuple[Memslot, ...]:
-        """As given by hand, or by the monitor, or by the kernel; in this order."""
+        """The memslots given by hand, else the monitor's, else the kernel's."""
         if self._options.memslots:
             return tuple(replace(slot, host_address=None) for slot in self._options.memslots)
         try:

@@ -1,4 +1,4 @@
-"""All VMs of this host, as far as this user may know them."""
+"""All VMs of this host, as far as this user may see them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ State = Literal["running", "paused"]
 
 @dataclass(frozen=True, slots=True)
 class ListedVm:
-    """A VM; None where that is unknown. `reason` says why something is not known."""
+    """A VM; what is unknown is None, and `reason` says why."""
 
     info: GuestInfo
     fd: int
@@ -28,7 +28,7 @@ class ListedVm:
 
     @property
     def memory_bytes(self) -> int | None:
-        """The size of all memslots that can be written; None where they are not known."""
+        """The size of all writable memslots; None if they are unknown."""
         if not self.info.memslots:
             return None
         return sum(s.size_bytes for s in self.info.memslots if s.kind == "ram" and not s.readonly)
@@ -36,14 +36,14 @@ class ListedVm:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The VMs by PID and fd, and why each process could not be looked at that could not."""
+    """The VMs by PID and fd, and an error for each process that could not be inspected."""
 
     vms: tuple[ListedVm, ...]
     unseen: tuple[PermissionRefusedError, ...]
 
 
 def list_vms(*, attach: bool) -> Listing:
-    """Look at all VMs. With `attach` each is attached to for a moment, to ask whether MTE is on.
+    """List all VMs. With `attach`, attach to each for a moment to ask whether MTE is on.
 
     A VM that ends meanwhile is left out. Raises no GuestError: a VM that refuses is listed too.
     """
@@ -64,7 +64,7 @@ def _of_process(process: proc.VmmProcess, *, attach: bool) -> Iterator[ListedVm]
 
 
 def _looked_at(process: proc.VmmProcess, fd: int, owner: str | None, *, attach: bool) -> ListedVm:
-    """One VM; whatever goes wrong with it is the reason in its row, and costs no other row."""
+    """One VM; whatever goes wrong becomes the reason in its row, and affects no other row."""
     try:
         with KvmGuest(process, fd, GuestOptions()) as guest:
             info, reason = guest.glance(attach=attach)

@@ -1,18 +1,19 @@
 """The memslots of a VM, learnt from the kernel itself; nothing is created, moved or touched.
 
-A new memslot is asked for that the kernel must refuse: EEXIST where it overlaps another
+mtetool asks for a new memslot that the kernel must refuse: EEXIST if it overlaps another
 (virt/kvm/kvm_main.c, __kvm_set_memory_region), else EINVAL, because its host memory, the vDSO's
-data, cannot carry tags (arch/arm64/kvm/mmu.c, kvm_arch_prepare_memory_region), or EFAULT beyond
-the guest's address space. That only holds in a VM with MTE on, which the caller has to know, and
-not for every kernel (6.1 takes such memory, and so may newer ones): so the same is asked of a
-scratch VM of our own first.
-Should a kernel take such a slot all the same, it is deleted at once, and nothing more is asked.
+data, cannot carry tags (arch/arm64/kvm/mmu.c, kvm_arch_prepare_memory_region), or EFAULT beyond the
+guest's address space. This holds only in a VM with MTE on, which the caller must know, and not for
+every kernel (6.1 accepts such memory, and newer ones may): so mtetool first asks the same of a
+scratch VM of its own. Should a kernel accept such a slot all the same, mtetool deletes it at once,
+and asks nothing more.
 
-Where in the VMM a slot's memory is, it confirms, too: a slot that is there keeps its size, address
-and read-only flag, so that another one is EINVAL, and may be moved, but EEXIST onto another slot,
-which is looked at only then. `mtetool.backends.kvm.placing` says why no such question can move
-one: other slots are in the way, which are looked at again right before it. Should a VMM remove them
-in between, the slot is put back by the very next call.
+The kernel also confirms where in the VMM a slot's memory is. The size, address and read-only flag
+of an existing slot cannot change (EINVAL). A slot may be moved, but not onto another one (EEXIST),
+which the kernel checks last, so EEXIST means that all three are right.
+`mtetool.backends.kvm.placing` says why no such question can move a slot: other slots are in the
+way, and mtetool checks for them again right before it asks. Should a VMM remove them in between,
+the very next call puts the slot back.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from mtetool.procfs import Mapping
 from mtetool.spans import Place, Span
 from mtetool.vmm.scratch import ScratchVm, scratch_vm
 
-# No VMM uses the highest ids. Where one does, each answer is EINVAL (another address than the
-# slot's own), and nothing is found: then the next is tried.
+# No VMM is known to use the highest ids. If one does, each answer is EINVAL (the address is not the
+# slot's own), and nothing is found: then mtetool tries the next id.
 _IDS = range(uapi.MEMSLOTS_MAX - 1, uapi.MEMSLOTS_MAX - 4, -1)
 _PIECE_BYTES_MAX = 1 << 42
 
-# VMMs count ids up from 0 and fill gaps: after so many that are free there is none.
+# VMMs count ids up from 0 and fill gaps: after this many free ids no more are in use.
 _FREE_IDS = 16
-# Slots whose places were told are mostly among the first ids; the others are not needed then.
+# Slots whose places were given mostly have the first ids; then the others are not needed.
 _FREE_IDS_TOLD = 2
 _USED_IDS_MAX = 64
 _GUESSES_MAX = 250
@@ -52,9 +53,9 @@ class _ChangedError(Exception):
 
 
 def memslots_of(session: Session, fd: int) -> tuple[Memslot, ...]:
-    """The memslots of a VM with MTE on, in order of address; those that touch come as one.
+    """The memslots of a VM with MTE on, in order of address, adjacent ones merged.
 
-    Whether they are read-only cannot be seen. Raises LayoutUnknownError, GuestLostError.
+    Whether they are read-only is unknown. Raises LayoutUnknownError, GuestLostError.
     """
     if not _kernel_refuses():
         raise _unknown(
@@ -79,17 +80,17 @@ def places_of(
     layout: Sequence[Memslot] | None,
     told: Sequence[Place] = (),
 ) -> list[Place]:
-    """Where guest memory is, as the kernel confirms it.
+    """Where guest memory is, as the kernel confirms.
 
-    The VM has MTE on. `layout` is what `memslots_of` gave for it or a monitor told, None where
-    neither was asked; `told` is where memory is said to be, which is what is tried first, and all
-    that is tried where the kernel confirms it.
-    Where several places are given for some memory, it is in one of them; where none, its place is
-    unknown. Raises LayoutUnknownError, GuestLostError, AttachRefusedError; BusyError where the VMM
-    changed its memslots so that one was moved, and GuestError where it could not be put back.
+    The VM has MTE on. `layout` is the answer of `memslots_of` or a monitor, None if neither was
+    asked. `told` is where memory is said to be: these places are tried first, and no others if the
+    kernel confirms them. If several places are returned for some memory, it is in one of them; if
+    none, its place is unknown. Raises LayoutUnknownError, GuestLostError, AttachRefusedError;
+    BusyError if the VMM changed its memslots so that one was moved, and GuestError if it could not
+    be put back.
     """
     if not _kernel_confirms():
-        raise _unknown(session.pid, "this host's kernel may move a memslot that is only asked for")
+        raise _unknown(session.pid, "this host's kernel may move a memslot when asked about it")
     maps = session.mappings()
     asking = _Asking(session, fd, _IDS[0], maps)
     prober = Prober(asking.ask, PAGE_BYTES, asking.piece_bytes)
@@ -97,7 +98,7 @@ def places_of(
     if layout is not None and len(covered) > 1 and not prober.still(covered):
         covered = _ranges(memslots_of(session, fd))
     if len(covered) < 2:
-        return []  # nothing could be in the way of its only memory
+        return []  # no other slot could be in the way
     memory = _guest_memory(maps)
     largest = max(covered, key=lambda span: span.size_bytes).start
     passes = ((_FREE_IDS_TOLD, []), (_FREE_IDS, memory)) if told else ((_FREE_IDS, memory),)
@@ -110,7 +111,7 @@ def places_of(
             places = placer.places()
             if placer.all_told_proven():
                 break
-        # All of this was true at one time, or none is believed.
+        # Believe all of it only if all was true at one time.
         if (
             prober.still(covered)
             and asking.used_ids(largest, n_free) == ids
@@ -121,7 +122,7 @@ def places_of(
 
 
 def _ranges(slots: Sequence[Memslot]) -> list[Span]:
-    """What memslots cover; those that touch come as one."""
+    """The ranges that memslots cover, adjacent ones merged."""
     found: list[Span] = []
     for slot in sorted(slots, key=lambda slot: slot.ipa):
         start = found.pop().start if found and found[-1].end == slot.ipa else slot.ipa
@@ -130,7 +131,7 @@ def _ranges(slots: Sequence[Memslot]) -> list[Span]:
 
 
 def _kernel_confirms() -> bool:
-    """Whether this kernel refuses what `places_of` asks, tried on a VM that ends here."""
+    """Whether this kernel refuses what `places_of` asks, tried on a scratch VM."""
     try:
         with scratch_vm() as vm:
             return _refuses_to_move(vm)
@@ -161,7 +162,7 @@ def _refuses_to_move(vm: ScratchVm) -> bool:
 
 
 def _kernel_refuses() -> bool:
-    """Whether this kernel answers as is needed, tried on a VM that ends here."""
+    """Whether this kernel answers as `memslots_of` needs, tried on a scratch VM."""
     try:
         with scratch_vm() as vm:
             untaggable = _untaggable(procfs.mappings(os.getpid()))
@@ -179,12 +180,12 @@ def _kernel_refuses() -> bool:
 
 
 def _untaggable(maps: Sequence[Mapping]) -> int | None:
-    """Data of the vDSO: not the process's own memory, and never shmem or anonymous."""
+    """The vDSO's data: not the process's own memory, and never shmem or anonymous."""
     return next((m.start for m in maps if m.name in ("[vvar]", "[vdso]")), None)
 
 
 class _Asking:
-    """One question after the other, all for the same unused slot id."""
+    """Asks one question after the other, all about the same unused slot id."""
 
     def __init__(self, session: Session, fd: int, slot_id: int, maps: Sequence[Mapping]) -> None:
         self._session = session
@@ -194,7 +195,7 @@ class _Asking:
         if untaggable is None:
             raise _unknown(session.pid, "the process has no vDSO to ask with")
         self._untaggable = untaggable
-        # The host range ends in the first page that cannot carry tags, whatever its size.
+        # The host range ends with the first page that cannot carry tags, whatever its size.
         room = min(untaggable, uapi.MEMSLOT_PAGES_MAX * PAGE_BYTES, _PIECE_BYTES_MAX)
         self.piece_bytes = 1 << room.bit_length() - 1
 
@@ -212,11 +213,11 @@ class _Asking:
         raise self._failed(result)
 
     def used_ids(self, ipa: int, n_free: int) -> list[int]:
-        """The ids of memslots up to where more than `n_free` in a row are not used.
+        """The memslot ids in use, up to a gap of more than `n_free` ids.
 
-        The first of many. `ipa` is of any memory. A question that is refused twice over: a slot
-        that is there has another address, and one that is not overlaps memory; and the memory
-        offered cannot carry tags.
+        If there are many, only the first ones. `ipa` is an address of any guest memory. The kernel
+        has two reasons to refuse each question: an existing slot has another address, and a new one
+        overlaps memory; besides, the memory offered cannot carry tags.
         """
         found: list[int] = []
         slot_id = 0
@@ -231,9 +232,9 @@ class _Asking:
         return found
 
     def confirms(self, guess: Guess) -> bool:
-        """Whether all of it is right.
+        """Whether all of a guess is right.
 
-        Raises _ChangedError where what was in the way is gone; BusyError and GuestError as
+        Raises _ChangedError if a slot that was in the way is gone; BusyError and GuestError like
         `places_of`.
         """
         for page in guess.blockers:
@@ -245,10 +246,10 @@ class _Asking:
         return self._overlaps(result)
 
     def _put_back(self, guess: Guess) -> GuestError:
-        """Move the slot of a guess, which was carried out, to where it was; the error to raise.
+        """Undo a move that the kernel carried out after all; return the error to raise.
 
-        What was moved from a range of memory left the only free place there: anywhere else in it
-        the kernel refuses to put it. The likely places come first, without a look at them.
+        A slot moved out of a range of memory left the only free place there: the kernel refuses to
+        put it anywhere else in the range. The likely places are tried first, without checking them.
         """
         size = guess.size_bytes
         inside = [guess.told] if guess.told is not None else []
@@ -256,28 +257,28 @@ class _Asking:
         homes += [at for start, end in guess.hosts for at in (start, end - size)]
         searched = (self._free_place(*host, size) for host in guess.hosts)
         what = (
-            f"process {self._session.pid} changed its memslots while the kernel was asked about"
-            f" them: memslot {guess.slot_id} ({size} bytes) was moved to {guess.ipa:#x}"
+            f"process {self._session.pid} changed its memslots while mtetool asked the kernel"
+            f" about them: memslot {guess.slot_id} ({size} bytes) was moved to {guess.ipa:#x}"
         )
         details = {"pid": self._session.pid, "slot": guess.slot_id, "size_bytes": size}
         for home in chain(homes, searched):
             if home is not None and home != guess.ipa and self._move(guess, home) == 0:
                 return BusyError(
-                    f"{what} for a moment, and was put back to {home:#x}",
-                    hint="check the guest, and try again when its VMM adds and removes no memory",
+                    f"{what} for a moment, and was put back at {home:#x}",
+                    hint="check the guest, and retry while its VMM neither adds nor removes memory",
                     ipa=home,
                     **details,
                 )
         return GuestError(
             f"{what}, and could not be put back",
-            hint="stop the guest and start it again: a part of its memory is at a wrong address",
+            hint="stop the guest and start it again: part of its memory is at the wrong address",
             ipa=guess.ipa,
             **details,
         )
 
     def _free_place(self, start: int, end: int, size: int) -> int | None:
-        """Where in a range the first `size` bytes are that no slot has; None where none are."""
-        # Every place of that size in the range has one of these pages.
+        """Where in a range the first `size` bytes without a slot are; None if there are none."""
+        # Every place of that size in the range contains one of these pages.
         for page in range(start + size - PAGE_BYTES, end, size):
             if self.ask(page, PAGE_BYTES) is Answer.TAKEN:
                 continue
@@ -298,7 +299,7 @@ class _Asking:
         return self._session.ioctl(self._fd, uapi.KVM_SET_USER_MEMORY_REGION, region)
 
     def _unmake(self, slot_id: int, ipa: int) -> None:
-        """Delete a slot that the kernel made, which it should have refused."""
+        """Delete a slot that the kernel made but should have refused."""
         self._set(slot_id, 0, ipa, 0, self._untaggable)
 
     def _overlaps(self, result: int) -> bool:
@@ -313,13 +314,13 @@ class _Asking:
 
 
 def _guest_memory(maps: Sequence[Mapping]) -> list[Span]:
-    """What may be a guest's memory: neighbours that are alike are one mapping already."""
+    """Mappings that may be guest memory: the kernel has merged similar neighbours already."""
     found = [Span(m.start, m.end) for m in maps if m.flags[1] == "w"]
     return [span for span in found if span.size_bytes >= SMALLEST_BYTES]
 
 
 def _hints(maps: Sequence[Mapping]) -> set[int]:
-    """Sizes of the mappings that may be a guest's memory, and of neighbours together."""
+    """Sizes of the mappings that may be guest memory, and of neighbours taken together."""
     hints = set()
     start = end = 0
     for m in maps:

@@ -1,4 +1,4 @@
-"""The monitor of one VMM: found or given, opened when it is first asked, and proven to be its."""
+"""The monitor of one VMM: found or given, opened on first use, and proven to be the VMM's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class VmmMonitor:
-    """The monitor of a process, the one at `given` if the user named one."""
+    """The monitor of a process: the one at `given` if the user named one."""
 
     def __init__(self, process: proc.VmmProcess, given: Path | None) -> None:
         self._process = process
@@ -23,10 +23,10 @@ class VmmMonitor:
         self._open: qemu.Monitor | None = None
         self._silent: LayoutUnknownError | None = None
         self.may_exist = True
-        """Whether there may be one: False once it is known that there is none."""
+        """Whether there may be a monitor: False once it is known that there is none."""
 
     def ask(self) -> qemu.Monitor:
-        """The monitor; one that did not answer once is not asked again.
+        """Return the monitor; once it has failed to answer, it is not asked again.
 
         Raises LayoutUnknownError, ForeignMonitorError.
         """
@@ -45,13 +45,13 @@ class VmmMonitor:
         return self._open
 
     def check(self) -> None:
-        """See that the monitor that was given is not another VM's. Raises ForeignMonitorError."""
+        """Check that the given monitor is not another VM's. Raises ForeignMonitorError."""
         if self._given:
             with suppress(LayoutUnknownError):
                 self.ask()
 
     def name(self) -> str | None:
-        """What the VM is called, by its monitor or its command line."""
+        """The VM's name, from its monitor or its command line."""
         try:
             return self.ask().name()
         except LayoutUnknownError:
@@ -61,12 +61,12 @@ class VmmMonitor:
         self.may_exist = False
         return LayoutUnknownError(
             f"process {self._process.pid} ({self._process.program}) has no QMP monitor on a unix"
-            " socket that could describe its memory layout",
+            " socket to describe its memory layout",
             hint="name the memory by hand: --memslot IPA:SIZE (repeatable)",
         )
 
     def close(self) -> None:
-        """Let go of it. Idempotent."""
+        """Close the monitor. Idempotent."""
         found, self._open = self._open, None
         if found is not None:
             found.close()

@@ -1,11 +1,10 @@
 """Where a guest has memory, from answers to one question: does anything overlap this range?
 
-KVM shows nobody its memslots, but refuses a new one that overlaps another. Pure: the question
-is a function. Where a covered range starts is found exactly, and all between the ranges found is
-known to be free. A hole inside a range can only be noticed by a question about that very page;
-such questions are asked at the places where memslots end: behind as much memory as some mapping
-of the VMM has, at powers of two, at every page of a small range and at even distances in a large
-one.
+KVM does not show its memslots, but refuses a new one that overlaps another. Pure: the question is a
+function. The start of each covered range is found exactly, and everything between the ranges found
+is known to be free. A hole inside a range shows only in a question about that very page; such
+questions are asked where memslots are likely to end: after as much memory as some mapping of the
+VMM has, at powers of two, at every page of a small range and at even distances in a large one.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from enum import Enum
 
 from mtetool.spans import Span
 
-# Up to so many pages, each is asked for; of more, so many.
+# Up to this many pages, ask about each; of a larger range, about this many.
 _EVERY_PAGE = 128
 _SAMPLES = 48
 
 
 class Answer(Enum):
-    """What the kernel says to a range."""
+    """The kernel's answer about a range."""
 
     TAKEN = "a memslot overlaps it"
     FREE = "none does"
@@ -34,10 +33,10 @@ Ask = Callable[[int, int], Answer]
 
 @dataclass(frozen=True, slots=True)
 class Prober:
-    """Finds what is covered. `ask` takes an address and a size, both whole pages.
+    """Finds what memslots cover. `ask` takes an address and a size, both whole pages.
 
-    `piece_bytes` is the largest range that can be asked for. `hints` are sizes that memslots may
-    have, those of the VMM's mappings.
+    `piece_bytes` is the largest range that can be asked about. `hints` are sizes that memslots may
+    have: those of the VMM's mappings.
     """
 
     ask: Ask
@@ -46,9 +45,9 @@ class Prober:
     hints: Iterable[int] = ()
 
     def covered(self) -> list[Span]:
-        """The ranges that are covered, in their order.
+        """The covered ranges, in order of address.
 
-        Memslots that touch come as one.
+        Adjacent memslots are merged.
         """
         found: list[Span] = []
         at = 0
@@ -60,7 +59,7 @@ class Prober:
         return found
 
     def still(self, covered: Iterable[Span]) -> bool:
-        """Whether these are the ranges now, by their ends and what is between them."""
+        """Whether these are still the ranges, judging by their ends and the gaps between them."""
         at = 0
         for start, end in covered:
             if not (self._taken(start, 0) and self._taken(end, -1) and self._free(at, start)):
@@ -77,12 +76,12 @@ class Prober:
         return True
 
     def _first_taken(self, at: int) -> int | None:
-        """The first page from `at` on that is taken; None when there is none."""
+        """The first page from `at` on that is taken; None if there is none."""
         while (answer := self.ask(at, self.piece_bytes)) is not Answer.TAKEN:
             if answer is Answer.BEYOND:
                 return None
             at += self.piece_bytes
-        # Within the piece, "anything up to here" only ever turns from no to yes.
+        # Within the piece, the answer to "anything up to here?" only turns from no to yes.
         low, high = 0, self.piece_bytes // self.page_bytes
         while high - low > 1:
             middle = (low + high) // 2
@@ -91,7 +90,7 @@ class Prober:
         return at + low * self.page_bytes
 
     def _end_of(self, start: int) -> int:
-        """The end of the range that starts there, as far as questions are asked."""
+        """The end of the range that starts there, as far as the questions show."""
         end = self._fall(start, self._likely_ends())
         while True:
             shorter = self._fall(start, self._checks((end - start) // self.page_bytes))
@@ -100,9 +99,9 @@ class Prober:
             end = shorter
 
     def _fall(self, start: int, offsets: Iterable[int]) -> int:
-        """The end of memory between the last page of `offsets` (in pages) taken and the first not.
+        """Where memory ends, between the last taken and the first free page of `offsets`.
 
-        Where all are taken, the page after the last.
+        If all are taken, the page after the last.
         """
         low = 0
         for high in offsets:
@@ -120,7 +119,7 @@ class Prober:
         return self.ask(start + page * self.page_bytes, self.page_bytes) is Answer.TAKEN
 
     def _likely_ends(self) -> list[int]:
-        """In pages; the last is after any address space (2^52 bytes)."""
+        """Likely ends in pages; the last lies beyond any address space (2^52 bytes)."""
         hinted = {hint // self.page_bytes for hint in self.hints}
         return sorted((hinted | {1 << bit for bit in range(41)}) - {0})
 

@@ -1,23 +1,24 @@
-"""Where in a VMM's own memory its guest's is, from the kernel's answers to guesses. Pure.
+"""Where guest memory is in the VMM's own, from the kernel's answers to guesses. Pure.
 
-The question is a change of a memslot that the kernel refuses in one of two ways: because size,
-address or the read-only flag are not the slot's own, or because all are, and the slot would be
-moved onto another one (virt/kvm/kvm_main.c, kvm_set_memory_region). Nothing is ever moved, as a
-question is only asked where another slot is in the way whichever slot it is about:
+The question is a change of a memslot that the kernel refuses for one of two reasons: size, address
+or read-only flag are not the slot's own; or all are, and the slot would be moved onto another one
+(virt/kvm/kvm_main.c, kvm_set_memory_region). Nothing is ever moved, because a question is only
+asked where another slot is in the way, whichever slot it is about:
 
-- A slot of that size can only be in a range of memory that is as large (a "host"). So whatever is
-  in a smaller range is another slot. Two of those are demanded (`_BLOCKERS`): the VMM would have to
-  remove both, between the look at their pages and the very next question, and the guess be right.
-- Where the largest range is known to be one slot, that slot is enough for the other ids: a VMM does
+- A slot of that size can only be in a range of memory at least as large (a "host"), so any slot in
+  a smaller range is another one. Two of those are required (`_BLOCKERS`): for a move, the VMM would
+  have to remove both between the check of their pages and the very next question, and the guess
+  would have to be right.
+- If the largest range is known to be one slot, that slot is enough for the other ids: a VMM does
   not remove its guest's main memory.
-- Where a question begins is never where the slot asked for begins, so that neither its flags nor
-  anything else of it is asked to change: the question overlaps another range, and so has a
-  free page or a foreign one in it, which a slot does not.
+- A question never begins where the slot in question begins, so it never asks to change the slot's
+  flags or anything else of it: the question overlaps another range, and so contains a free page or
+  one of another slot, which the slot itself does not.
 
-No other slot of a host is ever in the way, so that a slot that was moved all the same came from the
-one place in the hosts where nothing is now: `Guess` carries what is needed to put it back.
+No other slot of a host is ever in the way. So a slot that was moved all the same came from the one
+place in the hosts that is now empty: `Guess` carries what is needed to put it back.
 
-Addresses that somebody told (QEMU's monitor, the user) are guesses as any others, tried first.
+Addresses given by QEMU's monitor or the user are guesses like any others, tried first.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from operator import attrgetter
 from mtetool.spans import Place, Span
 
 _BLOCKERS = 2
-# What is smaller is soon read, and too small to be guessed among a VMM's many mappings.
+# Smaller memory is quick to read, and too small to be guessed among a VMM's many mappings.
 SMALLEST_BYTES = 1 << 20
-# A VMM's own allocator aligns memory to the huge pages that it hopes for.
+# A VMM's own allocator aligns memory to the huge pages that it hopes to get.
 _ALIGNMENTS = (1 << 21, 1 << 30)
 _MOST_TOGETHER = 8
 _SIZE: Callable[[Span], int] = attrgetter("size_bytes")
@@ -40,10 +41,10 @@ _SIZE: Callable[[Span], int] = attrgetter("size_bytes")
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """What a memslot may be, and the address for which that is asked; sizes in bytes.
+    """What a memslot may be, and the address that the question is about; sizes in bytes.
 
-    `blockers` are pages there that other memslots have, `hosts` the ranges in which the slot may
-    be, and `told` its own guest address, if somebody told one.
+    `blockers` are pages there that belong to other memslots, `hosts` the ranges in which the slot
+    may be, and `told` its own guest address, if one was given.
     """
 
     slot_id: int
@@ -58,12 +59,11 @@ class Guess:
 
 @dataclass
 class Placer:
-    """Guesses until all is known or `most` questions are asked.
+    """Guesses until everything is known or `most` questions have been asked.
 
-    `covered` are the ranges of guest memory, all that there is; `ids` slots in use (all of them, or
-    the first ones); `memory` the ranges of the VMM's own memory that may be a guest's. `ask` says
-    whether a guess is right. With places that were `told`, it ends as soon as the
-    place of all of those is proven.
+    `covered` are all ranges of guest memory; `ids` the slots in use (all of them, or the first
+    ones); `memory` the ranges of the VMM's own memory that may be a guest's. `ask` says whether a
+    guess is right. If places were `told`, it ends as soon as all of those are proven.
     """
 
     covered: Sequence[Span]
@@ -78,7 +78,7 @@ class Placer:
     _tried: set[tuple[int, int, int, bool]] = field(default_factory=set)
 
     def places(self) -> list[Place]:
-        """Where memory is whose place is proven; see `settled`."""
+        """The places that are proven; see `settled`."""
         while (
             not self.all_told_proven()
             and self.asked < self.most
@@ -88,14 +88,14 @@ class Placer:
         return settled(self.covered, self.right)
 
     def all_told_proven(self) -> bool:
-        """Whether places were told, and those worth asking for are all among the proven ones."""
+        """Whether places were told, and all of those worth asking about are proven."""
         worth_it = {place for place in self.told if place.size_bytes >= SMALLEST_BYTES}
         return bool(self.told) and worth_it <= set(settled(self.covered, self.right))
 
     def _next_right(self) -> Guess | None:
         known = {guess.slot_id for guess in self.right}
         for guess in self._guesses([slot for slot in self.ids if slot not in known]):
-            # Wherever it is asked for, the answer is the same.
+            # The answer is the same at every address where it is asked.
             key = (guess.slot_id, guess.size_bytes, guess.address, guess.readonly)
             if key in self._tried:
                 continue
@@ -123,14 +123,14 @@ class Placer:
                     yield Guess(slot_id, where[0], size, address, readonly, where[1], hosts, ipa)
 
     def _solid(self) -> int | None:
-        """Where the largest range begins, if that is one slot and known."""
+        """Where the largest range begins, if it is known to be one slot."""
         start, end = max(self.covered, key=_SIZE)
         alone = sum(each.size_bytes >= end - start for each in self.covered) == 1
         whole = any(guess.size_bytes == end - start for guess in self.right)
         return start if alone and whole else None
 
     def _candidates(self) -> Iterator[tuple[int, int]]:
-        """(size, address), the likely ones of each size first, large ones first."""
+        """Pairs (size, address), large sizes first and the likely addresses of each size first."""
         pieces = list(self._pieces())
         ranges = {each.size_bytes for each in self.covered}
         sizes = ranges | {piece.size_bytes for piece in pieces}
@@ -141,7 +141,7 @@ class Placer:
                     yield from ((size, address) for address in _inside(pieces, size))
 
     def _pieces(self) -> Iterator[Span]:
-        """The VMM's memory without what is known already."""
+        """The VMM's memory without the parts that are known already."""
         taken = sorted((guess.address, guess.address + guess.size_bytes) for guess in self.right)
         for start, end in self.memory:
             for first, behind in taken:
@@ -158,9 +158,9 @@ class Placer:
         return [each for each in self.covered if each.size_bytes >= size and each.start != solid]
 
     def _refused_at(self, size: int, hosts: Sequence[Span]) -> tuple[int, tuple[int, ...]] | None:
-        """Where to ask for a slot of that size, and pages that other slots surely have there.
+        """Where to ask about a slot of that size, and pages that other slots surely have there.
 
-        None: nowhere are enough others in the way.
+        None if there are not enough other slots in the way anywhere.
         """
         page = self.page_bytes
         if (solid := self._solid()) is not None:
@@ -179,18 +179,18 @@ class Placer:
         return at, blockers
 
     def _blockers(self, at: int, size: int, hosts: Sequence[Span]) -> tuple[int, ...]:
-        """Pages of different slots, other than one of that size, in the way there."""
+        """Pages of different slots in the way there, none of them of a slot of that size."""
         page = self.page_bytes
         there = [each for each in self.covered if each.start < at + size and at < each.end]
         if any(each in hosts for each in there) and [each.size_bytes for each in hosts] != [size]:
             return ()
         others = sorted((each for each in self.covered if each not in hosts), key=_SIZE)
         there = [each for each in others if each in there]
-        # What is smaller than the question has its first or its last page in it.
+        # A range smaller than the question has its first or last page in it.
         pages = [start if at <= start else end - page for start, end in there]
         if len(pages) >= _BLOCKERS:
             return tuple(pages[-_BLOCKERS:])
-        # Where the only host is filled, ids tell how many slots are in the only other range.
+        # If the only host is filled, the ids show how many slots are in the only other range.
         if (
             len(self.ids) > _BLOCKERS
             and [each.size_bytes for each in hosts] == [size]
@@ -206,11 +206,12 @@ class Placer:
 
 
 def settled(covered: Iterable[Span], right: Sequence[Guess]) -> list[Place]:
-    """Where memory is that is proven to be nothing but known slots.
+    """Where memory is that provably consists of known slots only.
 
-    The kernel says what a slot is and not where. But the largest ranges can only be made of
-    slots that fit into no other one, and are, where these fill them. What could be in several
-    places comes with each of them, so that some of the memory told for an address is its own.
+    The kernel confirms what a slot is, not where. But slots that fit into no smaller range must be
+    in the largest ranges, and if they fill those, nothing else is in them. A slot that could be in
+    several places is returned with each of them, so one of the places returned for an address is
+    the true one.
     """
     found: list[Place] = []
     left = sorted(covered, key=_SIZE, reverse=True)
@@ -230,7 +231,7 @@ def settled(covered: Iterable[Span], right: Sequence[Guess]) -> list[Place]:
 
 
 def _everywhere(ranges: Sequence[Span], slots: Sequence[Guess]) -> Iterator[Place]:
-    """All places that the slots can have where together they fill the ranges."""
+    """All places that the slots can have if together they fill the ranges."""
     for slot in slots:
         offsets = {0}
         for other in slots:
@@ -243,7 +244,7 @@ def _everywhere(ranges: Sequence[Span], slots: Sequence[Guess]) -> Iterator[Plac
 
 
 def _inside(pieces: Sequence[Span], size: int) -> Iterator[int]:
-    """Likely addresses of so much memory within larger pieces."""
+    """Likely addresses of `size` bytes of memory within larger pieces."""
     for start, end in pieces:
         if end - start > size:
             starts = [start, end - size, *(-(-start // each) * each for each in _ALIGNMENTS)]

@@ -1,13 +1,13 @@
 """MTE for a VM that is about to be made: what the companion of a starting VMM does.
 
-KVM enables MTE before the first vCPU only (arch/arm64/kvm/arm.c, kvm_vm_ioctl_enable_cap). The
-thread that made the VM stands right after KVM_CREATE_VM here, and nobody else knows the VM's
-file descriptor yet. An alarm that came late finds it somewhere after that.
+KVM enables MTE only before the first vCPU (arch/arm64/kvm/arm.c, kvm_vm_ioctl_enable_cap). Here the
+thread that made the VM is stopped right after KVM_CREATE_VM, when no other thread knows the VM's
+file descriptor yet. If the alarm came late, it is stopped somewhere after that.
 
-Where MTE is required, a VM that cannot have it is closed, and KVM_CREATE_VM answers EOPNOTSUPP.
-Where that cannot be done either, the VMM is killed. Nothing less keeps the promise: a VM whose
-descriptor is closed later lives on in its vCPUs, the number may be another file's by then, and a
-call that fails with the VM left open has leaked it. No work is lost, as the guest has not run.
+If MTE is required, a VM that cannot have it is closed, and KVM_CREATE_VM fails with EOPNOTSUPP. If
+that is impossible too, the VMM is killed. Nothing less keeps the promise: a VM whose descriptor is
+closed later lives on in its vCPUs, the number may be another file's by then, and a call that fails
+with the VM left open has leaked it. No work is lost, because the guest has not run.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from mtetool.vmm import proc
 
 # include/uapi/asm-generic/unistd.h
 _NR_IOCTL, _NR_CLOSE, _NR_RT_SIGRETURN = 29, 57, 139
-# One thread stands still meanwhile. If it takes longer we end, which is safe.
+# One thread is stopped meanwhile. If it takes longer we exit, which is safe.
 _PATIENCE_SECONDS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """Which VM is to have MTE, counted from 1 in the order in which they are made.
+    """Which VM should get MTE, counted from 1 in the order in which they are made.
 
-    `seconds` is how long it is waited for; `required` that there shall be no such VM without
-    MTE; `every_call` as in `Follower`. `text` makes what is reported of an error.
+    `seconds` is how long to wait for it; `required` means that there must be no such VM without
+    MTE; `every_call` is that of `Follower`. `text` formats an error for the report.
     """
 
     vm: int
@@ -57,9 +57,9 @@ class Wish:
 
 
 def attach(pid: int, wish: Wish) -> Callable[[], None]:
-    """Attach to a process that is about to become the VMM; what is to be done then.
+    """Attach to a process that is about to become the VMM; return what to do then.
 
-    Raises OSError where it cannot be attached to.
+    Raises OSError if it cannot attach.
     """
     look = proc.vm_fds
     follower = Follower(pid, uapi.KVM_CREATE_VM, look, every_call=wish.every_call)
@@ -73,7 +73,7 @@ def _work(follower: Follower, wish: Wish) -> None:
     except TooLongError:
         with stderr_of(follower.processes) as stderr:
             _write(stderr, wish, _none_in_time(wish, unseen=follower.unseen()))
-    except BaseException as error:  # noqa: BLE001 - whatever it was, the promise is kept
+    except BaseException as error:  # noqa: BLE001 - whatever it was, keep the promise
         _fail(follower.processes, wish, _told(error))
     else:
         if found is not None:
@@ -81,7 +81,7 @@ def _work(follower: Follower, wish: Wish) -> None:
 
 
 def _wait_for_vm(follower: Follower, wish: Wish) -> tuple[Made, int] | None:
-    """The thread and the VM that it has just made; None when all that was followed has ended."""
+    """The thread and the VM that it has just made; None if all followed processes have ended."""
     follower.give_up_after(wish.seconds)
     count = 0
     while (made := follower.next()) is not None:
@@ -94,19 +94,19 @@ def _wait_for_vm(follower: Follower, wish: Wish) -> tuple[Made, int] | None:
 
 
 def _give_mte(made: Made, fd: int, wish: Wish) -> None:
-    """Enable MTE for the VM `fd`, or see that there is none without it where that is required."""
+    """Enable MTE for the VM `fd`; if that fails but is required, make sure there is no VM."""
 
     def stuck(number: int, frame: FrameType | None) -> None:
         message = f"process {made.process} has not answered for {_PATIENCE_SECONDS} seconds"
         _fail((made.process,), wish, BusyError(message))
-        os._exit(0)  # it is let go of by that
+        os._exit(0)  # this detaches from it
 
     signal.signal(signal.SIGALRM, stuck)
     signal.alarm(_PATIENCE_SECONDS)
     try:
         with _borrowed(made) as (thread, at_return):
             error, closed = _decide(thread, fd, closes=wish.required and at_return)
-            # While the thread does not go on: it may be about to be killed.
+            # While the thread is still stopped: it may be about to be killed.
             if error is not None:
                 _fail((made.process,), wish, error, closed=closed)
     except BaseException as other:  # noqa: BLE001 - as above
@@ -116,18 +116,18 @@ def _give_mte(made: Made, fd: int, wish: Wish) -> None:
 
 @contextmanager
 def _borrowed(made: Made) -> Iterator[tuple[BorrowedThread, bool]]:
-    """The thread, borrowed, and whether it will run on right after the call that made the VM."""
+    """Borrow the thread; yield it, and whether it resumes right after the call that made the VM."""
     tracee = made.tracee
     before = tracee.registers()
     tracee.to_event_stop(made.signal)
-    # A signal that came first has led the thread into its handler.
+    # A signal that came first has taken the thread into its handler.
     at_return = made.at_return and tracee.registers() == before
     with BorrowedThread(made.process, tracee.tid, (), held=tracee) as thread:
         yield thread, at_return
 
 
 def _decide(thread: BorrowedThread, fd: int, *, closes: bool) -> tuple[MtetoolError | None, bool]:
-    """Enable MTE; else why not, and whether the VM was closed and the call that made it fails."""
+    """Enable MTE; return why that failed, and whether the VM was closed so its call fails."""
     error: MtetoolError | None
     try:
         error = _try(thread, fd)
@@ -141,7 +141,7 @@ def _decide(thread: BorrowedThread, fd: int, *, closes: bool) -> tuple[MtetoolEr
 
 
 def _try(thread: BorrowedThread, fd: int) -> MtetoolError | None:
-    """Enable MTE for the VM `fd`; why that failed."""
+    """Enable MTE for the VM `fd`; return why that failed."""
     call = seccomp.Call("ioctl", _NR_IOCTL, (fd, uapi.KVM_ENABLE_CAP))
     if (refused := _refused(thread, call)) is not None:
         return refused
@@ -151,13 +151,13 @@ def _try(thread: BorrowedThread, fd: int) -> MtetoolError | None:
         return None
     return MteUnsupportedError(
         f"the kernel refused to enable MTE for the new VM: {errno_name(-result)}",
-        hint="look at what this host can do: mtetool probe",
+        hint="check what this host can do: mtetool probe",
         errno=errno_name(-result),
     )
 
 
 def _close(thread: BorrowedThread, fd: int) -> bool:
-    """Close the VM, and let the call that made it fail; False where that is not possible."""
+    """Close the VM, and make the call that made it fail; return False if that is impossible."""
     if _refused(thread, seccomp.Call("close", _NR_CLOSE, (fd,))) is not None:
         return False
     if thread.syscall(_NR_CLOSE, fd) != 0:
@@ -167,7 +167,7 @@ def _close(thread: BorrowedThread, fd: int) -> bool:
 
 
 def _refused(thread: BorrowedThread, call: seccomp.Call) -> AttachRefusedError | None:
-    """Why the thread's filters let it not make the call and come back; None where they do."""
+    """Why the thread's filters forbid the call or the return from it; None if they do not."""
     try:
         seccomp.allow(thread.filters, thread.pid, call)
         back = seccomp.Call("rt_sigreturn", _NR_RT_SIGRETURN)
@@ -180,23 +180,23 @@ def _refused(thread: BorrowedThread, call: seccomp.Call) -> AttachRefusedError |
 def _fail(
     processes: tuple[int, ...], wish: Wish, error: MtetoolError, *, closed: bool = False
 ) -> None:
-    """Report the error and what that means; where MTE is required and no VM was refused, kill.
+    """Report the error and its outcome; kill if MTE is required and the VM was not closed.
 
-    The processes are traced: whoever waits for their end learns of it when it was reported.
+    The processes are traced: a process that waits for their end sees it only after the report.
     """
     if not wish.required:
-        outcome = "the VMM goes on without MTE"
+        outcome = "so the VMM continues without MTE"
     else:
-        outcome = "so it gets no VM" if closed else "so mtetool has ended it"
+        outcome = "so the VMM gets no VM" if closed else "so mtetool killed the VMM"
     hint = error.hint
     if wish.required:
-        hint = f"{hint}; or --no-require" if hint else "--no-require starts it without MTE"
+        hint = f"{hint}; or --no-require" if hint else "start it without MTE: --no-require"
     with stderr_of(processes) as stderr:
         if wish.required and not closed:
             for pid in processes:
                 with suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
-        message = f"{error.message}: {outcome}"
+        message = f"{error.message}, {outcome}"
         _write(stderr, wish, type(error)(message, hint=hint, **error.details))
 
 
@@ -206,23 +206,23 @@ def _write(stderr: int | None, wish: Wish, error: MtetoolError) -> None:
 
 
 def _told(error: BaseException) -> MtetoolError:
-    """Any error as one that can be reported."""
+    """Turn any error into one that can be reported."""
     if isinstance(error, MtetoolError):
         return error
     reason = error.strerror if isinstance(error, OSError) else None
     reason = reason or f"{type(error).__name__} {error}".strip()
-    return AttachRefusedError(f"the start cannot be watched further: {reason}")
+    return AttachRefusedError(f"mtetool can no longer watch the start: {reason}")
 
 
 def _none_in_time(wish: Wish, *, unseen: bool) -> MtetoolError:
     number = f" {wish.vm}" if wish.vm > 1 else ""
     if unseen:
         return NotAVmmError(
-            f"VM{number} was not seen within {wish.seconds:g} seconds, but there is one by now,"
+            f"no VM{number} was seen within {wish.seconds:g} seconds, but there is one by now,"
             " without MTE",
             hint="start it with --every-call",
         )
     return NotAVmmError(
-        f"no VM{number} was made within {wish.seconds:g} seconds: none gets MTE",
-        hint="more time with --wait; --every-call if there is one by now",
+        f"no VM{number} was made within {wish.seconds:g} seconds, so none gets MTE",
+        hint="wait longer with --wait, or use --every-call if there is one by now",
     )

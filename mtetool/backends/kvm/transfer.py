@@ -1,8 +1,8 @@
-"""Copies of tags through a VMM's transfer buffer, several of them under way at a time.
+"""Copies of tags through a VMM's transfer buffer, several of them in flight at a time.
 
-The kernel's copy is what takes the time, and one follows the other without waiting for us: while
-it fills one part of the buffer, what is in another is fetched, looked at or made. One ioctl copies
-no more than `COPY_GRANULES`: its loop neither reschedules nor looks at signals.
+The kernel's copies take the time, and follow each other without waiting for us: while the kernel
+fills one part of the buffer, mtetool fetches, examines or fills another. One ioctl copies at most
+`COPY_GRANULES`: its loop neither reschedules nor checks for signals.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from mtetool.errors import GuestError
 from mtetool.guest import Guest
 
 COPY_GRANULES = Guest.max_copy_granules
-"""What one ioctl copies at most, and the size of a part of the buffer: one byte a granule."""
+"""The most that one ioctl copies, and the size of a part of the buffer: one byte per granule."""
 
 DEPTH = 2
-"""Two copies, each with its read-back: the next is under way while one is looked at."""
+"""Two copies, each with its read-back: the next is in flight while one is examined."""
 
 _N_PARTS = 2 * DEPTH
 
@@ -27,9 +27,9 @@ BUFFER_BYTES = _N_PARTS * COPY_GRANULES
 
 
 class Copy:
-    """A copy that was begun; `Transfer` makes it.
+    """A copy in flight; `Transfer` makes it.
 
-    `tags` are the caller's, to be filled by a read, and `begun` is the ioctl.
+    `tags` is the caller's buffer, which a read fills, and `begun` is the ioctl.
     """
 
     def __init__(self, tags: memoryview, part: int, flags: int, begun: Future[int]) -> None:
@@ -43,7 +43,7 @@ class Copy:
 class Transfer:
     """The buffer of one session, used for the VM behind `fd`.
 
-    What the kernel answers is given as it is: bytes of guest memory, or -errno.
+    It returns the kernel's answers unchanged: bytes of guest memory, or -errno.
     """
 
     def __init__(self, session: Session, fd: int) -> None:
@@ -65,7 +65,7 @@ class Transfer:
         return copy
 
     def finish(self, copy: Copy) -> int:
-        """Wait for a copy and those begun before it; the answer. Raises GuestError."""
+        """Wait for a copy and those begun before it; return its answer. Raises GuestError."""
         while copy.answer is None:
             self._settle_first()
         if isinstance(copy.answer, GuestError):
@@ -73,19 +73,19 @@ class Transfer:
         return copy.answer
 
     def drain(self) -> None:
-        """Wait for all copies; whoever began them is given their answers later."""
+        """Wait for all copies; their callers get the answers later."""
         while self._under_way:
             self._settle_first()
 
     def nothing(self, flags: int = uapi.KVM_ARM_TAGS_FROM_GUEST) -> int:
-        """A copy of nothing: it passes every check there is, or does not.
+        """Copy nothing, which shows whether a copy would pass every check.
 
-        One to the guest is refused while the VM logs dirty pages, too.
+        A copy to the guest is also refused while the VM logs dirty pages.
         """
         return self._session.finish(self._ioctl(0, 0, 0, flags))
 
     def _settle_first(self) -> None:
-        # It stays the first until it came back: a signal of ours may end the wait.
+        # It stays the first until it has returned: a signal of ours may end the wait.
         copy = self._under_way[0]
         try:
             answer: int | GuestError = self._session.finish(copy.begun)

@@ -1,9 +1,9 @@
-"""Which threads of a VMM are its vCPUs, and stopping them: what `save --freeze` does.
+"""Finding the vCPU threads of a VMM and stopping them, for `save --freeze`.
 
-Nothing but KVM_RUN tells a vCPU's thread, and a thread that runs shows its call only when it
-is stopped. So those are stopped that may be vCPUs, and those that turned out not to be are let
-go at once. Where fewer are found than the VM has (one that is halted in the VMM's own code
-looks like any waiting thread), all threads are held but a main thread that waits elsewhere.
+Only KVM_RUN identifies a vCPU's thread, and a running thread shows its call only when it is
+stopped. So mtetool stops the threads that may be vCPUs, and releases at once those that turn out
+not to be. If it finds fewer than the VM has (a vCPU halted in the VMM's own code looks like any
+waiting thread), it holds all threads except a main thread that waits elsewhere.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from mtetool.vmm import proc
 from mtetool.vmm.proc import Activity
 
 _NR_IOCTL = 29
-# A thread that is made meanwhile is held as well; a VMM that makes them without end is not.
+# Threads made meanwhile are held as well, but a VMM may make them without end.
 _ROUNDS = 20
 
 
 def hold_vcpus(session: Session, pid: int, n_vcpus: int) -> int:
-    """Stop the threads of all vCPUs; how many threads are held then.
+    """Stop the threads of all vCPUs; return how many threads are held.
 
-    Raises GuestError subclasses; what is held by then is held until `session.release`.
+    Raises GuestError subclasses; threads held by then stay held until `session.release`.
     """
     seen = proc.activities(pid)
     suspects = {tid for tid, was in seen.items() if was is not Activity.BLOCKED}
@@ -36,7 +36,7 @@ def hold_vcpus(session: Session, pid: int, n_vcpus: int) -> int:
 
 
 def _hold_others(session: Session, pid: int, *, spared: bool) -> int:
-    """Stop all threads, new ones too, but ours and, if `spared`, the main one."""
+    """Stop all threads, new ones too, except ours and, if `spared`, the main one."""
     n_held, left = 0, {session.helper_tid} | ({pid} if spared else set())
     for _ in range(_ROUNDS):
         more = session.hold(set(proc.activities(pid)) - left)
@@ -47,5 +47,5 @@ def _hold_others(session: Session, pid: int, *, spared: bool) -> int:
 
 
 def _was_in_kvm_run(registers: Registers) -> bool:
-    # The stop ended the call; its number and arguments stand where they were, but for x0.
+    # The stop ended the call; its number and arguments are still in place, except x0.
     return registers.x[8] == _NR_IOCTL and registers.x[1] == uapi.KVM_RUN

@@ -1,7 +1,7 @@
 """The VM behind one file descriptor of a VMM: what KVM answers to calls made in that process.
 
-KVM answers only to the process that created the VM (EIO otherwise), so that every call is
-made there, by a helper thread (`mtetool.attach.session`).
+KVM answers only to the process that created the VM (EIO otherwise), so every call is made there, by
+a helper thread (`mtetool.attach.session`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Vm:
-    """A VM of a VMM. Nothing is attached to before the first call that needs it."""
+    """A VM of a VMM. mtetool attaches only at the first call that needs it."""
 
     def __init__(self, process: proc.VmmProcess, fd: int) -> None:
         self.process = process
@@ -49,24 +49,24 @@ class Vm:
 
     @cached_property
     def transfer(self) -> Transfer:
-        """Copies of its tags. Raises as `session`."""
+        """Copies of its tags. Raises like `session`."""
         return Transfer(self.session, self.fd)
 
     @cached_property
     def has_mte(self) -> bool:
-        """Whether MTE is on. Raises GuestLostError where it does not answer as a VM."""
-        # A copy of nothing passes every check, among them that MTE is on.
+        """Whether MTE is on. Raises GuestLostError if it does not answer like a VM."""
+        # A copy of nothing goes through every check, including that MTE is on.
         result = self.transfer.nothing()
         if result not in (0, -errno.EINVAL):
             raise GuestLostError(
-                f"fd {self.fd} of process {self.process.pid} does not answer as a VM:"
+                f"fd {self.fd} of process {self.process.pid} does not answer like a VM:"
                 f" {errno_name(-result)}"
             )
         return result == 0
 
     @property
     def borrowed_seconds(self) -> float:
-        """For how long a thread of the VMM itself was borrowed."""
+        """How long a thread of the VMM itself was borrowed."""
         return self.session.borrowed_seconds if self._is_attached else 0.0
 
     def need_mte(self) -> None:
@@ -74,8 +74,7 @@ class Vm:
         if not self.has_mte:
             raise MteOffError(
                 f"MTE is off for the VM of process {self.process.pid}: it has no tags",
-                hint="MTE is enabled before the first vCPU: mtetool enable, or QEMU's"
-                " -M virt,mte=on",
+                hint="enable MTE before the first vCPU: mtetool enable, or QEMU's -M virt,mte=on",
                 pid=self.process.pid,
             )
 
@@ -89,7 +88,7 @@ class Vm:
         pid = self.process.pid
         if result < 0 and proc.find(pid).vcpus:
             raise TooLateError(
-                f"the VM of process {pid} has vCPUs already: MTE can only be enabled before",
+                f"the VM of process {pid} has vCPUs already: enable MTE before the first one",
                 hint="start QEMU with -preconfig, run mtetool enable, then x-exit-preconfig",
                 pid=pid,
                 errno=errno_name(-result),
@@ -98,7 +97,7 @@ class Vm:
             raise MteUnsupportedError(
                 f"the kernel refused to enable MTE for the VM of process {pid}:"
                 f" {errno_name(-result)}",
-                hint="look at what this host can do: mtetool probe",
+                hint="check what this host can do: mtetool probe",
                 pid=pid,
                 errno=errno_name(-result),
             )
@@ -106,11 +105,11 @@ class Vm:
         return True
 
     def nothing(self, flags: int) -> int:
-        """A copy of nothing, as KVM answers it: 0, or an exception as `answer`."""
+        """Copy nothing: return 0, or raise what `answer` raises."""
         return self._answered(self.transfer.nothing(flags), 0)
 
     def answer(self, copy: Copy, ipa: int) -> int:
-        """What a copy from `ipa` on completed. Raises OSError, GuestLostError, GuestError."""
+        """The bytes that a copy from `ipa` copied. Raises OSError, GuestLostError, GuestError."""
         return self._answered(self.transfer.finish(copy), ipa)
 
     def _answered(self, result: int, ipa: int) -> int:
@@ -125,7 +124,7 @@ class Vm:
         return "session" in self.__dict__
 
     def drain(self) -> None:
-        """Wait for all copies that were begun."""
+        """Wait for all copies in flight."""
         if "transfer" in self.__dict__:
             self.transfer.drain()
 

@@ -1,4 +1,4 @@
 """Processes with tagged memory of their own, `proc:PID`: the kernel's ptrace requests for tags.
 
-Nothing of KVM enters here.
+Nothing here uses KVM.
 """

@@ -1,16 +1,16 @@
 """A process's own memory with tags: `proc:PID`, through ptrace.
 
-Its memslots are its mappings with PROT_MTE, addresses its own; mappings that touch and are alike
-count as one. A copy needs a thread of the process to stand still (`mtetool.attach.visit`) and
-changes nothing else there. What the requests do was measured on Linux 6.12 and 7.3:
+Its memslots are its mappings with PROT_MTE, at its own addresses; adjacent mappings that are alike
+count as one. A copy needs a stopped thread of the process (`mtetool.attach.visit`) and changes
+nothing else there. Measured on Linux 6.12 and 7.3, the requests behave as follows:
 
-- A page that was never touched reads as zeros and stays without memory of its own (a hole of a
-  memfd gets a page).
-- Private memory takes tags whatever its protection: read-only, too (the tracer's right, by
-  FOLL_FORCE). Shared memory that the program may not write is refused; such slots are read-only.
+- A page that was never touched reads as zeros and stays unallocated (a hole of a memfd gets a
+  page).
+- Private memory takes tags whatever its protection, even read-only (a tracer may, by FOLL_FORCE).
+  Shared memory that the program may not write is refused; such slots are read-only.
 - An address with a tag in its top byte, and memory that the program was never allowed to read
   (PROT_NONE, PROT_EXEC alone), make the kernel complain in its log (WARN_ON_ONCE in
-  mte_ptrace_copy_tags): a host with panic_on_warn would go down. So neither is ever asked for:
+  mte_ptrace_copy_tags): a host with panic_on_warn would go down. So mtetool never asks for either:
   such mappings are slots of the kind "device".
 """
 
@@ -51,31 +51,31 @@ def open_process(rest: str, options: GuestOptions) -> ProcessGuest:
     """Open `PID`, a process of this host.
 
     Raises WrongHostError, SourceError, UsageError, NoSuchProcessError, NotAProcessError,
-    AttachRefusedError, PermissionRefusedError. Nothing is attached to before the first copy.
+    AttachRefusedError, PermissionRefusedError. mtetool attaches only at the first copy.
     """
     if platform.machine() != "aarch64":
         raise WrongHostError(
             f"proc:{rest} needs an arm64 host with MTE; this one is {platform.machine()}",
-            hint="run mtetool on the host of the process; emu: works everywhere",
+            hint="run mtetool on the process's host; emu: works everywhere",
         )
     if not rest.isdecimal():
         raise SourceError(f"proc:{rest} is not of the form proc:PID")
     if options.memslots or options.qmp:
         raise UsageError(
             "--memslot and --qmp are for VMs: the kernel reports the memory of a process",
-            hint="parts of it are chosen by --range",
+            hint="choose parts of it with --range",
         )
     pid = int(rest)
     if pid == os.getpid():
         raise AttachRefusedError(
-            f"process {pid} is this mtetool itself, and no process can trace itself", pid=pid
+            f"process {pid} is mtetool itself, and no process can trace itself", pid=pid
         )
     proc.check_is_process(pid, "proc")
     return ProcessGuest(pid)
 
 
 class ProcessGuest(LiveGuest):
-    """A process, its address space as it was when it was opened."""
+    """A process, with the address space that it had when it was opened."""
 
     def __init__(self, pid: int) -> None:
         self.page_size_bytes = PAGE_BYTES
@@ -87,7 +87,7 @@ class ProcessGuest(LiveGuest):
 
     @property
     def stopped_seconds(self) -> float:
-        """The longest time for which a thread of the process stood still for a copy."""
+        """The longest time that a thread of the process was stopped for a copy."""
         return self._visitor.stopped_seconds if self._visitor else 0.0
 
     def info(self) -> GuestInfo:
@@ -107,15 +107,15 @@ class ProcessGuest(LiveGuest):
         return True if self.is_frozen else proc.is_stopped(self._pid)
 
     def _stop(self) -> None:
-        """All threads of the process; others that share memory with it run on.
+        """Stop all threads of the process; other processes that share its memory run on.
 
-        Raises BusyError where its memory is not that of the last `info` any more, too.
+        Also raises BusyError if its memory is no longer that of the last `info`.
         """
         self._visits().freeze()
         if self._slots and self._slots != self._layout():
             raise BusyError(
                 f"process {self._pid} mapped or unmapped memory while it was being stopped",
-                hint="try again, or stop it by a signal first: kill -STOP",
+                hint="retry, or stop it first: kill -STOP PID",
                 pid=self._pid,
             )
 
@@ -142,18 +142,18 @@ class ProcessGuest(LiveGuest):
         return self._copy(ipa, size_bytes, n_granules, lambda tracee: poke(tracee, ipa, part))
 
     def enable_mte(self) -> bool:
-        """False where any memory has tags; else raises MteUnsupportedError."""
+        """Return False if any memory has tags; else raise MteUnsupportedError."""
         if self._has_tags():
             return False
         raise MteUnsupportedError(
-            f"process {self._pid} ({self._program}) has no memory with tags, and nobody but the"
-            " program itself can change that: it maps its memory with PROT_MTE",
-            hint="with glibc, for a program's heap: GLIBC_TUNABLES=glibc.mem.tagging=3",
+            f"process {self._pid} ({self._program}) has no memory with tags, and only the"
+            " program itself can change that, by mapping memory with PROT_MTE",
+            hint="tag a program's heap with glibc: GLIBC_TUNABLES=glibc.mem.tagging=3",
             pid=self._pid,
         )
 
     def close(self) -> None:
-        """Let go of the process."""
+        """Detach from the process."""
         visitor, self._visitor = self._visitor, None
         try:
             if visitor is not None:
@@ -176,21 +176,21 @@ class ProcessGuest(LiveGuest):
         return as_memslots(self._space.tagged_mappings())
 
     def _has_tags(self) -> bool:
-        # Memory that was found is there until the next `info`; none is looked for again.
+        # Memory once found counts until the next `info`; without any, look again.
         self._slots = self._slots or self._layout()
         return bool(self._slots)
 
     def _check(self, ipa: int, size_bytes: int) -> None:
-        """The checks that KVM makes of a request, for a process."""
+        """Apply the checks that KVM makes of a request, for a process."""
         if not self._has_tags():
             raise MteOffError(
                 f"process {self._pid} ({self._program}) has no memory with tags (PROT_MTE)",
-                hint="its program or allocator has to ask for it; with glibc, for the heap:"
+                hint="its program or allocator must ask for it; for the heap, with glibc:"
                 " GLIBC_TUNABLES=glibc.mem.tagging=3",
                 pid=self._pid,
             )
         if not uapi.is_copy_range(ipa, size_bytes, self.page_size_bytes):
-            raise OSError(errno.EINVAL, f"{size_bytes} bytes at {ipa:#x} are not to be copied")
+            raise OSError(errno.EINVAL, f"{size_bytes} bytes at {ipa:#x} cannot be copied")
 
     def _to_readonly(self, ipa: int, size_bytes: int) -> int:
         """How many bytes from `ipa` on come before read-only memory."""

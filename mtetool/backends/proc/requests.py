@@ -1,10 +1,10 @@
 """Tags of a stopped thread's memory by PTRACE_PEEKMTETAGS and PTRACE_POKEMTETAGS.
 
 (arch/arm64/kernel/mte.c, __access_remote_tags; Documentation/arch/arm64/
-memory-tagging-extension.rst.) One request copies tags, one a byte, until something is in the way,
-and says how many: an error comes only when that is none. It is EIO whatever was wrong at the
-address: no mapping, one without PROT_MTE (EOPNOTSUPP was documented until commit fdb9ebc7fb77,
-and never returned), a shared one that is read-only on a write.
+memory-tagging-extension.rst.) One request copies tags, one per byte, until something stops it, and
+returns how many; it fails only if that is none. The error is EIO whatever was wrong at the address:
+no mapping, one without PROT_MTE (EOPNOTSUPP was documented until commit fdb9ebc7fb77, and never
+returned), or on a write a shared, read-only one.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from mtetool.uapi import GRANULE_BYTES
 if TYPE_CHECKING:
     from mtetool.tags import Tags
 
-# What one request copies, 4 MiB of memory: the kernel holds the process's mmap_lock meanwhile,
-# for which every thread that maps memory waits, and looks at no signals.
+# One request copies 4 MiB of memory: meanwhile the kernel does not check for signals, and holds the
+# process's mmap_lock, so every thread that maps memory waits.
 _PART_GRANULES = 1 << 18
 _PAGE_GRANULES = PAGE_BYTES // GRANULE_BYTES
 
 
 def peek(tracee: Tracee, address: int, out: Tags) -> int:
-    """Copy tags from `address` on into `out`; how many granules, a multiple of the page.
+    """Copy tags from `address` on into `out`; return how many granules, in whole pages.
 
-    `address` and `out` are of whole pages. Raises OSError (EIO) when not even one page's.
+    `address` and `out` are whole pages. Raises OSError (EIO) if not even one page was copied.
     """
     return _copy(tracee, PEEKMTETAGS, address, out)
 
 
 def poke(tracee: Tracee, address: int, tags: Tags) -> int:
-    """Give memory from `address` on these tags; as `peek`.
+    """Give memory from `address` on these tags; otherwise like `peek`.
 
-    What has them already is not written to: a page that nobody has touched stays without
-    memory, and one that is shared until somebody writes stays shared.
+    Memory that has them already is not written to: an untouched page stays unallocated, and a
+    copy-on-write page stays shared.
     """
     present = np.empty(min(tags.size, _PART_GRANULES), dtype=np.uint8)
     done = 0
@@ -58,7 +58,7 @@ def poke(tracee: Tracee, address: int, tags: Tags) -> int:
 
 def _poke_part(tracee: Tracee, address: int, tags: Tags, present: Tags) -> int:
     found = _copy(tracee, PEEKMTETAGS, address, present)
-    # The kernel drops the high bits of what it is given.
+    # The kernel drops the high bits of the tags it is given.
     changes = ((present[:found] ^ tags[:found]) & 0xF).reshape(-1, _PAGE_GRANULES)
     differs: Tags = np.zeros(len(changes), dtype=np.uint8)
     differs[changes.any(axis=1)] = 1
@@ -91,7 +91,7 @@ def _copy(tracee: Tracee, request: int, address: int, tags: Tags) -> int:
 
 
 def _so_far(error: OSError, done: int) -> int:
-    """What was done before an address failed; the next request, there, says why."""
+    """What was done before an address failed; the next request, from there, says why."""
     if done and error.errno == errno.EIO:
         return done
     raise error

@@ -1,4 +1,4 @@
-"""The memory of a process that has tags: its mappings with PROT_MTE, as /proc/PID/smaps shows."""
+"""The tagged memory of a process: its mappings with PROT_MTE, as /proc/PID/smaps shows them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mtetool.vmm import proc
 
 
 class AddressSpace:
-    """The memory of a process as it is now, and of no program that it executes later.
+    """The memory of a process as it is now, not of a program that it executes later.
 
-    An open file of /proc/PID/maps belongs to the address space, not to the process: once that
-    is gone (the process ended, or executed a program) the file is empty. Raises
-    NoSuchProcessError, PermissionRefusedError, AttachRefusedError.
+    An open /proc/PID/maps belongs to the address space, not to the process: once the address space
+    is gone (the process ended, or executed a program) the file is empty. Raises NoSuchProcessError,
+    PermissionRefusedError, AttachRefusedError.
     """
 
     def __init__(self, pid: int) -> None:
@@ -34,22 +34,22 @@ class AddressSpace:
             ) from error
         if not os.pread(self._maps, 1, 0):
             raise AttachRefusedError(
-                f"the kernel shows no memory of process {pid}: its main thread has ended, and other"
+                f"the kernel shows no memory of process {pid}: its main thread has ended, but other"
                 " threads have not",
-                hint="nothing can be done about that from outside",
+                hint="nothing can be done about this from outside",
                 pid=pid,
             )
         self._text = b""
         self._parsed: list[Mapping] = []
 
     def close(self) -> None:
-        """Forget it. Idempotent."""
+        """Close it. Idempotent."""
         if self._maps >= 0:
             os.close(self._maps)
         self._maps = -1
 
     def check(self) -> None:
-        """See that it is still there. Raises GuestLostError."""
+        """Check that it still exists. Raises GuestLostError."""
         try:
             if os.pread(self._maps, 1, 0):
                 return
@@ -80,7 +80,7 @@ class AddressSpace:
         index = bisect_right(mappings, address, key=lambda mapping: mapping.start) - 1
         at = address
         for mapping in mappings[max(index, 0) :]:
-            # The kernel may write what is only writable, and so may the program read it.
+            # The kernel and the program can also read memory that is only writable.
             if not mapping.start <= at < mapping.end or mapping.flags[:2] == "--":
                 break
             at = mapping.end
@@ -111,14 +111,14 @@ class AddressSpace:
     def _lost(self) -> GuestLostError:
         if proc.has_memory(self._pid, self._start_time):
             return GuestLostError(
-                f"process {self._pid} has executed another program (execve) meanwhile: the memory"
-                " that mtetool was working on is gone",
-                hint="begin again, with the new program",
+                f"process {self._pid} executed another program (execve): the memory that mtetool"
+                " was working on is gone",
+                hint="start again with the new program",
                 pid=self._pid,
             )
         return GuestLostError(
             f"process {self._pid} ended while mtetool was working on it",
-            hint="look at why it ended; mtetool does not end it",
+            hint="check why it ended; mtetool does not end it",
             pid=self._pid,
         )
 
@@ -128,9 +128,9 @@ class TaggedMapping:
     """[start, end) of a process's addresses, mapped with PROT_MTE.
 
     `accessible` is whether the program itself may read it (writing includes that);
-    `tags_writable` whether a tracer may write its tags: to what is private always, as a debugger's
-    breakpoints go into read-only code (FOLL_FORCE; check_vma_flags, mm/gup.c), to what is shared
-    only where the program may. `backing` is the inode behind it, 0 for anonymous memory.
+    `tags_writable` whether a tracer may write its tags: always for private memory, as a debugger's
+    breakpoints go into read-only code (FOLL_FORCE; check_vma_flags, mm/gup.c), for shared memory
+    only if the program may write it. `backing` is the inode behind it, 0 for anonymous memory.
     """
 
     start: int
@@ -166,11 +166,10 @@ def _tagged(mapping: Mapping, flags: frozenset[str]) -> TaggedMapping:
 
 
 def as_memslots(mappings: Iterable[TaggedMapping]) -> tuple[Memslot, ...]:
-    """Such mappings as memslots; those that touch and are alike come as one.
+    """Such mappings as memslots; adjacent ones that are alike are merged.
 
-    The kernel, too, splits and merges mappings as it likes. What the program has protected from
-    itself is no "ram": the kernel's requests are not made for such memory, see
-    `mtetool.backends.proc.guest`.
+    The kernel itself splits and merges mappings freely. Memory that the program has protected from
+    itself is not "ram": mtetool makes no requests for it, see `mtetool.backends.proc.guest`.
     """
     merged: list[TaggedMapping] = []
     for mapping in mappings:

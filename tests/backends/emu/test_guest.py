@@ -486,7 +486,7 @@ def test_truncated_and_extended(path: str) -> None:
     size = Path(path).stat().st_size
     for wrong in (size - 1, size + 1, size // 2, 100, 20):
         os.truncate(path, wrong)
-        what = "it is truncated" if wrong < size else "does not fit"
+        what = "it is truncated" if wrong < size else "does not match"
         with pytest.raises(EmulatorFileError, match=what):
             opened(path)
 

@@ -236,7 +236,7 @@ def test_a_slot_that_was_moved_is_put_back(
 
 def test_the_very_next_call_puts_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
     vmm = MovingVmm(SLOTS)
-    with pytest.raises(BusyError, match="put back to 0x40000000"):
+    with pytest.raises(BusyError, match="put back at 0x40000000"):
         vmm.places(monkeypatch)
     assert vmm.calls_while_moved == 0
     assert vmm.slots[0] == SLOTS[0]
