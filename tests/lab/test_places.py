@@ -85,7 +85,7 @@ from mtetool.vmm.qemu import Monitor
 true = Monitor.host_addresses
 spare = int(sys.argv.pop(1), 16)
 def lie(self):
-    return [(ipa, size, spare if ipa == 0x40000000 else at) for ipa, size, at in true(self)]
+    return [one._replace(address=spare) if one.ipa == 0x40000000 else one for one in true(self)]
 Monitor.host_addresses = lie
 sys.exit(main())
 """
