@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
+
+from mtetool.closing import Closing
 
 if TYPE_CHECKING:
     from mtetool.buffers import TagBuffer
@@ -114,7 +115,7 @@ class GuestOptions:
     qmp: Path | None = None
 
 
-class Guest(ABC):
+class Guest(Closing, ABC):
     """An open guest: its layout and its tags.
 
     A backend must implement the six abstract methods; the others are correct for any guest, and a
@@ -138,7 +139,7 @@ class Guest(ABC):
         Raises LayoutUnknownError if the memslots cannot be learnt.
         """
 
-    def prepare(self) -> None:  # noqa: B027 - most have nothing slow to do
+    def prepare(self) -> None:
         """Do the slow work that precedes the first copy, while nothing waits for it yet.
 
         Raises GuestError.
@@ -220,20 +221,6 @@ class Guest(ABC):
     def begin_write(self, ipa: int, tags: TagBuffer) -> Pending:
         """Begin what `write_tags` does, for 1 to `max_copy_granules` granules; see `Pending`."""
         return partial(self.write_tags, ipa, tags)
-
-    def close(self) -> None:  # noqa: B027 - most have nothing to close
-        """Close the guest. May be called twice."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class LiveGuest(Guest):

@@ -8,6 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+__all__ = [
+    "first_difference",
+    "frame_run",
+    "from_runs",
+    "mask",
+    "pack",
+    "page_run",
+    "scan",
+    "to_runs",
+    "unpack",
+    "xor",
+]
+
 if TYPE_CHECKING:
     from mtetool.loops_numpy import (
         first_difference,
@@ -23,41 +36,7 @@ if TYPE_CHECKING:
     )
 else:
     try:
-        from mtetool._loops import (
-            first_difference,
-            frame_run,
-            from_runs,
-            mask,
-            pack,
-            page_run,
-            scan,
-            to_runs,
-            unpack,
-            xor,
-        )
+        from mtetool import _loops as chosen
     except ImportError:
-        from mtetool.loops_numpy import (
-            first_difference,
-            frame_run,
-            from_runs,
-            mask,
-            pack,
-            page_run,
-            scan,
-            to_runs,
-            unpack,
-            xor,
-        )
-
-__all__ = [
-    "first_difference",
-    "frame_run",
-    "from_runs",
-    "mask",
-    "pack",
-    "page_run",
-    "scan",
-    "to_runs",
-    "unpack",
-    "xor",
-]
+        from mtetool import loops_numpy as chosen
+    globals().update({name: getattr(chosen, name) for name in __all__})

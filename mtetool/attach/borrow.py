@@ -19,7 +19,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from mtetool import procfs
@@ -111,12 +110,7 @@ class BorrowedThread:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, value: BaseException | None, *rest: object) -> None:
         if isinstance(value, GuestLostError):
             return  # there is no thread to send home
         self._go_home()

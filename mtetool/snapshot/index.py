@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple, Self
 
 from mtetool.errors import DamagedError, host_error
-from mtetool.guest import Extent, Missing
+from mtetool.guest import Missing
 from mtetool.snapshot.heads import DoneHead, decode_done, decode_missing
 from mtetool.snapshot.ledger import Ledger, LedgerError
 from mtetool.snapshot.model import Footer, Header, Summary
@@ -200,10 +200,3 @@ class IndexedSnapshot:
     def footer(self) -> Footer:
         """The totals from the end record."""
         return self._done.footer
-
-    def pieces(self, extents: Sequence[Extent]) -> Iterator[Piece | Missing]:
-        """The records that overlap any of `extents`, whole, in the order of the log."""
-        for entry in self.entries():
-            end = entry.ipa + entry.size_bytes
-            if any(entry.ipa < extent.end and extent.ipa < end for extent in extents):
-                yield self.load(entry)

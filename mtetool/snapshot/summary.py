@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -18,10 +18,9 @@ from mtetool.errors import (
     file_error,
     host_error,
 )
-from mtetool.guest import Extent, Missing
 from mtetool.snapshot.index import IndexedSnapshot
 from mtetool.snapshot.model import Summary
-from mtetool.snapshot.reader import Piece, SnapshotReader
+from mtetool.snapshot.reader import SnapshotReader
 
 
 @contextmanager
@@ -61,17 +60,6 @@ def opened(path: str) -> Iterator[BinaryIO]:
         yield stream
 
 
-@contextmanager
-def open_snapshot(path: str) -> Iterator[SnapshotReader]:
-    """A reader of a file, or of standard input for "-".
-
-    Raises as `SnapshotReader`, and UsageError for a terminal, NoSuchFileError,
-    NotASnapshotError for a directory, PermissionRefusedError, HostIoError.
-    """
-    with opened(path) as stream:
-        yield SnapshotReader(stream, display_name(path))
-
-
 def display_name(path: str) -> str:
     """The name of an input in messages."""
     return "standard input" if path == "-" else path
@@ -97,7 +85,7 @@ def read_summary(path: str) -> Summary:
     """A snapshot's description; the tags in a file are not read for it.
 
     From a pipe, everything is read and checked, and nothing decompressed. Raises as
-    `open_snapshot`.
+    `opened`, and SnapshotError.
     """
     with opened(path) as stream:
         name = display_name(path)
@@ -113,23 +101,3 @@ def _summary_of_stream(reader: SnapshotReader) -> Summary:
     for _ in reader:
         pass
     return Summary(reader.header, reader.footer, reader.missing, None)
-
-
-def read_range(path: str, extents: Sequence[Extent]) -> Iterator[Piece | Missing]:
-    """The records that overlap any of `extents`, whole, in the order of the log.
-
-    A file is read by its index: only the wanted records, each with its checksum compared. A
-    pipe is read to its end. Raises as `open_snapshot`.
-    """
-    wanted = tuple(extents)
-    with opened(path) as stream:
-        name = display_name(path)
-        if is_seekable(stream):
-            indexed = IndexedSnapshot.open(stream, name)
-            if indexed is not None:
-                yield from indexed.pieces(wanted)
-                return
-            stream.seek(0)
-        for piece in SnapshotReader(stream, name):
-            if any(piece.ipa < extent.end and extent.ipa < piece.end for extent in wanted):
-                yield piece

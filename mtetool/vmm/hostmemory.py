@@ -70,7 +70,3 @@ class HostMemory:
     def _at(self, ipa: int, end: int, shift: int) -> Iterator[Span]:
         for first, behind in self._pagemap.existing(ipa - shift, end - shift):
             yield Span(first + shift, behind + shift)
-
-    def close(self) -> None:
-        """Close the pagemap. Idempotent."""
-        self._pagemap.close()

@@ -7,9 +7,8 @@ KVM was given. None of it is taken on trust: an impossible answer is a LayoutUnk
 from __future__ import annotations
 
 import re
-from types import TracebackType
-from typing import Self
 
+from mtetool.closing import Closing
 from mtetool.guest import Memslot, SlotKind
 from mtetool.spans import Place
 from mtetool.vmm.qmp import Conversation
@@ -42,7 +41,7 @@ _MOST_SLOTS = 32764
 _SMALLEST_PAGE_BYTES = 4096
 
 
-class Monitor:
+class Monitor(Closing):
     """QEMU's monitor; a context manager. Every failure is a LayoutUnknownError."""
 
     def __init__(self, conversation: Conversation) -> None:
@@ -101,17 +100,6 @@ class Monitor:
     def close(self) -> None:
         """Hang up."""
         self._conversation.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def parse_mtree(text: str) -> tuple[Memslot, ...]:

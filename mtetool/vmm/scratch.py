@@ -12,16 +12,16 @@ import fcntl
 import mmap
 import os
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from mtetool import uapi
+from mtetool.closing import Closing
 
 if TYPE_CHECKING:
     from mtetool.tags import Tags
 
 
-class Kvm:
+class Kvm(Closing):
     """/dev/kvm, open; a context manager. Raises OSError if it cannot be opened."""
 
     def __init__(self, path: Path = Path("/dev/kvm")) -> None:
@@ -42,19 +42,8 @@ class Kvm:
         if fd >= 0:
             os.close(fd)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class ScratchVm:
+class ScratchVm(Closing):
     """One VM, by the file descriptor that KVM_CREATE_VM returned; a context manager.
 
     Its memory is private and anonymous: other memory cannot carry tags before Linux 6.2.
@@ -129,17 +118,6 @@ class ScratchVm:
             return fcntl.ioctl(self._fd, request, passed)
         except OSError as error:
             return -(error.errno or errno.EIO)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def scratch_vm() -> ScratchVm:

@@ -151,7 +151,7 @@ def test_standard_output_that_is_an_input(files: Path, words: str) -> None:
     stdout = Path(onto.lstrip("1<>")).open("r+" if onto.startswith("1<>") else "a")  # noqa: SIM115
     done = run_onto(stdout, *arguments, stdin=stdin)
     assert done.status == 2
-    assert "is read" in done.err
+    assert "is an input" in done.err
     assert contents(files) == before
 
 

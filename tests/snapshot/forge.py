@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
@@ -17,6 +18,7 @@ import zstandard
 from xxhash import xxh3_64_intdigest
 
 from mtetool.guest import Extent, Memslot, Missing
+from mtetool.snapshot.index import IndexedSnapshot
 from mtetool.snapshot.model import Header
 from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.snapshot.writer import SnapshotWriter
@@ -83,6 +85,17 @@ def read_all(data: bytes) -> tuple[SnapshotReader, list[Piece | Missing]]:
         if isinstance(piece, Piece) and piece.fill is None:
             piece.tags()
     return reader, pieces
+
+
+def read_range(path: str, extents: Sequence[Extent]) -> list[Piece | Missing]:
+    """The records of a file that overlap any of `extents`, read by the index."""
+    with Path(path).open("rb") as stream:
+        snapshot = IndexedSnapshot.of(stream, path)
+        return [
+            snapshot.load(entry)
+            for entry in snapshot.entries()
+            if any(e.ipa < entry.ipa + entry.size_bytes and entry.ipa < e.end for e in extents)
+        ]
 
 
 # --- byte by byte ----------------------------------------------------------------------------

@@ -16,8 +16,8 @@ import pytest
 
 from mtetool.guest import Extent, Memslot, Missing
 from mtetool.snapshot.model import Footer
-from mtetool.snapshot.reader import Piece
-from mtetool.snapshot.summary import open_snapshot, read_summary
+from mtetool.snapshot.reader import Piece, SnapshotReader
+from mtetool.snapshot.summary import opened, read_summary
 from mtetool.snapshot.writer import SnapshotWriter
 from mtetool.tags import Tags
 from tests.snapshot.forge import BASE, HEADER, PAGE, PAGE_GRANULES, header
@@ -48,7 +48,8 @@ def pattern(n_granules: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
 
 def contents(name: str) -> list[tuple[int, int, object]]:
     """Address, granules, and the tag, the tags, or the reason why there are none."""
-    with open_snapshot(path(name)) as reader:
+    with opened(path(name)) as stream:
+        reader = SnapshotReader(stream, name)
         result: list[tuple[int, int, object]] = []
         for item in reader:
             n_granules = item.size_bytes // 16
@@ -145,7 +146,8 @@ def test_delta() -> None:
         (BASE + 8 * PAGE, 4 * PAGE_GRANULES, with_runs().tobytes()),
         (BASE + 12 * PAGE, 4 * PAGE_GRANULES, 4),
     ]
-    with open_snapshot(path("delta")) as reader:
+    with opened(path("delta")) as stream:
+        reader = SnapshotReader(stream, "delta")
         over_base = [piece.over_base for piece in reader if isinstance(piece, Piece)]
     assert over_base == [True, True, True, False, False]
     assert reader.header.base_id == HEADER.snapshot_id

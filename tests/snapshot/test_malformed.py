@@ -29,7 +29,7 @@ from mtetool.errors import (
 from mtetool.guest import Extent, Missing
 from mtetool.snapshot.coverage import Coverage, MissingMap, ScatteredError
 from mtetool.snapshot.reader import Piece, SnapshotReader
-from mtetool.snapshot.summary import open_snapshot, read_range, read_summary
+from mtetool.snapshot.summary import read_summary
 from tests.snapshot.forge import (
     BASE,
     PAGE,
@@ -40,6 +40,7 @@ from tests.snapshot.forge import (
     header,
     random_tags,
     read_all,
+    read_range,
     small_forge,
     small_snapshot,
 )
@@ -190,7 +191,7 @@ def test_something_else_is_named(tmp_path: Path, data: bytes, named: str) -> Non
     refused(data, NotASnapshotError, named)
     path = tmp_path / "else"
     path.write_bytes(data)
-    for read in (read_summary, lambda p: next(read_range(p, []))):
+    for read in (read_summary, lambda name: read_range(name, [])):
         with pytest.raises(NotASnapshotError, match=named):
             read(str(path))
 
@@ -203,8 +204,8 @@ def test_a_directory_is_no_snapshot(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["absent", "file/absent"])
 def test_no_such_file(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(NoSuchFileError), open_snapshot(str(tmp_path / name)):
-        pass
+    with pytest.raises(NoSuchFileError):
+        read_summary(str(tmp_path / name))
 
 
 def test_a_terminal_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

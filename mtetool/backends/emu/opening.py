@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from mtetool.backends.emu.guest import open_emulated
@@ -18,25 +19,18 @@ def open_with_faults(path: str, options: GuestOptions) -> Guest:
     Raises NoSuchProcessError, as for a VMM that ended, once a fault has made it vanish; and what
     `open_emulated` raises.
     """
-    guest = open_emulated(path, options)
-    try:
-        kept = guest.owner.kept_faults()
-    except BaseException:
-        guest.close()
-        raise
-    if kept is None:
-        return guest
-    # Imported here: it needs numpy, and hardly any guest has faults.
-    from mtetool.faults.guest import FaultyGuest
+    with ExitStack() as stack:
+        guest: Guest = stack.enter_context(emulated := open_emulated(path, options))
+        kept = emulated.owner.kept_faults()
+        if kept is not None:
+            # Imported here: it needs numpy, and hardly any guest has faults.
+            from mtetool.faults.guest import FaultyGuest
 
-    faulty = FaultyGuest(guest, kept=kept)
-    try:
-        if kept.read().vanished:
-            raise NoSuchProcessError(
-                f"the guest emu:{path} vanished (an injected fault)",
-                hint=f"bring it back: mtetool emu fault {path} --clear",
-            )
-    except BaseException:
-        faulty.close()
-        raise
-    return faulty
+            guest = stack.enter_context(FaultyGuest(emulated, kept=kept))
+            if kept.read().vanished:
+                raise NoSuchProcessError(
+                    f"the guest emu:{path} vanished (an injected fault)",
+                    hint=f"bring it back: mtetool emu fault {path} --clear",
+                )
+        stack.pop_all()
+        return guest
