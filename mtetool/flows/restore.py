@@ -459,12 +459,12 @@ class _Restorer:
     def _begin(self, ipa: int, tags: memoryview, *, may_be_readonly: bool) -> None:
         self._finish_overlapping(ipa, len(tags) * GRANULE_BYTES)
         insist = self._options.every_page
+        self._has_begun = True  # a signal may come before the next line is done
         steps = write_extent(self._guest, ipa, tags, self._layout, insist=insist)
         self._found.append(self._found.pop(0))
         found = self._found[0][: len(tags)]
         back = self._guest.begin_read(ipa, found) if self._options.verify else None
         self._begun.append(_Begun(ipa, tags, steps, may_be_readonly, found, back))
-        self._has_begun = True
 
     def _finish_overlapping(self, ipa: int, size_bytes: int) -> None:
         """Finish the writes to this memory, before a later step replaces them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import signal
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from mtetool.errors import (
     MisalignedError,
     PartialError,
     RangeError,
+    SignalError,
     TruncatedError,
     UsageError,
 )
@@ -323,6 +325,22 @@ def test_a_later_record_counts_while_an_earlier_one_is_still_written(
     first = BASE + PAGE * (n_zeros != 8)
     there = target.memory[BASE][(first - BASE) // 16 :][: nothing.size]
     assert there.tobytes() == nothing.tobytes()
+
+
+class Signalled(FakeGuest):
+    """Meets a signal as soon as its first write was begun, while the kernel is at it."""
+
+    def begin_write(self, ipa: int, tags: TagBuffer) -> Pending:
+        super().begin_write(ipa, tags)
+        raise SignalError(signal.SIGTERM)
+
+
+def test_a_signal_right_after_the_first_write_was_begun() -> None:
+    snapshot, _ = saved(guest_with_tags())
+    with pytest.raises(SignalError) as caught:
+        restored(snapshot, Signalled(SLOTS))
+    assert caught.value.word is not None
+    assert "the first write had begun, and may have changed tags" in caught.value.word.message
 
 
 class Forgetful(FakeGuest):
