@@ -10,18 +10,18 @@ from hypothesis import settings
 from tests.lab.images import DEFAULT_KERNEL, KERNELS
 
 # A shell starts background jobs with SIGINT ignored (nohup: SIGHUP), programs inherit that, and
-# mtetool respects it. The tests that send signals mean programs that came without.
+# mtetool respects it. The tests that send signals need programs that do not ignore them.
 for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler)
 
-# How long an example takes says how busy the machine is, not whether it is right.
+# How long an example takes shows how busy the machine is, not whether the code is right.
 settings.register_profile("without deadlines", deadline=None)
 settings.load_profile("without deadlines")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options are only known where pytest starts to look for tests, so not in the lab's own."""
+    """Add options here: pytest knows only those of the conftest where it starts, not the lab's."""
     parser.addoption(
         "--lab-kernel",
         choices=list(KERNELS),

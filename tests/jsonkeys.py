@@ -19,7 +19,7 @@ _ENTRY = re.compile(r"([a-z_.\[\]]+)(?: \(([a-z ]+)\))?")
 
 
 def check_keys(document: Any) -> None:
-    """Assert that a report has just the keys that stand in its page, all of them."""
+    """Assert that a report has exactly the keys that its page documents."""
     schema = document["schema"]
     pages = documented()
     assert schema in pages, f"document {schema}: `.SS {schema}` in the section JSON of its page"
@@ -39,11 +39,11 @@ def check_keys(document: Any) -> None:
 
 
 def _could_be_in(key: str, found: set[str], document: Any) -> bool:
-    """Whether what holds `key` is in the report, with something in it."""
+    """Whether the object or list that holds `key` is in the report, and not empty."""
     parent, dot, _ = key.rpartition(".")
     if not dot:
         return True
-    # Of an empty list, or null, nothing can be said.
+    # An empty list, or null, shows nothing about its keys.
     return any(path.startswith(parent + ".") for path in found)
 
 
@@ -60,7 +60,7 @@ def paths(value: Any, prefix: str = "") -> Iterator[str]:
 
 @cache
 def documented() -> dict[str, tuple[str, frozenset[str]]]:
-    """For each schema the name of its page, and the keys that stand there."""
+    """For each schema, the name of its page and the keys documented there."""
     sections = {
         title: (page.name, text)
         for page in sorted(MAN.glob("*.1"))

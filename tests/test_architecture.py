@@ -12,7 +12,7 @@ import mtetool
 
 _PACKAGE = Path(mtetool.__file__).parent
 
-# From the ground up: a room may import those that it names, which all stand above it in this table.
+# From the ground up: a room may import the rooms that it names, all above it in this table.
 # Modules at the top of the package are rooms of their own. Imports within functions count.
 ROOMS: dict[str, set[str]] = {
     "mtetool": set(),
@@ -140,13 +140,13 @@ def _imports(path: Path) -> Iterator[str]:
 def test_the_table_goes_from_the_ground_up() -> None:
     below: set[str] = set()
     for room, known in ROOMS.items():
-        assert known <= below, f"{room} may import {sorted(known - below)}, which stand above it"
+        assert known <= below, f"{room} may import {sorted(known - below)}, which are not above it"
         below.add(room)
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_knows_those_that_it_may(room: str) -> None:
-    """No others; and the table has no arrow that is no longer needed."""
+    """It imports no others, and the table has no arrow that is no longer needed."""
     arrows: dict[str, list[str]] = {}
     for module, path in _MODULES.items():
         if _room(module) == room:
@@ -155,7 +155,7 @@ def test_a_room_knows_those_that_it_may(room: str) -> None:
                     arrows.setdefault(_room(imported), []).append(f"{module} -> {imported}")
     new = {other: arrows[other] for other in arrows if other not in ROOMS[room]}
     assert not new, f"the table does not allow {room}: {new}"
-    # One backend more is one line more in a table of strings: `backends` imports none of them.
+    # Another backend is another line in a table of strings: `backends` imports none of them.
     assert set(arrows) == ROOMS[room]
 
 

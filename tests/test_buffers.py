@@ -35,7 +35,7 @@ def test_using_it_faults_nothing_in(populates: bool, monkeypatch: pytest.MonkeyP
     before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
     for at in range(0, len(room), MIB):
         room[at : at + MIB] = tags
-    # Of small pages it would be 4096.
+    # With small pages it would be 4096.
     assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < 8
 
 

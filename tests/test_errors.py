@@ -22,7 +22,7 @@ def classes(
             yield from classes(kind)
 
 
-# Looked at, so that the class it defines is among the others.
+# Use the module, so the class that it defines is among the others.
 assert issubclass(program.InternalError, errors.MtetoolError)
 CLASSES = sorted(set(classes()), key=lambda kind: kind.__name__)
 

@@ -79,14 +79,14 @@ def test_every_example_is_run_by_a_test() -> None:
 
 @pytest.mark.long
 def test_readme_says_how_to_install(tmp_path: Path) -> None:
-    """Its commands as written, except for the paths, and with Debian's Python."""
+    """Run its commands as written, except for the paths, with Debian's Python."""
     root = Path(__file__).parents[1]
     block = (root / "README.md").read_text().partition("# apt install python3-venv\n")[2]
     lines = block.partition("\n\n")[0].replace("    # ", "")
     script = lines.replace("/opt/", f"{tmp_path}/opt/").replace("/usr/local/", f"{tmp_path}/")
     (tmp_path / "bin").mkdir()
     (tmp_path / "share/man/man1").mkdir(parents=True)
-    # Not in the tree itself, where pip would build.
+    # Not in the tree itself, as pip would build there.
     shutil.copytree(root, tmp_path / "tree", ignore=shutil.ignore_patterns(".*", "build", "*.so"))
     path = f"/usr/bin:{os.environ['PATH']}"
     subprocess.run(

@@ -103,10 +103,10 @@ def test_reports_have_the_keys_that_stand_in_the_pages(
         f"{schema} {key} (man/{page})"
         for schema, (page, keys) in documented().items()
         for key in keys - seen.get(schema, set())
-        # Rows of lists that were always empty here: other tests have them.
+        # Not rows of lists that were always empty here: other tests have them.
         if "[]" not in key
     }
-    assert never == set(), "documented, and never seen: take it out, or extend `reports`"
+    assert never == set(), "documented, but never seen: remove it, or extend `reports`"
 
 
 def test_error_keys_are_those_that_are_documented() -> None:
@@ -115,11 +115,11 @@ def test_error_keys_are_those_that_are_documented() -> None:
     fixed = {"schema", "error", "message", "hint", "status"}
     assert {key for key in keys if "." not in key} == fixed | set(DETAIL_KEYS), where
     used = {key for path in _SOURCES for key in _details(ast.parse(path.read_text()))}
-    assert used - set(DETAIL_KEYS) == set(), f"keys of errors that do not stand in {where}"
+    assert used - set(DETAIL_KEYS) == set(), f"keys of errors that are missing in {where}"
 
 
 def _details(tree: ast.AST) -> Iterator[str]:
-    """The keys of details that a module gives to errors."""
+    """The keys of the details that a module gives to errors."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue

@@ -42,7 +42,7 @@ def runs_of(tags: bytes) -> list[tuple[int, int]]:
 
 
 def objects_of(tags: bytes) -> list[tuple[int, int]]:
-    """Runs, but that objects of one size side by side are runs by themselves."""
+    """Runs, except that each of several adjacent objects of one size is a run of its own."""
     starts = [0]
     for first in range(0, len(tags), 64):
         found = {at for at in range(first, first + 64) if at and tags[at] != tags[at - 1]}
@@ -59,7 +59,7 @@ Parts = tuple[bytes, bytes, bytes]
 
 
 def written_runs(runs: list[tuple[int, int]]) -> Parts:
-    """As mtesnap(5) says, byte by byte: lengths, tags, long lengths."""
+    """Write runs byte by byte, as mtesnap(5) says: lengths, tags, long lengths."""
     nothing = [(0, 0)] * (len(runs) % 2)
     pairs = [*((tag, length if length < 16 else 0) for tag, length in runs), *nothing]
     two = list(zip(pairs[::2], pairs[1::2], strict=True))
@@ -160,7 +160,7 @@ def outcome(module: ModuleType, parts: Parts, n_runs: int, n_granules: int) -> b
 def test_any_bytes_for_runs_end_alike(
     lengths: bytes, values: bytes, longs: bytes, n_runs: int, n_granules: int, right: bool
 ) -> None:
-    if right:  # as many as there are
+    if right:  # as many runs as there are bytes for
         n_runs = 2 * min(len(lengths), len(values))
         lengths, values = lengths[: n_runs // 2], values[: n_runs // 2]
     parts = (lengths, values, longs)
@@ -188,18 +188,18 @@ def test_changed_runs_end_alike(tags: bytes, data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("parts", "n_runs", "n_granules"),
     [
-        ((b"", b"", b""), 0, 1),  # nothing for something
-        ((b"\x02", b"\x01", b""), 1, 1),  # longer than there is room
+        ((b"", b"", b""), 0, 1),  # no runs for a granule
+        ((b"\x02", b"\x01", b""), 1, 1),  # longer than the room
         ((b"\x02", b"\x01", b""), 1, 3),  # shorter
-        ((b"\x02", b"\x11", b""), 1, 2),  # something above the last odd tag
-        ((b"\x12", b"\x01", b""), 1, 2),  # and above the last odd length
-        ((b"\x02", b"\x01", b"\x00"), 1, 2),  # something behind
+        ((b"\x02", b"\x11", b""), 1, 2),  # a tag above the last odd one
+        ((b"\x12", b"\x01", b""), 1, 2),  # a length above the last odd one
+        ((b"\x02", b"\x01", b"\x00"), 1, 2),  # a long length too many
         ((b"\x02\x00", b"\x01", b""), 1, 2),  # more lengths than runs
-        ((b"\x02", b"\x01\x00", b""), 1, 2),  # more tags
-        ((b"\x00", b"\x01", b""), 1, 16),  # no long length
-        ((b"\x00", b"\x01", b"\x80"), 1, 16),  # one that is cut off
-        ((b"\x00", b"\x01", b"\x80" * 6 + b"\x01"), 1, 16),  # one that goes on for ever
-        ((b"\x00", b"\x01", b"\xff\xff\xff\xff\xff\x7f"), 1, 16),  # one beyond all memory
+        ((b"\x02", b"\x01\x00", b""), 1, 2),  # more tags than runs
+        ((b"\x00", b"\x01", b""), 1, 16),  # a long length is missing
+        ((b"\x00", b"\x01", b"\x80"), 1, 16),  # a long length that is cut off
+        ((b"\x00", b"\x01", b"\x80" * 6 + b"\x01"), 1, 16),  # a long length that never ends
+        ((b"\x00", b"\x01", b"\xff\xff\xff\xff\xff\x7f"), 1, 16),  # a long length beyond all memory
     ],
 )
 def test_runs_that_nobody_wrote(
@@ -306,6 +306,6 @@ def test_what_is_not_to_be_written_to(module: ModuleType) -> None:
     module.pack(array, bytearray(128))
     module.scan(array, PAGE)
     assert array.tobytes() == before
-    # An error of the types in C, of the values in numpy.
+    # A type error in C, a value error in numpy.
     with pytest.raises((TypeError, ValueError, BufferError)):
         module.mask(bytes(4))

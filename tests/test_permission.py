@@ -16,7 +16,7 @@ from mtetool.procfs import status_of
 
 EPERM = OSError(errno.EPERM, "Operation not permitted")
 PLAIN = Rights(cap_sys_ptrace=False, ptrace_scope=0, seccomp=0, first_user_namespace=True)
-# Reads the same for whoever runs these tests: their own user, without capabilities.
+# The same for every user who runs these tests: a process of that user, without capabilities.
 STATUS = {"Uid": "\t".join([str(os.getuid())] * 4), "CapPrm": "0000000000000000"}
 
 
@@ -37,7 +37,7 @@ def reason(rights: Rights, status: dict[str, str] | None = None) -> str:
         (replace(PLAIN, ptrace_scope=2), {}, "ptrace-scope"),
         (replace(PLAIN, ptrace_scope=1), {}, "ptrace-scope"),
         (replace(PLAIN, ptrace_scope=None, seccomp=2), {}, "seccomp"),
-        # A bit that no kernel has given a meaning to.
+        # A bit that no kernel defines.
         (replace(PLAIN, ptrace_scope=1), {"CapPrm": "8000000000000000"}, "capabilities"),
         (PLAIN, {"Uid": "", "CapPrm": "nonsense"}, "unknown"),
     ],

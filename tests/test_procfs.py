@@ -18,10 +18,10 @@ from mtetool.backends.proc import smaps
 from mtetool.backends.proc.smaps import tagged_mappings
 from mtetool.vmm import proc
 
-# All that Python takes for the end of a line.
+# Everything that Python takes for the end of a line.
 ENDS = ("\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029")
 
-# A program that gives itself a name, says so, and waits.
+# A program that gives itself a name, reports that, and waits.
 _NAMED = """
 import ctypes, sys
 assert ctypes.CDLL(None).prctl(15, sys.argv[1].encode("utf-8", "surrogateescape"), 0, 0, 0) == 0

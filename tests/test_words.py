@@ -13,7 +13,7 @@ import mtetool
 from mtetool.words import counted, printable, quoted
 
 _SOURCES = sorted(Path(mtetool.__file__).parent.rglob("*.py"))
-# What a number that is known when it is written may stand before: `{_RAM_PAGES} pages`.
+# Nouns that may follow only a number that is known beforehand: `{_RAM_PAGES} pages`.
 _NOUNS = "pages|ranges|records|snapshots|processes|threads|vCPUs|VMs|granules|memslots|files"
 _CONSTANT = re.compile(r"_?[A-Z][A-Z_]+|[\w.]*(?:page|size)_bytes|described\.vcpus")
 # Always many, or limits that the caller broke.

@@ -1,4 +1,4 @@
-"""The guard: it ends a process that is stopped with something in its hands, and nobody else."""
+"""The guard: it kills a process that is stopped while it holds something, and no other one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ROOT = Path(__file__).parent.parent.parent
 _PATIENCE_SECONDS = 60.0
 _SEIZE, _INTERRUPT, _WALL, _STOPPED = 0x4206, 0x4207, 0x40000000, 0x057F
 
-# A process that says where it is, and goes on at each line of its input.
+# A process that prints where it is, and continues at each line of its input.
 _WATCHED = """
 import os, sys
 from mtetool.attach.guard import Level, Watch
@@ -34,7 +34,7 @@ _HOLDS = _WATCHED + "stand(Level.HOLDING)\nwatch.close()\nprint('closed', flush=
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while not condition():
-        assert time.monotonic() < deadline, "this never comes"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.01)
 
 
@@ -70,7 +70,7 @@ def state(pid: int) -> str:
 
 
 def guard_of(pid: int) -> int | None:
-    """The guard of a process, whoever its parent is by now."""
+    """Return the PID of a process's guard, whatever its parent is by now."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().rstrip(b"\0")
@@ -100,7 +100,7 @@ def test_a_process_that_holds_nothing_may_be_stopped() -> None:
         assert line(process) == "NOTHING"
         process.send_signal(signal.SIGSTOP)
         until(lambda: state(process.pid) == "T")
-        # The guard has looked several times by the time that it has run so often.
+        # After so many switches, the guard has looked several times.
         guard = guard_of(process.pid)
         looks = _switches(guard)
         until(lambda: _switches(guard) > looks + 10)
@@ -123,7 +123,7 @@ def test_a_process_that_a_debugger_stops_is_ended_where_it_holds_something() -> 
         for tid in tids:
             assert libc.ptrace(_SEIZE, tid, None, None) == 0
             assert libc.ptrace(_INTERRUPT, tid, None, None) == 0
-        # As debuggers do, each thread's end is taken, the first thread's last.
+        # As debuggers do, reap each thread, the first thread last.
         for tid in tids:
             until(lambda tid=tid: os.WIFSIGNALED(_next_status(tid)))  # type: ignore[misc]
         until(lambda: guard_of(process.pid) is None)
@@ -135,7 +135,7 @@ def _next_status(tid: int) -> int:
 
 
 def test_a_process_that_is_busy_is_no_process_that_stands() -> None:
-    # One call, which lets no other thread of Python run: the heart stands still meanwhile.
+    # One call that lets no other Python thread run: the heart stands still meanwhile.
     script = _WATCHED + (
         "stand(Level.HOLDING)\n"
         "import time\n"
@@ -212,7 +212,7 @@ def test_one_that_was_killed_is_replaced_before_something_is_held_again() -> Non
         go_on(process)
         assert line(process) == "HOLDING"
         go_on(process)
-        # No child is left to be waited for.
+        # There is no child left to wait for.
         assert process.wait(_PATIENCE_SECONDS) == 1
 
 
@@ -233,7 +233,7 @@ def test_a_forked_child_has_its_own() -> None:
         child = int(line(process))
         assert guard_of(child) not in (None, guard_of(process.pid))
         os.kill(child, signal.SIGSTOP)
-        # os.wait tells of the child, as the guard of its parent has not ended.
+        # os.wait reports the child, as its parent's guard has not ended.
         assert line(process) == str(-signal.SIGKILL)
 
 
@@ -272,7 +272,7 @@ def test_without_room_for_it_nothing_is_held() -> None:
         "except ChildProcessError:\n"
         "    print('no child', flush=True)\n"
     )
-    # No room for a process; room for one, and then none for a thread.
+    # No room for a process; then room for a process, but not for a thread.
     for limit, what in ((1, "could not start its guard process"), (2, "can't start new thread")):
         with started(script.format(limit=limit)) as process:
             told = line(process)

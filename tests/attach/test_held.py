@@ -1,4 +1,4 @@
-"""Threads that are held or borrowed are the process's own; real processes, traced for real."""
+"""Only the process's own threads are held or borrowed; on real processes, with real ptrace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mtetool.procfs import status_of
 
 @contextmanager
 def _process() -> Iterator[int]:
-    """A process that waits; its PID."""
+    """Start a process that waits; yield its PID."""
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         try:
             yield process.pid

@@ -1,4 +1,4 @@
-"""Calls that a stop broke off: which call it was, and what a signal makes of it."""
+"""Calls that a stop interrupted: which call it was, and what a signal does to it."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_handled_signal_breaks_off_what_it_would_have(
     code()
     monkeypatch.setattr(restart, "_caught", lambda pid, tid, signal: signal == 10)
     registers = _registers(number, x3)
-    # SIGWINCH has no handler: it passes, and breaks off nothing.
+    # SIGWINCH has no handler: it is delivered, and interrupts nothing.
     tracee = _FakeTracee(registers, [Stop(28, 0, syscall=False), Stop(10, 0, syscall=False)])
     assert restart.resume(1, tracee, registers) == 10
     assert tracee.delivered == [0, 28]

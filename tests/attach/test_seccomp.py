@@ -33,7 +33,7 @@ def test_a_filter_sees_architecture_and_both_halves_of_arguments() -> None:
 
 
 def test_a_filter_that_demands_thread_flags() -> None:
-    # As sandboxes tell pthread_create from fork: (flags & CLONE_THREAD) must be set.
+    # How sandboxes distinguish pthread_create from fork: (flags & CLONE_THREAD) must be set.
     program = [
         (LD, 0, 0, 16),
         (AND, 0, 0, 0x10000),

@@ -71,7 +71,7 @@ def test_long_vectors_lie_behind_the_plain_records(vector_bytes: int) -> None:
     data_at, length = struct.unpack_from("<QI", extra, 8)
     assert len(extra) == 32
     assert (data_at % 16, length % 16) == (0, 0)
-    # Right behind the terminator of the plain records, as the kernel wants it.
+    # Right after the terminator of the plain records, as the kernel requires.
     assert data_at - at == 592 + 0x210 + 32 + 16
     rest = data[data_at - at : data_at - at + length]
     assert struct.unpack_from("<IIH", rest) == (0x53564501, length - 16, vector_bytes)

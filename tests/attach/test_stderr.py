@@ -1,4 +1,4 @@
-"""Another process's standard error: written to, never waited for, and not kept."""
+"""Another process's standard error: writes never block, and it is not kept open."""
 
 from __future__ import annotations
 

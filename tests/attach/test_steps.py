@@ -1,4 +1,4 @@
-"""Named steps, and the faults that tests let happen at them."""
+"""Named steps, and the faults that tests inject at them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_fault_comes_at_the_nth_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("plan", ["KILL", "@", "WHAT@borrow/seize", "KILL@borrow/seize:x"])
 def test_fault_that_makes_no_sense(plan: str) -> None:
-    if plan == "KILL":  # at a step without a name, which never comes
+    if plan == "KILL":  # at a step without a name, which is never reached
         steps.fault(plan)
     else:
         with pytest.raises(UsageError, match="MTETOOL_FAULT"):

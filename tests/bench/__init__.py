@@ -1,1 +1,1 @@
-"""Measurements; of their figures nothing passes or fails, a smoke test keeps them running."""
+"""Measurements; no test depends on their figures, a smoke test keeps them running."""

@@ -1,7 +1,7 @@
-"""`python -m tests.bench`: how fast, how small, how much memory, beside what else could do it.
+"""`python -m tests.bench`: speed, file sizes and memory, compared with other tools.
 
-Writes a report, its charts and the figures behind them. Status 2 where nothing can be measured,
-also because the machine has other work to do.
+Writes a report, its charts and the figures behind them. Exits with status 2 when nothing can be
+measured, for example because the machine is busy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.bench.running import BenchError, Worker
 _GIB = 1 << 30
 _SEED = 1
 _JOBS = (1, 2, 3, 4)
-# The guest whose tags are worth compressing all over; of the others a part costs nothing.
+# All of this guest's tags take work to compress; parts of the others cost nothing.
 _SCALING_PATTERN = "kernel"
 _MAX_LOAD = 0.5
 _LAB_ROUNDS = 7
@@ -38,7 +38,7 @@ _SPACE_FACTOR = 12
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; the exit status."""
+    """Run the bench; return the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
     arguments = _arguments(words)
     try:
@@ -57,15 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--sizes", type=_sizes, metavar="SIZE,…", help="of guests (1G,4G,16G)")
+    parser.add_argument("--sizes", type=_sizes, metavar="SIZE,…", help="of the guests (1G,4G,16G)")
     parser.add_argument("--patterns", default=list(PATTERNS), type=_patterns, metavar="NAME,…")
-    parser.add_argument("--rounds", type=int, help="of each (7 at 1G, 5 at 4G, 3 at 16G)")
-    parser.add_argument("--quick", action="store_true", help="for trying: 1G, 2 rounds, no lab")
-    parser.add_argument("--scratch", type=Path, help="a directory (/dev/shm, a file system in RAM)")
-    parser.add_argument("--out", type=Path, default=Path("bench"), help="the report's directory")
-    parser.add_argument("--no-lab", action="store_true", help="nothing of a live guest")
-    parser.add_argument("--force", action="store_true", help="on a machine with other work, too")
-    parser.add_argument("--render", action="store_true", help="write the last run's report again")
+    parser.add_argument("--rounds", type=int, help="per guest (7 at 1G, 5 at 4G, 3 at 16G)")
+    parser.add_argument("--quick", action="store_true", help="a short trial: 1G, 2 rounds, no lab")
+    parser.add_argument("--scratch", type=Path, help="a directory for the files (/dev/shm, in RAM)")
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="where to write the report")
+    parser.add_argument("--no-lab", action="store_true", help="do not measure a live guest")
+    parser.add_argument("--force", action="store_true", help="measure on a busy machine, too")
+    parser.add_argument("--render", action="store_true", help="rewrite the last run's report")
     arguments = parser.parse_args(words)
     if arguments.quick:
         arguments.force = arguments.no_lab = True
@@ -92,8 +92,8 @@ def _measure(arguments: argparse.Namespace, words: Sequence[str]) -> Results:
     contended = load > _MAX_LOAD
     if contended and not arguments.force:
         raise BenchError(
-            f"this machine is busy (load average {load:.2f}, at most {_MAX_LOAD}): what was"
-            " measured now would be no result; --force does it all the same"
+            f"this machine is busy (load average {load:.2f}, at most {_MAX_LOAD}), so its figures"
+            " would mean nothing; --force measures all the same"
         )
     with _scratch(arguments.scratch, max(arguments.sizes)) as scratch:
         described = machine.describe(scratch)
@@ -151,7 +151,7 @@ def _n_rounds(memory_bytes: int) -> int:
 
 @contextmanager
 def _scratch(wanted: Path | None, memory_bytes: int) -> Iterator[Path]:
-    """A directory with space enough. Raises BenchError."""
+    """A directory with enough space. Raises BenchError."""
     needed = _SPACE_FACTOR * memory_bytes // 16
     parent = wanted or Path("/dev/shm")
     free = shutil.disk_usage(parent).free
@@ -159,8 +159,8 @@ def _scratch(wanted: Path | None, memory_bytes: int) -> Iterator[Path]:
         free = min(free, machine.available_bytes())
     if free < needed:
         raise BenchError(
-            f"{parent} has {free >> 20} MiB of {needed >> 20} MiB that are needed:"
-            " smaller --sizes, or --scratch"
+            f"{parent} has {free >> 20} MiB of the {needed >> 20} MiB that are needed:"
+            " use smaller --sizes, or another --scratch"
         )
     with tempfile.TemporaryDirectory(prefix="mtetool-bench-", dir=parent) as directory:
         yield Path(directory)

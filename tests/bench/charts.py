@@ -1,6 +1,6 @@
-"""Charts as SVG: bars in groups and lines, readable on light and dark ground.
+"""Charts as SVG: bars in groups and lines, readable on light and dark backgrounds.
 
-No more than the report needs. Coordinates are pixels; panels stand two in a row.
+Only what the report needs. Coordinates are pixels; there are two panels in a row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _PLOT_WIDTH, _PLOT_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 _HEAD, _LEGEND = 34, 26
 _COLUMNS = 2
 
-# Told apart by most eyes, of a brightness in the middle (after Okabe and Ito).
+# Distinct to most eyes, of medium brightness (after Okabe and Ito).
 _COLOURS = ("#d55e00", "#e69f00", "#0072b2", "#009e73", "#8a7fb0", "#888888")
 
 _STYLE = """
@@ -41,11 +41,11 @@ class BarPanel:
 
     @property
     def names(self) -> list[str]:
-        """Of the series."""
+        """The names of the series."""
         return list(self.series)
 
     def draw(self, colours: Mapping[str, str]) -> Iterator[str]:
-        """The inside of the panel, from its upper left corner."""
+        """Draw the inside of the panel, from its upper left corner."""
         values = [value for row in self.series.values() for value in row if value is not None]
         top = yield from _frame(self.title, self.unit, max(values, default=1))
         group_width = _PLOT_WIDTH / max(1, len(self.groups))
@@ -77,11 +77,11 @@ class LinePanel:
 
     @property
     def names(self) -> list[str]:
-        """Of the series."""
+        """The names of the series."""
         return list(self.series)
 
     def draw(self, colours: Mapping[str, str]) -> Iterator[str]:
-        """The inside of the panel, from its upper left corner."""
+        """Draw the inside of the panel, from its upper left corner."""
         points = [point for row in self.series.values() for point in row]
         top = yield from _frame(self.title, self.unit, max((y for _, y in points), default=1))
         right = max((x for x, _ in points), default=1)
@@ -141,7 +141,7 @@ def _legend(colours: Mapping[str, str]) -> Iterator[str]:
 
 
 def _frame(title: str, unit: str, largest: float) -> Generator[str, None, float]:
-    """Title, axes and grid; gives back the value at the upper end."""
+    """Draw title, axes and grid; return the value at the upper end."""
     step = _step(largest)
     n_steps = max(1, math.ceil(largest / step))
     yield _words(_LEFT, 14, title, anchor="start", extra=' font-weight="600"')
@@ -158,7 +158,7 @@ def _frame(title: str, unit: str, largest: float) -> Generator[str, None, float]
 
 
 def _step(largest: float) -> float:
-    """1, 2 or 5 times a power of ten, such that there are four to eight of them."""
+    """Return 1, 2 or 5 times a power of ten, such that four to eight steps fit."""
     if largest <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(largest / 4))

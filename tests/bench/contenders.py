@@ -1,4 +1,4 @@
-"""Who runs: for each thing to do, mtetool and what else could do it, as processes and warm."""
+"""The contenders: for each action mtetool and the other tools that can do it, cold and warm."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from tests.bench.running import (
 # As many workers as zstd -T2 has.
 JOBS = 2
 
-# Larger guests take it long, and say nothing new.
+# Larger guests take long, and show nothing new.
 _NUMPY_MAX_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """The files of one guest, all in `directory`; results of a save are what a restore takes."""
+    """The files of one guest, all in `directory`; a restore takes the results of a save."""
 
     directory: Path
     pattern: str
     memory_bytes: int
 
     def path(self, name: str) -> str:
-        """Where the file of a name is."""
+        """The path of a file, by its name."""
         return str(self.directory / name)
 
     @property
@@ -62,7 +62,7 @@ class Material:
 
     @property
     def n_bytes(self) -> int:
-        """Its tags, one byte for each of 16."""
+        """The size of its tags, one byte for 16 bytes of memory."""
         return self.memory_bytes // 16
 
     def make(self, seed: int) -> None:
@@ -76,7 +76,7 @@ class Material:
         run(dump, out=self.directory / "raw")
 
     def empty_guest(self) -> None:
-        """Put the guest that is to be restored back to no tags at all."""
+        """Reset the guest that is restored to no tags at all."""
         (self.directory / "fresh").unlink(missing_ok=True)
         # Holes stay holes.
         run(["cp", "--sparse=always", self.path("empty"), self.path("fresh")])
@@ -86,7 +86,7 @@ class Material:
 class Contender:
     """One tool doing one thing: its process, its operation of the warm worker, its result.
 
-    `check` is a command that ends in status 0 when the result is right.
+    `check` is a command that exits with status 0 if the result is right.
     """
 
     tool: str
@@ -98,7 +98,7 @@ class Contender:
 
 
 def contenders(material: Material, action: Action) -> tuple[Contender, ...]:
-    """All that can do `action` on this guest."""
+    """All tools that can do `action` on this guest."""
     return {"save": _save, "restore": _restore, "verify": _verify}[action](material)
 
 
@@ -176,9 +176,9 @@ class Race:
     others: Worker
 
     def rounds(self, material: Material, n_rounds: int) -> Iterator[Cell]:
-        """Save, restore, verify: in each of the rounds every contender runs once, cold and warm.
+        """Save, restore, verify: in each round every contender runs once cold and once warm.
 
-        The one who begins is another one each time. What restores give is compared with the
+        Each round starts with another contender. The results of restores are compared with the
         guest, once. Raises BenchError.
         """
         for action in ACTIONS:
@@ -189,7 +189,7 @@ class Race:
                 (c.tool, way): Cell(material.pattern, material.memory_bytes, action, way, c.tool)
                 for c, way in entries
             }
-            # The first round loads, faults in and fills the page cache; nobody looks at it.
+            # The first round loads, faults in and fills the page cache; it does not count.
             for number in range(n_rounds + 1):
                 first = number % len(entries)
                 for contender, way in entries[first:] + entries[:first]:
@@ -201,14 +201,14 @@ class Race:
             yield from cells.values()
 
     def once(self, material: Material, contender: Contender, way: Way) -> Run:
-        """One run, into a place where nothing is. Raises BenchError."""
+        """Run once, with no earlier output in place. Raises BenchError."""
         if contender.output is not None:
             (material.directory / contender.output).unlink(missing_ok=True)
         if contender.prepare is not None:
             contender.prepare()
         if way == "cold":
             if contender.cold is None:
-                raise BenchError(f"{contender.tool} is no process")
+                raise BenchError(f"{contender.tool} has no command to run as a process")
             return run_cold(contender.cold, self.scratch)
         if contender.warm is None:
             raise BenchError(f"{contender.tool} has no worker")

@@ -1,6 +1,6 @@
 """`python -m tests.bench.lab`: what attaching, saving and restoring cost in the lab.
 
-Every time is of an emulated CPU, and says something only beside the others of the same run.
+All times are of an emulated CPU: compare them only with others of the same run.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def main() -> None:
             json.loads(lab.run(["mtetool", *words, "--freeze", "--json"]).stdout)["frozen_seconds"]
             for _ in range(5)
         ]
-        _row("save --freeze, 256 MiB and flash: vCPUs still", frozen)
+        _row("save --freeze, 256 MiB and flash: vCPUs stopped", frozen)
         guest.qmp("stop")
         for name, line in (
             ("save, 256 MiB and flash, whole command", f"save kvm:{guest.pid} -o /tmp/s --force"),
@@ -122,7 +122,7 @@ def _time_starts(lab: Machine) -> None:
     _time(lab, "mtetool's own start", "--version")
     qemu = shlex.split(Qemu(lab, "other", wrapper="exec", mte=False).command())[1:]
     for name, wrapper in (
-        ("QEMU to its first vCPU, plainly", []),
+        ("QEMU to its first vCPU, by itself", []),
         ("with mtetool exec", ["mtetool", "exec", "--"]),
         ("with mtetool exec --every-call", ["mtetool", "exec", "--every-call", "--"]),
     ):

@@ -1,6 +1,6 @@
-"""mtetool beside a program that does nothing but the same ioctls, on a live guest in the lab.
+"""mtetool compared with a program that does only the same ioctls, on a live guest in the lab.
 
-Every time is of an emulated CPU, and says something only beside the others of the same run.
+All times are of an emulated CPU: compare them only with others of the same run.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _BASE = "0x40000000"
 
 
 def beside_the_loop(n_rounds: int) -> list[Beside]:
-    """Save and restore a GiB of a QEMU guest's tags, a heap's, and run the bare loop in turn.
+    """Save and restore 1 GiB of a QEMU guest, with a heap's tags, in turn with the bare loop.
 
-    The loop is `tests/lab/programs/copyloop.c`, on memory of its own, as large and with tags all
+    The loop is `tests/lab/programs/copyloop.c`, on memory of its own of the same size, tagged all
     over. mtetool's time is from its first copy to the end of its last.
     """
     found = {action: Beside(action, _MIB << 20) for action in ("save", "restore")}
@@ -34,7 +34,7 @@ def beside_the_loop(n_rounds: int) -> list[Beside]:
             f" --memslot {_BASE}:{_MIB}M",
             timeout=300,
         )
-        # The first round loads what the others find loaded; nobody looks at it.
+        # The first round loads what the others find loaded; it does not count.
         for number in range(n_rounds + 1):
             for action, took, bare in _round(lab, f"kvm:{guest.pid}"):
                 if number:

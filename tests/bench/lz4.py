@@ -1,6 +1,6 @@
-"""LZ4 frames by liblz4, as the program lz4 writes them, for a process that stays.
+"""LZ4 frames by liblz4, as the program lz4 writes them, for a long-running process.
 
-lz4frame.h: the structs, their fields and what may be given to a call.
+See lz4frame.h for the structs, their fields and the arguments of calls.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class _Preferences(ctypes.Structure):
 
 
 _VERSION = 100  # LZ4F_VERSION
-# What lz4 -1 does: independent blocks of 4 MiB, a checksum of all of it.
+# What lz4 -1 does: independent blocks of 4 MiB, one checksum of all content.
 _PREFERENCES = _Preferences(_FrameInfo(7, 1, 1, 0, 0, 0, 0), 1, 0, 0)
 
 
 def load() -> ctypes.CDLL:
-    """The library. Raises OSError."""
+    """Load the library. Raises OSError."""
     library = ctypes.CDLL("liblz4.so.1")
     for name in ("LZ4F_compressFrameBound", "LZ4F_compressFrame", "LZ4F_decompress"):
         getattr(library, name).restype = ctypes.c_size_t
@@ -45,13 +45,13 @@ def load() -> ctypes.CDLL:
 
 
 def bound(library: ctypes.CDLL, n_bytes: int) -> int:
-    """How many bytes a frame of `n_bytes` may take."""
+    """Return the largest size that a frame of `n_bytes` can have."""
     call = library.LZ4F_compressFrameBound
     return int(call(ctypes.c_size_t(n_bytes), ctypes.byref(_PREFERENCES)))
 
 
 def compress(library: ctypes.CDLL, data: bytearray, out: bytearray) -> int:
-    """A frame into `out`, which has `bound` bytes; its length. Raises ValueError."""
+    """Write a frame to `out`, which has `bound` bytes; return its length. Raises ValueError."""
     length = library.LZ4F_compressFrame(
         _pointer(out),
         ctypes.c_size_t(len(out)),
@@ -63,7 +63,7 @@ def compress(library: ctypes.CDLL, data: bytearray, out: bytearray) -> int:
 
 
 def decompress(library: ctypes.CDLL, data: bytearray, out: bytearray) -> int:
-    """A frame into `out`, which is large enough; the length. Raises ValueError."""
+    """Decompress a frame to `out`, which is large enough; return the length. Raises ValueError."""
     context = ctypes.c_void_p()
     _checked(library, library.LZ4F_createDecompressionContext(ctypes.byref(context), _VERSION))
     read, written, more = 0, 0, 1
@@ -86,7 +86,7 @@ def decompress(library: ctypes.CDLL, data: bytearray, out: bytearray) -> int:
     finally:
         library.LZ4F_freeDecompressionContext(context)
     if more:
-        raise ValueError("a frame without an end")
+        raise ValueError("the frame has no end")
     return written
 
 
@@ -96,5 +96,5 @@ def _pointer(data: bytearray, offset: int = 0) -> Any:
 
 def _checked(library: ctypes.CDLL, result: int) -> int:
     if library.LZ4F_isError(ctypes.c_size_t(result)):
-        raise ValueError("liblz4 refuses")
+        raise ValueError("liblz4 reports an error")
     return int(result)

@@ -1,4 +1,4 @@
-"""What figures were measured on, in words."""
+"""A description of the machine that figures were measured on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.bench.running import has_extension, mtetool_command
 
 
 def describe(scratch: Path) -> dict[str, str]:
-    """The machine, what runs on it, and where the files are."""
+    """Describe the machine, its software, and where the files are."""
     memory = _meminfo("MemTotal")
     commit = _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
     version = ".".join(map(str, zstandard.ZSTD_VERSION))
@@ -40,7 +40,7 @@ def is_in_memory(path: Path) -> bool:
 
 
 def available_bytes() -> int:
-    """Memory that could be used without swapping."""
+    """The memory available without swapping."""
     return _meminfo("MemAvailable")
 
 

@@ -1,4 +1,4 @@
-"""What was measured, as it is kept: one object of lists, that JSON takes and gives back."""
+"""The results, as they are kept: one object of lists, which JSON can hold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WAYS: tuple[Way, ...] = ("cold", "warm")
 MTETOOL = "mtetool"
 NO_VERIFY = "mtetool --no-verify"
 NUMPY = "mtetool in numpy"
-"""As it runs where its inner loops were not compiled."""
+"""As it runs if its inner loops were not compiled."""
 
 ZSTD = "zstd -1 -T2"
 ZSTD_MEMORY = "zstd -1 -T2, in memory"
@@ -31,7 +31,7 @@ TOOLS = (MTETOOL, NO_VERIFY, NUMPY, ZSTD, ZSTD_MEMORY, LZ4, CP)
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run: wall-clock and CPU time in seconds; peak memory where the process was its own."""
+    """One run: wall-clock and CPU time in seconds; peak memory if it had its own process."""
 
     seconds: float
     cpu_seconds: float
@@ -40,7 +40,7 @@ class Run:
 
 @dataclass(slots=True)
 class Cell:
-    """The runs of one tool doing one thing; the n-th one stands beside the others' n-th."""
+    """The runs of one tool doing one thing; its n-th run is compared with the others' n-th."""
 
     pattern: str
     memory_bytes: int
@@ -51,17 +51,17 @@ class Cell:
 
     @property
     def seconds(self) -> float:
-        """The median."""
+        """The median wall-clock time."""
         return statistics.median(run.seconds for run in self.runs)
 
     @property
     def cpu_seconds(self) -> float:
-        """The median."""
+        """The median CPU time."""
         return statistics.median(run.cpu_seconds for run in self.runs)
 
     @property
     def peak_bytes(self) -> int | None:
-        """The median; None for what ran inside a process that does other things as well."""
+        """The median; None for runs in a process that does other things as well."""
         peaks = [run.peak_bytes for run in self.runs if run.peak_bytes is not None]
         return int(statistics.median(peaks)) if peaks else None
 
@@ -85,10 +85,10 @@ class Scale:
 
 @dataclass(slots=True)
 class Size:
-    """The bytes that a guest's tags take; `of` says in which form they were given.
+    """The bytes that a guest's tags take; `of` is the form that was compressed.
 
-    `sampled_bytes` is set where only so many bytes of the tags were compressed, and `n_bytes`
-    was projected from those.
+    `sampled_bytes` is set if only that many bytes of the tags were compressed, and `n_bytes` was
+    projected from them.
     """
 
     pattern: str
@@ -100,7 +100,7 @@ class Size:
 
 @dataclass(slots=True)
 class Start:
-    """How long a command that does next to nothing took, in seconds, time after time."""
+    """The seconds that each run of a command took that does next to nothing."""
 
     command: str
     seconds: list[float] = field(default_factory=list)
@@ -132,7 +132,7 @@ class Beside:
 
 @dataclass(slots=True)
 class Results:
-    """Everything of one run; `machine` has words to print, in their order."""
+    """All results of one run; `machine` has words to print, in order."""
 
     machine: dict[str, str]
     contended: bool
@@ -161,7 +161,7 @@ class Results:
         return None
 
     def patterns(self) -> list[str]:
-        """Those that were timed, in the order in which they were."""
+        """The patterns that were timed, in that order."""
         return list(dict.fromkeys(cell.pattern for cell in self.cells))
 
     def memories(self) -> list[int]:
@@ -169,15 +169,15 @@ class Results:
         return sorted({cell.memory_bytes for cell in self.cells})
 
     def write(self, path: Path) -> None:
-        """To a file."""
+        """Write the results to a file."""
         path.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """From a file that `write` has written. Raises ValueError for another one."""
+        """Read a file that `write` wrote. Raises ValueError for any other file."""
         document = json.loads(path.read_text())
         if document.pop("schema", None) != SCHEMA:
-            raise ValueError(f"{path} holds no results of a bench")
+            raise ValueError(f"{path} does not hold results of a bench")
         for name in ("cells", "scales"):
             for row in document[name]:
                 row["runs"] = [Run(**run) for run in row["runs"]]
@@ -192,5 +192,5 @@ class Results:
 
 
 def median_seconds(runs: Sequence[Run]) -> float:
-    """Of the runs' wall-clock times."""
+    """The median of the runs' wall-clock times."""
     return statistics.median(run.seconds for run in runs)

@@ -1,4 +1,4 @@
-"""What is measured beside the race: sizes of files, the start, and scaling."""
+"""Measurements besides the race: sizes of files, the start, and scaling."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ COMPRESSORS: dict[str, tuple[str, ...]] = {
     "xz -6": ("xz", "-6", "-T2", "-q", "-c"),
 }
 
-# These take minutes for 64 MiB without any pattern in it, of which a part says as much.
+# These take minutes for 64 MiB without any pattern, and a part of it shows as much.
 _SLOW = ("zstd -19", "xz -6")
 _SAMPLE_BYTES = 4 << 20
 _STEP = 1 << 20
 
 
 def sizes(material: Material) -> Iterator[Size]:
-    """What the tags of a guest take as a snapshot, and raw and packed by other compressors."""
+    """The sizes of a guest's tags as a snapshot, and raw and packed by other compressors."""
     snapshot = material.directory / "snapshot"
     snapshot.unlink(missing_ok=True)
     run([*mtetool_command(), "save", material.guest, "-o", str(snapshot), "--quiet"])
@@ -69,9 +69,9 @@ def _compressed(material: Material, of: Literal["raw", "packed"], path: Path, to
 
 
 def starts(material: Material, n_rounds: int) -> list[Start]:
-    """Bare Python, `--help` and `info`, in turn, by the same interpreter with the same options.
+    """Time bare Python, `--help` and `info`, in turn, in one interpreter with the same options.
 
-    Raises BenchError where one fails.
+    Raises BenchError if one fails.
     """
     snapshot = material.path("snapshot")
     small = (material.guest, "--range", "0x40000000:1M", "-o", "/dev/null", "--quiet")
@@ -107,7 +107,7 @@ def _has_jobs(command: str) -> bool:
 
 
 def scaling(material: Material, jobs: Sequence[int], n_rounds: int) -> Iterable[Scale]:
-    """Save and, where it can be told how many workers to have, restore; whole processes."""
+    """Time save and restore as processes, with each number of workers if they have --jobs."""
     actions: dict[Action, list[str]] = {
         "save": ["save", material.guest, "-o", material.path("snapshot"), "--quiet"],
         "restore": ["restore", material.path("snapshot"), material.fresh, "--quiet"],

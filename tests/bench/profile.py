@@ -26,7 +26,7 @@ from tests.bench.report import table
 from tests.bench.running import BenchError
 from tests.bench.sampling import Line, Sampler, Stack, cpu_seconds, waits
 
-# What a line does, told by what stands in it; the innermost line that says something counts.
+# What a line does, judged by its text; the innermost line that matches counts.
 _STAGES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("checksum", re.compile(r"xxh|checksum|digest", re.IGNORECASE)),
     ("compress", re.compile(r"compress|zstd", re.IGNORECASE)),
@@ -46,12 +46,12 @@ _Key = TypeVar("_Key")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; the exit status."""
+    """Run the profile; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.profile", description=__doc__)
     parser.add_argument("--action", choices=("save", "restore", "verify"), default="save")
     parser.add_argument("--pattern", choices=PATTERNS, default="kernel")
-    parser.add_argument("--size", type=parse_number, default=4 << 30, help="of the guest (4G)")
-    parser.add_argument("--jobs", type=int, default=2, help="of the save (2)")
+    parser.add_argument("--size", type=parse_number, default=4 << 30, help="size of the guest (4G)")
+    parser.add_argument("--jobs", type=int, default=2, help="workers of the save (2)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scratch", type=Path, default=Path("/dev/shm"))
     arguments = parser.parse_args(argv)
@@ -80,7 +80,7 @@ def _profile(material: Material, arguments: argparse.Namespace) -> None:
     wall = cpu = 0.0
     plain = []
     for _ in range(arguments.rounds):
-        # Without the sampler, too: what sampling costs is seen beside it.
+        # Also without the sampler, to show what sampling costs.
         plain.append(_timed(material, words)[0])
         took, spent = _timed(material, words, sampler)
         wall, cpu = wall + took, cpu + spent
@@ -98,7 +98,7 @@ def _profile(material: Material, arguments: argparse.Namespace) -> None:
 def _timed(
     material: Material, words: Sequence[str], sampler: AbstractContextManager[object] | None = None
 ) -> tuple[float, float]:
-    """Seconds by the clock and of CPU time. Raises BenchError where the command fails."""
+    """Return wall-clock and CPU seconds. Raises BenchError if the command fails."""
     if words[0] == "restore":
         material.empty_guest()
     with (
@@ -121,7 +121,7 @@ def _tables(spent: Mapping[Stack, float], n_rounds: int) -> Iterator[str]:
     for stack, seconds in spent.items():
         name = stage(stack)
         stages[name] += seconds
-        # The line of ours that led there, not the depths of a library.
+        # Our line that led there, not one deep in a library.
         line = next((line for line in stack if line.module.startswith("mtetool")), None)
         lines[name, line] += seconds
     yield from table(
@@ -145,7 +145,7 @@ def _shares(seconds: float, total: float, n_rounds: int) -> tuple[str, str]:
 
 
 def stage(stack: Stack) -> str:
-    """What a thread is doing, by its stack."""
+    """Return what a thread is doing, judged by its stack."""
     if not stack:
         return _NATIVE
     if waits(stack):

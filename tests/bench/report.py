@@ -31,7 +31,7 @@ _MIB = 1 << 20
 
 
 def write(results: Results, directory: Path) -> str:
-    """Write results.md and the charts (*.svg); returns the text of the first."""
+    """Write results.md and the charts (*.svg); return the text of results.md."""
     text = "\n".join(_text(results))
     (directory / "results.md").write_text(text)
     if results.cells:
@@ -50,15 +50,15 @@ def write(results: Results, directory: Path) -> str:
 def _text(results: Results) -> Iterator[str]:
     yield "# What mtetool costs, measured\n"
     if results.contended:
-        yield "**Not a result: the machine had other work to do meanwhile.**\n"
+        yield "**Not a result: the machine was busy with other work.**\n"
     for name, words in results.machine.items():
         yield f"- {name}: {words}"
     yield ""
     yield (
-        "All guests are emulated ones: their tags are in a file. *Cold* is a whole process, *warm*"
-        " the same in a process that has run it before. Times are medians of rounds in which every"
-        " tool had its turn; ratios are medians of the rounds' own. Others compress, copy and"
-        " compare the bare tags, a byte for each."
+        "All guests are emulated: their tags are in a file. *Cold* is a whole process, *warm* the"
+        " same work in a process that has done it before. Times are medians of rounds in which"
+        " every tool ran in turn; ratios are medians of each round's ratio. The other tools"
+        " compress, copy and compare the bare tags, one byte per tag."
     )
     yield "\n## Demanded and measured\n"
     rows = [
@@ -66,7 +66,7 @@ def _text(results: Results) -> Iterator[str]:
         for row in targets(results)
     ]
     yield from table(("", "demanded", "measured", "met"), rows)
-    yield "\nTags at random cannot be compressed: packed, two in a byte, is as small as they get."
+    yield "\nRandom tags cannot be compressed: two in a byte (packed) is as small as they get."
     yield from _lab(results)
     for memory in results.memories():
         yield f"\n## A guest of {gib(memory)}, {memory // 16 // _MIB} MiB of raw tags\n"
@@ -98,8 +98,8 @@ def _lab(results: Results) -> Iterator[str]:
     head = ("", MTETOOL, "the bare ioctls", "median of the ratios", f"all {len(ratios)}")
     yield from table(head, rows)
     yield (
-        "\n(From the first ioctl to the end of the last. A restore reads all back and compares it."
-        " The host is an emulated one: its times mean nothing for hardware, their ratios may.)"
+        "\n(From the first ioctl to the end of the last. A restore reads all tags back and compares"
+        " them. The host is emulated: its times mean nothing for hardware, their ratios may.)"
     )
 
 
@@ -120,9 +120,9 @@ def _speed(results: Results, memory: int) -> Iterator[str]:
     head = ("guest", "", "", MTETOOL, "of guest", "--no-verify", "numpy", ZSTD, "memory", LZ4, "cp")
     yield from table(head, rows)
     yield (
-        "\n(In brackets: how many times mtetool's time. --no-verify: a restore that reads nothing"
-        " back; numpy: mtetool without its C extension; memory: from buffer to buffer, without"
-        " files; cp: for verify, cmp.)"
+        "\n(In brackets: the time as a multiple of mtetool's. --no-verify: a restore that reads"
+        " nothing back; numpy: mtetool without its C extension; memory: from buffer to buffer,"
+        " without files; cp: cmp for verify.)"
     )
 
 
@@ -170,7 +170,7 @@ def _sizes(results: Results) -> Iterator[str]:
         rows.append(tuple(row))
     yield from table(("guest", "mtetool, of the raw tags", *names), rows)
     sampled = {size.sampled_bytes for size in results.sizes if size.sampled_bytes}
-    yield "\n(Bytes. In brackets: mtetool's file in terms of that one."
+    yield "\n(Bytes. In brackets: the size of mtetool's file as a multiple of that file's."
     for n_bytes in sampled:
         yield f"≈: projected from the first {n_bytes // _MIB} MiB."
     yield "Packed: two tags in a byte.)"
@@ -187,8 +187,8 @@ def _starts(results: Results) -> Iterator[str]:
         rows.append((f"`{start.command}`", _time(median), f"{1000 * (median - bare):+.0f} ms"))
     yield from table(("command", "median", f"beside `{results.starts[0].command}`"), rows)
     yield (
-        f"\n({len(results.starts[0].seconds)} runs of each, in turn, by one interpreter, without"
-        " options but those shown.)"
+        f"\n({len(results.starts[0].seconds)} runs of each, in turn, in one interpreter, with only"
+        " the options shown.)"
     )
 
 
@@ -219,7 +219,7 @@ def _time(seconds: float) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """The lines of a table in Markdown, with columns that are aligned in plain text, too."""
+    """The lines of a Markdown table whose columns are aligned in plain text, too."""
     widths = [
         max([len(head[column]), 3, *(len(row[column]) for row in rows)])
         for column in range(len(head))

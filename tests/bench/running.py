@@ -1,4 +1,4 @@
-"""Running things: whole processes, started fresh, and workers that are told to do it again."""
+"""Running tools: in fresh processes, and in workers that repeat an operation when told to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 _MAIN = "import sys; from mtetool.__main__ import main; sys.exit(main())"
 
 WITHOUT_C = "import sys; sys.modules['mtetool._loops'] = None\n"
-"""A line before others, so that mtetool's loops are those in numpy."""
+"""A first line of code, which makes mtetool use its loops in numpy."""
 
 
 class BenchError(Exception):
@@ -31,7 +31,7 @@ class BenchError(Exception):
 
 
 def program(name: str) -> str:
-    """The path of a program. Raises BenchError where it is not installed."""
+    """The path of a program. Raises BenchError if it is not installed."""
     path = shutil.which(name)
     if path is None:
         raise BenchError(f"{name} is not installed: make deps")
@@ -40,7 +40,7 @@ def program(name: str) -> str:
 
 @cache
 def mtetool_command() -> tuple[str, ...]:
-    """How a user starts the mtetool of this checkout: its script, where that is the same one."""
+    """How a user starts this checkout's mtetool: by its script, if that runs this checkout."""
     script = Path(sys.executable).with_name("mtetool")
     if script.exists():
         code = "import mtetool; print(mtetool.__file__)"
@@ -63,10 +63,10 @@ def has_extension() -> bool:
 
 
 def run_cold(argv: Sequence[str], scratch: Path) -> Run:
-    """A whole process. Raises BenchError where it does not end in status 0.
+    """Run a whole process. Raises BenchError if its exit status is not 0.
 
-    Peak memory is by time(1), a small program: what Linux says of a child starts from the
-    memory of the process that it was forked from (mm_struct's hiwater_rss), and this is Python.
+    Peak memory is measured by time(1), a small program: Linux counts a child's peak from the
+    memory of the process that forked it (mm_struct's hiwater_rss), and this one is Python.
     """
     peak, errors = scratch / "peak", scratch / "errors"
     words = [program("time"), "-q", "-f", "%M", "-o", str(peak), *argv]
@@ -83,7 +83,7 @@ def run_cold(argv: Sequence[str], scratch: Path) -> Run:
 
 
 def run(argv: Sequence[str], *, out: Path | None = None) -> None:
-    """Run what is not measured. Raises BenchError where it fails."""
+    """Run a command that is not measured. Raises BenchError if it fails."""
     with (out or Path(os.devnull)).open("wb") as stdout:
         done = subprocess.run(argv, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True)
     if done.returncode:
@@ -91,7 +91,7 @@ def run(argv: Sequence[str], *, out: Path | None = None) -> None:
 
 
 class Worker:
-    """A process that stays, with everything loaded, and runs what it is told to."""
+    """A long-running process, with everything loaded, which runs what it is told to."""
 
     def __init__(self, *, without_c: bool = False) -> None:
         code = (WITHOUT_C if without_c else "") + "from tests.bench.worker import main; main()"

@@ -3,7 +3,7 @@
 Each sample takes the time that every thread spent on a CPU since the last one and adds it to
 the line where the thread is now, or was then, if it now waits for another thread. What a C
 function does without the interpreter's lock is seen at the line that calls it; what it does
-holding the lock, at the first line behind it.
+holding the lock, at the first line after it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Line(NamedTuple):
 
 
 Stack = tuple[Line, ...]
-"""The innermost line first; of threads that Python did not start, nothing."""
+"""The innermost line first; empty for threads that Python did not start."""
 
 
 _WAITING_IN = ("concurrent.futures.thread", "concurrent.futures._base", "threading", "queue")
@@ -47,7 +47,7 @@ def waits(stack: Stack) -> bool:
 class Sampler:
     """Samples while it is entered; `spent` then has seconds of CPU time for each stack.
 
-    May be entered again, which adds to them.
+    Entering it again adds to them.
     """
 
     spent: dict[Stack, float] = field(default_factory=lambda: defaultdict(float))
@@ -98,7 +98,7 @@ class Sampler:
 
 
 def _clocks() -> dict[int, float]:
-    """The seconds of CPU time of each thread, by its number in the kernel."""
+    """The CPU seconds of each thread, by its ID in the kernel."""
     clocks = {}
     for entry in Path("/proc/self/task").iterdir():
         tid = int(entry.name)
@@ -107,7 +107,7 @@ def _clocks() -> dict[int, float]:
             # CPUCLOCK_PERTHREAD_MASK | CPUCLOCK_SCHED below the inverted thread number).
             clocks[tid] = time.clock_gettime(~tid << 3 | 4 | 2)
         except OSError:
-            continue  # It has ended meanwhile.
+            continue  # The thread has ended.
     return clocks
 
 
@@ -123,6 +123,6 @@ def _stack(frame: FrameType | None) -> Stack:
 
 
 def cpu_seconds() -> float:
-    """Of all threads of this process so far, those that have ended too."""
+    """The CPU seconds of all threads of this process so far, ended ones too."""
     times = os.times()
     return times.user + times.system

@@ -1,4 +1,4 @@
-"""What is demanded of mtetool, beside what was measured."""
+"""The demands on mtetool, compared with the measurements."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOOP_FACTOR = 1.1
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A row: `met` is None where no figure is demanded."""
+    """A row; `met` is None if no figure is demanded."""
 
     what: str
     demanded: str
@@ -29,7 +29,7 @@ class Target:
 
 
 def targets(results: Results) -> Iterator[Target]:
-    """All rows for which something was measured."""
+    """All rows that something was measured for."""
     yield from _beside_the_loop(results)
     yield from _warm(results)
     yield from _cold(results)
@@ -59,7 +59,7 @@ def _warm(results: Results) -> Iterator[Target]:
             ]
             if ours is None or not others:
                 continue
-            # The faster one of the two is what is demanded to be outrun.
+            # mtetool must outrun the faster of the two.
             factor = min(ratio(other, ours) for other in others)
             yield Target(
                 f"save, warm, {pattern}, {gib(memory)}",

@@ -1,4 +1,4 @@
-"""The bench runs, writes what it says, and its verdicts are the right way round."""
+"""The bench runs and writes its report, and its verdicts are the right way round."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SVG = "{http://www.w3.org/2000/svg}"
 
 
 def test_a_run_writes_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All tools do all things; the files can be read."""
+    """Every tool does every action; the files can be read."""
     words = ["--quick", "--sizes", "4M", "--patterns", "heap", "--rounds", "1"]
     assert main([*words, "--scratch", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     out = tmp_path / "out"
@@ -86,7 +86,7 @@ def _line(module: str, text: str) -> Line:
 
 
 def test_a_profile_knows_the_stages() -> None:
-    """By the innermost line that says something; who waits is not at work."""
+    """The innermost line that matches counts; a thread that waits is not working."""
     save = _line("mtetool.flows.save", "writer.add_tags(step.ipa, step.tags)")
     frame = _line("mtetool.snapshot.frames", "return context.compress(room)")
     library = _line("somewhere.else", "pread()")
@@ -110,7 +110,7 @@ def test_the_sampler_sees_who_works() -> None:
         for stack, seconds in sampler.spent.items()
         if any(line.function.endswith("<locals>.spin") for line in stack)
     ]
-    # Its last samples may find it gone, its first ones not there yet.
+    # The last samples can find the thread gone, the first ones not there yet.
     assert 0.1 < sum(spinning) < 0.4
 
 
@@ -129,7 +129,7 @@ def _cell(memory: int, way: Way, tool: str, *seconds: float) -> Cell:
 
 
 def test_the_targets_compare_the_right_way_round() -> None:
-    """Faster, smaller and sooner are met; the faster zstd is the one to outrun."""
+    """Faster, smaller and sooner count as met; the faster zstd is the one to outrun."""
     results = Results({}, contended=False, sizes_memory_bytes=_GIB)
     results.cells = [
         _cell(4 * _GIB, "warm", MTETOOL, 1.0, 1.0, 9.0),

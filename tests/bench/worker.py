@@ -1,6 +1,6 @@
-"""What a worker process runs: what it is told, again and again, with all loaded.
+"""A worker process: it runs operations again and again, with everything loaded.
 
-A line of JSON in, an operation and its words; a line of JSON out, what it took.
+It reads a line of JSON, an operation and its words, and writes one, the time that it took.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _zstd_verify(source: str, target: str) -> Timed:
     return verify
 
 
-# --- lz4: buffers that are there already, and the files beside them -----------------------------
+# --- lz4: from file to file, through buffers that are allocated already -------------------------
 
 
 def _lz4_save(source: str, target: str) -> Timed:
@@ -142,7 +142,7 @@ def _cmp(one: str, other: str) -> Timed:
             while left.readinto(a):
                 right.readinto(b)
                 if a != b:
-                    raise ValueError("they differ")
+                    raise ValueError("the files differ")
 
     return compare
 
@@ -163,7 +163,7 @@ def _loaded(path: str) -> bytearray:
     return data
 
 
-# Kept from run to run, by what they are for: the first run, which nobody measures, faults them in.
+# Buffers kept between runs, by purpose: the first run, which does not count, faults them in.
 _kept: dict[str, bytearray] = {}
 
 
@@ -201,7 +201,7 @@ def _measured(operation: str, *words: str) -> dict[str, float]:
 
 def main() -> None:
     """Serve until standard input ends."""
-    # What the operations print is nobody's.
+    # Discard what the operations print.
     answers = os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)

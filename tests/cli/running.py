@@ -35,7 +35,7 @@ SLOTS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left: its status, and what it wrote."""
+    """The outcome of a run: its status, and what it wrote."""
 
     status: int
     raw: bytes
@@ -47,14 +47,14 @@ class Outcome:
 
     @property
     def json(self) -> Any:
-        """The report of a run with --json; its keys are those that its page documents."""
+        """The report of a run with --json, its keys checked against its page."""
         report = json.loads(self.raw)
         check_keys(report)
         return report
 
     @property
     def error(self) -> Any:
-        """The error of a run with --json; its keys are those that mtetool(1) documents."""
+        """The error of a run with --json, its keys checked against mtetool(1)."""
         error = json.loads(self.err.splitlines()[-1])
         check_keys(error)
         return error
@@ -85,7 +85,7 @@ def run(*arguments: str | Path, stdin: bytes = b"") -> Outcome:
 
 
 def run_onto(stdout: TextIO, *arguments: str | Path, stdin: TextIO | None = None) -> Outcome:
-    """As `run`, with a standard output, and input, that the system knows; closes them."""
+    """As `run`, with a standard output and input that have descriptors; close them."""
     with _streams(b"", ["mtetool", *map(str, arguments)]) as (_, err), stdout:
         sys.stdout, sys.stdin = stdout, stdin or sys.stdin
         with stdin or nullcontext():
@@ -99,7 +99,7 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def spawn(*arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
-    """`mtetool ARGUMENTS` in a process of its own."""
+    """Start `mtetool ARGUMENTS` in a process of its own."""
     root = Path(__file__).parent.parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root)}
     return subprocess.Popen(command(*arguments), env=environment, **options)
@@ -114,7 +114,7 @@ def make_guest(
     mte: bool = True,
     vcpus: int = 1,
 ) -> str:
-    """An emulated guest with tags made from `seed` (None: all 0); its name for mtetool."""
+    """Make an emulated guest with tags from `seed` (None: all 0); return its name for mtetool."""
     create_emulated(
         str(path), page_size_bytes=page_size_bytes, memslots=slots, mte=mte, vcpus=vcpus
     )
@@ -127,7 +127,7 @@ def make_guest(
             tags[: tags.size // 2] = np.repeat(
                 random.integers(0, 16, tags.size // 16, dtype=np.uint8), 8
             )
-            # Read-only slots take tags from their owner only, and their owner gives them runs.
+            # Only the owner can tag read-only slots, and the owner sets runs of tags.
             if slot.readonly or slot.kind == "rom":
                 set_tag(path, slot.ipa, slot.size_bytes, seed % 16)
             else:
@@ -141,7 +141,7 @@ def write(path: Path, ipa: int, tags: Tags) -> None:
 
 
 def set_tag(path: Path, ipa: int, size_bytes: int, tag: int) -> None:
-    """What the guest's owner may do: also to single granules, also to read-only memory."""
+    """Set a tag as the guest's owner can: in single granules and read-only memory, too."""
     with open_guest(f"emu:{path}") as guest:
         assert isinstance(guest, EmulatedGuest)
         guest.owner.set_tag(ipa, size_bytes, tag)

@@ -14,13 +14,13 @@ Spoil = Callable[[bytes], bytes]
 
 
 def flipped(data: bytes) -> bytes:
-    """One bit, in the middle of the file, where the tags are."""
+    """Flip one bit in the middle of the file, where the tags are."""
     middle = len(data) // 2
     return data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :]
 
 
 def of_the_future(data: bytes) -> bytes:
-    """The version is the four bytes (little-endian) behind the magic number."""
+    """Change the version, the four bytes (little-endian) after the magic number."""
     at = data.index(b"\n\x1a\n") + 3 if b"\n\x1a\n" in data[:16] else 8
     found = bytearray(data)
     for place in range(at, 17):
@@ -50,7 +50,7 @@ COMMANDS: dict[str, Callable[[str, str], list[str]]] = {
     "diff": lambda file, guest: ["diff", guest, file],
 }
 
-# What the index says is sound there: only the records that are not read are bad.
+# The index is sound there: only records that the command does not read are bad.
 BLIND = {("info", "flipped")}
 
 

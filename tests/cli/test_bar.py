@@ -24,7 +24,7 @@ from rich.cells import cell_len
 from mtetool.cli.bar import line
 from tests.cli.running import command, make_guest, run
 
-# --- what is in the line ---------------------------------------------------------------------
+# --- contents of the line --------------------------------------------------------------------
 
 
 def test_a_wide_line_has_everything_in_one_unit() -> None:
@@ -62,7 +62,7 @@ def test_it_fits_any_width(
 
 @contextmanager
 def terminal(words: list[str], columns: int) -> Iterator[int]:
-    """Run something whose terminal this is; gives the other end."""
+    """Run a command on a terminal of its own; yield the other end."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
 
@@ -89,13 +89,13 @@ def terminal(words: list[str], columns: int) -> Iterator[int]:
 
 
 def read_until(fd: int, pattern: bytes = b"(?!)") -> bytes:
-    """What comes until `pattern` has come, or until the terminal is closed."""
+    """Read until `pattern` has appeared, or until the terminal is closed."""
     data = b""
     while not re.search(pattern, data):
-        assert select.select([fd], [], [], 20)[0], f"nothing more comes after {data!r}"
+        assert select.select([fd], [], [], 20)[0], f"nothing more arrived after {data!r}"
         try:
             part = os.read(fd, 4096)
-        except OSError:  # EIO: nobody has it open any more
+        except OSError:  # EIO: no process has it open any more
             part = b""
         if not part:
             break
@@ -114,7 +114,7 @@ def test_it_fits_the_terminal_and_leaves_nothing(tmp_path: Path, columns: int) -
     guest = slow_guest(tmp_path / "g", "4M/s")
     with terminal(command("save", guest, "-o", tmp_path / "s"), columns) as fd:
         seen = read_until(fd).decode()
-    # Colours, and nothing that would have to be taken back: no cursor that is hidden.
+    # Colours, and nothing that would have to be undone, like a hidden cursor.
     seen = re.sub(r"\x1b\[[\d;]*m", "", seen)
     bars, _, report = seen.rpartition("saved the tags")
     assert "\x1b" not in seen

@@ -1,4 +1,4 @@
-"""What a delta says of itself: to what it is one, and how much has changed."""
+"""What a delta says about itself: its base, and how much has changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RAM = (Memslot(0, BASE, 1024 * KIB),)
 @pytest.mark.parametrize("before", [0, 5])
 @pytest.mark.parametrize("after", [0, 7])
 def test_a_page_that_was_changed(tmp_path: Path, before: int, after: int) -> None:
-    """Of a guest with one tag, where the delta stores what is there and not the change, too."""
+    """Also in a guest with one tag, where the delta stores the tags and not the change."""
     guest = make_guest(tmp_path / "g", slots=RAM)
     set_tag(tmp_path / "g", BASE, 1024 * KIB, before)
     whole = run("save", guest, "-o", tmp_path / "whole", "--json").json

@@ -1,4 +1,4 @@
-"""Completion by Tab, in the shells themselves."""
+"""Tab completion, in the shells themselves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mtetool.cli import group
 from tests.cli.test_bar import read_until, terminal
 from tests.test_man import command_at, commands
 
-# The line as it is typed up to Tab, and what must stand in the line after it.
+# The line as typed up to Tab, and the line that Tab must make of it.
 CASES = [
     ("mtetool info {here}/gu", "mtetool info {here}/guest.emu"),
     ("mtetool save emu:{here}/gu", "mtetool save emu:{here}/guest.emu"),
@@ -34,7 +34,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     (tmp_path / "sub").mkdir()
     for name in ("guest.emu", "sub/inner.emu"):
         (tmp_path / name).touch()
-    # `mtetool` of this Python, also where it is not installed as a command.
+    # This Python's `mtetool`, even if it is not installed as a command.
     program = tmp_path / "bin" / "mtetool"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mtetool "$@"\n')
@@ -57,7 +57,7 @@ def test_tab_completes(shell: str, names: dict[str, str]) -> None:
     with terminal(words, 1000) as fd:
         read_until(fd, rb"[$%#] ")
         source = f'eval "$(_MTETOOL_COMPLETE={shell}_source mtetool)"'
-        # Instead of mtetool, whose place a function takes, the shell shows the words of the line.
+        # A function takes mtetool's place, and shows the words of the line.
         shows = """mtetool() { printf '<%s>' mtetool "$@"; echo; }; echo rea""dy"""
         os.write(fd, f"{setup}; {source}; {shows}\n".encode())
         read_until(fd, rb"(?s)ready\r?\n.*\$ ")

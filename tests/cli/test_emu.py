@@ -104,7 +104,7 @@ def test_hugetlb_memory_with_mte_is_a_behaviour_of_the_kernel(path: Path) -> Non
     shown = run("emu", "show", path, "--json").json
     assert shown["kernel_behaviours"] == ["hugetlb-tags"]
     assert "hugetlb-tags" in run("emu", "show", path).out
-    # The kernel looks at the memory when a slot is made, not when MTE is enabled.
+    # The kernel looks at the memory when a slot is created, not when MTE is enabled.
     assert run(*create, "--no-mte", "--vcpus", "0", "--force").status == 0
     assert run("enable", f"emu:{path}").status == 0
     assert run("emu", "show", path, "--json").json["mte"] is True

@@ -1,4 +1,4 @@
-"""`mtetool exec` as far as it goes without KVM: what is refused, and becoming a program."""
+"""`mtetool exec` as far as it goes without KVM: what it refuses, and becoming a program."""
 
 from __future__ import annotations
 

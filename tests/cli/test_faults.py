@@ -1,4 +1,4 @@
-"""Faults on the command line, and what every command makes of each kind of them."""
+"""Faults on the command line, and how every command handles each kind."""
 
 from __future__ import annotations
 
@@ -173,14 +173,14 @@ def test_bad_usage(tmp_path: Path) -> None:
     assert run("emu", "fault", path).out == "no faults\n"
 
 
-# --- what the commands make of each kind --------------------------------------------------
+# --- how the commands handle each kind ----------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A fault's effect, and what a command says that meets it half-way.
+    """A fault's effect, and what a command that meets it half-way reports.
 
-    `error` None: pages are reported, with the errno; else the command ends with that error.
+    If `error` is None, it reports pages with the errno; otherwise it ends with that error.
     """
 
     effect: str
@@ -204,7 +204,7 @@ KINDS = [
     Kind("ENOTTY", "guest"),
 ]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.effect)
-# Of the 128 pages of the slot at BASE, behind the 16 of read-only memory.
+# In the slot of 128 pages at BASE, after the 16 pages of read-only memory.
 STOP = BASE + 84 * PAGE
 
 
@@ -224,7 +224,7 @@ def order(guest: str, *faults: str) -> None:
 
 
 def checked(outcome: Outcome, kind: Kind, *, partial: int = 3) -> Outcome:
-    """What holds for every command that a fault has met."""
+    """Check what holds for every command that has met a fault."""
     assert "Traceback" not in outcome.err
     if kind.error is None:
         assert outcome.status == partial

@@ -1,4 +1,4 @@
-"""Progress that is shown by a thread: nobody waits for whoever looks at it."""
+"""Progress shown by a thread: the work never waits for its display."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_signal_ends_a_command_whose_progress_nobody_reads(tmp_path: Path) -> 
     process = spawn(*words, "--progress", "json", stderr=writing)
     os.close(writing)
     try:
-        # All is done but the last line of progress.
+        # All is done except the last line of progress.
         while not _writes_to_a_pipe(process.pid):
             assert process.poll() is None
             time.sleep(0.01)

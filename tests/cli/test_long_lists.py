@@ -1,4 +1,4 @@
-"""Reports in JSON list all ranges, however many; text says how many more there are."""
+"""JSON reports list all ranges, however many; text says how many more there are."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_other_granule_differs(tmp_path: Path) -> None:
 
 
 def test_pages_that_cannot_be_read_or_written(tmp_path: Path) -> None:
-    """By a fault at half of them."""
+    """A fault hits half of them."""
     n_pages = 8800
     slots = (Memslot(0, BASE, n_pages * 4 * KIB),)
     good = make_guest(tmp_path / "good", slots=slots)

@@ -1,4 +1,4 @@
-"""The program as a whole: how it starts, how it ends, and what it says then."""
+"""The program as a whole: how it starts, how it ends, and what it prints then."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mtetool.__main__ import wants_json
 from mtetool.cli import COMMANDS
 from tests.cli.running import Outcome, command, run, spawn
 
-# --- errors into text and status ----------------------------------------------------------
+# --- errors as text and status ------------------------------------------------------------
 
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
-    """Runs a command that raises what it is given."""
+    """Return a function that runs a command, which raises the error that it is given."""
 
     def fail(error: BaseException, *arguments: str) -> Outcome:
         @click.command()
@@ -204,18 +204,18 @@ def test_what_is_not_needed_is_not_loaded(arguments: list[str], banned: set[str]
 
 
 def waiting_create(directory: Path, **options: object) -> subprocess.Popen[bytes]:
-    """A command that is in the middle of writing, and would go on for minutes."""
+    """Start a command; it is in the middle of writing, and would go on for minutes."""
     path = directory / "guest"
     words = ("emu", "create", path, "--memory", "1T", "--fill", "sparse", "--progress", "json")
     process = spawn(*words, stderr=subprocess.PIPE, **options)
     assert process.stderr is not None
-    # The first line comes after a second; it is not to be among what is said in the end.
+    # The first line comes after a second; it must not be among the last output.
     assert b"mtetool.progress" in process.stderr.readline()
     return process
 
 
 def said(err: bytes) -> list[bytes]:
-    """What was said on standard error, besides the progress."""
+    """The lines on standard error, except the progress."""
     return [line for line in err.splitlines() if b"mtetool.progress" not in line]
 
 
@@ -247,7 +247,7 @@ def test_signals_are_ignored_for_a_while_after_the_first(monkeypatch: pytest.Mon
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGHUP)
-        # Not for ever: the first may have been lost, in a finaliser.
+        # Not for ever: the first exception may have been lost, in a finaliser.
         monkeypatch.setattr(program, "_UNWINDING_SECONDS", 0)
         with pytest.raises(errors.SignalError):
             signal.raise_signal(signal.SIGHUP)
@@ -260,7 +260,7 @@ def test_a_shell_sees_130(tmp_path: Path) -> None:
     done = subprocess.run(
         ["sh", "-c", script, "sh", *words], capture_output=True, text=True, check=True
     )
-    # `timeout` itself says 124, and passes 128 + N on with --preserve-status.
+    # `timeout` itself exits with 124, and passes 128 + N on with --preserve-status.
     assert done.stdout == "124\n"
     script = 'timeout --preserve-status -s INT 2 "$@"; echo $?'
     done = subprocess.run(
@@ -271,7 +271,7 @@ def test_a_shell_sees_130(tmp_path: Path) -> None:
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
-    """As after nohup(1)."""
+    """As nohup(1) sets it."""
 
     def ignore() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -317,7 +317,7 @@ def test_an_output_that_is_full(arguments: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("redirection", "arguments", "status"),
     [
-        # A result that nobody gets is no success, as where the disk is full.
+        # A result that cannot be delivered is not a success, as with a full disk.
         (">&-", ["--version"], 6),
         (">&-", ["emu", "show", "guest"], 6),
         (">&-", ["emu", "show", "guest", "--json"], 6),
@@ -347,7 +347,7 @@ def test_closed_streams(
     assert done.returncode == status
     for unwanted in (b"should not happen", b"Traceback", b"Exception"):
         assert unwanted not in done.stderr
-    # Nothing of what was said went into the file that would have had the closed number.
+    # No output went to a file that would have got the closed descriptor's number.
     assert run("emu", "show", guest).status == 0
 
 

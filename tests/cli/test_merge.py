@@ -13,7 +13,7 @@ BASE = 0x4000_0000
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, str]:
-    """A guest, a copy of it, a base, two deltas, and what the guest is in the end."""
+    """A guest, a copy of its first state, a base, and two deltas up to its last state."""
     guest, copy = (f"emu:{tmp_path / name}" for name in ("guest", "copy"))
     base, first, second = (str(tmp_path / name) for name in ("base", "first", "second"))
     for name in ("guest", "copy"):
@@ -51,7 +51,7 @@ def test_merging(files: dict[str, str], tmp_path: Path) -> None:
     assert run("verify", both).status == 0
     assert run("verify", both, "--base", files["base"], "--against", files["guest"]).status == 0
     assert run("merge", files["base"], both, "-o", whole).status == 2  # it exists
-    # A file that is merged may be replaced by the result.
+    # The result can replace a file that is merged.
     assert run("merge", files["base"], both, "-o", files["base"], "--force").status == 0
     assert run("diff", files["base"], files["guest"]).status == 0
 

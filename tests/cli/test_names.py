@@ -1,4 +1,4 @@
-"""Names of files and guests are other people's text: in text they stay in their line, escaped."""
+"""Names of files and guests are foreign text: output escapes them, and they stay on their line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.cli.running import BASE, KIB, make_guest, run, set_tag
 
-# A row of its own, an escape sequence, and a byte that is not UTF-8.
+# A fake row, an escape sequence, and a byte that is not UTF-8.
 NAME = os.fsdecode(b"a\n0x0  0x10  f\x1b[2J\xff")
 SHOWN = r"a\n0x0  0x10  f\x1b[2J\xff"
 
@@ -74,5 +74,5 @@ def test_names_in_json_are_the_names_themselves(guest: str, tmp_path: Path) -> N
 def test_jq_reads_it(guest: str) -> None:
     report = run("emu", "show", guest, "--json").raw
     done = subprocess.run(["jq", "-r", ".source"], input=report, capture_output=True, check=True)
-    # What is no character is U+FFFD there.
+    # jq shows U+FFFD for what is not a character.
     assert done.stdout.decode().startswith(guest.partition("\udcff")[0])

@@ -1,4 +1,4 @@
-"""Names that are wrong: empty, too long, swapped, of another kind of file, not ours to open."""
+"""Wrong names: empty, too long, swapped, of another kind of file, not ours to open."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_standard_input_twice(files: Path, words: str) -> None:
     assert "standard input" in done.error["message"]
 
 
-# --- another thing than what is wanted ----------------------------------------------------
+# --- the wrong kind of thing --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_snapshot_with_the_name_of_a_guest(files: Path) -> None:
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """As a user who owns nothing here, where this is root: nothing is refused to that."""
+    """If this is root, which is refused nothing, run as a user who owns nothing here."""
     before = os.geteuid()
     if before == 0:
         os.seteuid(65534)
@@ -219,7 +219,7 @@ def unprivileged() -> Iterator[None]:
     ],
 )
 def test_no_permission_is_one_answer(files: Path, words: str, path: str) -> None:
-    """A guest, a snapshot, an output; `q` and `own/h` may be read by all."""
+    """A guest, a snapshot, an output; every user can read `q` and `own/h`."""
     for name, mode in (("own", 0o777), ("closed", 0o700)):
         (files / name).mkdir()
         (files / name).chmod(mode)

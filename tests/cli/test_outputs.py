@@ -1,4 +1,4 @@
-"""Outputs that are inputs, standard output by other names, reports that nobody gets."""
+"""Outputs that are inputs, standard output by other names, reports that cannot be delivered."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 @contextmanager
 def other_name(form: str, path: str) -> Iterator[str]:
-    """Another name of a file in the working directory."""
+    """Another name for a file in the working directory."""
     if form == "same":
         yield path
     elif form == "dotted":
@@ -159,7 +159,7 @@ def test_standard_output_that_is_an_input(files: Path, words: str) -> None:
 
 
 def shell(script: str) -> subprocess.CompletedProcess[bytes]:
-    """A script in which `mtetool` is the program."""
+    """Run a script in which `mtetool` is the program."""
     words = command()
     return subprocess.run(
         ["bash", "-c", f'mtetool() {{ {" ".join(words)} "$@"; }}; set -o pipefail; {script}'],
@@ -228,7 +228,7 @@ def test_nothing_binary_to_a_terminal(files: Path, words: str, name: str) -> Non
     ) as process:
         os.close(follower)
         said = b""
-        # A read of the leader fails once nobody has the terminal open any more.
+        # A read of the leader fails once no process has the terminal open any more.
         while chunk := _read(leader):
             said += chunk
         err = process.stderr.read() if process.stderr else said
@@ -245,7 +245,7 @@ def _read(leader: int) -> bytes:
         return b""
 
 
-# --- reports that nobody gets -------------------------------------------------------------
+# --- reports that cannot be delivered -----------------------------------------------------
 
 
 @pytest.mark.parametrize("json", [False, True])
@@ -284,7 +284,7 @@ def _full() -> TextIO:
 
 
 def _closed() -> TextIO:
-    """What `main` makes of a descriptor that came closed."""
+    """The stream that `main` makes for a descriptor that was closed at the start."""
     return os.fdopen(os.open("/dev/null", os.O_RDONLY), "w")
 
 

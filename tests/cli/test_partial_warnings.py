@@ -1,4 +1,4 @@
-"""What was not done stands on standard error too, in one line: standard output may go nowhere."""
+"""Partial results are also reported on standard error, in one line: stdout may go nowhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`proc:PID` where it cannot be: on a host that is no arm64."""
+"""`proc:PID` where it cannot work: on a host that is not arm64."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from mtetool.guest import Memslot
 from tests.cli.running import BASE, KIB, ROM, make_guest, run, set_tag, spawn, write
 
 RAM = (Memslot(0, BASE, 512 * KIB),)
-# What of a guest is found to need no reading: as large as a hole that is left out.
+# Large enough for memory without tags to be skipped as a hole, without reading.
 LARGE = (Memslot(0, BASE, 128 * KIB * KIB),)
 ROM_ONLY = (Memslot(0, ROM, 64 * KIB, readonly=True, kind="rom"),)
 
@@ -61,7 +61,7 @@ def test_mte_off_is_always_said(tmp_path: Path, slots: tuple[Memslot, ...], tagg
 
 
 def _as_if_not_root() -> None:
-    """Root that may not do with files whatever it likes; others may not anyway."""
+    """Take root's power over file permissions away; other users have none anyway."""
     with suppress(OSError):
         ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
 
@@ -81,7 +81,7 @@ def test_a_dry_run_is_refused_where_nothing_may_be_written(tmp_path: Path, tagge
             out, err = process.communicate()
         assert (process.returncode, out) == (4, b"")
         assert b'"error": "permission"' in err
-    # To compare is to read.
+    # A comparison only reads.
     with spawn(
         "verify", tmp_path / "file", "--against", guest, preexec_fn=_as_if_not_root
     ) as process:
@@ -90,7 +90,7 @@ def test_a_dry_run_is_refused_where_nothing_may_be_written(tmp_path: Path, tagge
 
 @pytest.mark.parametrize("fault", ["EBUSY,on=write", "EBUSY", "EPERM,on=write", "EACCES,on=write"])
 def test_a_dry_run_is_refused_where_every_write_would_be(tmp_path: Path, fault: str) -> None:
-    """And a fault that fires once is left for the real one."""
+    """And a fault that fires once is left for the real restore."""
     guest = make_guest(tmp_path / "guest", 1, slots=RAM)
     assert run("save", guest, "-o", tmp_path / "file").status == 0
     assert run("emu", "fault", tmp_path / "guest", "--fault", f"{fault},times=1").status == 0

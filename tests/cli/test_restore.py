@@ -39,7 +39,7 @@ def snapshot(guest: Path, tmp_path: Path) -> Path:
 
 
 def dirty(path: Path, *, rom_tag: int = 3) -> str:
-    """A guest with other tags; those of its read-only slot are the first guest's, by default."""
+    """Make a guest with other tags; by default, its read-only slot has the first guest's."""
     name = make_guest(path, seed=9)
     set_tag(path, ROM, 64 * KIB, rom_tag)
     return name

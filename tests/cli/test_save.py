@@ -172,13 +172,13 @@ def test_a_guest_that_ends_half_way(
         return read(self, ipa, out)
 
     monkeypatch.setattr(EmulatedGuest, "read_tags", read_the_first_slot)
-    # As a guest that can be lost: its chunks are read one after the other.
+    # Like a guest that can be lost: its chunks are read one after the other.
     monkeypatch.setattr(EmulatedGuest, "any_thread_reads", lambda self, extent: False)
     options = ["--partial", partial] if partial else []
     done = run("save", guest, "-o", tmp_path / "s", *options)
     assert done.status == 4
     assert f"{64 * KIB} bytes had been read" in (done.out if partial == "keep" else done.err)
-    # Kept only when that was asked for in words.
+    # The file is kept only when that was asked for explicitly.
     assert (tmp_path / "s").exists() is (partial == "keep")
     if partial == "keep":
         assert run("verify", tmp_path / "s").status == 3
@@ -215,7 +215,7 @@ def test_ctrl_c_half_way_leaves_no_file(tmp_path: Path) -> None:
     guest = make_guest(tmp_path / "g", seed=5, slots=slots)
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    # Nobody reads: the save comes to a stand when the pipe is full.
+    # Nothing reads the pipe: the save stops when it is full.
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     child = spawn("save", guest, "-o", fifo, "--force", stderr=subprocess.PIPE)
     wait_until_full(reader, child)
@@ -226,17 +226,17 @@ def test_ctrl_c_half_way_leaves_no_file(tmp_path: Path) -> None:
 
 
 def wait_until_full(reader: int, child: subprocess.Popen[bytes]) -> None:
-    """Until there is something in the pipe, which means that the save is under way."""
+    """Wait until there is something in the pipe, which means that the save is under way."""
     for _ in range(300):
         if select.select([reader], [], [], 0.1)[0]:
             time.sleep(0.2)
             assert child.poll() is None
             return
-    raise AssertionError("the save does not come to a start")
+    raise AssertionError("the save does not start")
 
 
 def test_memory_that_was_told_and_is_not_there(guest: str, tmp_path: Path) -> None:
-    """The guest's own slots count, not what was told: the rest is missing, in words."""
+    """The guest's own slots count, not --memslot: the rest is reported as missing."""
     told = ("--memslot", f"{ROM:#x}:64K", "--memslot", f"{BASE:#x}:4M")
     done = run("save", guest, *told, "-o", tmp_path / "s", "--json")
     assert done.status == 3

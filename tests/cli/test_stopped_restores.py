@@ -25,7 +25,7 @@ END = SLOTS[-1].end
 
 
 def two_guests(tmp_path: Path, slots: tuple[Memslot, ...] = SLOTS) -> tuple[Path, str]:
-    """A snapshot of a guest full of tags, and an untagged one of the same layout."""
+    """Make a snapshot of a guest full of tags, and an untagged guest of the same layout."""
     saved = make_guest(tmp_path / "saved", slots=slots)
     random = np.random.default_rng(1)
     for slot in slots:
@@ -49,7 +49,7 @@ def tagged_up_to(tmp_path: Path, slots: tuple[Memslot, ...] = SLOTS) -> int:
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_signal(tmp_path: Path, number: signal.Signals, as_json: bool) -> None:
     file, guest = two_guests(tmp_path)
-    # Far too slow to end before the signal comes, which is once it has begun to write.
+    # Far too slow to end before the signal, which comes once it has begun to write.
     assert run("emu", "fault", tmp_path / "guest", "--fault", "slow=1M/s,on=write").status == 0
     words: list[str | Path] = [
         "restore",
@@ -61,7 +61,7 @@ def test_a_signal(tmp_path: Path, number: signal.Signals, as_json: bool) -> None
     ]
     with spawn(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
-        # The second piece is begun when the first is done.
+        # The second piece begins when the first is done.
         while json.loads(process.stderr.readline())["done_bytes"] <= MIB:
             pass
         process.send_signal(number)
@@ -105,7 +105,7 @@ def test_a_signal_in_the_first_write(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write_tags = EmulatedGuest.write_tags
 
     def half(self: EmulatedGuest, ipa: int, tags: memoryview) -> int:
-        if not len(tags):  # whether it may be written to
+        if not len(tags):  # only asks whether writing is allowed
             return write_tags(self, ipa, tags)
         write_tags(self, ipa, tags[: len(tags) // 2])
         raise SignalError(signal.SIGINT)
@@ -123,7 +123,7 @@ def test_a_signal_in_the_first_write(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("room_bytes", [MIB // 16 // 3, 5 * MIB // 16 // 2])
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_full_disk(tmp_path: Path, room_bytes: int, as_json: bool) -> None:
-    """By a limit on the size of files, of which the tags of a guest are the most."""
+    """A limit on the size of files stands in for it; a guest's file is mostly tags."""
     file, guest = two_guests(tmp_path)
     header_bytes = (tmp_path / "guest").stat().st_size - len(SLOTS) * MIB // 16
     limit = header_bytes + room_bytes
@@ -148,7 +148,7 @@ def test_a_full_disk(tmp_path: Path, room_bytes: int, as_json: bool) -> None:
     else:
         assert f"{written} bytes of guest memory were already written".encode() in err
         assert f"the last at {expected - 16:#x}".encode() in err
-    # With room again it is simply run again.
+    # Once there is room, the same command is simply run again.
     assert run("restore", file, guest).status == 0
     assert tagged_up_to(tmp_path) == END
 

@@ -1,11 +1,11 @@
-"""Which backends the suite is run on: `--backend emu` (the default), `kvm` or `proc`.
+"""The backends that the suite runs on: `--backend emu` (the default), `kvm` or `proc`.
 
-`kvm` and `proc` want an arm64 host with MTE, and a program's path: the test VMM in
+`kvm` and `proc` need an arm64 host with MTE, and a program's path: the test VMM in
 MTETOOL_TEST_VMM, the program with tagged memory in MTETOOL_TEST_PROGRAM. Plain pytest is enough;
 the lab has no plugins.
 
-What only a VM has is marked `vm`: MTE that is switched on before the first vCPU. These tests are
-deselected, and counted so, on `proc`: nothing of it can be asked of a process.
+Tests of what only a VM has are marked `vm`: MTE that is enabled before the first vCPU. On `proc`
+these tests are deselected, and counted as such: they do not apply to a process.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tests.conformance.guests import EmulatedGuests, Factory, ProcessGuests, Rea
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    # Known where this directory is named on the command line; elsewhere the default holds.
+    # Known if this directory is named on the command line; otherwise the default applies.
     parser.addoption("--backend", action="append", choices=["emu", "kvm", "proc"])
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "vm: what only a VM has, and no process")
+    config.addinivalue_line("markers", "vm: tests of what only a VM has, not a process")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -56,7 +56,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def make_guest(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Factory]:
-    """Makes guests: `make_guest(slots, mte=True, vcpus=0)`; they end with the test."""
+    """Make guests: `make_guest(slots, mte=True, vcpus=0)`; they end with the test."""
     backend, page_size_bytes = request.param
     with ExitStack() as stack:
         if backend == "emu":

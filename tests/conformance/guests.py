@@ -1,4 +1,4 @@
-"""Guests of every backend, made alike: what the conformance suite is run on."""
+"""Guests of every backend, made in the same way, for the conformance suite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mtetool.backends.emu.guest import create_emulated
 from mtetool.guest import Guest, GuestOptions, Memslot
 
 Slot = tuple[int, int, bool]
-"""A memslot as a test wants it: address, size in bytes, read-only."""
+"""A memslot as a test requests it: address, size in bytes, read-only."""
 
 
 class Factory(Protocol):
@@ -24,12 +24,12 @@ class Factory(Protocol):
     page_size_bytes: int
 
     def __call__(self, slots: Sequence[Slot], mte: bool = True, vcpus: int = 0) -> Guest:
-        """A guest that was opened; it ends with the test."""
+        """Return an opened guest; it ends with the test."""
         ...
 
 
 def memslots(slots: Sequence[Slot]) -> tuple[Memslot, ...]:
-    """The slots as the protocol has them, numbered."""
+    """Return the slots as numbered memslots."""
     return tuple(
         Memslot(number, ipa, size_bytes, readonly, "rom" if readonly else "ram")
         for number, (ipa, size_bytes, readonly) in enumerate(slots)
@@ -63,7 +63,7 @@ class RealGuests:
     """VMs of the real kernel, each in a process of the test VMM.
 
     `executable` is called as `testvmm [--no-mte] [--vcpus N] IPA:SIZE[:ro] …`; it prints
-    `ready` once the VM stands, and ends when its standard input does.
+    `ready` once the VM is set up, and ends when its standard input does.
     """
 
     executable: str
@@ -79,9 +79,10 @@ class RealGuests:
 
 @dataclass
 class ProcessGuests:
-    """Processes that have just these slots as memory with tags; vCPUs they have none.
+    """Processes that have just these slots as memory with tags, and no vCPUs.
 
-    `executable` is called as `tagged --at [--no-mte] ADDRESS:SIZE[:ro] …`, else as the test VMM.
+    `executable` is called as `tagged --at [--no-mte] ADDRESS:SIZE[:ro] …`; otherwise it behaves
+    like the test VMM.
     """
 
     executable: str
@@ -103,12 +104,12 @@ def _start(stack: ExitStack, command: list[str]) -> int:
     stack.callback(_end, process)
     assert process.stdout is not None
     line = process.stdout.readline().strip()
-    assert line == b"ready", f"{command} said {line!r}"
+    assert line == b"ready", f"{command} printed {line!r}"
     return process.pid
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a VMM or a process. It must still be there: whoever worked on it let it live."""
+    """End a VMM or a process, which must still be running: the tests let it live."""
     alive = process.poll() is None
     assert process.stdin is not None
     assert process.stdout is not None

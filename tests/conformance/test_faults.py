@@ -1,4 +1,4 @@
-"""A fault on request answers as the real thing does: memory that is not there, or read-only."""
+"""A fault on request answers like the real thing: missing or read-only memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BAD = 4
 
 
 def answers(guest: Guest, direction: str, page: int) -> list[object]:
-    """What copies around the bad page give: bytes and tags, or an errno."""
+    """Return what copies around the bad page give: bytes and tags, or an errno."""
     found: list[object] = []
     for start, n_pages in product((0, BAD - 1, BAD, BAD + 1), (1, 2, N_PAGES)):
         n_pages = min(n_pages, N_PAGES - start)

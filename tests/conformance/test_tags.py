@@ -1,4 +1,4 @@
-"""What every backend answers, as the kernel does: see `mtetool.guest.Guest`."""
+"""Every backend answers as the kernel does: see `mtetool.guest.Guest`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mtetool.uapi import COPY_LENGTH_MAX, GRANULE_BYTES
 from tests.conformance.guests import Factory
 
 BASE = 0x4000_0000
-# Stands in what is read into: what a copy leaves alone keeps it, what it writes has no bit 7.
+# Fills read buffers: bytes that a copy leaves alone keep it, bytes that it writes lack bit 7.
 UNTOUCHED = 0xEE
 
 
@@ -31,7 +31,7 @@ def tags_of(guest: Guest, ipa: int, size_bytes: int) -> Tags:
 
 def random_tags(size_bytes: int, seed: int = 1) -> Tags:
     random = np.random.default_rng(seed)
-    # Without zeros: a copy that does not happen is seen in every granule.
+    # Without zeros: a copy that does not happen shows in every granule.
     return random.integers(1, 16, size_bytes // GRANULE_BYTES, dtype=np.uint8)
 
 
@@ -71,7 +71,7 @@ def test_what_was_written_is_read(make_guest: Factory, page: int) -> None:
 
 
 def test_what_is_tagged_may_be_tagged(make_guest: Factory, page: int) -> None:
-    """And what is beside it is told as whole pages, in order, inside of what was asked."""
+    """The parts are whole pages, in order, inside the requested extent."""
     guest = make_guest([(BASE, 64 * page, False)])
     tagged = [BASE + n * page for n in (0, 3, 4, 40, 63)]
     for ipa in tagged:
@@ -89,7 +89,7 @@ def test_what_is_tagged_may_be_tagged(make_guest: Factory, page: int) -> None:
 
 
 def test_memory_that_is_not_there_may_be_tagged(make_guest: Factory, page: int) -> None:
-    """It has to be read, to learn why it cannot be."""
+    """It must be read, to find out why it cannot be."""
     guest = make_guest([(BASE, 4 * page, False), (BASE + 8 * page, 4 * page, False)])
     parts = list(guest.may_be_tagged(Extent(BASE, 12 * page)))
     for ipa in range(BASE + 4 * page, BASE + 8 * page, page):
@@ -143,11 +143,11 @@ def test_length_zero(make_guest: Factory, page: int) -> None:
     nothing = np.empty(0, dtype=np.uint8)
     assert guest.read_tags(BASE, nothing) == 0
     assert guest.write_tags(BASE, nothing) == 0
-    # It passes the check of the memslots, too: there is no page to look for.
+    # It passes the check of the memslots, too: there is no page to check.
     assert guest.read_tags(BASE + 64 * page, nothing) == 0
 
 
-# --- what is refused ----------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("off", [1, GRANULE_BYTES, -GRANULE_BYTES])
@@ -194,14 +194,14 @@ def test_the_end_of_the_addresses(make_guest: Factory, page: int) -> None:
 
 @pytest.mark.parametrize("bit", [56, 59, 63])
 def test_the_top_byte_is_part_of_the_address(make_guest: Factory, page: int, bit: int) -> None:
-    # A CPU ignores it in a pointer: tags are there.
+    # A CPU ignores it in a pointer, where it holds the tag.
     guest = make_guest([(BASE, page, False)])
     assert errno_of_read(guest, BASE | 1 << bit, page) == errno.EFAULT
     assert errno_of_write(guest, BASE | 1 << bit, page) == errno.EFAULT
     assert not tags_of(guest, BASE, page).any()
 
 
-# --- what is done in part -----------------------------------------------------------------
+# --- partial copies -----------------------------------------------------------------------
 
 
 def test_crossing_the_end_of_a_slot(make_guest: Factory, page: int) -> None:
@@ -243,7 +243,7 @@ def test_writing_stops_at_read_only_memory(make_guest: Factory, page: int) -> No
 
 
 def test_several_megabytes(make_guest: Factory, page: int) -> None:
-    """More than any backend copies at once, to an odd number of pages."""
+    """More than any backend copies at once, and an odd number of pages."""
     size_bytes = (68 << 20) + page
     guest = make_guest([(BASE, size_bytes, False)])
     tags = random_tags(size_bytes)
@@ -251,7 +251,7 @@ def test_several_megabytes(make_guest: Factory, page: int) -> None:
     assert np.array_equal(tags_of(guest, BASE, size_bytes), tags)
     out = buffer(size_bytes)
     assert guest.read_tags(BASE + page, out) == size_bytes - page
-    # What is the same at one place and not at another is not taken for the same.
+    # Tags that are the same in one place and differ in another do not count as the same.
     halves = np.repeat(np.array([3, 5], dtype=np.uint8), tags.size // 2)
     assert guest.write_tags(BASE, halves) == size_bytes
     assert guest.write_tags(BASE, np.full_like(halves, 3)) == size_bytes
@@ -262,7 +262,7 @@ def test_several_megabytes(make_guest: Factory, page: int) -> None:
 
 
 def test_begun_copies_take_effect_in_their_order(make_guest: Factory, page: int) -> None:
-    """Each write with its read-back, as many at a time as the guest says."""
+    """Each write has its read-back; as many are in flight as the guest allows."""
     guest = make_guest([(BASE, 16 * page, False)])
     tags = random_tags(16 * page).reshape(8, -1)
     under_way: list[tuple[Pending, Pending, Tags, Tags]] = []
@@ -290,7 +290,7 @@ def test_begun_copies_answer_as_others_do(make_guest: Factory, page: int) -> Non
 
 
 def test_a_begun_copy_that_nobody_takes(make_guest: Factory, page: int) -> None:
-    """It may have happened or not; whatever is asked next is answered as if alone."""
+    """It may have happened or not; the next call is answered as if it were alone."""
     guest = make_guest([(BASE, 8 * page, False)])
     tags = random_tags(page)
     guest.write_tags(BASE, tags)

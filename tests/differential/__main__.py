@@ -1,7 +1,7 @@
 """`python -m tests.differential`: the same calls on real kernels in the lab and on the emulator.
 
-Prints one line a kernel: `KERNEL calls=N differences=0 seed=S`. A difference ends it, with the
-shortest sequence of calls that shows it.
+Prints one line per kernel: `KERNEL calls=N differences=0 seed=S`. It ends at a difference, with
+the shortest sequence of calls that shows it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tests.lab.images import KERNELS
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run it; 1 where there is a difference."""
+    """Run the comparison; return 1 if there is a difference."""
     parser = argparse.ArgumentParser(prog="python -m tests.differential")
     parser.add_argument("--kernel", action="append", choices=list(KERNELS))
-    parser.add_argument("--calls", type=int, default=4000, help="at least so many a kernel")
+    parser.add_argument("--calls", type=int, default=4000, help="at least this many per kernel")
     parser.add_argument(
-        "--no-shrink", action="store_true", help="end at the first difference as it is"
+        "--no-shrink", action="store_true", help="do not shorten a sequence that differs"
     )
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))  # noqa: S311
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels at a time")

@@ -1,4 +1,4 @@
-"""Runs sequences of calls on a real kernel in the lab and on the emulated one."""
+"""Run sequences of calls on a real kernel in the lab and on the emulated one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EXECUTOR = ("env", "PYTHONPATH=/opt/mtetool", "python3", "-B", "-m", "tests.dif
 
 
 def compare(kernel: str, calls: int, number: int, phases: list[Phase]) -> tuple[int, str]:
-    """At least so many calls on a kernel of the lab: how many differ, and the line to print."""
+    """Compare at least that many calls on a lab kernel; return differences and a line to print."""
     with Machine(kernel=kernel) as machine, executor(machine) as (host, ask):
         found = differences(host, ask, calls, number, phases)
     compared = Differences.calls_compared
@@ -27,7 +27,7 @@ def compare(kernel: str, calls: int, number: int, phases: list[Phase]) -> tuple[
 
 @contextmanager
 def executor(machine: Machine) -> Iterator[tuple[Host, Ask]]:
-    """The kernel of a lab machine answers calls: what kind it is, and how to ask it."""
+    """Let the kernel of a lab machine answer calls; yield its kind, and how to ask it."""
     with machine.talk(_EXECUTOR) as talk:
         described = json.loads(talk.line())
         names = frozenset(Behaviour(name) for name in described.pop("behaviours"))
@@ -43,7 +43,7 @@ def _asking(talk: Talk) -> Ask:
 
 
 def differences(host: Host, ask: Ask, calls: int, seed_number: int, phases: Sequence[Phase]) -> int:
-    """Compare until so many calls were compared; the sequences that differed: 0 or 1.
+    """Compare at least that many calls; return how many sequences differed: 0 or 1.
 
     Hypothesis ends at the first that differs, and prints the shortest of its kind.
     """

@@ -1,6 +1,6 @@
-"""Which kernel is called: `--side emulated` (the default, several hosts) or `--side real`.
+"""The kernel to call: `--side emulated` (the default, several hosts) or `--side real`.
 
-`real` wants an arm64 host with KVM and MTE, as the lab is. Plain pytest is enough.
+`real` needs an arm64 host with KVM and MTE, like the lab. Plain pytest is enough.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HOSTS = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    # Known where this directory is named on the command line; elsewhere the default holds.
+    # Known if this directory is named on the command line; otherwise the default applies.
     parser.addoption("--side", choices=["emulated", "real"])
 
 
@@ -34,14 +34,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # What calls no kernel runs wherever the emulator is called.
+    # Tests that call no kernel run only with the emulator.
     if config.getoption("--side", default=None) == "real":
         items[:] = [item for item in items if "side" in getattr(item, "fixturenames", ())]
 
 
 @pytest.fixture
 def side(request: pytest.FixtureRequest) -> Iterator[Side]:
-    """A kernel to call, with nothing made yet."""
+    """A kernel to call, without VMs or memory yet."""
     if request.param != "real":
         yield EmulatedSide(_HOSTS[request.param])
         return
@@ -52,5 +52,5 @@ def side(request: pytest.FixtureRequest) -> Iterator[Side]:
 
 @pytest.fixture
 def host(side: Side) -> Host:
-    """What kind of kernel the side is, found by trying."""
+    """The kind of kernel that the side is, found by trying."""
     return find_host(side)

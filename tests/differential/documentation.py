@@ -1,8 +1,8 @@
-"""What the kernel's documentation states of memory tags and KVM, one by one.
+"""The statements of the kernel's documentation about memory tags and KVM.
 
-The texts are those of Linux 6.12 and 7.3; they differ where `only` says so. `PROVED_BY` names
-the test of each statement. Those of `tests/differential` run on the emulator and on each real
-kernel of the lab.
+The texts are those of Linux 6.12 and 7.3; they differ where `only` says so. `test` names the
+test of each statement. Tests of `tests/differential` run on the emulator and on each real kernel
+of the lab.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _LAB = "lab/"
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A statement: its id, where it stands, what it says in our words, and who proves it.
+    """A statement: its id, its section, a paraphrase, and the test that proves it.
 
-    `only` is the kernel whose text alone has it; `test` the test's file and name under tests/.
+    `only` is set if only that kernel's text has it; `test` is a file and a name under tests/.
     """
 
     id: str
@@ -31,7 +31,7 @@ class Statement:
 
 
 def _stated(section: str, *rows: tuple[str, str, str], only: str = "") -> tuple[Statement, ...]:
-    """Statements of a section: id, text, and the test where it is not the one of that name."""
+    """Return statements of a section: id, text, and the test if it is not the one of that name."""
     return tuple(
         Statement(name, section, text, test or _HERE + name.replace("-", "_"), only)
         for name, text, test in rows
@@ -45,23 +45,23 @@ STATEMENTS = (
         ("copy-both-ways", "Tags are copied out of guest memory and into it.", ""),
         ("copy-ipa-aligned", "guest_ipa is a multiple of the page size.", ""),
         ("copy-length-aligned", "length is a multiple of the page size.", ""),
-        ("copy-length-limit", "length is at most 2^31 less a page.", ""),
+        ("copy-length-limit", "length is at most 2^31 minus a page.", ""),
         ("copy-buffer", "addr is the buffer that tags are copied to or from.", ""),
         ("copy-direction", "flags is the direction, one of two values.", ""),
-        ("copy-buffer-size", "The buffer has length / 16 bytes, a byte a granule.", ""),
-        ("copy-byte-is-a-tag", "Each byte has one tag.", ""),
+        ("copy-buffer-size", "The buffer has length / 16 bytes, one per granule.", ""),
+        ("copy-byte-is-a-tag", "Each byte holds one tag.", ""),
         ("copy-format-of-ptrace", "The format is that of ptrace's requests for tags.", ""),
-        ("copy-einval", "Wrong arguments are answered by EINVAL.", ""),
-        ("copy-efault", "Memory that cannot be accessed is answered by EFAULT.", ""),
-        ("copy-error-before-data", "An error ahead of all data: a negative errno.", ""),
-        ("copy-error-after-data", "An error behind some data: the bytes that were copied.", ""),
+        ("copy-einval", "Invalid arguments give EINVAL.", ""),
+        ("copy-efault", "Memory that cannot be accessed gives EFAULT.", ""),
+        ("copy-error-before-data", "An error before any data: a negative errno.", ""),
+        ("copy-error-after-data", "An error after some data: the bytes that were copied.", ""),
         ("copy-complete", "All copied: length.", ""),
     ),
     *_stated(
         CAPABILITY,
-        ("mte-capability", "The capability says that KVM and the CPU can do it.", ""),
-        ("mte-must-be-enabled", "Without being enabled the guest has no tags.", ""),
-        ("mte-before-vcpus", "It is enabled before the first vCPU is made.", ""),
+        ("mte-capability", "The capability says that KVM and the CPU support it.", ""),
+        ("mte-must-be-enabled", "Unless it is enabled, the guest has no tags.", ""),
+        ("mte-before-vcpus", "It is enabled before the first vCPU is created.", ""),
         (
             "mte-aarch64-only",
             "A guest that runs in AArch32 has no MTE.",
@@ -75,26 +75,26 @@ STATEMENTS = (
         ),
         ("mte-any-memory-has-tags", "All memory given to the guest has tags.", ""),
         ("mte-swap", "Tags are kept while the host swaps.", ""),
-        ("mte-migration", "To save and restore tags in a migration is the VMM's task.", ""),
-        ("mte-anonymous-memory", "Memslots may have anonymous memory.", ""),
-        ("mte-memory-of-files-in-ram", "Memslots may have files in RAM (tmpfs, memfd).", ""),
-        ("mte-other-memory", "A memslot with other memory is answered by EINVAL.", ""),
-        ("mte-allows-the-copy", "Once it is enabled, tags can be copied by the ioctl.", ""),
+        ("mte-migration", "Saving and restoring tags in a migration is the VMM's task.", ""),
+        ("mte-anonymous-memory", "Memslots can have anonymous memory.", ""),
+        ("mte-memory-of-files-in-ram", "Memslots can have files in RAM (tmpfs, memfd).", ""),
+        ("mte-other-memory", "A memslot with other memory gives EINVAL.", ""),
+        ("mte-allows-the-copy", "Once it is enabled, the ioctl can copy tags.", ""),
     ),
     *_stated(
         CAPABILITY,
-        ("guest-memfd-after-mte", "A slot with a guest_memfd is answered by EINVAL.", ""),
-        ("guest-memfd-before-mte", "With such a slot, enabling is answered by EINVAL.", ""),
+        ("guest-memfd-after-mte", "A slot with a guest_memfd gives EINVAL.", ""),
+        ("guest-memfd-before-mte", "With such a slot, enabling it gives EINVAL.", ""),
         only="7.3",
     ),
     *_stated(
         PTRACE,
         ("ptrace-peek-and-poke", "Two requests read a process's tags and set them.", ""),
-        ("ptrace-format", "The buffer has one tag of four bits a byte, a granule each.", ""),
+        ("ptrace-format", "The buffer has one four-bit tag per byte, one per granule.", ""),
         ("ptrace-unaligned", "An address in the middle of a granule means that granule.", ""),
-        ("ptrace-count", "iov_len becomes the number of tags, less where memory ends.", ""),
+        ("ptrace-count", "iov_len becomes the number of tags, fewer if memory ends.", ""),
         ("ptrace-eio", "EIO: the process has no memory there; iov_len stays.", ""),
-        ("ptrace-efault", "EFAULT: the tracer has none for the buffer; iov_len stays.", ""),
+        ("ptrace-efault", "EFAULT: the tracer has no memory at the buffer; iov_len stays.", ""),
     ),
     *_stated(
         PTRACE,
@@ -115,7 +115,7 @@ NOT_PROVED = {
     ),
     "ptrace-eperm": (
         PTRACE,
-        "EPERM: a process that cannot be traced. It wants a tracer that lost its right to it in"
-        " between; a process that was never attached to is answered by ESRCH.",
+        "EPERM: a process that cannot be traced. It takes a tracer that has lost its right to it"
+        " in between; a process that was never attached to gives ESRCH.",
     ),
 }

@@ -1,8 +1,8 @@
-"""Makes calls on this machine's kernel for a host that compares the answers.
+"""Make calls on this machine's kernel for a host that compares the answers.
 
-On standard input one list of calls a line, as JSON: `["copy_tags", 0, …]` is that method of
-`Side`. On standard output the list of their answers. The first line out says what kind of
-kernel it is. Each list begins on a kernel without VMs and with fresh memory.
+Each line of standard input is a list of calls, as JSON: `["copy_tags", 0, …]` is that method of
+`Side`. The answers go to standard output, one list per line; the first line describes the
+kernel. Each list of calls begins without VMs and with fresh memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What kind of kernel a side is, found by trying; never by its version."""
+"""The kind of kernel that a side is, found by trying, never by its version."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _VM = 0
 
 
 def find_host(side: Side) -> Host:
-    """The host that behaves as this side does."""
+    """Return the host that behaves as this side does."""
     assert side.create_vm(_VM, 0) == 0
     host = Host(
         page_size_bytes=side.page_size_bytes,
@@ -34,7 +34,7 @@ def _va_bits(side: Side) -> int:
         if side.set_memslot(_VM, bits, 0, _IPA, page, (1 << bits) - page) == 0:
             side.set_memslot(_VM, bits, 0, _IPA, 0, 0)
             return bits
-    raise AssertionError("no address of a process is one for a memslot")
+    raise AssertionError("a memslot takes no address of a process")
 
 
 def _hugetlb_tags(side: Side) -> bool:

@@ -1,4 +1,4 @@
-"""VMs and copies, made in few words for tests that run on both sides."""
+"""Short ways to make VMs and copies, for tests that run on both sides."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ TO_GUEST, FROM_GUEST = uapi.KVM_ARM_TAGS_TO_GUEST, uapi.KVM_ARM_TAGS_FROM_GUEST
 
 
 def buffer_of(side: Side) -> int:
-    """Where the buffers for tags are: two pages, with nothing mapped behind them."""
+    """Return where the buffers for tags are: two pages, with nothing mapped after them."""
     return ARENA + 64 * side.page_size_bytes
 
 
 def guest(side: Side, kind: Kind = "private", n_pages: int = 4) -> None:
-    """VM 0 with MTE and memory of a kind (file 0), and a buffer with seed 0's bytes."""
+    """Make VM 0 with MTE and memory of a kind (file 0), and a buffer with seed 0's bytes."""
     page = side.page_size_bytes
     assert side.create_vm(0, 0) == 0
     assert side.enable_cap(0, uapi.KVM_CAP_ARM_MTE, 0, 0) == 0
@@ -29,14 +29,14 @@ def guest(side: Side, kind: Kind = "private", n_pages: int = 4) -> None:
 
 
 def read(side: Side, ipa: int) -> bytes:
-    """The tags of one page."""
+    """Read the tags of one page."""
     page, buffer = side.page_size_bytes, buffer_of(side)
     assert side.copy_tags(0, ipa, page, buffer, FROM_GUEST, [0, 0]) == page
     return side.contents(buffer, page // 16)
 
 
 def write(side: Side, ipa: int, seed: int) -> bytes:
-    """Tags of a seed onto one page; they are returned as they should be read."""
+    """Write the tags of a seed to one page; return them as they must read back."""
     page, buffer = side.page_size_bytes, buffer_of(side)
     assert side.fill(buffer, page // 16, seed) == page // 16
     assert side.copy_tags(0, ipa, page, buffer, TO_GUEST, [0, 0]) == page

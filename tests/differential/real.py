@@ -52,7 +52,7 @@ _PROTECTIONS = {
 }
 _PTRACE_TRACEME = 0
 _TRACES = {"peek": 33, "poke": 34}  # PTRACE_PEEKMTETAGS, PTRACE_POKEMTETAGS
-# The smallest huge pages that a kernel with such pages has.
+# The smallest huge pages of a kernel, by its page size.
 _HUGE_PAGES = {4096: 64 << 10, 16384: 2 << 20}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -66,9 +66,9 @@ def _ulong(value: int) -> ctypes.c_ulong:
 
 
 class RealSide:
-    """This process on its own kernel; a `Side`. Raises OSError where there is no KVM.
+    """This process on its own kernel; a `Side`. Raises OSError if there is no KVM.
 
-    `scrub` gives the tags of the kernel's free huge pages the value 0 before they are mapped.
+    `scrub` sets the tags of the kernel's free huge pages to 0 before they are mapped.
     """
 
     def __init__(self, *, scrub: bool = True) -> None:
@@ -83,7 +83,7 @@ class RealSide:
         self._reserve(_MAP_FIXED_NOREPLACE)
 
     def reset(self) -> int:
-        """Close everything and map the arenas anew."""
+        """Close everything and map the arenas again."""
         for vm in list(self._vms):
             self.close_vm(vm)
         for fd in self._files.values():
@@ -93,7 +93,7 @@ class RealSide:
         return 0
 
     def close(self) -> None:
-        """Give everything back, the arenas too."""
+        """Release everything, the arenas too."""
         self.reset()
         self.unmap(ARENA, ARENA_PAGES * self.page_size_bytes)
         os.close(self._kvm)
@@ -236,16 +236,16 @@ class RealSide:
         return self._mmap(address, size_bytes, _PROTECTIONS[protection], flags, fd, at)
 
     def _scrub(self, address: int, size_bytes: int, flags: int) -> None:
-        """Give the huge pages that are next in the kernel's pool tags of 0.
+        """Set the tags of the huge pages that are next in the kernel's pool to 0.
 
-        The kernel clears their memory, but not their tags: a page of tags written to one shows
-        those of its last user in the rest of it.
+        The kernel clears their memory, but not their tags: once a page of tags is written to one,
+        the rest of it shows those of its last user.
         """
         if self._mmap(address, size_bytes, 3, flags | mmap.MAP_POPULATE, -1, 0):
             return
         vm, buffer = -1, ctypes.create_string_buffer(size_bytes // 16)
         assert self.create_vm(vm, 0) == 0
-        # In this order older kernels allow it, too.
+        # In this order, older kernels allow it, too.
         assert self.set_memslot(vm, 0, 0, 0, size_bytes, address) == 0
         assert self.enable_cap(vm, uapi.KVM_CAP_ARM_MTE, 0, 0) == 0
         at = ctypes.addressof(buffer)
@@ -283,12 +283,12 @@ class RealSide:
             present, swapped = self._whereabouts(address, size_bytes)
             if answer or not present:
                 break
-            # A page that was new to another CPU goes when that has put it on the list of pages.
+            # A page that another CPU has just added goes once that CPU has put it on the LRU list.
             time.sleep(_PAGE_OUT_SECONDS)
         return _answer(answer) or swapped
 
     def _whereabouts(self, address: int, size_bytes: int) -> tuple[int, int]:
-        """How many pages the page tables have in memory, and on swap."""
+        """Return how many pages the page tables have in memory, and on swap."""
         entries = array("Q")
         with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:  # noqa: PTH123
             pagemap.seek(address // self.page_size_bytes * 8)
@@ -330,7 +330,7 @@ class RealSide:
     def _transfer(
         call: ctypes._NamedFuncPointer, data: ctypes.Array[ctypes.c_char], at: int, n: int
     ) -> int:
-        # By a system call, which answers where an access of our own would end the process.
+        # By a system call, which fails where a direct access would end the process.
         own = (ctypes.c_ulong * 2)(ctypes.addressof(data), n)
         other = (ctypes.c_ulong * 2)(at, n)
         one, none = ctypes.c_ulong(1), ctypes.c_ulong(0)
@@ -344,13 +344,13 @@ def _answer(result: int) -> int:
 def _ioctl(fd: int, request: int, argument: int | bytes) -> int:
     if fd < 0:
         return -errno.EBADF
-    # The C library's, which passes on any number as an address.
+    # The C library's ioctl passes on any number as an address.
     passed = argument if isinstance(argument, bytes) else _ulong(argument)
     return _answer(_libc.ioctl(fd, ctypes.c_ulong(request), passed))
 
 
 def _reserve_huge_pages(size_bytes: int) -> int:
-    """Ask the kernel for huge pages of a size; the size, or 0 where it has none."""
+    """Ask the kernel for huge pages of a size; return the size, or 0 if it has none."""
     path = f"/sys/kernel/mm/hugepages/hugepages-{size_bytes >> 10}kB/nr_hugepages"
     try:
         with open(path, "r+") as pool:  # noqa: PTH123

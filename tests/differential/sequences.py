@@ -1,7 +1,7 @@
-"""Sequences of calls, made by hypothesis as a program would make them, good ones and bad.
+"""Sequences of calls, valid and invalid, that hypothesis makes as a program would.
 
-Each call is answered by the emulated kernel at once, so that later ones can build on it; at the
-end of a sequence a real kernel is asked the same, and every answer must be equal.
+The emulated kernel answers each call at once, so later ones can build on it; at the end of a
+sequence, a real kernel answers the same calls, and every answer must be equal.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tests.differential.sides import ARENA, ARENA_PAGES, HUGE_ARENA, HUGE_PAGES
 
 Call = list[Any]
 Ask = Callable[[list[Call]], list[int]]
-"""Makes a list of calls on a real kernel that has nothing yet; the answers."""
+"""Makes a list of calls on a real kernel without VMs; returns the answers."""
 
 TO_GUEST, FROM_GUEST = uapi.KVM_ARM_TAGS_TO_GUEST, uapi.KVM_ARM_TAGS_FROM_GUEST
 DIRTY, READONLY = uapi.KVM_MEM_LOG_DIRTY_PAGES, uapi.KVM_MEM_READONLY
 
-# The arena in pages: guest memory first, then what buffers lie in, with nothing after it.
+# The arena in pages: guest memory first, then the buffers, with nothing after them.
 _GUEST_PAGES = 48
 _BUFFER_PAGE = 64
 _BUFFER_PAGES = 8
@@ -51,7 +51,7 @@ _features = st.sampled_from([0, 0, 1, 2, 2, 4, 6, 1 << 7, 1 << 20])
 
 
 class Differences(RuleBasedStateMachine):
-    """One sequence; `host` and `ask` are set by whoever runs it."""
+    """One sequence; the caller sets `host` and `ask`."""
 
     host: ClassVar[Host]
     ask: ClassVar[Ask]
@@ -66,14 +66,14 @@ class Differences(RuleBasedStateMachine):
         self.answers: list[int] = []
 
     def call(self, name: str, *words: Any) -> int:
-        """Make a call of the emulated kernel, and keep it for the real one."""
+        """Call the emulated kernel, and keep the call for the real one."""
         answer: int = getattr(self.side, name)(*words)
         self.calls.append([name, *words])
         self.answers.append(answer)
         return answer
 
     def teardown(self) -> None:
-        """Look at all tags, then ask the real kernel."""
+        """Read all tags, then make the same calls on the real kernel."""
         for vm in sorted(self.side.vms):
             for slot in self.side.vms[vm].memslots:
                 self._read_back(vm, slot)
@@ -100,7 +100,7 @@ class Differences(RuleBasedStateMachine):
         self.call("copy_tags", vm, ipa, n_pages * self.page, address, flags, [0, 0])
 
     def _read_back(self, vm: int, slot: Slot) -> None:
-        """All tags of a slot, page by page where a copy stops."""
+        """Read all tags of a slot; where a copy fails, go on at the next page."""
         at, end = slot.ipa, min(slot.end, slot.ipa + 64 * self.page)
         while at < end:
             self.call("map", self._buffer(), self.page * 4, "private", "rw", -1, 0)
@@ -120,7 +120,7 @@ class Differences(RuleBasedStateMachine):
         tagged=st.booleans(),
     )
     def begin(self, mte: str, two: bool, kinds: list[tuple[str, str, int]], tagged: bool) -> None:
-        """VMs with some memory, and a buffer."""
+        """Make VMs with some memory, and a buffer."""
         vms = (0, 1) if two else (0,)
         for vm in vms:
             self.call("create_vm", vm, 0)
@@ -141,7 +141,7 @@ class Differences(RuleBasedStateMachine):
                 self._copy(0, self._ipa(number * 8), 8, TO_GUEST, self._buffer())
 
     def _map(self, address: int, n_pages: int, kind: str, protection: str, at: int = 0) -> None:
-        """Memory of a kind; there is one file in memory and one on a disk."""
+        """Map memory of a kind; there is one file in memory and one on a disk."""
         file = {"file": 0, "disk": 1}.get(kind.removesuffix("-private"), -1)
         if file >= 0 and file not in self.side._files:
             size = 6 * self.page
@@ -156,7 +156,7 @@ class Differences(RuleBasedStateMachine):
         vm=st.integers(0, 3), kind=st.sampled_from([0, 0, 31, 32, 36, 40, 48, 52, 53, 256, 1 << 31])
     )
     def create_vm(self, vm: int, kind: int) -> None:
-        """A VM with addresses of some size, or an impossible one."""
+        """Create a VM with addresses of some size, or of an impossible one."""
         if vm not in self.side.vms:
             self.call("create_vm", vm, kind)
             self.call("check_extension", vm, _MTE)
@@ -168,7 +168,7 @@ class Differences(RuleBasedStateMachine):
         argument=st.sampled_from([0, 0, 7]),
     )
     def enable(self, vm: int, capability: int, flags: int, argument: int) -> None:
-        """A capability, before or after vCPUs."""
+        """Enable a capability, before or after vCPUs."""
         self.call("enable_cap", vm, capability, flags, argument)
 
     @precondition(lambda self: any(len(vm._vcpus) < 2 for vm in self.side.vms.values()))
@@ -181,9 +181,9 @@ class Differences(RuleBasedStateMachine):
     def create_vcpus(
         self, vm: int, numbers: list[int], cores: list[int], features: list[int]
     ) -> None:
-        """vCPUs, perhaps one that is there, or beyond what the host can, or unlike others.
+        """Create vCPUs, perhaps one that exists, or beyond the host's limit, or unlike others.
 
-        They are powered off, AArch32, nested, or of an unknown feature.
+        They are powered off, AArch32, nested, or have an unknown feature.
         """
         for number in numbers:
             self.call("create_vcpu", vm, number)
@@ -193,7 +193,7 @@ class Differences(RuleBasedStateMachine):
     @precondition(lambda self: any(vm._vcpus for vm in self.side.vms.values()))
     @rule(vm=_vms, number=st.sampled_from([0, 0, 0, 1, 511]), features=_features)
     def init_vcpu(self, vm: int, number: int, features: int) -> None:
-        """A vCPU anew."""
+        """Initialize a vCPU again."""
         self.call("init_vcpu", vm, number, uapi.KVM_ARM_TARGET_GENERIC_V8, features)
 
     # --- memory ---------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class Differences(RuleBasedStateMachine):
         offset=st.integers(0, _FILE_PAGES - 1),
     )
     def map_memory(self, at: int, n: int, kind: str, protection: str, offset: int) -> None:
-        """Memory of any kind, also over what is there and beyond the end of its file."""
+        """Map memory of any kind, also over other mappings and beyond the end of its file."""
         self._map(ARENA + at * self.page, n, kind, protection, offset)
 
     @precondition(lambda self: self.side._files)
@@ -218,7 +218,7 @@ class Differences(RuleBasedStateMachine):
         again=st.booleans(),
     )
     def change_file(self, file: int, size: int, hole: bool, n: int, again: bool) -> None:
-        """A hole punched into a file, or another size of it, or cut off and grown again."""
+        """Punch a hole into a file, or resize it, or cut it off and grow it again."""
         if file in self.side._files:
             if hole and n:
                 self.call("punch", file, size * self.page, n * self.page)
@@ -233,7 +233,7 @@ class Differences(RuleBasedStateMachine):
         what=st.sampled_from(["unmap", "discard", "none", "r", "rw"]),
     )
     def change_memory(self, at: int, n: int, what: str) -> None:
-        """Memory unmapped, dropped or protected behind the VM's back."""
+        """Unmap, discard or protect memory behind the VM's back."""
         address, size = ARENA + at * self.page, n * self.page
         if what in ("unmap", "discard"):
             self.call(what, address, size)
@@ -242,7 +242,7 @@ class Differences(RuleBasedStateMachine):
 
     @rule(at=st.integers(0, 31), n=_some_pages, seed=st.integers(0, 255), which=st.integers(0, 31))
     def touch(self, at: int, n: int, seed: int, which: int) -> None:
-        """Memory of the guest written to by the process: private pages of a file are copied."""
+        """Write to guest memory from the process: private pages of a file are copied."""
         slots = self._slots()
         address = slots[which % len(slots)][1].address if slots else ARENA
         self.call("fill", address + at % 8 * self.page, n * self.page, seed)
@@ -250,7 +250,7 @@ class Differences(RuleBasedStateMachine):
     @precondition(lambda self: self.host.hugepage_bytes)
     @rule(first=st.integers(0, HUGE_PAGES - 1), n=st.integers(1, 2), vm=_vms, slot=_slot_ids)
     def map_huge(self, first: int, n: int, vm: int, slot: int) -> None:
-        """Huge pages, and a memslot of them."""
+        """Map huge pages, and set a memslot of them."""
         n = min(n, HUGE_PAGES - first)
         huge = self.host.hugepage_bytes
         address, size = HUGE_ARENA + first * huge, n * huge
@@ -271,7 +271,7 @@ class Differences(RuleBasedStateMachine):
         at=st.integers(0, _GUEST_PAGES - 1),
     )
     def set_memslot(self, vm: int, slot: int, flags: int, ipa: int, n: int, at: int) -> None:
-        """A memslot, new or changed, with or without memory behind it."""
+        """Set a memslot, new or changed, with or without memory behind it."""
         address = ARENA + at * self.page
         self.call("set_memslot", vm, slot, flags, self._ipa(ipa), n * self.page, address)
 
@@ -286,7 +286,7 @@ class Differences(RuleBasedStateMachine):
         by=st.integers(-9, 9),
     )
     def change_memslot(self, which: int, change: str, by: int) -> None:
-        """A memslot that is there: removed, moved, its logging switched, or what is refused."""
+        """Remove or move a memslot, switch its logging, or make a change that is refused."""
         vm, slot = (slots := self._slots())[which % len(slots)]
         flags, ipa, size = slot.flags, slot.ipa, slot.size_bytes
         if change == "remove":
@@ -304,7 +304,7 @@ class Differences(RuleBasedStateMachine):
     @precondition(lambda self: any(slot.flags & DIRTY for _, slot in self._slots()))
     @rule()
     def stop_logging(self) -> None:
-        """Dirty logging off everywhere, as at the end of a migration."""
+        """Turn off dirty logging everywhere, as at the end of a migration."""
         for vm, slot in self._slots():
             if slot.flags & DIRTY:
                 words = (slot.flags & ~DIRTY, slot.ipa, slot.size_bytes, slot.address)
@@ -324,7 +324,7 @@ class Differences(RuleBasedStateMachine):
     def odd_memslot(
         self, vm: int, slot: int, flags: int, ipa: int, size: int, address: int, off: int
     ) -> None:
-        """What is at or over some limit."""
+        """Set a memslot at or over some limit."""
         ipa = min(ipa + off, (1 << 64) - 1)
         answer = self.call("set_memslot", vm, slot, flags, ipa, size, address)
         if answer == 0 and size:
@@ -340,13 +340,13 @@ class Differences(RuleBasedStateMachine):
         at=st.sampled_from([0, 0, 0, 1, 3, 8, 100]),
     )
     def write_tags(self, vm: int, ipa: int, n: int, seed: int, at: int) -> None:
-        """Tags into the guest, high bits and all, across whatever lies there."""
+        """Write tags to the guest, with high bits, across whatever lies there."""
         self.call("fill", self._buffer(), 2 * self.page, seed)
         self._copy(vm, self._ipa(ipa), n, TO_GUEST, self._buffer() + at)
 
     @rule(vm=_vms, ipa=st.integers(0, 47), n=_some_pages, at=st.sampled_from([0, 0, 0, 1, 3, 100]))
     def read_tags(self, vm: int, ipa: int, n: int, at: int) -> None:
-        """Tags out of the guest; nothing but the buffer may change."""
+        """Read tags from the guest; nothing but the buffer may change."""
         self.call("fill", self._buffer(), 2 * self.page, 0)
         self._copy(vm, self._ipa(ipa), n, FROM_GUEST, self._buffer() + at)
         self.call("peek", self._buffer(), 2 * self.page)
@@ -360,7 +360,7 @@ class Differences(RuleBasedStateMachine):
         seed=st.integers(0, 255),
     )
     def copy_at_slot(self, which: int, first: int, n: int, flags: int, seed: int) -> None:
-        """A copy at a memslot, over its ends too."""
+        """Copy at a memslot, across its ends too."""
         vm, slot = (slots := self._slots())[which % len(slots)]
         self.call("fill", self._buffer(), 2 * self.page, seed)
         self._copy(vm, max(slot.ipa + first * self.page, 0), n, flags, self._buffer())
@@ -378,7 +378,7 @@ class Differences(RuleBasedStateMachine):
     def copy_with_edge(
         self, vm: int, ipa: int, n: int, flags: int, back: int, behind: str, tag: int
     ) -> None:
-        """A buffer that ends, or changes what is allowed, in the middle of a copy."""
+        """Copy with a buffer that ends, or changes its protection, in the middle."""
         edge = self._buffer(4)
         self.call("map", self._buffer(2), 4 * self.page, "private", "rw", -1, 0)
         self.call("fill", self._buffer(2), 4 * self.page, back & 255)
@@ -400,7 +400,7 @@ class Differences(RuleBasedStateMachine):
         ),
     )
     def copy_with_bad_buffer(self, vm: int, ipa: int, flags: int, address: int) -> None:
-        """A buffer where none is."""
+        """Copy with a buffer at a bad address."""
         self._copy(vm, self._ipa(ipa), 1, flags, address)
 
     @rule(
@@ -416,7 +416,7 @@ class Differences(RuleBasedStateMachine):
     def odd_copy(
         self, vm: int, ipa: int, off: int, length: int, flags: int, reserved: list[int]
     ) -> None:
-        """Arguments at and over every limit."""
+        """Copy with arguments at and over every limit."""
         ipa = min(ipa + off, (1 << 64) - 1)
         self.call("fill", self._buffer(), _BUFFER_PAGES * self.page, 9)
         self.call("copy_tags", vm, ipa, length, self._buffer(), flags, reserved)
@@ -424,24 +424,24 @@ class Differences(RuleBasedStateMachine):
 
     @rule(vm=_vms, address=st.sampled_from([0, 1 << 47, 1 << 63]))
     def copy_without_struct(self, vm: int, address: int) -> None:
-        """No struct to read, and each check that comes before."""
+        """Copy without a readable struct: only the checks before it can answer."""
         self.call("copy_tags_at", vm, address)
 
     @precondition(lambda self: self.may_fork)
     @rule(vm=_vms, ipa=st.integers(0, 7), off=st.sampled_from([0, 1]))
     def copy_by_child(self, vm: int, ipa: int, off: int) -> None:
-        """Another process with the same VM."""
+        """Copy from another process with the same VM."""
         words = (self._ipa(ipa) + off, self.page, self._buffer(), FROM_GUEST)
         self.call("copy_tags_in_child", vm, *words)
 
     @property
     def may_fork(self) -> bool:
-        """Seldom: it is slow."""
+        """Whether a fork is due: seldom, as it is slow."""
         return len(self.calls) % 7 == 0
 
     @rule(which=_pages, n=_some_pages, flags=st.sampled_from([TO_GUEST, FROM_GUEST]), to=_pages)
     def copy_within_guest_memory(self, which: int, n: int, flags: int, to: int) -> None:
-        """A buffer in memory that is a guest's own."""
+        """Copy with a buffer in the guest's own memory."""
         self._copy(0, self._ipa(which), n, flags, ARENA + to * self.page)
         self.call("peek", ARENA + to * self.page, self.page)
 

@@ -24,7 +24,7 @@ def copy(side: Side, ipa: int, length: int, direction: int, reserved: int = 0) -
 
 
 def untouched(side: Side, at: int, n_bytes: int) -> bool:
-    """Whether a part of the buffer has the bytes that `guest` gave it."""
+    """Return whether a part of the buffer has the bytes that `guest` gave it."""
     return side.contents(buffer_of(side) + at, n_bytes) == pattern(n_bytes, 0)
 
 
@@ -85,14 +85,14 @@ def test_copy_length_limit(side: Side, direction: int) -> None:
     page = side.page_size_bytes
     assert copy(side, IPA, LENGTH_MAX, direction) == -errno.EINVAL
     assert copy(side, IPA, (1 << 32) + page, direction) == -errno.EINVAL
-    # The longest is no wrong argument: it goes as far as memory and buffer do.
+    # The longest is a valid argument: the copy goes as far as memory and buffer do.
     assert copy(side, IPA, LENGTH_MAX - page, direction) == 4 * page
 
 
 def test_copy_buffer(side: Side) -> None:
     guest(side)
     page, buffer = side.page_size_bytes, buffer_of(side)
-    # It may begin anywhere.
+    # It can begin anywhere.
     side.fill(buffer + 13, page // 16, 7)
     assert side.copy_tags(0, IPA, page, buffer + 13, TO_GUEST, [0, 0]) == page
     tags = bytes(tag & 0xF for tag in pattern(page // 16, 7))
@@ -100,7 +100,7 @@ def test_copy_buffer(side: Side) -> None:
     assert side.copy_tags(0, IPA, page, buffer + 101, FROM_GUEST, [0, 0]) == page
     assert untouched(side, 0, 101)
     assert side.contents(buffer + 101, page // 16) == tags
-    # What is given is only read.
+    # A copy to the guest only reads it.
     side.fill(buffer, page // 16, 3)
     copy(side, IPA, page, TO_GUEST)
     assert side.contents(buffer, page // 16) == pattern(page // 16, 3)
@@ -125,7 +125,7 @@ def test_copy_buffer_size(side: Side) -> None:
         assert copy(side, IPA, n_pages * page, FROM_GUEST) == n_pages * page
         assert side.contents(buffer_of(side), tags) == bytes(tags)
         assert untouched(side, tags, page - tags)
-    # So many bytes are enough, at the very end of what is mapped too.
+    # That many bytes are enough, even at the very end of the mapped memory.
     end = buffer_of(side) + 2 * page
     for direction in (TO_GUEST, FROM_GUEST):
         assert side.copy_tags(0, IPA, page, end - page // 16, direction, [0, 0]) == page
@@ -156,7 +156,7 @@ def test_copy_format_of_ptrace(side: Side) -> None:
 def test_copy_einval(side: Side, direction: int) -> None:
     guest(side)
     page = side.page_size_bytes
-    # Before it is looked at whether there is memory, of any size.
+    # This is checked before the memory, whatever the length.
     assert copy(side, NO_MEMORY + 1, page, direction) == -errno.EINVAL
     assert copy(side, NO_MEMORY, page + 1, direction) == -errno.EINVAL
     assert copy(side, NO_MEMORY, page, direction | 2) == -errno.EINVAL
@@ -171,7 +171,7 @@ def test_copy_efault(side: Side, direction: int) -> None:
     assert copy(side, NO_MEMORY, page, direction) == -errno.EFAULT
     assert side.copy_tags(0, IPA, page, end, direction, [0, 0]) == -errno.EFAULT
     assert side.copy_tags_at(0, end) == -errno.EFAULT
-    # Guest memory that its VMM has no longer.
+    # Guest memory that its VMM no longer has.
     side.unmap(ARENA, page)
     assert copy(side, IPA, page, direction) == -errno.EFAULT
 
@@ -189,7 +189,7 @@ def test_copy_error_before_data(side: Side, direction: int) -> None:
 def test_copy_error_after_data(side: Side, direction: int) -> None:
     guest(side, n_pages=3)
     page = side.page_size_bytes
-    # Memory ends, and then the buffer does.
+    # First the memory ends, then the buffer.
     assert copy(side, IPA + page, 4 * page, direction) == 2 * page
     middle = buffer_of(side) + 2 * page - page // 16
     assert side.copy_tags(0, IPA, 2 * page, middle, direction, [0, 0]) == page
@@ -210,7 +210,7 @@ def test_mte_capability(side: Side) -> None:
     side.create_vm(0, 0)
     assert side.check_extension(0, MTE) == 1
     assert side.enable_cap(0, MTE, 0, 0) == 0
-    # It has no parameters.
+    # The capability has no parameters.
     assert side.enable_cap(0, MTE, 1, 0) == -errno.EINVAL
 
 
@@ -244,11 +244,11 @@ def test_mte_refuses_aarch32_vcpus(side: Side, host: Host, psci: int) -> None:
     for vm in (0, 1):
         side.create_vm(vm, 0)
     assert side.enable_cap(0, MTE, 0, 0) == 0
-    # What fails is making it one, not the vCPU; which may still become another.
+    # The vCPU can be created, but not be made an AArch32 one; it can still become another kind.
     assert side.create_vcpu(0, 0) == 0
     assert side.init_vcpu(0, 0, target, aarch32) == -errno.EINVAL
     assert side.init_vcpu(0, 0, target, psci) == 0
-    # In the other order there is no MTE, and no reason against it.
+    # In the other order, AArch32 is possible and MTE is not.
     assert side.create_vcpu(1, 0) == 0
     assert side.init_vcpu(1, 0, target, aarch32) == 0
     assert side.enable_cap(1, MTE, 0, 0) == -errno.EINVAL
@@ -273,7 +273,7 @@ def test_mte_swap(side: Side) -> None:
     expected = {IPA + n * page: write(side, IPA + n * page, n + 1) for n in range(4)}
     assert side.page_out(ARENA, 4 * page) == 4
     assert {ipa: read(side, ipa) for ipa in expected} == expected
-    # Tags that are written to memory on swap are kept the next time.
+    # Tags that are written to memory on swap are kept when it is swapped out again.
     assert side.page_out(ARENA, 4 * page) == 4
     expected[IPA + page] = write(side, IPA + page, 11)
     assert side.page_out(ARENA, 4 * page) == 4
@@ -286,7 +286,7 @@ def test_mte_migration(side: Side) -> None:
     guest(side)
     side.fill(ARENA, page, 9)
     tags = write(side, IPA, 1)
-    # Another VM with the same data in its memory has not the same tags, until it is given them.
+    # Another VM with the same data in its memory does not have the tags until they are written.
     other = ARENA + 16 * page
     side.create_vm(1, 0)
     assert side.enable_cap(1, MTE, 0, 0) == 0
@@ -306,7 +306,7 @@ def test_mte_migration(side: Side) -> None:
 
 @pytest.mark.parametrize("kind", ["private", "shared"])
 def test_mte_anonymous_memory(side: Side, kind: Kind) -> None:
-    """But for huge pages: before 6.13 they are refused, anonymous or not (test_found)."""
+    """Except for huge pages: before 6.13 they are refused, anonymous or not (test_found)."""
     guest(side, kind)
     tags = write(side, IPA, 1)
     assert read(side, IPA) == tags
@@ -326,7 +326,7 @@ def test_mte_other_memory(side: Side, kind: Kind) -> None:
     side.create_file(1, "disk", 4 * page)
     side.map(ARENA + 16 * page, 4 * page, kind, "rw", 1, 0)
     assert side.set_memslot(0, 1, 0, 1 << 33, 4 * page, ARENA + 16 * page) == -errno.EINVAL
-    # A part of it is enough.
+    # A part of such memory is enough.
     side.map(ARENA + 15 * page, page, "private", "rw", -1, 0)
     assert side.set_memslot(0, 1, 0, 1 << 33, 2 * page, ARENA + 15 * page) == -errno.EINVAL
     assert side.set_memslot(0, 1, 0, 1 << 33, page, ARENA + 15 * page) == 0
@@ -359,7 +359,7 @@ def test_guest_memfd_before_mte(side: Side, host: Host) -> None:
     assert made == 0
     assert side.set_guest_memfd_slot(0, 1, 1 << 33, page, ARENA + 16 * page, 1) == 0
     assert side.enable_cap(0, MTE, 0, 0) == -errno.EINVAL
-    # Without that slot nothing is in the way.
+    # Without that slot, MTE can be enabled.
     assert side.set_memslot(0, 1, 0, 1 << 33, 0, 0) == 0
     assert side.enable_cap(0, MTE, 0, 0) == 0
 
@@ -368,7 +368,7 @@ def test_guest_memfd_before_mte(side: Side, host: Host) -> None:
 
 
 def traced(side: Side) -> int:
-    """The buffer, beside a page that others share and may have tags, in the arena's first."""
+    """Map a shared page that can have tags at the arena's start; return the buffer."""
     page = side.page_size_bytes
     assert side.create_file(0, "memory", page) == 0
     assert side.map(ARENA, page, "file", "rw-mte", 0, 0) == 0
@@ -394,7 +394,7 @@ def test_ptrace_format(side: Side) -> None:
     n = side.page_size_bytes // 16
     side.fill(buffer, n, 1)
     assert side.trace_tags("poke", ARENA, buffer, n) == n
-    # The tag of each granule is the byte of its number, its high bits dropped.
+    # A granule's tag is the byte with its number, without the high bits.
     for granule in (0, 1, n // 2, n - 1):
         assert side.trace_tags("peek", ARENA + 16 * granule, buffer, 1) == 1
         assert side.contents(buffer, 1)[0] == pattern(n, 1)[granule] & 0xF
@@ -416,7 +416,7 @@ def test_ptrace_count(side: Side, request_: str) -> None:
     page = side.page_size_bytes
     n = page // 16
     assert _trace(side, request_, ARENA, buffer, n) == n
-    # The process's memory ends, and then the buffer does.
+    # First the process's memory ends, then the buffer.
     assert _trace(side, request_, ARENA, buffer, n + 8) == n
     assert _trace(side, request_, ARENA + page - 32, buffer, 8) == 2
     assert _trace(side, request_, ARENA, buffer + page - 24, 64) == 24
@@ -437,7 +437,7 @@ def test_ptrace_efault(side: Side, request_: str) -> None:
 
 @pytest.mark.parametrize("request_", ["peek", "poke"])
 def test_ptrace_untagged(side: Side, request_: str) -> None:
-    """Also where the text promises EOPNOTSUPP, Linux 6.12's, the answer is EIO."""
+    """Even where the text promises EOPNOTSUPP, on Linux 6.12, the answer is EIO."""
     buffer = traced(side)
     side.map(ARENA + side.page_size_bytes, side.page_size_bytes, "private", "rw", -1, 0)
     side.fill(ARENA + side.page_size_bytes, 16, 1)

@@ -1,4 +1,4 @@
-"""What kind of kernel one is, found by trying, is what it was made as."""
+"""The kind of kernel that is found by trying is the kind that is emulated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guests in files answer as the emulated kernel, which answers as real ones do."""
+"""Guests in files answer like the emulated kernel, which answers like real ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _copies = st.lists(
 
 
 def _slots(layout: list[tuple[int, int, bool]], page: int) -> list[Memslot]:
-    """Memslots, each some pages behind the last: (gap, size, read-only); at least one."""
+    """Return memslots, each some pages after the last: (gap, size, read-only); at least one."""
     at, slots = _BASE, []
     for number, (gap, n_pages, readonly) in enumerate(layout or [(0, 1, False)]):
         at += gap * page

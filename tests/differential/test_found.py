@@ -1,4 +1,4 @@
-"""Where the emulated kernel once answered otherwise than a real one, one test each.
+"""Cases in which the emulated kernel once answered unlike a real one, one test each.
 
 They run on the emulator and, in the lab, on real kernels.
 """
@@ -83,7 +83,7 @@ def test_memory_that_cannot_have_tags_is_looked_at_with_the_memslot_only(side: S
     assert read(side, IPA + page) == bytes(page // 16)
     tags = write(side, IPA, 3)
     assert read(side, IPA) == tags
-    # A change of the slot is refused from now on, its removal is not.
+    # From now on, a change of the slot is refused; its removal is not.
     flags = uapi.KVM_MEM_LOG_DIRTY_PAGES
     assert side.set_memslot(0, 0, flags, IPA, 4 * page, ARENA) == -errno.EINVAL
     assert side.set_memslot(0, 0, 0, IPA, 0, ARENA) == 0

@@ -1,4 +1,4 @@
-"""Faults in front of a guest: where they fire, what the answer is, and what has been done then."""
+"""Faults in front of a guest: where they fire, what they answer, and what was done before."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tags(n_pages: int, tag: int = 7) -> Tags:
 
 
 def answer(guest: FaultyGuest, direction: str, page: int, n_pages: int) -> int | str:
-    """The pages that were copied, or the errno by name, or "lost"."""
+    """Copy pages; return how many were copied, the errno's name, or "lost"."""
     copy = guest.read_tags if direction == "read" else guest.write_tags
     try:
         return copy(BASE + page * PAGE, tags(n_pages)) // PAGE
@@ -161,7 +161,7 @@ def test_what_was_completed_before_a_fault_counts() -> None:
 
 def test_an_errno_heals_once_it_was_given() -> None:
     guest = faulty(Fault(Fail(errno.EFAULT), after=4, times=1))
-    # The short copy is not yet the fault: who asks there again is to learn why.
+    # The short copy is not the fault yet: the next copy there must show the errno.
     assert [answer(guest, "read", 0, 8), answer(guest, "read", 4, 4)] == [4, "EFAULT"]
     assert answer(guest, "read", 4, 4) == 4
 
@@ -176,7 +176,7 @@ def test_a_guest_that_vanished_is_gone() -> None:
     inner = FakeGuest(SLOTS)
     guest = faulty(Fault(Vanish(), on="write", after=3), guest=inner)
     assert answer(guest, "write", 0, 8) == "lost"
-    # What had been written is in the memory of a VM that nobody has any more.
+    # The tags written before are in the memory of a VM that is gone.
     assert np.count_nonzero(inner.memory[BASE]) == 3 * PAGE // GRANULE_BYTES
     assert answer(guest, "read", 0, 1) == "lost"
     for call in (guest.info, guest.paused, guest.freeze, guest.enable_mte):
@@ -197,7 +197,7 @@ def test_the_guests_own_answers_come_first() -> None:
     inner.lost_after_reads = 0
     assert answer(guest, "read", 0, 1) == "lost"
     huge = np.broadcast_to(np.uint8(0), (COPY_LENGTH_MAX // GRANULE_BYTES + 1,))
-    # This guest takes any length, and is the one to say so.
+    # This guest takes any length, and its answer is the one that counts.
     assert guest.write_tags(BASE, huge) == N_PAGES * PAGE
 
 
@@ -217,7 +217,7 @@ def test_the_guests_own_answers_come_first() -> None:
 def test_a_write_of_nothing_is_refused_where_every_write_is(
     fault: Fault, number: int | None
 ) -> None:
-    """And counts as none: whoever only asks changes nothing."""
+    """It does not count as a write: asking changes nothing."""
     guest = faulty(fault)
     for _ in range(2):
         if number is None:

@@ -18,7 +18,7 @@ PAGE = 4096
 
 
 def told_later(copy: Callable[[], int]) -> Pending:
-    """A copy that was made; what came of it is told by the call of the result."""
+    """Copy now; a call of the result returns or raises what came of it."""
     try:
         done = copy()
     except (OSError, GuestLostError) as error:
@@ -68,7 +68,7 @@ class FakeGuest(Guest):
 
     def info(self) -> GuestInfo:
         if not self.layout_known:
-            raise LayoutUnknownError("nobody knows the layout")
+            raise LayoutUnknownError("the layout is unknown")
         return GuestInfo("fake:1", True, self.page_size_bytes, self.slots)
 
     def freeze(self) -> None:
@@ -147,11 +147,11 @@ class FakeGuest(Guest):
         return self._copy(ipa, np.asarray(tags), fails, write)
 
     def begin_read(self, ipa: int, out: TagBuffer) -> Pending:
-        """Read at once, and told later; as the kernel may have it."""
+        """Read at once and report later, as the kernel can do it."""
         return told_later(lambda: self.read_tags(ipa, out))
 
     def begin_write(self, ipa: int, tags: TagBuffer) -> Pending:
-        """Written at once, and told later."""
+        """Write at once and report later."""
         return told_later(lambda: self.write_tags(ipa, tags))
 
     def _copy(

@@ -1,4 +1,4 @@
-"""What `mtetool exec` looks at before it starts anything."""
+"""What `mtetool exec` checks before it starts anything."""
 
 from __future__ import annotations
 

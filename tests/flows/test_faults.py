@@ -1,4 +1,4 @@
-"""Whatever faults a guest has: tags are exact or reported, and the status says so."""
+"""Whatever faults a guest has, tags are exact or reported, and the status says so."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SLOTS = (
     Memslot(2, BASE + 48 * PAGE, 8 * PAGE, readonly=None),
 )
 END = SLOTS[-1].end
-# About a page, about the whole VM, those of a moment, and one that no kernel gives here.
+# Errnos of a page, of the whole VM, transient ones, and one that no kernel gives here.
 ERRNOS = (
     errno.EFAULT,
     errno.EBUSY,
@@ -77,7 +77,7 @@ some_faults = st.lists(faults(), max_size=4)
 
 
 def guest_with_tags(seed: int) -> FakeGuest:
-    # Four pages a copy, so that a small guest takes many.
+    # Four pages per copy, so a small guest takes many copies.
     guest = FakeGuest(SLOTS, max_copy_granules=4 * PAGE // GRANULE_BYTES)
     random = np.random.default_rng(seed)
     for tags in guest.memory.values():
@@ -108,7 +108,7 @@ R = TypeVar("R")
 
 
 def tried(work: Callable[[], R]) -> R | MtetoolError:
-    """What came of it, or the error that ended it."""
+    """Return the result of `work`, or the error that ended it."""
     try:
         return work()
     except MtetoolError as error:

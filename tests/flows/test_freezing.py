@@ -1,4 +1,4 @@
-"""A frozen guest, and an output that takes what it is given slowly or not at all."""
+"""A frozen guest, and an output that takes data slowly or not at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 @contextmanager
 def pipe() -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """A pipe of one page: its ends to read from and to write to."""
+    """A pipe of one page: its read end and its write end."""
     reading, writing = os.pipe()
     fcntl.fcntl(writing, _F_SETPIPE_SZ, 4096)
     with open(reading, "rb") as source, open(writing, "wb", 0) as sink:  # noqa: PTH123
@@ -29,7 +29,7 @@ def pipe() -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 def test_a_reader_that_does_not_read_does_not_hold_a_frozen_guest() -> None:
-    # Room for some of it, and none for more.
+    # There is room for the first write, and none for more.
     with pipe() as (_, sink):
         spool = Spool(sink, 8192, 0)
         spool.hurry()
@@ -42,7 +42,7 @@ def test_a_reader_that_does_not_read_does_not_hold_a_frozen_guest() -> None:
 
 
 def test_a_reader_that_reads_now_and_then_does_not_either() -> None:
-    # It takes a byte whenever nothing more fits in, for as long as there is something.
+    # The reader takes a byte now and then, for as long as there is one.
     with pipe() as (source, sink):
         spool = Spool(sink, 0, 0)
         spool.hurry()
@@ -82,7 +82,7 @@ def test_a_reader_that_reads_gets_all_of_it() -> None:
 
 
 def test_no_guest_waits_before_it_is_stopped_and_after() -> None:
-    # Whoever reads begins late: what is not hurried waits for it.
+    # The reader begins late: writes that are not hurried wait for it.
     with pipe() as (source, sink):
         got: list[bytes] = []
         late = threading.Timer(1.5, lambda: got.append(source.read()))

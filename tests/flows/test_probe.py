@@ -1,4 +1,4 @@
-"""What the facts of a host come to."""
+"""The verdicts on a host, from its facts."""
 
 from __future__ import annotations
 

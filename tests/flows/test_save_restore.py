@@ -1,4 +1,4 @@
-"""What is saved comes back, exactly; what does not is reported."""
+"""Saved tags come back exactly; tags that do not are reported."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def guest_with_tags(
 
 
 def scramble(guest: FakeGuest, seed: int) -> None:
-    """Random tags in every second page, one tag in the others."""
+    """Set random tags in every second page, one tag in the others."""
     random = np.random.default_rng(seed)
     for tags in guest.memory.values():
         pages = tags.reshape(-1, 256)
@@ -152,7 +152,7 @@ def test_ranges_touch_nothing_else(ranges: list[tuple[int, int]]) -> None:
 
 
 def with_holes(*holes: int) -> tuple[FakeGuest, bytes]:
-    """A guest of two 64K pages, and its snapshot, which lacks some pages of 4K."""
+    """A guest of two 64K pages, and its snapshot, which lacks some 4K pages."""
     bad = {BASE + n * PAGE for n in holes}
     source = FakeGuest((Memslot(0, BASE, 2 * 65536),), bad=bad.__contains__)
     scramble(source, 1)
@@ -162,7 +162,7 @@ def with_holes(*holes: int) -> tuple[FakeGuest, bytes]:
 
 
 def test_pieces_cut_inside_a_page_of_the_target() -> None:
-    """From a pipe nobody knows before: such a page keeps the guest's tags where one is missing."""
+    """From a pipe, this is not known before: where tags are missing, the page keeps the guest's."""
     holes = (0, 5, 15, 16, 20)
     source, snapshot = with_holes(*holes)
     target = FakeGuest(source.slots, 65536)
@@ -290,7 +290,7 @@ def test_what_cannot_be_written_is_reported() -> None:
 
 
 class Late(FakeGuest):
-    """Copies only when it is waited for."""
+    """Copies only when the result is waited for."""
 
     def begin_read(self, ipa: int, out: TagBuffer) -> Pending:
         return partial(self.read_tags, ipa, out)
@@ -305,7 +305,7 @@ class Late(FakeGuest):
 def test_a_later_record_counts_while_an_earlier_one_is_still_written(
     kind: type[FakeGuest], makes_pages: bool, n_zeros: int
 ) -> None:
-    """No page of the guest had a tag when the later one, of zeros, came."""
+    """No page of the guest had a tag when the later record, of zeros, came."""
     slots = (Memslot(0, BASE, 8 * PAGE),)
     out = io.BytesIO()
     info = FakeGuest(slots).info()
@@ -328,7 +328,7 @@ def test_a_later_record_counts_while_an_earlier_one_is_still_written(
 
 
 class Signalled(FakeGuest):
-    """Meets a signal as soon as its first write was begun, while the kernel is at it."""
+    """Gets a signal as soon as its first write was begun, while the kernel is copying."""
 
     def begin_write(self, ipa: int, tags: TagBuffer) -> Pending:
         super().begin_write(ipa, tags)
@@ -344,7 +344,7 @@ def test_a_signal_right_after_the_first_write_was_begun() -> None:
 
 
 class Forgetful(FakeGuest):
-    """Says that it wrote, and did not."""
+    """Claims to have written, and did not."""
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
         return len(as_bytes(tags)) * GRANULE_BYTES
@@ -401,7 +401,7 @@ def test_a_cut_snapshot(again: bool) -> None:
 
 @pytest.mark.parametrize("again", [True, False])
 def test_tags_that_cannot_be_decompressed(monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
-    """The checksum is right, and what is behind it is not."""
+    """The checksum is right, and the data under it is not."""
     snapshot, _ = saved(guest_with_tags())
 
     def tags(self: Piece, out: TagBuffer | None = None) -> memoryview:
@@ -433,7 +433,7 @@ def test_a_guest_that_ran_is_not_consistent() -> None:
 
 
 class WatchfulStream(io.BytesIO):
-    """Notes whether its guest ever stood still while it was written to."""
+    """Notes whether its guest was ever frozen while it was written to."""
 
     def __init__(self, guest: FakeGuest) -> None:
         super().__init__()
@@ -461,7 +461,7 @@ def test_frozen_guest_stands_still_for_the_reading_and_not_for_the_writing() -> 
 
 
 def test_nothing_was_read_and_not_all_was_tried() -> None:
-    """No more is claimed than was tried; whoever wants to know for sure has every page tried."""
+    """The error claims no more than was tried; --every-page tries every page."""
     n_pages = 4 * ONE_BY_ONE_PAGES
     good = BASE + (2 * ONE_BY_ONE_PAGES + 5) * PAGE
     guest = FakeGuest((Memslot(0, BASE, n_pages * PAGE),), bad=lambda ipa: ipa != good)

@@ -47,10 +47,10 @@ class Slot:
 
 @dataclass
 class FakeVm:
-    """A VM as the kernel has it; the fields change what it answers.
+    """A VM as the kernel implements it; the fields change its answers.
 
-    `errors` replaces an errno, by the place that gives it; 0 lets the request through there.
-    `keep` is what memory makes of the tags that are written to it.
+    `errors` replaces an errno, by the place that returns it; 0 lets the request through there.
+    `keep` turns the tags that are written into those that memory keeps.
     """
 
     errors: dict[str, int] = field(default_factory=dict)
@@ -208,7 +208,7 @@ def test_each_wrong_answer_fails_its_row(wrong: dict[str, Any], rows: set[str]) 
 
 def test_a_page_that_spoils_the_next_is_seen() -> None:
     report = tried(spoil_next_page=True)
-    # One copy of everything repairs what it spoils; the others do not.
+    # A single copy of everything repairs what it spoils; the others do not.
     assert failed(report) == {"round-trip-pages", "neighbours"}
 
 
@@ -265,7 +265,7 @@ def test_no_more_vms_is_no_verdict_on_tags() -> None:
 )
 def test_where_it_cannot_run_no_vm_is_made(facts: HostFacts, word: str) -> None:
     def open_vm() -> FakeVm:
-        raise AssertionError("a VM was asked for")
+        raise AssertionError("a VM was opened")
 
     report = selftest(facts, open_vm)
     assert word in (report.not_run or "")
@@ -331,7 +331,7 @@ def test_any_one_changed_tag_is_found(at: int, pattern: int, change: int) -> Non
     pattern %= len(reads)
     reads[pattern][at] ^= change
     assert f"wrong: 1 granule in 1 page; at {at * 16:#x} " in (compare(reads, GRANULES, 0) or "")
-    # The change of a higher digit looks like the tags of another granule.
+    # A change in a higher digit looks like the tags of another granule.
     assert diagnose(reads) == (CHANGED if pattern < 16 else OVERWRITE)
 
 

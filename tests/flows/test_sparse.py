@@ -1,4 +1,4 @@
-"""Cost follows what is tagged: a guest of a terabyte, and files that do not depend on the way."""
+"""Cost follows the tagged memory: a guest of a terabyte, and the same file either way."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pathlib import Path
 from mtetool.__main__ import main
 sys.argv[0] = "mtetool"
 status = main()
-# Not getrusage: that remembers the process from which this one was forked.
+# Not getrusage: that remembers the process that forked this one.
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]
 print(int(peak) * 1024, file=sys.stderr)
 sys.exit(status)
@@ -37,7 +37,7 @@ sys.exit(status)
 
 
 def records(snapshot: bytes) -> list[object]:
-    """Everything but the header, whose id and time differ."""
+    """Everything except the header, whose id and time differ."""
     return [
         piece
         if isinstance(piece, Missing)
@@ -101,7 +101,7 @@ def test_untagged_memory_is_only_written_where_it_was_tagged(every_page: bool) -
 
 
 def run(*words: str, ok: tuple[int, ...] = (0,)) -> tuple[str, int]:
-    """A whole command: what it printed, and its peak memory in bytes."""
+    """Run a whole command; return its output, and its peak memory in bytes."""
     done = subprocess.run(
         [sys.executable, "-c", _MEASURED, *words], capture_output=True, text=True, check=False
     )
@@ -110,7 +110,7 @@ def run(*words: str, ok: tuple[int, ...] = (0,)) -> tuple[str, int]:
 
 
 def test_a_terabyte_with_a_gibibyte_that_is_tagged(tmp_path: Path) -> None:
-    """Under 200 MiB of memory, and a file for what is tagged; the declared size costs nothing."""
+    """Under 200 MiB of memory, and a file for the tagged part; the declared size costs nothing."""
     large, small, copy = (f"emu:{tmp_path / name}" for name in ("large", "small", "copy"))
     scattered = [BASE + n * 37 * GIB for n in range(16)]
     for guest, memory in ((large, TIB), (copy, TIB), (small, GIB)):
@@ -136,5 +136,5 @@ def test_a_terabyte_with_a_gibibyte_that_is_tagged(tmp_path: Path) -> None:
     about_small = json.loads(run("info", str(tmp_path / "small.mtesnap"), "--json")[0])
     about_large = json.loads(run("info", file, "--json")[0])
     assert about_large["file_bytes"] < 1.2 * about_small["file_bytes"]
-    # What was tagged in the copy, and is not in the snapshot, is gone; the rest was not written.
+    # Tags of the copy that are not in the snapshot are gone; the rest was not written.
     assert (tmp_path / "copy").stat().st_blocks * 512 < 150 << 20

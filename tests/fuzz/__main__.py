@@ -1,7 +1,7 @@
-"""`python -m tests.fuzz`: snapshots that want to do harm, guided by what code they reach.
+"""`python -m tests.fuzz`: malicious snapshots, guided by the code that they reach.
 
-Prints `fuzz executions=N findings=N accepted=N seed=S` at its end, and keeps the input of a
-finding. Coverage guides it by Atheris (libFuzzer), in as many processes as there are cores.
+Prints `fuzz executions=N findings=N accepted=N seed=S` at its end, and keeps the input of each
+finding. Atheris (libFuzzer) guides it by coverage, in as many processes as there are cores.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _COUNT = re.compile(r"stat::number_of_executed_units:\s+(\d+)")
 _ACCEPTED = re.compile(r"accepted=(\d+)")
 _GOLDEN = Path(__file__).parents[1] / "snapshot" / "golden"
 _CORPUS = Path(__file__).parents[1] / "snapshot" / "corpus"
-# More than any input may make a reader use; Python and numpy themselves take about 100 MiB.
+# More than a reader may use for any input; Python and numpy themselves take about 100 MiB.
 _MEMORY_MIB = 400
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run it; 1 where something was found."""
+    """Run the fuzzer; return 1 if something was found."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
     parser.add_argument("--executions", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=random.randrange(1, 1 << 31))  # noqa: S311
@@ -73,7 +73,7 @@ def _start(
         ),
         *(f"-rss_limit_mb={_MEMORY_MIB}", "-timeout=30", f"-artifact_prefix={findings}/"),
     ]
-    # To a file: a pipe that nobody reads would hold up the worker.
+    # To a file: a pipe that is not read would block the worker.
     with log.open("wb") as out:
         return subprocess.Popen(words, stdout=out, stderr=out)
 

@@ -1,8 +1,8 @@
-"""Snapshots changed as somebody would who has mtesnap(5) and wants to do harm.
+"""Snapshots changed as an attacker with mtesnap(5) would change them.
 
-Every byte of a snapshot is covered by checksums, so that blind changes only ever try those. A
-file is taken apart here, changed in its records, and put together again with all checksums,
-counts and the index made right, unless they are what is changed.
+Checksums cover every byte of a snapshot, so blind changes would test only those. This module
+takes a file apart, changes its records, and puts it together again with all checksums, counts
+and the index made right, unless they are what is changed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _ODD: tuple[object, ...] = (
 
 @dataclass
 class Part:
-    """A record: `head` as msgpack has it, or bytes that are none."""
+    """A record: `head` as msgpack decodes it, or bytes that it cannot decode."""
 
     kind: bytes
     head: object
@@ -66,14 +66,14 @@ class Part:
 
 @dataclass
 class Snapshot:
-    """A file taken apart; the index and the end record are made anew from the rest."""
+    """A file taken apart; the index and the end record are rebuilt from the rest."""
 
     prologue: bytes
     parts: list[Part]
 
 
 def take_apart(data: bytes) -> Snapshot:
-    """As many records as there are, checked for nothing."""
+    """Read as many records as there are, without any checks."""
     parts, at = [], 16
     while at + 24 <= len(data):
         kind, n_head, n_payload, _ = _PREAMBLE.unpack_from(data, at)
@@ -103,7 +103,7 @@ def _packed(head: object) -> bytes:
 
 
 def put_together(snapshot: Snapshot, *, mend: bool = True) -> bytes:
-    """The file, all checksums right; `mend` makes index, totals and end right too."""
+    """Build the file, all checksums right; `mend` makes index, totals and end right too."""
     parts = [part for part in snapshot.parts if not mend or part.kind not in (b"INDX", b"DONE")]
     out, checksums, index = bytearray(snapshot.prologue), bytearray(), bytearray()
     number = 0
@@ -137,7 +137,7 @@ def put_together(snapshot: Snapshot, *, mend: bool = True) -> bytes:
 
 
 def _entry(part: Part) -> tuple[int, int] | None:
-    """The address and granules that the index says of a record."""
+    """The address and granules that the index gives for a record."""
     head = part.head
     if part.kind not in (b"TAGS", b"MISS") or not isinstance(head, dict):
         return None
@@ -189,7 +189,7 @@ def _tagged(part: Part, page_granules: int) -> tuple[int, int]:
 
 
 def mutate(data: bytes, seed: int, max_size: int) -> bytes:
-    """Another file; the same for the same data and seed."""
+    """Return a changed file, the same for the same data and seed."""
     rng = random.Random(seed)  # noqa: S311
     if rng.random() < 0.06:
         return _blind(data, rng)[:max_size]
@@ -203,7 +203,7 @@ def mutate(data: bytes, seed: int, max_size: int) -> bytes:
 
 
 def _blind(data: bytes, rng: random.Random) -> bytes:
-    """Bytes changed, cut or added without a look at what they are."""
+    """Change, cut or add bytes, whatever they are."""
     found = bytearray(data)
     way = rng.randrange(4)
     at = rng.randrange(len(found) + 1)
@@ -222,7 +222,7 @@ def _blind(data: bytes, rng: random.Random) -> bytes:
 
 
 def _maps(value: object) -> list[dict[object, object]]:
-    """A map and all that are in it."""
+    """All maps in a value, itself included."""
     found: list[dict[object, object]] = []
     left = [value]
     while left:
@@ -239,7 +239,7 @@ def _value(rng: random.Random, old: object) -> object:
     if type(old) is int and rng.random() < 0.7:
         step = rng.choice((1, -1, 16, -16, 256, 4096, -4096, 65536))
         return rng.choice((old + step, old * 2, old // 2, rng.choice(_NUMBERS)))
-    # A copy: what is in a map may be changed later.
+    # A copy, as a value in a map can be changed later.
     return rng.choice(_NUMBERS) if rng.random() < 0.5 else _copied(rng.choice(_ODD))
 
 
@@ -270,7 +270,7 @@ def _change_keys(snapshot: Snapshot, rng: random.Random) -> None:
 
 
 def _change_list(snapshot: Snapshot, rng: random.Random) -> None:
-    """Memslots and ranges of the scope: one more, one less, one elsewhere."""
+    """Change the memslots or the scope: one more, one less, one elsewhere."""
     head = snapshot.parts[0].head if snapshot.parts else None
     if not isinstance(head, dict):
         return
@@ -328,7 +328,7 @@ def _change_payload(snapshot: Snapshot, rng: random.Random) -> None:
 
 
 def _frame(rng: random.Random, part: Part) -> bytes:
-    """A zstd frame of some size, that declares it or does not."""
+    """A zstd frame of some size, which it declares or not."""
     granules = part.head.get("granules") if isinstance(part.head, dict) else None
     n_bytes = granules // 2 if type(granules) is int and 0 < granules <= 1 << 16 else 128
     n_bytes = max(n_bytes + rng.choice((0, 0, 0, 1, -1, 1 << 16, 1 << 22)), 0)
@@ -350,7 +350,7 @@ def _frame(rng: random.Random, part: Part) -> bytes:
 
 
 def _change_head(snapshot: Snapshot, rng: random.Random) -> None:
-    """A head that is not a map, or is hard to decode."""
+    """Make a head that is not a map, or is hard to decode."""
     if not snapshot.parts:
         return
     part = rng.choice(snapshot.parts)

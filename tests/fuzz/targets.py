@@ -1,4 +1,4 @@
-"""What is done with each input, and what must hold, whatever it is."""
+"""What the fuzzer does with each input, and what must hold for any input."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _SECONDS_PER_BYTE = 1e-6
 
 
 class FindingError(AssertionError):
-    """Something that must never be."""
+    """Something that must never happen."""
 
 
 def read_snapshot(data: bytes) -> bool:
-    """Give an input to all readers; whether it was accepted. Raises FindingError and bugs."""
+    """Give an input to all readers; return if it was accepted. Raises FindingError and bugs."""
     started = time.process_time()
     log, work_bytes = _front_to_back(data)
     _by_index(data, log)
@@ -45,7 +45,7 @@ def read_snapshot(data: bytes) -> bool:
 
 
 def _front_to_back(data: bytes) -> tuple[Log | None, int]:
-    """The records of the log, None where the file was refused; and the bytes of tags seen."""
+    """The records of the log, None if the file was refused; and the bytes of tags seen."""
     log: Log = []
     work_bytes = 0
     try:
@@ -72,7 +72,7 @@ def _entry(piece: Piece | Missing) -> tuple[str, int, int]:
 
 
 def _by_index(data: bytes, log: Log | None) -> None:
-    """What the index says is what the log says; a sound file is never refused."""
+    """Check that the index agrees with the log, and that a sound file is not refused."""
     fd = os.memfd_create("input")
     with open(fd, "w+b", buffering=0) as file:  # noqa: PTH123
         file.write(data)
@@ -91,11 +91,11 @@ def _by_index(data: bytes, log: Log | None) -> None:
                 raise FindingError(f"refused by its index only: {error}") from error
             return
         if log is not None and found != log:
-            raise FindingError("the index names other records than the log has")
+            raise FindingError("the index and the log have different records")
 
 
 def _as_the_page_says(data: bytes, log: Log | None) -> None:
-    """A reader made from mtesnap(5) alone accepts and refuses the same files."""
+    """Check that a reader made from mtesnap(5) alone accepts and refuses the same files."""
     if not _is_small(data):
         return
     try:
@@ -107,24 +107,24 @@ def _as_the_page_says(data: bytes, log: Log | None) -> None:
     if log is None:
         raise FindingError("refused, though mtesnap(5) allows it")
     if contents.log != log:
-        raise FindingError("mtesnap(5) reads other records")
+        raise FindingError("the reader made from mtesnap(5) reads other records")
 
 
 def _is_small(data: bytes) -> bool:
-    """Whether no record speaks of much memory."""
+    """Whether no record describes much memory."""
     try:
         reader = SnapshotReader(io.BytesIO(data), "input")
         scope = reader.header.scope
         if sum(extent.size_bytes for extent in scope) > _SECOND_READER_BYTES:
             return False
     except SnapshotError:
-        # Only the head is looked at by then: cheap for either reader.
+        # Only the head has been read by then: cheap for either reader.
         return len(data) < 1 << 14
     return reader.header.chunk_granules <= 1 << 16
 
 
 class Restorer:
-    """Restores inputs into an emulated guest, which a refused one must leave as it was."""
+    """Restores inputs into an emulated guest; a refused input must leave it as it was."""
 
     def __init__(self, directory: Path) -> None:
         self._path = str(directory / "guest")
@@ -135,7 +135,7 @@ class Restorer:
         self._content = Path(self._path).read_bytes()
 
     def __call__(self, data: bytes) -> bool:
-        """Whether an input was restored. Raises FindingError and bugs."""
+        """Return whether an input was restored. Raises FindingError and bugs."""
 
         def reader() -> SnapshotReader:
             return SnapshotReader(io.BytesIO(data), "input")
@@ -154,7 +154,7 @@ class Restorer:
 
 
 def read_emulated_guest(data: bytes) -> bool:
-    """Open an input as the file of an emulated guest, and read what it has."""
+    """Open an input as the file of an emulated guest, and read its header."""
     fd = os.memfd_create("input")
     try:
         os.write(fd, data)

@@ -19,7 +19,7 @@ from tests.snapshot.forge import small_snapshot
 _GOLDEN = Path(__file__).parents[1] / "snapshot" / "golden"
 _SOUND = [small_snapshot(), *(path.read_bytes() for path in sorted(_GOLDEN.glob("*")))]
 
-# A restore touches files: every so many inputs.
+# A restore touches files, so only one in so many inputs is restored.
 _RESTORE_EVERY = 16
 
 
@@ -29,14 +29,14 @@ class _Counters:
 
 
 def _custom_mutator(data: bytes, max_size: int, seed: int) -> bytes:
-    # What reaches new code is mostly refused; others begin with something sound.
+    # Inputs that reach new code are mostly refused; every third one starts from a sound file.
     if seed % 3 == 0:
         data = _SOUND[seed // 3 % len(_SOUND)]
     return mutate(data, seed, max_size)
 
 
 def main() -> None:
-    """Run until libFuzzer has had enough."""
+    """Run until libFuzzer is done."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         restorer = Restorer(Path(directory))
 

@@ -1,6 +1,6 @@
 """`python -m tests.interrupted [--share SHARE] [--seed SEED] [RUN…]`: interrupt everything.
 
-Prints a line a run of mtetool, `RUN calls=N interruptions=N wrong=N`, and what was wrong.
+Prints a line per run of mtetool, `RUN interruptions=N came=N wrong=N`, and what was wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.interrupted.runs import RUNS
 
 
 def main() -> int:
-    """Status 1 where anything was wrong."""
+    """Run the campaign; return 1 if anything was wrong."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--share", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1)

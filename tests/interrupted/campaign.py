@@ -1,4 +1,4 @@
-"""Every system call of a run fails, or is the run's last: one run for each."""
+"""Make each system call of a run fail, or be the run's last: one run for each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import Self
 from tests.interrupted.runs import After, Run, make_template
 from tests.interrupted.server import Request
 
-# Calls that touch neither a file nor a guest: dying there is dying before the next call.
+# Calls that touch neither a file nor a guest: dying there is like dying before the next call.
 _OWN_BUSINESS = {
     "brk", "clone", "clone3", "exit", "exit_group", "futex", "getpid", "getrandom", "gettid",
     "madvise", "mmap", "mprotect", "mremap", "munmap", "prctl", "restart_syscall", "rseq",
@@ -52,14 +52,14 @@ _ERRORS = {
 _OTHER_ERRORS = ("EIO", "ENOMEM")
 _SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 _CALL = re.compile(r"^(\d+) +([a-z0-9_]+)\(", re.MULTILINE)
-# What a status may be: the answers of whole runs, and what a host's failure means.
+# Statuses allowed besides that of the whole run: the guest refuses, or the host failed.
 _GUEST_REFUSES = 4
 _HOST_FAILED = 6
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One interruption: the `nth` call of that name fails with an errno, or a signal comes."""
+    """One interruption: the `nth` call of that name fails with an errno, or gets a signal."""
 
     call: str
     nth: int
@@ -67,13 +67,13 @@ class Trial:
 
     @property
     def inject(self) -> str:
-        """For strace."""
+        """The value of strace's `-e inject=`."""
         kind = "signal" if self.what.startswith("SIG") else "error"
         return f"{self.call}:{kind}={self.what}:when={self.nth}"
 
 
 def trials(log: str) -> list[Trial]:
-    """All interruptions of a run that strace has written down."""
+    """All interruptions of a run that strace has logged."""
     counts: Counter[str] = Counter()
     for thread in {pid for pid, _ in _CALL.findall(log)}:
         counts |= Counter(name for pid, name in _CALL.findall(log) if pid == thread)
@@ -94,11 +94,11 @@ def _whats(call: str) -> Iterator[str]:
 
 
 class Campaign:
-    """Runs with interruptions, in directories of their own below `directory`."""
+    """Runs with interruptions, each in a directory of its own below `directory`."""
 
     def __init__(self, directory: Path) -> None:
         if shutil.which("strace") is None:
-            raise RuntimeError("strace is missing, nothing can be interrupted: make deps")
+            raise RuntimeError("strace is not installed, so nothing can be interrupted: make deps")
         self._directory = directory
         self._count = 0
         directory.mkdir(exist_ok=True)
@@ -128,13 +128,13 @@ class Campaign:
         self._server.wait()
 
     def record(self, run: Run) -> tuple[After, list[Trial]]:
-        """What the run does where nothing interrupts it, and all that can."""
+        """Run without interruptions; return the outcome, and all possible interruptions."""
         after, log = self._run(run, "")
         assert after.status == run.status, after.err
         return after, trials(log)
 
     def interrupt(self, run: Run, trial: Trial, whole: After) -> tuple[bool, str]:
-        """Whether the interruption came, and what is wrong behind it ("" for nothing)."""
+        """Return whether the interruption came, and what is wrong after it ("" for nothing)."""
         after, log = self._run(run, trial.inject)
         came = "INJECTED" in log if not trial.what.startswith("SIG") else trial.what in log
         wrong = _bad_end(after, trial, whole) or _left_over(after, run, trial, whole)
@@ -143,7 +143,7 @@ class Campaign:
         return came, wrong and f"{run.name}, {trial.inject}: {wrong}"
 
     def alone(self, run: Run, *, stdout: str = "", limit_bytes: int = -1) -> After:
-        """The run without strace; see `Request` for the streams and limits it may have."""
+        """Run without strace; see `Request` for the streams and limits it can have."""
         return self._run(run, None, stdout, limit_bytes)[0]
 
     def _run(
@@ -191,7 +191,7 @@ def _bad_end(after: After, trial: Trial, whole: After) -> str:
 
 
 def _names(err: str, what: str) -> bool:
-    # Python itself makes "not seekable" of any errno of lseek.
+    # Python itself turns any errno of lseek into "not seekable".
     return "mtetool: error: " in err and (what in err or "seek" in err) and "\n  try: " in err
 
 
@@ -206,13 +206,13 @@ def _left_over(after: After, run: Run, trial: Trial, whole: After) -> str:
     return f"left: {left}" if left else ""
 
 
-# What may be left under a temporary name is gone once the same was done again.
+# Files left under temporary names are gone once the same command was run again.
 def _left_in_the_end(after: After, run: Run, whole: After) -> str:
     left = _listing(after) - _listing(whole) - {run.makes}
     return f"left for good: {left}" if left else ""
 
 
 def sample(found: list[Trial], share: float, seed: int) -> list[Trial]:
-    """That share of the trials, and four at least."""
+    """Choose that share of the trials, and at least four."""
     chance = random.Random(seed)  # noqa: S311 - no secret
     return chance.sample(found, min(len(found), max(4, round(share * len(found)))))

@@ -1,4 +1,4 @@
-"""The runs that are interrupted: what there is before, and what must hold afterwards."""
+"""The runs that are interrupted: what they find, and what must hold afterwards."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.cli.running import BASE, make_guest, run, same_tags, set_tag
 
 MIB = 1 << 20
 SLOTS = (Memslot(0, BASE, 4 * MIB), Memslot(1, BASE + 8 * MIB, MIB))
-# One block of the guest's file has the tags of this much guest memory.
+# One block of the guest's file holds the tags of this much guest memory.
 _BLOCK_BYTES = 4096 * 16
 _CREATED = ("--memory", "1M", "--fill", "heap")
 
 
 @dataclass(frozen=True)
 class After:
-    """A directory behind a run: how that ended (negative: by that signal), and what was said."""
+    """A directory after a run: the run's status (negative: the signal), and what it printed."""
 
     directory: Path
     status: int
@@ -32,12 +32,12 @@ class After:
 
 
 Judge = Callable[[After, After], str]
-"""What is wrong ("" for nothing) behind a run, given also the run that nothing interrupted."""
+"""What is wrong ("" for nothing) after a run, given that run and one without interruption."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A command line to interrupt; `status` is how it ends where nothing interrupts it.
+    """A command line to interrupt; `status` is its status if nothing interrupts it.
 
     `makes` is the file that it makes or replaces.
     """
@@ -52,7 +52,7 @@ class Run:
 
 
 def make_template(directory: Path) -> None:
-    """The files that each run finds."""
+    """Make the files that each run finds."""
     directory.mkdir()
     make_guest(directory / "g", 3, slots=SLOTS)
     shutil.copy(directory / "g", directory / "t")
@@ -166,7 +166,7 @@ def _enabled(after: After, _: After) -> str:
 
 
 def _told(after: After, whole: After) -> str:
-    """What tells something: all of it, or a status that nobody takes for an answer."""
+    """A command that reports: it printed all of it, or its status is not that of an answer."""
     if after.status != whole.status or _timeless(after.out) == _timeless(whole.out):
         return ""
     return f"status {after.status} and another answer"
@@ -176,7 +176,7 @@ def _timeless(out: bytes) -> bytes:
     return re.sub(rb"[0-9.]+ s\b", b"", out)
 
 
-# One thread that compresses: how many there are at one time is chance.
+# One thread that compresses: with more, how many exist at a time is chance.
 _SAVE = ("save", "emu:g", "--jobs", "1", "-o")
 _OVER = (*_SAVE, "old", "--force")
 _CREATE_OVER = ("emu", "create", "t", *_CREATED, "--force")

@@ -1,15 +1,15 @@
-"""Runs of mtetool under strace, which makes single system calls of theirs fail or kill.
+"""Runs of mtetool under strace, which makes single system calls fail or kill.
 
 `python -m tests.interrupted.server FD` imports everything once. For each request on that socket
 it forks; the child is the run, and waits, without a system call of its own, until strace has
-attached to it. So numbering starts with the first system call of `main` and is the same in every
-run; the interpreter's start and its thousand calls are not in it.
+attached to it. So numbering starts with the first system call of `main`, after the thousand
+calls of the interpreter's start, and is the same in every run.
 """
 
 from __future__ import annotations
 
 import ctypes
-import difflib  # noqa: F401 - click does, when an option is first parsed
+import difflib  # noqa: F401 - click imports it when it first parses an option
 import errno
 import mmap
 import os
@@ -32,11 +32,11 @@ _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
 
 @dataclass(frozen=True)
 class Request:
-    """A run: its arguments, its streams, and what strace shall do to it.
+    """A run: its arguments, its streams, and what strace does to it.
 
     `inject` is a value of strace's `-e inject=`, "" for none; `log` is where strace writes, ""
-    for a run without it. `stdin` may be `|PATH`, that file through a pipe; `stdout` may be `|`, a
-    pipe that nobody reads, or `-`, closed. `named`: files without a name are not to be had.
+    for a run without it. `stdin` can be `|PATH`, that file through a pipe; `stdout` can be `|`, a
+    pipe without a reader, or `-`, closed. `named` makes nameless files unavailable.
     `limit_bytes` is RLIMIT_FSIZE, -1 for none.
     """
 
@@ -66,14 +66,14 @@ def _preload() -> None:
 
 
 def _become(request: Request, go: mmap.mmap) -> int:
-    """In the child: the run itself."""
+    """Carry out the run, in the child; return its exit status."""
     os.chdir(request.directory)
     stdout = os.devnull if request.stdout == "-" else request.stdout
     new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     _onto(0, _pipe(request.stdin[1:]) if request.stdin[0] == "|" else os.open(request.stdin, 0))
     _onto(1, _unread_pipe() if request.stdout == "|" else os.open(stdout, new, 0o600))
     _onto(2, os.open(request.stderr, new, 0o600))
-    # As the interpreter makes them when it starts.
+    # As the interpreter opens them when it starts.
     sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
@@ -87,7 +87,7 @@ def _become(request: Request, go: mmap.mmap) -> int:
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (request.limit_bytes, request.limit_bytes))
-    # Where only ancestors may trace (Yama), strace is none.
+    # Where only ancestors may trace (Yama), strace is not one.
     ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY, 0, 0, 0)
     go[0] = _READY
     while go[0] != _GO:
@@ -101,7 +101,7 @@ def _onto(fd: int, opened: int) -> None:
 
 
 def _pipe(path: str) -> int:
-    """The end of a pipe from which the bytes of a (small) file can be read."""
+    """The read end of a pipe that holds the bytes of a (small) file."""
     reader, writer = os.pipe()
     data = Path(path).read_bytes()
     os.set_blocking(writer, False)
@@ -129,7 +129,7 @@ def _without_nameless_files() -> None:
 
 
 def _trace(pid: int, request: Request, go: mmap.mmap) -> int:
-    """Attach strace, let the child run; its wait status."""
+    """Attach strace and let the child run; return its wait status."""
     names = request.inject.partition(":")[0] or "all"
     words = ["strace", "-f", "-s", "0", "-o", request.log, "-e", f"trace={names}"]
     if request.inject:
@@ -144,7 +144,7 @@ def _trace(pid: int, request: Request, go: mmap.mmap) -> int:
 
 
 def _wait(pid: int) -> int:
-    """The wait status; of one that hangs, that of a death that nobody asked for."""
+    """Return the child's wait status; a child that hangs gets SIGALRM, which no trial sends."""
     deadline = time.monotonic() + _HANG_SECONDS
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)

@@ -1,4 +1,4 @@
-"""Work that is interrupted: no half file, no lost old one, and what is run again ends exact."""
+"""Interrupted work leaves no half file and loses no old one; running it again sets it right."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def test_system_calls_that_fail_or_are_the_last(campaign: Campaign, asked: Run) 
 
 
 def test_a_disk_that_is_full_at_any_byte(campaign: Campaign) -> None:
-    """By RLIMIT_FSIZE: the kernel writes up to the limit, and refuses what is behind it."""
+    """RLIMIT_FSIZE stands in: the kernel writes up to the limit, and refuses the rest."""
     saving = next(asked for asked in RUNS if asked.name == "save-over")
     whole, _ = campaign.record(saving)
     size = (whole / "old").stat().st_size
-    # From what the report and an error have room in.
+    # The smallest limit still has room for the report and an error.
     for limit in (1000, 4095, 4096, size // 2, size - 1, size):
         after = campaign.alone(saving, limit_bytes=limit)
         assert after.status == (0 if limit == size else 6), (limit, after.err)
@@ -80,7 +80,7 @@ def test_a_disk_that_is_full_at_any_byte(campaign: Campaign) -> None:
 
 @contextmanager
 def small_disk(directory: Path, size_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A file system of that size on the directory; what is given back changes the size."""
+    """Mount a file system of that size on the directory; yield a function that resizes it."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "none", str(directory)]
     subprocess.run(mount, check=True)
 
@@ -99,7 +99,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
 @needs_root
 def test_a_restore_onto_a_full_disk_at_any_block(files: Path, tmp_path: Path) -> None:
-    """The guest's file is sparse: each write may be the one that finds no room."""
+    """The guest's file is sparse: any write can be the one that finds no room."""
     (tmp_path / "disk").mkdir()
     refused = 0
     for pages in range(4, 80, 5):
@@ -148,7 +148,7 @@ def test_a_save_onto_a_full_disk_at_any_block(files: Path, tmp_path: Path) -> No
 
 
 def _cuts(snapshot: Path) -> list[int]:
-    """Behind each record, and in its middle."""
+    """The end of each record, and its middle."""
     edges = [0]
     with snapshot.open("rb") as stream:
         reader = SnapshotReader(stream, "it")
@@ -184,7 +184,7 @@ def _same(a: Path, b: Path) -> bool:
     return a.read_bytes() == b.read_bytes()
 
 
-# --- what a command says, and nobody gets -------------------------------------------------
+# --- output that cannot be delivered ------------------------------------------------------
 
 _TELLING = [
     ["info", "s"],
@@ -214,7 +214,7 @@ _TELLING = [
 
 @pytest.mark.parametrize("words", _TELLING, ids=" ".join)
 def test_an_answer_that_nobody_gets_is_no_success(campaign: Campaign, words: list[str]) -> None:
-    """A disk that is full, a standard output that is closed, a pipe that nobody reads."""
+    """A disk that is full, a standard output that is closed, a pipe without a reader."""
     asked = Run("", tuple(words), lambda *_: "")
     heard = campaign.alone(asked)
     for to, status in (("/dev/full", 6), ("-", 6), ("|", 141)):
@@ -226,7 +226,7 @@ def test_an_answer_that_nobody_gets_is_no_success(campaign: Campaign, words: lis
         elif heard.out:
             assert "error" not in after.err
         assert "Exception" not in after.err
-        # What is done stays done, and what is there is whole.
+        # Work that is done stays done, and files that exist are whole.
         assert not (after / "new").exists() or holds(after / "new", after / "g")
         assert same_tags(after / "g", heard / "g", SLOTS)
 
@@ -264,7 +264,7 @@ def test_no_room_for_what_comes_from_a_pipe(
 def test_a_header_is_changed_within_one_sector(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is torn elsewhere, between two pages of the file, is not torn here."""
+    """Such a write is not torn, as one across two pages of the file could be."""
     slots = tuple(Memslot(n, BASE + n * 2 * MIB, MIB) for n in range(500))
     name = make_guest(tmp_path / "g", slots=slots, mte=False, vcpus=0)
     written: list[tuple[int, int]] = []
@@ -298,7 +298,7 @@ def test_short_writes_are_gone_on_with(files: Path, monkeypatch: pytest.MonkeyPa
 def test_a_guest_on_a_network_file_system_that_is_full(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such a one may tell only when the file is closed; and of reading there is nothing to tell."""
+    """It may report that only when a file is closed; a file that was only read has no error."""
     real = os.close
 
     def close(fd: int) -> None:
@@ -314,7 +314,7 @@ def test_a_guest_on_a_network_file_system_that_is_full(
     assert run("diff", files / "s", f"emu:{files / 'g'}").status == 0
 
 
-# --- found by letting every system call fail ----------------------------------------------
+# --- found by failing every system call ---------------------------------------------------
 
 
 def test_an_io_error_on_the_way_to_a_new_guest_is_no_bad_name(
@@ -347,7 +347,7 @@ def test_no_more_threads_is_no_bug(files: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_file_that_cannot_be_looked_at_is_not_taken_for_a_pipe(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a pipe, the first records are written before the last are known."""
+    """From a pipe, the first records are written before the last are known."""
     real = os.fstat
 
     def fstat(fd: int) -> os.stat_result:

@@ -22,7 +22,7 @@ STATUS_LOST = 125
 
 
 def main() -> int:
-    """Parse, run, and turn the end into a status."""
+    """Parse the arguments, run the command, and return the exit status."""
     arguments = _parser().parse_args()
     try:
         return int(arguments.function(arguments))
@@ -43,17 +43,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function, text in (
-        ("run", _run, "run a command on the lab host; its status is ours"),
+        ("run", _run, "run a command on the lab host, and exit with its status"),
         ("shell", _shell, "a prompt on the lab host; `exit` ends it"),
-        ("build", _build, "build what the lab boots, where it is not cached"),
+        ("build", _build, "build the images that the lab boots, unless they are cached"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(function=function)
         command.add_argument("--kernel", default=DEFAULT_KERNEL, choices=list(KERNELS))
         if name == "build":
             continue
-        command.add_argument("--with", dest="with_dir", type=Path, help="DIR's files at /with")
-        command.add_argument("--memory", default="4G", help="of the lab host (4G)")
+        command.add_argument("--with", dest="with_dir", type=Path, help="directory shown at /with")
+        command.add_argument("--memory", default="4G", help="memory of the lab host (4G)")
         if name == "run":
             command.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS")
             command.add_argument("--verbose", "-v", action="store_true", help="print the boot time")
@@ -74,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
             lambda data: (err.write(data), err.flush()),
             timeout=arguments.timeout,
         )
-    # As a shell says it: 128 + N for the signal N.
+    # As a shell reports it: 128 + N for signal N.
     return status if status >= 0 else 128 - status
 
 

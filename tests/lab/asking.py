@@ -21,7 +21,7 @@ from tests.lab.existing import large_memory
 
 
 def joined(slots: tuple[Memslot, ...]) -> list[tuple[int, int]]:
-    """Slots as (start, end), those that touch as one."""
+    """Return slots as (start, end), with adjacent ones joined."""
     found: list[tuple[int, int]] = []
     for slot in slots:
         start = found.pop()[0] if found and found[-1][1] == slot.ipa else slot.ipa
@@ -30,7 +30,7 @@ def joined(slots: tuple[Memslot, ...]) -> list[tuple[int, int]]:
 
 
 def main() -> None:
-    """Ask."""
+    """Probe, and print the results."""
     pid = int(sys.argv[1])
     told = None
     if len(sys.argv) > 2:

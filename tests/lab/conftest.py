@@ -17,14 +17,14 @@ from tests.lab.images import DEFAULT_KERNEL, KERNELS
 from tests.lab.machine import Machine, MachineLostError
 from tests.lab.packages import LabUnavailableError
 
-# Machines that one process keeps at a time: each may take 4 GiB.
+# Machines that one process keeps at a time: each can take 4 GiB.
 _KEPT = 2
 
 LabOn = Callable[[str], Machine]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests for every kernel run on each, unless one is asked for; see the markers."""
+    """Run tests for every kernel on each, unless one is requested; see the markers."""
     if "lab" not in metafunc.fixturenames:
         return
     own = metafunc.definition.get_closest_marker("kernel")
@@ -39,9 +39,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One machine after the other, so that none is booted twice; the default kernel's first.
+    """Order tests by machine, so none is booted twice; the default kernel comes first.
 
-    Those with two CPUs come before: their tests are long, and none should be alone at the end.
+    Of each kernel, machines with two CPUs come first: their tests are long, and none should be
+    alone at the end.
     """
     items.sort(key=lambda item: (list(KERNELS).index(_kernel(item)), -_cpus(item)))
 
@@ -53,8 +54,8 @@ def _kernel(item: pytest.Item) -> str:
 
 
 def _cpus(item: pytest.Item) -> int:
-    # One where that is enough: two machines with two each, on two real ones, take three times as
-    # long for what mtetool's threads hand to each other.
+    # One if that is enough: two machines with two CPUs each, on two real ones, take three times
+    # as long for what mtetool's threads pass to each other.
     return 2 if item.get_closest_marker("two_cpus") else 1
 
 
@@ -63,7 +64,7 @@ def _asked(config: pytest.Config) -> str | None:
     return asked
 
 
-# Huge pages as Debian's kernels have them at boot, whatever a test made of that.
+# Huge pages as Debian's kernels set them at boot, whatever a test has changed.
 _AS_AT_BOOT = """
 cd /sys/kernel/mm/transparent_hugepage || exit 0
 [ ! -e enabled ] || echo always >enabled
@@ -72,27 +73,27 @@ cd /sys/kernel/mm/transparent_hugepage || exit 0
 
 
 class Kind(NamedTuple):
-    """What kind of machine a test wants."""
+    """The kind of machine that a test needs."""
 
     kernel: str
     cpus: int
 
 
 class Machines:
-    """The machines of this test session; another one is booted when a test lost it."""
+    """The machines of this test session; one that a test lost is booted again."""
 
     def __init__(self) -> None:
         self._running: dict[Kind, tuple[Machine, ExitStack]] = {}
 
     def machine(self, kind: Kind) -> Machine:
-        """A machine of that kind, booted; the one that was used longest ago may end."""
+        """Return a booted machine of that kind; the least recently used one may end."""
         found = self._running.pop(kind, None)
         if found is None:
             while len(self._running) >= _KEPT:
                 self.drop(next(iter(self._running)))
             stack = ExitStack()
             machine = stack.enter_context(Machine(kernel=kind.kernel, cpus=kind.cpus))
-            machine.mtetool("--version", timeout=300)  # which loads it before any guest is busy
+            machine.mtetool("--version", timeout=300)  # load it before any guest is busy
             found = machine, stack
         self._running[kind] = found
         return found[0]
@@ -103,7 +104,7 @@ class Machines:
         stack.close()
 
     def clean(self, kind: Kind) -> None:
-        """Remove VMMs and files that a test left; end the machine where it was lost."""
+        """Remove VMMs and files that a test left; end the machine if it was lost."""
         if kind not in self._running:
             return
         machine, _ = self._running[kind]
@@ -114,7 +115,7 @@ class Machines:
             self.drop(kind)
 
     def close(self) -> None:
-        """End all."""
+        """End all machines."""
         for kind in list(self._running):
             self.drop(kind)
 
@@ -128,7 +129,7 @@ def lab_machines() -> Iterator[Machines]:
 
 @pytest.fixture
 def lab_on(lab_machines: Machines, request: pytest.FixtureRequest) -> Iterator[LabOn]:
-    """Gives a machine with the kernel that is named; what a test leaves is removed after it."""
+    """Give a machine with the named kernel; remove what the test leaves in it afterwards."""
     used: list[Kind] = []
 
     def booted(kernel: str) -> Machine:
@@ -146,5 +147,5 @@ def lab_on(lab_machines: Machines, request: pytest.FixtureRequest) -> Iterator[L
 
 @pytest.fixture
 def lab(lab_on: LabOn, request: pytest.FixtureRequest) -> Machine:
-    """A lab machine with the kernel asked for: by the test's markers, --lab-kernel or nobody."""
+    """A lab machine with the kernel of the test's markers, of --lab-kernel, or the default one."""
     return lab_on(getattr(request, "param", None) or _asked(request.config) or DEFAULT_KERNEL)

@@ -24,7 +24,7 @@ class Entry:
 
     @classmethod
     def directory(cls, path: str) -> Entry:
-        """A directory that all may enter."""
+        """A directory that every user can enter."""
         return cls(path, stat.S_IFDIR | 0o755)
 
     @classmethod

@@ -28,7 +28,7 @@ _SETTLE_SECONDS = 20.0
 
 
 def cycle(pid: int) -> None:
-    """What the commands do to a VMM: attach, read, freeze, write, detach."""
+    """Do what the commands do to a VMM: attach, read, freeze, write, detach."""
     tags = np.zeros(4096, dtype=np.uint8)
     with open_guest(f"kvm:{pid}", GuestOptions(memslots=(_MEMORY,))) as guest:
         guest.read_tags(_MEMORY.ipa, tags)
@@ -38,7 +38,7 @@ def cycle(pid: int) -> None:
 
 
 def die_at(number: int) -> None:
-    """Let this process be killed before that step, the first being 1."""
+    """Make this process be killed before that step, counted from 1."""
     count = 0
 
     def hook(_: str) -> None:
@@ -51,7 +51,7 @@ def die_at(number: int) -> None:
 
 
 def leave_a_mapping(pid: int) -> None:
-    """Die where the most is left behind, so that what attaches next has to clear it away."""
+    """Die where the most is left behind, so the next attach has to remove it."""
     child = os.fork()
     if child == 0:
         steps.on_step(steps.fault("KILL@helper/setoptions"))
@@ -61,7 +61,7 @@ def leave_a_mapping(pid: int) -> None:
 
 
 def names(pid: int) -> list[str]:
-    """The names of all steps: of a cycle, and of one that clears away what a death has left."""
+    """Return the names of all steps: of a cycle, and of one that removes what a death left."""
     cycle(pid)
     seen: list[str] = []
     steps.on_step(seen.append)
@@ -75,7 +75,7 @@ def names(pid: int) -> list[str]:
 
 
 def state(pid: int) -> dict[str, object]:
-    """What a death must leave as it was."""
+    """Return what a death must leave as it was."""
     tasks = sorted(Path(f"/proc/{pid}/task").iterdir())
     keys = ("SigBlk", "TracerPid", "State", "SigPnd")
     lines = [line.split() for task in tasks for line in (task / "status").read_text().splitlines()]
@@ -86,13 +86,13 @@ def state(pid: int) -> dict[str, object]:
 
 
 def fds(pid: int) -> list[str]:
-    """The VMM's file descriptors, and what they are."""
+    """Return what the VMM's file descriptors refer to."""
     links = (path.readlink() for path in sorted(Path(f"/proc/{pid}/fd").iterdir()))
     return [str(link) for link in links if "qmp" not in str(link)]
 
 
 def settled(pid: int, before: dict[str, object], but: str = "") -> dict[str, object] | None:
-    """None when the VMM comes back to `before` (`but` for that) soon, else how it is."""
+    """Wait until the VMM is as `before`, except `but`; return its state if it never is."""
     deadline = time.monotonic() + _SETTLE_SECONDS
     while True:
         try:
@@ -107,12 +107,12 @@ def settled(pid: int, before: dict[str, object], but: str = "") -> dict[str, obj
 
 
 def mappings(pid: int) -> int:
-    """How many mappings of ours the VMM has."""
+    """Return how many mappings of mtetool's the VMM has."""
     return sum(line.startswith("6d74") for line in Path(f"/proc/{pid}/maps").open())
 
 
 def main() -> None:
-    """Die at every step in turn, until a cycle gets through alive."""
+    """Die at every step in turn, until a cycle completes."""
     pid = int(sys.argv[1])
     if "no-exit" in sys.argv[2:]:
         gadgets._find_exit = lambda pid, maps: None

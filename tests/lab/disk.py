@@ -11,7 +11,7 @@ _MKE2FS = ["mke2fs", "-q", "-t", "ext4", "-E", "root_owner=0:0", "-O", "^has_jou
 
 
 def make_ext4(tree: Path, image: Path, *, spare_bytes: int) -> Path:
-    """An ext4 image with the content of `tree` and some room; the image's path."""
+    """Make an ext4 image with the content of `tree` and some room; return its path."""
     need_tools("mke2fs")
     used = sum(path.lstat().st_size + 4096 for path in tree.rglob("*"))
     with image.open("wb") as file:

@@ -24,7 +24,7 @@ Extents = list[tuple[int, int]]
 
 
 def own_pages(pid: int, address: int, size_bytes: int) -> Extents:
-    """What is in memory or on swap for this process, and not a page of a file."""
+    """Return the process's pages in memory or on swap that are not pages of a file."""
     page = os.sysconf("SC_PAGE_SIZE")
     first, count = address // page, size_bytes // page
     starts: list[int] = []
@@ -49,7 +49,7 @@ def own_pages(pid: int, address: int, size_bytes: int) -> Extents:
 
 
 def data_of(fd: int) -> Iterator[tuple[int, int]]:
-    """The extents of a file that are no holes."""
+    """Yield the extents of a file that are not holes."""
     size, end = os.fstat(fd).st_size, 0
     while end < size:
         try:
@@ -61,7 +61,7 @@ def data_of(fd: int) -> Iterator[tuple[int, int]]:
 
 
 def existing(pid: int, line: str, within: range | None = None) -> tuple[Extents, Extents, int]:
-    """What exists of a mapping, a line of /proc/PID/maps: own pages, the file's, its blocks."""
+    """Return what exists of a mapping, a line of maps: own pages, the file's, its blocks."""
     where, mode, _, _, inode, *_ = line.split()
     there = within or _range(line)
     own = [] if "s" in mode else own_pages(pid, there.start, len(there))
@@ -75,7 +75,7 @@ def existing(pid: int, line: str, within: range | None = None) -> tuple[Extents,
 
 
 def large_memory(pid: int) -> list[tuple[Extents, Extents, int]]:
-    """What exists of the mappings so large that only a guest's memory is."""
+    """Return what exists of all mappings so large that they can only be a guest's memory."""
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     found = [line for line in lines if " rw" in line and len(_range(line)) >= _LARGE_BYTES]
     return [existing(pid, line) for line in found]
@@ -86,7 +86,7 @@ def _range(line: str) -> range:
 
 
 def main() -> None:
-    """Look."""
+    """Print what exists."""
     pid, address, size_bytes = map(int, sys.argv[1:4])
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     (line,) = [line for line in lines if address in _range(line)]

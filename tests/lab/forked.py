@@ -42,11 +42,11 @@ MODULES = (
     *(f"mtetool.flows.{name}" for name in _FLOWS),
     *(f"mtetool.backends.{name}" for name in _BACKENDS),
 )
-"""What is loaded once."""
+"""The modules that are loaded once."""
 
 
 def program(argv: Sequence[str], environment: dict[str, str]) -> Callable[[], object] | None:
-    """What a fork is to call for a command line; None where it is not one of the checkout's."""
+    """Return what a fork must call for a command line, or None if that is not the checkout's."""
     if argv[0] == "mtetool":
         return _mtetool
     if argv[0] != "python3" or environment.get("PYTHONPATH") != CHECKOUT:
@@ -95,8 +95,8 @@ class Fork:
         _load()
         self.returncode: int | None = None
         pipes = [os.pipe() for _ in range(3)]
-        # What is garbage here must not be collected there: it would close descriptors by numbers
-        # that are others' by then.
+        # The child must not collect this process's garbage: that would close descriptors whose
+        # numbers belong to other files by then.
         gc.collect()
         gc.freeze()
         self.pid = os.fork()
@@ -109,7 +109,7 @@ class Fork:
             os.close(fd)
 
     def poll(self) -> int | None:
-        """Its status once it has ended, -N by signal N."""
+        """Return its status once it has ended, -N for signal N."""
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -133,7 +133,7 @@ def _load() -> None:
 def _become(
     run: Callable[[], object], argv: Sequence[str], cwd: str, env: dict[str, str], fds: list[int]
 ) -> None:
-    """Be that program, in the child; never comes back."""
+    """Run that program in the child; does not return."""
     status = 1
     try:
         os.setsid()
@@ -157,7 +157,7 @@ def _become(
 
 
 def _ended(run: Callable[[], object]) -> int:
-    """The status that the interpreter would end with."""
+    """Return the status that the interpreter would end with."""
     try:
         result: object = run()
     except SystemExit as end:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tests.lab.machine import Machine
 
-_START_SECONDS = 300.0  # after which it is taken for hung, on however busy a machine
+_START_SECONDS = 300.0  # after that it must be hung, however busy the machine is
 _CHECK = re.compile(rb"check=(\d+) granules=(\d+) wrong=(\d+) data_wrong=(\d+)\n")
 _BECOME = """
 import os, sys
@@ -23,7 +23,7 @@ _IPA = re.compile(rb"TAGGER ipa (\d+) (0x[0-9a-f]+)\n")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What the tagger found in one round over its memory."""
+    """The tagger's findings in one round over its memory."""
 
     number: int
     granules: int
@@ -33,10 +33,10 @@ class Check:
 
 @dataclass
 class Qemu:
-    """A QEMU with the tagger or another guest in a lab machine, by its name.
+    """A named QEMU in a lab machine, with the tagger or another guest.
 
-    `mte` gives it mte=on; without, it waits in -preconfig for `mtetool enable`, or is started
-    by `wrapper`. It runs as the user `uid`, which gets /dev/kvm.
+    `mte` gives it mte=on; without it, QEMU waits in -preconfig for `mtetool enable`, or is
+    started by `wrapper`. It runs as the user `uid`, who may use /dev/kvm.
     """
 
     lab: Machine
@@ -69,7 +69,7 @@ class Qemu:
             f"{become} {self.wrapper} qemu-system-aarch64"
             f" -M {machine} -accel kvm -cpu {self.cpu} -m {self.memory} -nodefaults -display none"
             f" -kernel /lab/Image -initrd {self.initrd}"
-            # The guest's kernel protects nothing here, and to map its memory in pages takes time.
+            # The guest's kernel protects nothing here, and mapping its memory in pages takes time.
             f" -append 'console=ttyAMA0 quiet rodata=off {self.guest_options}'"
             f" -serial file:{self.console} -qmp unix:{self.qmp_path},server=on,wait=off"
             f" {'' if self.mte or self.wrapper else '-preconfig'} {self.extra}"
@@ -85,7 +85,7 @@ class Qemu:
         return self
 
     def wait_for_machine(self) -> Qemu:
-        """Wait until it has made its vCPUs and memory: only then does it answer this."""
+        """Wait until it has created its vCPUs and memory: only then does it answer this."""
         self.qmp("query-cpus-fast")
         return self
 
@@ -97,15 +97,15 @@ class Qemu:
         return self.lab.run(command, check=True).stdout
 
     def output(self) -> bytes:
-        """All that the guest has said so far."""
+        """Return all that the guest has printed so far."""
         return self.lab.run(["cat", self.console]).stdout.replace(b"\r", b"")
 
     def checks(self) -> list[Check]:
-        """The rounds that the guest has told of so far."""
+        """Return the rounds that the guest has reported so far."""
         return [Check(*map(int, match)) for match in _CHECK.findall(self.output())]
 
     def wait_for_checks(self, count: int = 2) -> list[Check]:
-        """Wait until the guest has told of that many more rounds; those rounds."""
+        """Wait until the guest has reported that many more rounds; return them."""
         seen = len(self.checks())
         deadline = time.monotonic() + _START_SECONDS
         while len(checks := self.checks()) < seen + count:
@@ -119,13 +119,13 @@ class Qemu:
 
 
 def page_bytes(lab: Machine) -> int:
-    """The size of the pages of a lab machine."""
+    """Return the page size of a lab machine."""
     script = "import mmap; print(mmap.PAGESIZE)"
     return int(lab.run(["python3", "-c", script], check=True).stdout)
 
 
 def as_user(lab: Machine, uid: int, *words: str) -> list[str]:
-    """The command line that becomes that user, who may use /dev/kvm, and then `words`."""
+    """Return the command line that runs `words` as that user, who may use /dev/kvm."""
     if not uid:
         return list(words)
     lab.sh("chmod 666 /dev/kvm; chmod 1777 /tmp")
@@ -133,8 +133,8 @@ def as_user(lab: Machine, uid: int, *words: str) -> list[str]:
     return ["python3", "/tmp/become.py", str(uid), *words]
 
 
-# All but init, the agent ($PPID), this shell, and the kernel's own, which have no program. No
-# process is started for it: with one for each that is looked at, this took 1.5 s after each test.
+# Kill all but init, the agent ($PPID), this shell, and kernel threads, which have no program. No
+# process is started for it: with one for each process examined, this took 1.5 s after each test.
 _KILL_ALL = """
 for round in kill check; do
     for process in /proc/[0-9]*; do
@@ -149,14 +149,14 @@ done
 
 
 def kill_vmms(lab: Machine) -> None:
-    """End all VMMs and whatever else runs: what stays would take the CPU from the next test."""
+    """End all VMMs and everything else that runs and would take the CPU from the next test."""
     deadline = time.monotonic() + _START_SECONDS
     while lab.sh(_KILL_ALL, check=False).returncode:
         assert time.monotonic() < deadline, "a process cannot be killed"
 
 
 def start_test_vmm(lab: Machine, *words: str, wrapper: str = "") -> int:
-    """Start the VMM that does nothing, by `wrapper`; its PID. `kill_vmms` ends it."""
+    """Start the VMM that does nothing, by `wrapper`; return its PID. `kill_vmms` ends it."""
     result = lab.sh(
         "rm -f /tmp/vmm.in; mkfifo /tmp/vmm.in; : >/tmp/vmm.out;"
         " sleep 100000 >/tmp/vmm.in 2>/dev/null &"
@@ -169,7 +169,7 @@ def start_test_vmm(lab: Machine, *words: str, wrapper: str = "") -> int:
 
 
 def fill_with_random_tags(lab: Machine, pid: int, size: str) -> None:
-    """Give the memory of a test VMM, `size` from 0x40000000 on, tags that do not compress."""
+    """Give a test VMM's memory, `size` from 0x40000000 on, tags that do not compress."""
     lab.mtetool(
         f"emu create /tmp/e --memory {size} --fill random",
         "save emu:/tmp/e -o /tmp/r",

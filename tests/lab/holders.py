@@ -37,10 +37,10 @@ _ATTACHES = 4
 _DEATHS = 10
 _MOST_ATTACHES = 120
 _FEW_ATTACHES = 4
-# How far a call of two seconds is when it is first attached to.
+# How long a call of two seconds has lasted at the first attach.
 _LATE_SECONDS = 1.4
 _SIGNAL_ATTACHES = 15
-# A step at which the thread is in the middle of a call of ours.
+# A step at which the thread is in the middle of a call of mtetool's.
 _MIDDLE = 40
 _PATIENCE_SECONDS = 30.0
 _SIGRTMIN = 34
@@ -49,7 +49,7 @@ _libc = ctypes.CDLL(None)
 
 
 def attach(pid: int) -> bool:
-    """Attach, read, detach; whether the holder could be attached to."""
+    """Attach, read, detach; return whether the attach succeeded."""
     tags = np.zeros(4096, dtype=np.uint8)
     try:
         with open_guest(f"kvm:{pid}", GuestOptions(memslots=(_MEMORY,))) as guest:
@@ -61,15 +61,15 @@ def attach(pid: int) -> bool:
 
 
 def counts() -> dict[str, int]:
-    """What the holder counted so far."""
+    """Return what the holder has counted so far."""
     data = _COUNTS.read_bytes()[: 8 * len(_FIELDS)]
     return dict(zip(_FIELDS, struct.unpack(f"<{len(_FIELDS)}Q", data), strict=True))
 
 
 @contextmanager
 def holder(mode: str) -> Iterator[int | None]:
-    """A holder at work, its PID; None where this machine lacks what the mode is about."""
-    # It never rests, and attaching needs the CPU.
+    """Run a holder; yield its PID, or None if this machine lacks what the mode needs."""
+    # It is never idle, and an attach needs the CPU.
     words = ["/lab/holder", mode, str(_COUNTS)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, preexec_fn=lambda: os.nice(19))
     assert process.stdout is not None
@@ -86,15 +86,15 @@ def holder(mode: str) -> Iterator[int | None]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until it holds."""
+    """Wait until the condition holds."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while not condition():
-        assert time.monotonic() < deadline, "this never comes"
+        assert time.monotonic() < deadline, "the condition never held"
         time.sleep(0.01)
 
 
 def names_of_steps(pid: int) -> list[str]:
-    """The steps of an attach, by name."""
+    """Return the names of an attach's steps."""
     names: list[str] = []
     steps.on_step(names.append)
     attach(pid)
@@ -103,7 +103,7 @@ def names_of_steps(pid: int) -> list[str]:
 
 
 def at_number(number: int) -> steps.Hook:
-    """A hook that kills this process before that step, the first being 1."""
+    """Return a hook that kills this process before that step, counted from 1."""
     count = 0
 
     def hook(_: str) -> None:
@@ -116,7 +116,7 @@ def at_number(number: int) -> steps.Hook:
 
 
 def before_a_signal_is_passed_on(name: str) -> None:
-    """A hook that kills this process while it has a signal of the holder in its hands."""
+    """Kill this process while it has one of the holder's signals in hand (a hook)."""
     if name.endswith("-signal"):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -124,7 +124,7 @@ def before_a_signal_is_passed_on(name: str) -> None:
 def die(pid: int, hook: steps.Hook) -> bool:
     """Attach in another process, with that hook; wait until the holder is alone again.
 
-    Whether the hook has killed it.
+    Return whether the hook has killed that process.
     """
     child = os.fork()
     if child == 0:
@@ -138,17 +138,17 @@ def die(pid: int, hook: steps.Hook) -> bool:
 
 
 def status(pid: int) -> str:
-    """The main thread's status."""
+    """Return the main thread's status."""
     return Path(f"/proc/{pid}/task/{pid}/status").read_text()
 
 
 def blocked(pid: int) -> str:
-    """The signals that the main thread blocks."""
+    """Return the signals that the main thread blocks."""
     return next(line for line in status(pid).splitlines() if line.startswith("SigBlk"))
 
 
 def registers(pid: int) -> dict[str, object]:
-    """Attach and die; the holder's loop goes on through all of it."""
+    """Attach, and die at steps; the holder's loop goes on all the time."""
     mask, done = blocked(pid), 0
     for _ in range(_ATTACHES):
         done += attach(pid)
@@ -162,9 +162,9 @@ def registers(pid: int) -> dict[str, object]:
 
 
 def calls(pid: int) -> dict[str, object]:
-    """Attach late in a call, and on until it came back; or to one that waits for ever.
+    """Attach late in a call, and until it returns; or to a call that waits for ever.
 
-    Then die in the middle of the borrow, in a call that was broken off before and in one that
+    Then die in the middle of the borrow, in a call that was interrupted before and in one that
     was not.
     """
     attach(pid)  # the first one loads modules, and is slow
@@ -192,7 +192,7 @@ def calls(pid: int) -> dict[str, object]:
 
 
 def signals(pid: int) -> dict[str, object]:
-    """Attach while signals are sent: three together, the next when these have been handled."""
+    """Attach while signals are sent: three together, the next after these have been handled."""
     stop = threading.Event()
     sent = 0
 
@@ -216,7 +216,7 @@ def signals(pid: int) -> dict[str, object]:
 
 
 def faults(pid: int) -> dict[str, object]:
-    """Attach with an instruction to borrow that is not there: the thread faults on it."""
+    """Attach with an instruction that is not where mtetool finds it: the thread faults on it."""
     find = gadgets.find
     gadgets.find = lambda pid: replace(find(pid), svc_ret=0x1000)  # nothing is mapped there
     done = attach(pid)
@@ -225,7 +225,7 @@ def faults(pid: int) -> dict[str, object]:
 
 
 def stopped(pid: int) -> dict[str, object]:
-    """Attach to a holder that is stopped as a whole; how often it was let run on meanwhile."""
+    """Attach to a holder that is stopped as a whole; count how often it was continued."""
     wait_for(lambda: counts()["rounds"] > 0)
     os.kill(pid, signal.SIGSTOP)
     wait_for(lambda: "State:\tT" in status(pid))
@@ -236,7 +236,7 @@ def stopped(pid: int) -> dict[str, object]:
 
 
 def main() -> None:
-    """Each mode in turn."""
+    """Run each mode in turn."""
     what = {f.__name__: f for f in (registers, calls, signals, faults, stopped)}[sys.argv[1]]
     found: dict[str, object] = {}
     for mode in sys.argv[2:]:

@@ -18,7 +18,7 @@ IPA = 1 << 30
 
 
 def _vm(side: Side, vm: int) -> int:
-    """A VM of huge pages only; its size in bytes."""
+    """Create a VM of huge pages only; return its size in bytes."""
     size = HUGE_PAGES * side.hugepage_bytes
     side.create_vm(vm, 0)
     assert side.enable_cap(vm, uapi.KVM_CAP_ARM_MTE, 0, 0) == 0
@@ -28,7 +28,7 @@ def _vm(side: Side, vm: int) -> int:
 
 
 def main() -> None:
-    """See above."""
+    """Prepare the huge pages, print what is left in them, and wait."""
     side = RealSide(scrub=False)
     page = side.page_size_bytes
     size = _vm(side, 0)

@@ -40,17 +40,17 @@ class Kernel:
 
 KERNELS = {
     "6.12": Kernel("linux-image-cloud-arm64", _RELEASE),
-    # Pages of 16 KiB; Debian has them as a kernel for any machine, with more of it in modules.
+    # Pages of 16 KiB; Debian's kernel with them is for any machine, with more of it in modules.
     "6.12-16k": Kernel("linux-image-arm64-16k", _RELEASE),
-    # The newest that Debian has for this release: SME and guarded control stacks, which 6.12
-    # lacks, on the emulator that has them too (ZT0, FPMR and GCS want QEMU 11).
+    # The newest that Debian has for this release. It supports SME and guarded control stacks,
+    # unlike 6.12, and so does its emulator (ZT0, FPMR and GCS need QEMU 11).
     "7.3": Kernel("linux-image-cloud-arm64", _BACKPORTS),
 }
 DEFAULT_KERNEL = "6.12"
 
 # The emulator must not be QEMU 7.2, Debian 12's, which lets tags of a page overwrite each
-# other. It comes from Debian 13 with its whole C library, so that it runs on any Debian.
-# That of Debian 12 is a host that mtetool must see through; only the test of that fetches it.
+# other. It comes from Debian 13 with its whole C library, so it runs on any Debian. mtetool must
+# detect a host that Debian 12's emulates; only the test of that fetches it.
 QEMU_7_2 = "bookworm"
 _EMULATOR_PACKAGES = ("qemu-system-arm",)
 _ROOT_PACKAGES = (
@@ -77,9 +77,9 @@ _DIRECTORIES = ("proc", "sys", "dev", "tmp", "root", "run/lab", "with", "lab", "
 _CFLAGS = ("-O2", "-Wall", "-Wextra", "-Werror", "-static", "-march=armv8.5-a+memtag")
 _EXTENSION_CFLAGS = ("-O3", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
 _SUFFIXES = (".c", ".h", ".s")
-# The 32-bit program is in assembly language: this has an assembler and a linker, no compiler.
+# The 32-bit program is in assembly language: it needs an assembler and a linker, no compiler.
 _ARM = "arm-linux-gnueabihf"
-# What a machine needs before it has its root, where it is not built in.
+# Modules that a machine needs before it has its root, unless they are built in.
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4")
 _KERNEL_PARTS = ("linux-base-", "linux-binary-", "linux-modules-")
 
@@ -97,9 +97,9 @@ class Images:
 
 
 def images(kernel: str = DEFAULT_KERNEL, *, emulator: str | None = None) -> Images:
-    """All parts, built where they are not there yet. Raises LabUnavailableError.
+    """Return all parts, and build the missing ones. Raises LabUnavailableError.
 
-    `emulator` is the suite of another emulator than the kernel's own.
+    `emulator` is the suite of an emulator other than the kernel's own.
     """
     if kernel not in KERNELS:
         raise LabUnavailableError(f"no kernel {kernel!r}; there are {', '.join(KERNELS)}")
@@ -153,7 +153,7 @@ def _cached(name: str, recipe: object, build: Callable[[Path], None]) -> Path:
 
 
 def _archive(architecture: str, *others: str) -> Archive:
-    """The packages of the lab's release, or else of other suites."""
+    """The packages of the lab's release, or of the given suites."""
     state = cache() / "-".join(("apt", architecture, *others))
     archive = Archive(state, architecture, others or (_RELEASE, _BACKPORTS))
     archive.update()
@@ -184,7 +184,7 @@ def _build_kernel(into: Path, kernel: Kernel) -> None:
     archive = _archive("arm64")
     depends = archive.depends(kernel.package, suite=kernel.suite)
     package = next(name for name in depends if name.startswith("linux-image-"))
-    # Up to 6.x one package holds all; later the image and the modules have one each.
+    # Up to 6.x, one package holds everything; later, the image and the modules have one each.
     parts = [name for name in archive.depends(package) if name.startswith(_KERNEL_PARTS)]
     with tempfile.TemporaryDirectory(dir=into) as scratch:
         tree = Path(scratch)
@@ -211,7 +211,7 @@ def _build_root(into: Path, guest_kernel: Path) -> None:
 
 
 def _furnish(tree: Path) -> None:
-    """What package scripts and an installer would have done."""
+    """Do what package scripts and an installer would have done."""
     for directory in _DIRECTORIES:
         (tree / directory).mkdir(parents=True, exist_ok=True)
     libraries = tree / "usr" / "lib" / "aarch64-linux-gnu"
@@ -244,7 +244,7 @@ def _initramfs(kernel: Path, root: Path) -> Path:
 
 
 def _programs() -> Path:
-    """The C programs of the lab, and the guests' roots with one of them as init each."""
+    """The C programs of the lab, and the guests' roots, each with one of them as init."""
     sources = sorted(path for path in (_HERE / "programs").iterdir() if path.suffix in _SUFFIXES)
     recipe = {"flags": _CFLAGS, **{source.name: source.read_text() for source in sources}}
 
@@ -277,7 +277,7 @@ def _extension() -> Path:
         need_tools("aarch64-linux-gnu-gcc")
         headers = _headers() / "usr" / "include"
         (python,) = headers.glob("python3.*")
-        includes = (f"-I{python}", f"-I{headers}")  # pyconfig.h names the architecture's own
+        includes = (f"-I{python}", f"-I{headers}")  # pyconfig.h includes the architecture's own
         words = ["aarch64-linux-gnu-gcc", *_EXTENSION_CFLAGS, *includes, "-o"]
         subprocess.run([*words, into / "_loops.abi3.so", source], check=True)
 
@@ -297,8 +297,8 @@ def _headers() -> Path:
 
 
 def _warm(found: Images) -> None:
-    """Boot the new root once for real, so that Python's modules are compiled in the image."""
-    from tests.lab.machine import Machine  # a machine needs images, and so do we one
+    """Boot the new root once for real, so Python's modules are compiled in the image."""
+    from tests.lab.machine import Machine  # that module imports this one
 
     with _locked():
         mark = found.root.with_suffix(".warm")
@@ -313,6 +313,6 @@ def _warm(found: Images) -> None:
             )
             machine.run(["python3", "-c", f"import {modules}"], timeout=300, check=True)
             machine.run(["python3", "-m", "pytest", "--version"], timeout=300, check=True)
-            if os.getuid():  # the image's files belong to whoever built it
+            if os.getuid():  # the image's files belong to the user who built it
                 machine.run(["chown", "-Rh", "0:0", "/usr", "/etc", "/lab"], check=True)
         mark.touch()

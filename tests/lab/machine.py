@@ -35,17 +35,17 @@ Sink = Callable[[bytes], object]
 
 
 class MachineLostError(Exception):
-    """The machine ended or stopped answering; that is no verdict on what ran in it."""
+    """The machine ended or stopped answering; that is not a verdict on what ran in it."""
 
 
 class CommandTimeoutError(Exception):
-    """A command ran longer than it was given; it was killed, the machine goes on."""
+    """A command exceeded its timeout; it was killed, and the machine goes on."""
 
 
 class Machine:
-    """A booted lab machine; a context manager. `boot_seconds` is until it took a command.
+    """A booted lab machine; a context manager. `boot_seconds` is until it took commands.
 
-    `with_dir` appears as /with; `keep_writes` lets the root disk be changed for good.
+    `with_dir` appears as /with; `keep_writes` makes changes of the root disk permanent.
     Raises LabUnavailableError, MachineLostError.
     """
 
@@ -95,7 +95,7 @@ class Machine:
         env: dict[str, str] | None = None,
         fork: bool = True,
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run a command and collect its output; its status, -N where signal N ended it.
+        """Run a command and collect its output and its status, -N if signal N ended it.
 
         mtetool, and Python programs of the checkout, are forked from a process that has loaded
         their modules (see `tests.lab.forked`), unless `fork` is false.
@@ -111,7 +111,7 @@ class Machine:
         return result
 
     def mtetool(self, *lines: str, timeout: float = 120.0) -> None:
-        """Run command lines of mtetool one after the other, each of which has to succeed."""
+        """Run command lines of mtetool one after the other; each must succeed."""
         for line in lines:
             self.run(["mtetool", *line.split()], timeout=timeout, check=True)
 
@@ -131,7 +131,7 @@ class Machine:
         stdin: bytes = b"",
         env: dict[str, str] | None = None,
     ) -> int:
-        """Run a command, handing on its output as it comes; its status as `run` gives it."""
+        """Run a command, passing on its output as it comes; return its status as `run` does."""
         self._request(argv, timeout, env)
         return self._follow(argv, stdout, stderr, timeout, stdin)
 
@@ -155,10 +155,10 @@ class Machine:
     def talk(
         self, argv: Sequence[str], *, timeout: float = 3600.0, answer_seconds: float = 120.0
     ) -> Iterator[Talk]:
-        """Start a command that answers each line of its input by a line, and end it behind that.
+        """Start a command that answers each line of its input with a line, and end it afterwards.
 
         `timeout` is for all of it, `answer_seconds` for one answer. Raises MachineLostError, and
-        AssertionError with what it said on standard error where it ends too early or badly.
+        AssertionError with its standard error if it ends too early or fails.
         """
         self._request(argv, timeout, None, talk=True)
         self._send(b"I", b"")
@@ -226,7 +226,7 @@ class Machine:
         self.boot_seconds = time.monotonic() - started
 
     def _run_image(self, directory: Path) -> Path:
-        """The second disk: this checkout, the lab's own files, and what the user gives along."""
+        """Make the second disk: this checkout, the lab's own files, and the user's files."""
         tree = directory / "run"
         for name in ("mtetool", "tests", "examples"):
             if (_CHECKOUT / name).is_dir():
@@ -249,7 +249,7 @@ class Machine:
             try:
                 connection.connect(str(path))
             except OSError:
-                # The emulator makes the socket before it boots; it may also not start at all.
+                # The emulator creates the socket before it boots, unless it does not even start.
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     raise self._lost("the emulator did not start") from None
                 time.sleep(0.005)
@@ -280,7 +280,7 @@ class Machine:
             self._socket.settimeout(_GRACE_SECONDS)
             self._socket.sendall(struct.pack(">cI", kind, len(payload)) + payload)
         except OSError as error:
-            raise self._lost(f"it takes no commands: {error}") from error
+            raise self._lost(f"it accepts no commands: {error}") from error
 
     def _receive(self, deadline: float) -> tuple[bytes, bytes]:
         kind, length = struct.unpack(">cI", self._read_exactly(5, deadline))
@@ -312,7 +312,7 @@ class Machine:
 
 
 class Talk:
-    """A command that runs in a machine, and is asked line by line; see `Machine.talk`."""
+    """A command that runs in a machine and is queried line by line; see `Machine.talk`."""
 
     def __init__(self, machine: Machine, answer_seconds: float) -> None:
         self._machine = machine
@@ -322,12 +322,12 @@ class Talk:
         self._end: dict[str, object] | None = None
 
     def ask(self, line: bytes) -> bytes:
-        """Say a line and wait for the answer."""
+        """Send a line and wait for the answer."""
         self._machine._send(b"I", line + b"\n")
         return self.line()
 
     def line(self) -> bytes:
-        """The next line that it says."""
+        """Return the next line that it prints."""
         deadline = time.monotonic() + self._answer_seconds
         while b"\n" not in self._out and self._end is None:
             self._hear(deadline)
@@ -337,7 +337,7 @@ class Talk:
         return bytes(line)
 
     def end(self) -> None:
-        """Say that this was all, and wait for its end."""
+        """Close its input, and wait for its end."""
         if self._end is None:
             self._machine._send(b"I", b"")
         deadline = time.monotonic() + self._answer_seconds
@@ -355,7 +355,7 @@ class Talk:
 
 
 def shell(kernel: str = DEFAULT_KERNEL, memory: str = "4G", with_dir: Path | None = None) -> int:
-    """A machine with a prompt on this terminal, until its shell ends."""
+    """Run a machine with a prompt on this terminal, until its shell ends."""
     machine = Machine(kernel=kernel, memory=memory, with_dir=with_dir)
     found = machine._images
     with tempfile.TemporaryDirectory(prefix="mtetool-lab-") as scratch:
@@ -376,7 +376,7 @@ def _default_images(kernel: str) -> Images:
 
 
 def _emulator(found: Images) -> list[str]:
-    # Through the tree's own loader and libraries: the machine's may be older.
+    # With the tree's own loader and libraries: this machine's may be older.
     usr = found.emulator / "usr"
     libraries = next(path.parent for path in usr.glob("lib/*-linux-gnu/libc.so.6"))
     loader = next(libraries.glob("ld-linux-*.so.*"))
@@ -404,5 +404,5 @@ def _die_with_parent() -> None:
 
 
 def report(text: str) -> None:
-    """A line for the person at the terminal."""
+    """Print a line for the person at the terminal."""
     print(text, file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ _COMMANDS = ("save", "restore", "diff", "dump", "verify", "info", "enable")
 
 
 def run(words: list[str]) -> tuple[int, str, str]:
-    """What a command says, and its status."""
+    """Run a command; return its status, output and errors."""
     if words[0] == "sh":
         done = subprocess.run(["sh", "-c", words[1]], capture_output=True)
         return done.returncode, done.stdout.decode("latin-1"), done.stderr.decode("latin-1")
@@ -43,7 +43,7 @@ def run(words: list[str]) -> tuple[int, str, str]:
 
 
 def work(words: list[str]) -> None:
-    """In a process that ends with it."""
+    """Run a command in this process, and exit with its status."""
     status = 70
     try:
         if words[0] == "paint":
@@ -66,7 +66,7 @@ def paint(pid: int, address: int, size: int, tag: int) -> None:
 
 
 def main() -> None:
-    """All commands in turn."""
+    """Run all commands in turn."""
     for name in _COMMANDS:
         import_module(f"mtetool.cli.{name}")
     for name in ("save", "restore", "diff", "dump", "verify"):

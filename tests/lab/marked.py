@@ -15,7 +15,7 @@ from mtetool.vmm import pagemap
 
 
 def main() -> None:
-    """Look."""
+    """Measure both."""
     source, ipa, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     found: dict[str, float] = {}
     for name in ("marked", "existing"):
@@ -24,7 +24,7 @@ def main() -> None:
             began = time.monotonic()
             found[name] = sum(part.size_bytes for part in guest.may_be_tagged(Extent(ipa, size)))
             found[f"{name}_seconds"] = round(time.monotonic() - began, 3)
-        setattr(pagemap, "PageFlags", _no_frames)  # noqa: B010 - it is no name of that module
+        setattr(pagemap, "PageFlags", _no_frames)  # noqa: B010 - the module does not export it
     print(json.dumps(found))
 
 

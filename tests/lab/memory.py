@@ -16,7 +16,7 @@ from tests.lab.machine import Machine
 
 @dataclass(frozen=True)
 class Existing:
-    """Extents are (start, end) from the beginning of the memory, or of its file."""
+    """What exists, in extents: (start, end) from the beginning of the memory, or of its file."""
 
     own: Extents
     in_file: Extents
@@ -24,7 +24,7 @@ class Existing:
 
     @property
     def own_bytes(self) -> int:
-        """Bytes that the process alone has."""
+        """Bytes that only the process has."""
         return sum(end - start for start, end in self.own)
 
     @property
@@ -35,7 +35,7 @@ class Existing:
 
 @dataclass(frozen=True)
 class GuestMemory:
-    """The main memory of a QEMU; its monitor is only asked where it is, once."""
+    """The main memory of a QEMU; its monitor is queried once, for the address."""
 
     lab: Machine
     pid: int
@@ -51,7 +51,7 @@ class GuestMemory:
         return cls(guest.lab, guest.pid, address, size_bytes)
 
     def existing(self) -> Existing:
-        """What exists of it now."""
+        """Return what exists of it now."""
         words = [str(self.pid), str(self.address), str(self.size_bytes)]
         command = ["python3", "-m", "tests.lab.existing", *words]
         result = self.lab.run(command, env={"PYTHONPATH": "/opt/mtetool"}, check=True)

@@ -27,15 +27,15 @@ class Modules:
         self._builtin |= {alias.decode() for alias in _BUILTIN_FIELD.findall(info)}
 
     def content(self, name: str) -> bytes:
-        """A module as insmod takes it."""
+        """Return a module as insmod takes it."""
         path = self._files[name]
         data = path.read_bytes()
         return lzma.decompress(data) if path.suffix == ".xz" else data
 
     def in_order(self, *wanted: str) -> list[str]:
-        """The modules to load for `wanted`, each behind what it needs; none that is built in.
+        """Return the modules to load for `wanted`, each after those it needs, none built in.
 
-        Raises KeyError for one that the kernel has in neither way.
+        Raises KeyError if the kernel has a module in neither way.
         """
         ordered: list[str] = []
         for name in wanted:
@@ -60,7 +60,7 @@ class Modules:
                         yield found
 
     def _of_alias(self, alias: str) -> str | None:
-        """The module that a soft dependency stands for; None where it is built in."""
+        """Return the module that a soft dependency stands for, or None if it is built in."""
         if alias in self._builtin or _plain(alias) in self._builtin:
             return None
         if _plain(alias) in self._files:
@@ -77,5 +77,5 @@ def _name(path: Path) -> str:
 
 
 def _plain(name: str) -> str:
-    # The kernel takes - and _ as one.
+    # The kernel treats - and _ as the same.
     return name.replace("-", "_")

@@ -22,12 +22,12 @@ from mtetool.procfs import Mapping
 from mtetool.vmm.scratch import ScratchVm, scratch_vm
 
 MIB = 1 << 20
-# Main memory first, as QEMU has it.
+# Main memory first, as in QEMU.
 SLOTS = ((0x4000_0000, 64 * MIB), (0, 8 * MIB), (16 * MIB, 2 * MIB), (32 * MIB, MIB))
 
 
 class Own:
-    """This process as a session: ioctls of its own VM, of which the others may go."""
+    """This process as a session on its own VM, whose other memslots vanish."""
 
     pid = os.getpid()
 
@@ -45,7 +45,7 @@ class Own:
         slot, _, _, size, address = uapi.KVM_MEMORY_REGION_STRUCT.unpack(argument)
         is_right = slot == 0 and (size, address) == (SLOTS[0][1], place(self.vm))
         if is_right and self.goes:
-            # In the way until now: the kernel said so.
+            # They were in the way until now: the kernel said so.
             self.answers.append(self.vm._ioctl(request, argument))
             self.goes = False
             for number in range(1, len(SLOTS)):
@@ -57,18 +57,18 @@ class Own:
 
 
 def place(vm: ScratchVm) -> int:
-    """Where slot 0 is in this process."""
+    """Return where slot 0 is in this process."""
     return ctypes.addressof(ctypes.c_char.from_buffer(vm._memory[0]))
 
 
 def main() -> None:
-    """Ask."""
+    """Probe, and print the results."""
     with scratch_vm() as vm:
         assert vm.enable(uapi.KVM_CAP_ARM_MTE) == 0
         kept = []
         for number, (ipa, size) in enumerate(SLOTS):
             assert vm.set_memslot(number, ipa, size, 0) == 0
-            # Between them, so that they are mappings of their own.
+            # A page between them, so each is a mapping of its own.
             kept.append(mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS))
         own = Own(vm)
         message = ""
@@ -76,7 +76,7 @@ def main() -> None:
             memslots.places_of(cast(Session, own), 0, None)
         except BusyError as error:
             message = error.message
-        # Its own place is taken again, from its first to its last page, and nothing else is.
+        # The slot's own place is taken again, from its first to its last page, and no other is.
         untaggable = memslots._untaggable(own.mappings())
         assert untaggable is not None
         page = mmap.PAGESIZE

@@ -30,8 +30,8 @@ class LabUnavailableError(Exception):
 
 
 def need_tools(*names: str) -> None:
-    """Raise LabUnavailableError naming the Debian packages of the tools that are not there."""
-    # mke2fs is in /sbin, which the PATH of a plain user lacks.
+    """Raise LabUnavailableError, which names the Debian packages, if tools are missing."""
+    # mke2fs is in /sbin, which a plain user's PATH lacks.
     os.environ["PATH"] = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     missing = [name for name in names if shutil.which(name) is None]
     if missing:
@@ -40,7 +40,7 @@ def need_tools(*names: str) -> None:
 
 
 def mirror() -> str:
-    """Where this machine gets its Debian packages from, or $MTETOOL_DEBIAN_MIRROR."""
+    """Return where this machine gets its Debian packages from, or $MTETOOL_DEBIAN_MIRROR."""
     if configured := os.environ.get("MTETOOL_DEBIAN_MIRROR"):
         return configured
     form = "$(ORIGIN)|$(LABEL)|$(COMPONENT)|$(REPO_URI)"
@@ -49,7 +49,7 @@ def mirror() -> str:
     ).stdout
     for line in listing.splitlines():
         origin, label, component, uri = line.split("|", 3)
-        # Before the machine's first update apt knows neither origin nor label.
+        # Before the machine's first update, apt knows neither origin nor label.
         if component == "main" and (origin, label) in (("Debian", "Debian"), ("", "")):
             return uri
     raise LabUnavailableError(
@@ -59,7 +59,7 @@ def mirror() -> str:
 
 
 class Archive:
-    """An apt of our own for one architecture, its state under `state`."""
+    """A separate apt for one architecture, with its state under `state`."""
 
     def __init__(self, state: Path, architecture: str, suites: Iterable[str]) -> None:
         need_tools("apt-get", "dpkg-deb")
@@ -97,7 +97,7 @@ class Archive:
         self._apt("update")
 
     def depends(self, package: str, *, suite: str | None = None) -> list[str]:
-        """The names a package depends on, for finding what a meta package stands for."""
+        """Return the names a package depends on, to find what a meta package stands for."""
         target = ["-t", suite] if suite else []
         words = ["apt-cache", *self._options, *target, "depends", "--important", package]
         listing = subprocess.run(
@@ -107,7 +107,7 @@ class Archive:
         return [name for relation, _, name in lines if relation == "Depends"]
 
     def download(self, packages: Iterable[str], *, suite: str | None = None) -> list[Path]:
-        """Fetch packages with everything they need; the .deb files."""
+        """Fetch packages with everything they need; return the .deb files."""
         archives = self._state / "cache" / "archives"
         for old in archives.glob("*.deb"):
             old.unlink()
@@ -116,7 +116,7 @@ class Archive:
         return sorted(archives.glob("*.deb"))
 
     def fetch_only(self, package: str) -> Path:
-        """Fetch one package without what it needs; the .deb file."""
+        """Fetch one package without its dependencies; return the .deb file."""
         where = self._state / "cache"
         for old in where.glob("*.deb"):
             old.unlink()
@@ -144,7 +144,7 @@ def unpack(debs: Iterable[Path], tree: Path) -> None:
         (tree / "usr" / name).mkdir(parents=True, exist_ok=True)
         if not (tree / name).is_symlink():
             (tree / name).symlink_to(f"usr/{name}")
-    # Two at a time: decompression is what takes the time.
+    # Two at a time: decompression takes most of the time.
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda deb: _unpack_one(deb, tree), debs))
     # Releases before Debian 13 have files outside usr: a directory took the link's place.

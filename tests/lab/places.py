@@ -25,7 +25,7 @@ from tests.lab.existing import large_memory
 
 
 def main() -> None:
-    """Ask."""
+    """Find the places, and print the results."""
     pid = int(sys.argv[1])
     told: list[Place] | None = None
     layout: tuple[Memslot, ...] = ()
@@ -61,7 +61,7 @@ def main() -> None:
         n_confirming = len(questions) - n_layout - n_places
         after = large_memory(pid)
         assert memslots.memslots_of(session, guest.vm.fd) == slots
-    # Nothing that was asked was ever done.
+    # The kernel refused every probe, so none changed anything.
     assert all(result < 0 for result in questions)
     result = {
         "places": places,

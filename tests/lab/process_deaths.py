@@ -30,7 +30,7 @@ _KEYS = ("TracerPid:", "SigBlk:", "SigPnd:", "ShdPnd:")
 
 
 def cycle(pid: int, address: int, value: int) -> None:
-    """What the commands do to a process: attach, read, write, freeze, read, let go."""
+    """Do what the commands do to a process: attach, read, write, freeze, read, thaw."""
     tags = np.zeros(mmap.PAGESIZE // 16, dtype=np.uint8)
     with open_guest(f"proc:{pid}") as guest:
         guest.read_tags(address, tags)
@@ -41,7 +41,7 @@ def cycle(pid: int, address: int, value: int) -> None:
 
 
 def names(pid: int, address: int) -> list[str]:
-    """The names of the steps of a cycle."""
+    """Return the names of a cycle's steps."""
     cycle(pid, address, 1)
     seen: list[str] = []
     steps.on_step(seen.append)
@@ -51,7 +51,7 @@ def names(pid: int, address: int) -> list[str]:
 
 
 def before(number: int, victim: int) -> steps.Hook:
-    """A hook that kills `victim` before that step, the first being 1."""
+    """Return a hook that kills `victim` before that step, counted from 1."""
     count = 0
 
     def hook(_: str) -> None:
@@ -64,7 +64,7 @@ def before(number: int, victim: int) -> steps.Hook:
 
 
 def state(pid: int) -> dict[str, object]:
-    """What a death must leave as it was; and no thread may stand still."""
+    """Return what a death must leave as it was; and no thread may be stopped."""
     tasks = sorted(Path(f"/proc/{pid}/task").iterdir())
     lines = [line.split() for task in tasks for line in (task / "status").read_text().splitlines()]
     return {
@@ -77,7 +77,7 @@ def state(pid: int) -> dict[str, object]:
 
 
 def settled(pid: int, wanted: dict[str, object]) -> dict[str, object] | None:
-    """None when the process comes back to that state soon, else how it is."""
+    """Wait until the process is in that state; return its state if it never is, else None."""
     deadline = time.monotonic() + _SETTLE_SECONDS
     while (now := state(pid)) != wanted:
         if time.monotonic() > deadline:
@@ -87,7 +87,7 @@ def settled(pid: int, wanted: dict[str, object]) -> dict[str, object] | None:
 
 
 def kill_mtetool(pid: int, address: int) -> dict[str, object]:
-    """Die at every step in turn, until a cycle gets through alive."""
+    """Die at every step in turn, until a cycle completes."""
     of_a_cycle = names(pid, address)
     wanted, harmed = state(pid), {}
     for number in turns():
@@ -107,7 +107,7 @@ def kill_mtetool(pid: int, address: int) -> dict[str, object]:
 
 
 def start() -> tuple[subprocess.Popen[bytes], int]:
-    """A process with tagged memory, and the address of that."""
+    """Start a process with tagged memory; return it, and the memory's address."""
     words = ["/lab/tagged", "--at", "0x40000000:0x10000"]
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout
@@ -116,7 +116,7 @@ def start() -> tuple[subprocess.Popen[bytes], int]:
 
 
 def working(pid: int, address: int, number: int) -> int:
-    """A cycle in which the process is killed at that step; 0: it got through, 4: in words."""
+    """Run a cycle and kill the process at that step; return 0 for success, 4 for an error."""
     hook, count = before(number, pid), 0
 
     def counting(name: str) -> None:
@@ -129,7 +129,7 @@ def working(pid: int, address: int, number: int) -> int:
         cycle(pid, address, 5)
     except GuestError:
         return 4
-    # At the last steps nothing is left that could fail.
+    # At the last steps, nothing can fail any more.
     return 4 if count >= number else 0
 
 
@@ -162,7 +162,7 @@ def kill_processes() -> dict[str, object]:
 
 
 def main() -> None:
-    """As the arguments say."""
+    """Kill mtetool or the processes, as the arguments say."""
     if sys.argv[1] == "--process":
         print(json.dumps(kill_processes()))
     else:

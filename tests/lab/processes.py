@@ -24,7 +24,7 @@ SET = ("private", "shared", "memfd", "mirror", "copied", "sealed", "scratch")
 
 @dataclass
 class Tagged:
-    """It runs from its construction on; `kill_vmms` ends it. `maps` gives addresses and sizes."""
+    """The running program; `kill_vmms` ends it. `maps` has its mappings' addresses and sizes."""
 
     lab: Machine
     words: str = ""
@@ -44,30 +44,30 @@ class Tagged:
 
     @property
     def log(self) -> str:
-        """What it prints."""
+        """The file that it prints to."""
         return f"/tmp/{self.name}.out"
 
     @property
     def source(self) -> str:
-        """How mtetool names it."""
+        """Its name for mtetool."""
         return f"proc:{self.pid}"
 
     def range_of(self, name: str) -> str:
-        """A mapping as --range takes it."""
+        """Return a mapping as --range takes it."""
         at, size = self.maps[name]
         return f"{at:#x}:{size}"
 
     def paint(self, name: str, tag: int) -> list[str]:
-        """The command (of `commands`) that gives a mapping one tag, as no program of ours does."""
+        """Return the command (for `commands`) that gives a whole mapping one tag."""
         at, size = self.maps[name]
         return ["paint", str(self.pid), hex(at), str(size), str(tag)]
 
     def dump(self, source: str, name: str) -> list[str]:
-        """The command that gives a mapping's tags as a source has them, one byte a granule."""
+        """Return the command that prints a mapping's tags in a source, one byte per granule."""
         return ["mtetool", "dump", source, "--output", "raw", "--range", self.range_of(name)]
 
     def unharmed(self) -> None:
-        """See that it goes on: two more rounds, no wrong tag, no signal lost, nobody at it."""
+        """Check that it goes on: two more rounds, no wrong tag, no signal lost, no tracer."""
         seen = len(_CHECK.findall(self.lab.get(self.log)))
         deadline = time.monotonic() + _SECONDS
         while len(checks := _CHECK.findall(self.lab.get(self.log))) < seen + 2:
@@ -77,17 +77,17 @@ class Tagged:
         assert "TracerPid:\t0" in self.status()
 
     def signals(self) -> int:
-        """How many numbered signals it has handled."""
+        """Return how many numbered signals it has handled."""
         return int(_CHECK.findall(self.lab.get(self.log))[-1][2])
 
     def status(self) -> str:
-        """The status of all its threads."""
+        """Return the status of all its threads."""
         return self.lab.sh(f"cat /proc/{self.pid}/task/*/status; true").stdout.decode()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left: its status, and what it wrote."""
+    """The outcome of a command: its status, and what it printed."""
 
     status: int
     raw: bytes
@@ -95,22 +95,22 @@ class Outcome:
 
     @property
     def json(self) -> Any:
-        """The report, of a command with --json."""
+        """The report of a command with --json."""
         return json.loads(self.raw)
 
     @property
     def error(self) -> Any:
-        """The error, of a command with --json."""
+        """The error of a command with --json."""
         return json.loads(self.err.splitlines()[-1])
 
     @property
     def tags(self) -> Tags:
-        """The tags, of `Tagged.dump`."""
+        """The tags that `Tagged.dump` printed."""
         return np.frombuffer(self.raw, dtype=np.uint8)
 
 
 def commands(lab: Machine, *commands: list[str]) -> list[Outcome]:
-    """Run commands one after the other, see `tests.lab.many`; what became of each."""
+    """Run commands one after the other, see `tests.lab.many`; return their outcomes."""
     result = lab.run(
         ["python3", "-B", "-m", "tests.lab.many"],
         stdin=json.dumps(commands).encode(),
@@ -126,6 +126,6 @@ SIZE = 64 << 10
 
 
 def pattern() -> Tags:
-    """The tags that the program gives to a mapping."""
+    """Return the tags that the program gives to a mapping."""
     granule = np.arange(SIZE // GRANULE_BYTES)
     return ((granule * 7 + granule // 256 + 3) & 15).astype(np.uint8)

@@ -22,20 +22,20 @@ _SIGNALS = ("KILL", "TERM", "INT")
 
 
 def ended(words: list[str], hook: steps.Hook | None = None) -> int:
-    """Run a command to its end: the status, or the signal, negative."""
+    """Run a command to its end; return its status, or -N for signal N."""
     child, reading = start(Command(words), hook)
     drain(reading)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def spread(command: Command, count: int) -> list[tuple[str, int]]:
-    """That many of a command's steps, from the first to the last."""
+    """Return that many of a command's steps, from the first to the last."""
     last = len(command.steps) - 1
     return [command.steps[number * last // (count - 1)] for number in range(count)]
 
 
 def main() -> None:
-    """Do it."""
+    """Interrupt restores, and print the results."""
     pid, right, wrong, count = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
     within = [word for asked in sys.argv[5:] for word in ("--range", asked)]
     for module in (*_LOADED, "mtetool.cli.diff"):

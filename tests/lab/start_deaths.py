@@ -41,7 +41,7 @@ _KEPT = (
 
 
 def die_at(step: int, died: mmap.mmap, terminate: bool, end: signal.Signals) -> None:
-    """Let the process that makes the steps get `end` before that one; `died` is marked then."""
+    """Make the process that goes through the steps get `end` before this one, and set `died`."""
     count, vmm = 0, os.getpid()
 
     def counted(function: Callable[..., object]) -> Callable[..., object]:
@@ -68,7 +68,7 @@ def die_at(step: int, died: mmap.mmap, terminate: bool, end: signal.Signals) -> 
 
 
 def start(prepare: Callable[[], None] | None, wish: Wish) -> tuple[int, int, int]:
-    """Start the VMM, plainly without `prepare`; its PID, and its standard input and output."""
+    """Start the VMM, plainly without `prepare`; return its PID, standard input and output."""
     stdin_there, stdin = os.pipe()
     stdout, stdout_there = os.pipe()
     pid = os.fork()
@@ -85,7 +85,7 @@ def start(prepare: Callable[[], None] | None, wish: Wish) -> tuple[int, int, int
 
 
 def state(pid: int) -> dict[str, object]:
-    """What a death must leave as it is without us."""
+    """Return what a death must leave as in a plain start."""
     lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     fds = sorted(Path(f"/proc/{pid}/fd").iterdir())
     return {
@@ -96,7 +96,7 @@ def state(pid: int) -> dict[str, object]:
 
 
 def settled(pid: int, stdout: int, expected: dict[str, object] | None) -> dict[str, object]:
-    """How the VMM is once it has said that it is ready, as soon as it is as expected."""
+    """Return the VMM's state after it is ready, as soon as it is the expected one."""
     deadline = time.monotonic() + _SETTLE_SECONDS
     said = os.read(stdout, 100)
     while said:
@@ -111,7 +111,7 @@ def settled(pid: int, stdout: int, expected: dict[str, object] | None) -> dict[s
 def run(
     prepare: Callable[[], None] | None, wish: Wish, expected: dict[str, object] | None
 ) -> dict[str, object]:
-    """Start the VMM, let it end by itself, and say how it was."""
+    """Start the VMM, let it end by itself, and return how it was."""
     pid, stdin, stdout = start(prepare, wish)
     found = settled(pid, stdout, expected and {k: v for k, v in expected.items() if k != "end"})
     os.close(stdin)
@@ -123,7 +123,7 @@ def main() -> None:
     """Die at every step in turn, until a start gets through alive."""
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)  # Python ignores them
-    # Where it dies before the VMM is started, that is told and the VMM is started all the same.
+    # If it dies before the VMM is started, that is reported and the VMM is started anyway.
     wish = Wish(1, 60, False, "every-call" in sys.argv[1:], lambda error: "")
     terminate = "term" in sys.argv[1:]
     end = signal.SIGSTOP if "stop" in sys.argv[1:] else signal.SIGKILL

@@ -31,7 +31,7 @@ _ERRORS: tuple[Callable[[], Exception], ...] = (
 
 
 def fail_at(step: int, failed: mmap.mmap) -> None:
-    """Let the step fail, and whatever is tried after it go well; `failed` is marked then."""
+    """Make the step fail, and everything after it succeed; `failed` is set then."""
     count = 0
 
     def counted(function: Callable[..., object]) -> Callable[..., object]:
@@ -54,7 +54,7 @@ def fail_at(step: int, failed: mmap.mmap) -> None:
 
 
 def run(prepare: Callable[[], None]) -> tuple[str, int]:
-    """Start the VMM; what it said, and how it ended."""
+    """Start the VMM; return what it printed, and its exit code."""
     stdout, stdout_there = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -74,7 +74,7 @@ def run(prepare: Callable[[], None]) -> tuple[str, int]:
 
 
 def main() -> None:
-    """Fail at every step in turn, until a start gets through without."""
+    """Fail at every step in turn, until a start completes without a failure."""
     failed = mmap.mmap(-1, 1)  # shared with the companion
     wrong: dict[int, tuple[str, int]] = {}
     ends: dict[str, int] = {}

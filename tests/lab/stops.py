@@ -24,14 +24,14 @@ from mtetool.attach import steps
 
 _PATIENCE_SECONDS = 300.0
 _F_SETPIPE_SZ = 1031
-# Reached before the first of the vCPUs that are held is let go.
+# Reached before the first of the held vCPUs is let go.
 _HELD = "thaw/detach"
 _WRITE_TO_STDERR = "64 0x2 "
 _SNAPSHOT = "/tmp/stops.out"
 
 
 class Guest:
-    """The threads of a VMM's vCPUs: those with such a name, as QEMU's have, or all."""
+    """The threads of a VMM's vCPUs: those that are named like QEMU's, or else all."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -39,15 +39,15 @@ class Guest:
         self._vcpus = [t for t in tasks if "KVM" in (t / "comm").read_text()] or tasks
 
     def stands(self) -> bool:
-        """Whether a vCPU is held."""
+        """Return whether a vCPU is held."""
         return any(fields(task)[0] == "t" for task in self._vcpus)
 
     def used(self) -> list[int]:
-        """The time that the vCPUs have used."""
+        """Return the CPU time that each vCPU has used."""
         return [int(f[11]) + int(f[12]) for f in map(fields, self._vcpus)]
 
     def goes_on(self) -> float:
-        """Wait until the guest has run; for how many seconds it did not."""
+        """Wait until the guest has run; return for how many seconds it did not."""
         since = time.monotonic()
         used = self.used()
         until(lambda: not self.stands() and self.used() != used)
@@ -55,20 +55,20 @@ class Guest:
 
 
 def fields(process: Path) -> list[str]:
-    """/proc/PID/stat from the state on."""
+    """Return the fields of /proc/PID/stat from the state on."""
     return (process / "stat").read_text().rpartition(")")[2].split()
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait until it holds."""
+    """Wait until the condition holds."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while not condition():
-        assert time.monotonic() < deadline, "this never comes"
+        assert time.monotonic() < deadline, "the condition never held"
         time.sleep(0.004)
 
 
 def save(guest: Guest, *more: str) -> list[str]:
-    """The command that freezes the guest."""
+    """Return a save command that freezes the guest."""
     words = ["mtetool", "save", f"kvm:{guest.pid}", "--freeze", "--force", "-o", _SNAPSHOT]
     return [*words, "--memslot", "0x40000000:64M", *more]
 
@@ -76,7 +76,7 @@ def save(guest: Guest, *more: str) -> list[str]:
 def start(
     words: list[str], *, signal_held: str = "", prepare: Callable[[], object] = lambda: None
 ) -> int:
-    """Start mtetool in a forked child, where `prepare` is called first; its PID.
+    """Start mtetool in a forked child, where `prepare` is called first; return its PID.
 
     With `signal_held`, it gets that signal while it holds the vCPUs.
     """
@@ -97,17 +97,17 @@ def start(
 
 
 def status_of(pid: int) -> int:
-    """Wait for a child's end; its status, or -N for signal N."""
+    """Wait for a child's end; return its status, or -N for signal N."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def whole() -> bool:
-    """Whether the snapshot is."""
+    """Return whether the snapshot is whole."""
     return status_of(start(["mtetool", "verify", _SNAPSHOT])) == 0
 
 
 def by_sigstop(guest: Guest) -> tuple[int, float]:
-    """How it ended, and for how long the guest stood still after the stop."""
+    """Return how mtetool ended, and for how long the guest stood still after the stop."""
     pid = start(save(guest), signal_held="STOP")
     until(lambda: fields(Path(f"/proc/{pid}"))[0] in "TZX")
     seconds = guest.goes_on()
@@ -115,13 +115,13 @@ def by_sigstop(guest: Guest) -> tuple[int, float]:
 
 
 def by_sigtstp(guest: Guest) -> dict[str, object]:
-    """Ctrl-Z's signal while the vCPUs are held, in a job of its own."""
+    """Send Ctrl-Z's signal while the vCPUs are held, in a job of its own."""
     pid = start(save(guest), signal_held="TSTP", prepare=lambda: os.setpgid(0, 0))
     return stopped_and_continued(guest, pid)
 
 
 def stopped_and_continued(guest: Guest, pid: int) -> dict[str, object]:
-    """What becomes of a job that stops, is continued and ends."""
+    """Wait until a job stops, continue it, wait for its end; return what happened."""
     _, status = os.waitpid(pid, os.WUNTRACED)
     found: dict[str, object] = {"stopped": os.WIFSTOPPED(status), "held": guest.stands()}
     guest.goes_on()
@@ -132,7 +132,7 @@ def stopped_and_continued(guest: Guest, pid: int) -> dict[str, object]:
 
 
 def at_a_terminal(work: Callable[[int], object]) -> dict[str, object]:
-    """What `work` finds, given the master's end, as the leader of a terminal's session."""
+    """Call `work` with the master's end, as leader of a terminal's session; return its result."""
     reading, writing = os.pipe()
     master, terminal = pty.openpty()
     leader = os.fork()
@@ -153,14 +153,14 @@ def at_a_terminal(work: Callable[[int], object]) -> dict[str, object]:
 
 
 def _look_at(master: int) -> None:
-    """Take what is written to a terminal, until nobody has it any more."""
+    """Read what is written to a terminal, until no process has it open any more."""
     with suppress(OSError):
         while os.read(master, 1 << 16):
             pass
 
 
 def job(words: list[str], *, foreground: bool) -> tuple[int, int]:
-    """Start a job of this session's terminal; its PID, and the terminal."""
+    """Start a job on this session's terminal; return its PID, and the terminal."""
     terminal = os.open("/dev/tty", os.O_RDWR)
 
     def prepare() -> None:
@@ -175,11 +175,11 @@ def job(words: list[str], *, foreground: bool) -> tuple[int, int]:
 
 
 def by_ctrl_z(guest: Guest) -> dict[str, object]:
-    """Ctrl-Z typed at a terminal, under a progress bar, as soon as a vCPU is held."""
+    """Type Ctrl-Z at a terminal, under a progress bar, as soon as a vCPU is held."""
 
     def work(master: int) -> object:
         pid, _ = job(save(guest), foreground=True)
-        # One that was never seen to hold a vCPU went by between two looks.
+        # If the job was never seen to hold a vCPU, it did so between two polls.
         while not seen_holding(guest, pid):
             os.waitpid(pid, 0)
             pid, _ = job(save(guest), foreground=True)
@@ -190,7 +190,7 @@ def by_ctrl_z(guest: Guest) -> dict[str, object]:
 
 
 def seen_holding(guest: Guest, pid: int) -> bool:
-    """Wait until a vCPU is held; False when the process has ended instead."""
+    """Wait until a vCPU is held; return False if the process has ended instead."""
     ended = False
 
     def seen() -> bool:
@@ -203,7 +203,7 @@ def seen_holding(guest: Guest, pid: int) -> bool:
 
 
 def by_tostop(guest: Guest) -> dict[str, object]:
-    """A job in the background of a terminal that stops those who write to it (stty tostop)."""
+    """Run a background job at a terminal that stops jobs that write to it (stty tostop)."""
 
     def work(master: int) -> object:
         attributes = termios.tcgetattr(master)
@@ -223,14 +223,14 @@ def by_tostop(guest: Guest) -> dict[str, object]:
 
 
 def by_nobody_reading(guest: Guest) -> dict[str, object]:
-    """Progress goes to a pipe that is full, and stays full until the guest runs again."""
+    """Send progress to a pipe that is full, and stays full until the guest runs again."""
     reading, writing = os.pipe()
     fcntl.fcntl(writing, _F_SETPIPE_SZ, 4096)
     os.write(writing, bytes(4096))
     words = save(guest, "--progress", "json")
     pid = start(words, prepare=lambda: os.dup2(writing, 2))
     os.close(writing)
-    # The first line comes once the guest is held. It is let go though nobody has read that.
+    # The first line comes once the guest is held. The guest is let go though it is unread.
     until(lambda: writes_to_stderr(pid))
     guest.goes_on()
     held = guest.stands()
@@ -242,14 +242,14 @@ def by_nobody_reading(guest: Guest) -> dict[str, object]:
 
 
 def writes_to_stderr(pid: int) -> bool:
-    """Whether a thread of the process stands in a write to standard error."""
+    """Return whether a thread of the process is blocked in a write to standard error."""
     calls = (task / "syscall" for task in Path(f"/proc/{pid}/task").iterdir())
     return any(call.read_text().startswith(_WRITE_TO_STDERR) for call in calls)
 
 
 def main() -> None:
-    """All of them."""
-    os.nice(-15)  # before the guest's busy vCPUs
+    """Stop mtetool in all ways."""
+    os.nice(-15)  # ahead of the guest's busy vCPUs
     guest, times = Guest(int(sys.argv[1])), int((sys.argv[2:] or ["1"])[0])
     stops = [by_sigstop(guest) for _ in range(times)]
 
@@ -267,7 +267,7 @@ def main() -> None:
 
 
 def guards() -> int:
-    """How many guards of mtetool there are on this host, or zombies of them."""
+    """Count mtetool's guards on this host, zombies included."""
     names = (process / "comm" for process in Path("/proc").glob("[0-9]*"))
     count = 0
     for name in names:

@@ -12,19 +12,19 @@ _NAME = "MTETOOL_DEATH_STRIDE"
 STRIDE = int(os.environ.get(_NAME, "1"))
 
 ENVIRONMENT = {"PYTHONPATH": "/opt/mtetool", _NAME: str(STRIDE)}
-"""What a campaign in the lab is started with."""
+"""The environment of a campaign in the lab."""
 
 
 def turns(first: int = 1) -> Sequence[int]:
-    """The steps to die at, until one is never reached."""
+    """Return the steps to die at, until one is never reached."""
     return range(first, 100_000, STRIDE)
 
 
 def deaths_before(step: int, first: int = 1) -> int:
-    """How many there were before the turn of a step."""
+    """Return how many deaths there were before a step's turn."""
     return (step - first) // STRIDE
 
 
 def enough(deaths: int) -> int:
-    """How many deaths must have been, where so many would have been at every step."""
+    """Return how many deaths there must have been, if every step would give that many."""
     return deaths // STRIDE

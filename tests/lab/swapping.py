@@ -59,22 +59,22 @@ def page_out(pid: int, address: int, size: int) -> None:
 
 
 def drop_copies(pid: int) -> int:
-    """Drop the copies in memory of what was written to swap; the pages that are left of them."""
+    """Drop the copies in memory of pages on swap; return how many are left."""
     name = Path(f"/proc/{pid}/cgroup").read_text().strip().rpartition(":")[2]
     group = _GROUPS / name.lstrip("/")
-    with suppress(BlockingIOError):  # there was not so much
+    with suppress(BlockingIOError):  # there was less than that
         (group / "memory.reclaim").write_text(str(1 << 30))
     for line in (group / "memory.stat").read_text().splitlines():
         if line.startswith("swapcached "):
             return int(line.split()[1]) // mmap.PAGESIZE
-    raise LookupError("memory.stat does not tell of swapcached")
+    raise LookupError("memory.stat does not show swapcached")
 
 
 def look(pid: int, address: int, size: int) -> dict[str, int]:
-    """Pages of the mapping that are on swap, and in memory.
+    """Count the mapping's pages that are on swap and in memory.
 
-    The page tables tell it for private memory. For shared memory, whose swapped pages no page
-    table knows, smaps does.
+    For private memory, the page tables show both. For shared memory, they do not show the pages
+    on swap, but smaps does.
     """
     entries = array("Q")
     with Path(f"/proc/{pid}/pagemap").open("rb") as pagemap:
@@ -93,7 +93,7 @@ def look(pid: int, address: int, size: int) -> dict[str, int]:
 
 
 def main() -> None:
-    """Page out until all that was in memory is on swap only, or no more goes."""
+    """Page out until everything that was in memory is on swap only, or the tries run out."""
     pid, size = int(sys.argv[1]), int(sys.argv[2])
     enough = int(sys.argv[3]) if len(sys.argv) > 3 else size
     for _ in range(_TRIES):
@@ -105,7 +105,7 @@ def main() -> None:
         out = all(not each["present"] or each["swapped"] >= enough for each in found)
         if out and not copies:
             break
-        # A page stays that somebody holds for a moment, or that is being written.
+        # A page stays while something holds it for a moment, or while it is being written.
         time.sleep(_PAUSE_SECONDS)
     print(json.dumps(found))
 

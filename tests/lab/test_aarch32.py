@@ -18,18 +18,18 @@ _SAID = re.compile(r"^MIXED (\S+) (-?\d+)$", re.MULTILINE)
 EINVAL = -22
 SEGV_MTESERR = 9
 
-# What the guest `mixed` has to say (tests/lab/programs/mixed.c).
+# What the guest `mixed` must print (tests/lab/programs/mixed.c).
 FINDINGS = {
     # The 64-bit side of the guest has MTE, and a 32-bit process runs beside it.
     "hwcap2-64-mte": 1,
     "runs": 1,
-    # It may map memory that can have tags, but not ask for checks.
+    # It can map memory that can have tags, but cannot turn on checks.
     "own-prot-mte": 0,
     "own-tagged": 1,
     "own-mprotect": 0,
     "set-checks": EINVAL,
     "get-checks": EINVAL,
-    # Tags that a 64-bit process gave to that memory hinder it in nothing.
+    # Tags that a 64-bit process gave to that memory do not affect it.
     "own-poked": PAGE // 16,
     "own-load": 1,
     "own-store": 1,
@@ -45,7 +45,7 @@ FINDINGS = {
     # The tags are real: 64-bit code with checks on faults at the same address.
     "checked-64-bit-fault": SEGV_MTESERR,
 }
-# Of the bits for 32-bit programs (arch/arm64/include/asm/hwcap.h) none is for MTE: these are
+# None of the bits for 32-bit programs (arch/arm64/include/asm/hwcap.h) is for MTE: they are
 # AES, PMULL, SHA1, SHA2, CRC32, SB and SSBS.
 HWCAP2_OF_32_BIT = 0x7F
 
@@ -92,6 +92,6 @@ def test_32_bit_kernel_does_not_start_where_mte_was_enabled(lab: Machine) -> Non
 
 
 def _tags_of_page(tags: bytes, ipa: int) -> bytes:
-    """Of the tags of all the memory."""
+    """Return a page's tags, out of those of all the memory."""
     start = (ipa - BASE) // 16
     return tags[start : start + PAGE // 16]

@@ -11,7 +11,7 @@ from tests.lab.guests import Qemu, start_test_vmm
 from tests.lab.machine import Machine
 
 _SAVE = "save kvm:{pid} --memslot 0x40000000:1M -o /tmp/s --force"
-# The VMM ends, and another one gets its PID, between the look at it and the attach.
+# The VMM ends, and another one gets its PID, after mtetool has examined it and before the attach.
 _REUSE = """
 import os, sys, time
 from pathlib import Path
@@ -47,7 +47,7 @@ cd /sys/fs/cgroup; [ -e cgroup.procs ] || mount -t cgroup2 cgroup .; cd /sys/fs/
 echo +pids >cgroup.subtree_control; mkdir {pid}; cd {pid}; echo {pid} >cgroup.procs
 """
 
-# Frozen vCPUs use no time; the main loop answers meanwhile; thawed, they run.
+# Frozen vCPUs use no CPU time; the main loop still answers; after the thaw, they run.
 _FREEZE = """
 import json, sys, time
 from pathlib import Path
@@ -72,7 +72,7 @@ while used() == second:
 print(json.dumps([len(tasks), states, main, first == second, seconds > 0.5]))
 """
 
-# What mtetool imports, and the pages that it faults in, while the guest stands still.
+# What mtetool imports, and how many pages it faults in, while the guest is frozen.
 _WHILE_FROZEN = """
 import gc, json, resource, sys
 from mtetool.backends.kvm.guest import KvmGuest
@@ -109,7 +109,7 @@ def test_stopped_vmm_is_saved_and_stays_stopped(lab: Machine) -> None:
     lab.mtetool(_SAVE.format(pid=pid))
     assert b"State:\tT" in before
     assert b"State:\tT" in lab.sh(f"grep State /proc/{pid}/status").stdout
-    # The helper leaves when the VMM is continued, and takes its memory along.
+    # The helper ends when the VMM is continued, and frees its memory.
     lab.sh(f"kill -CONT {pid}; until ! grep -q ^6d74 /proc/{pid}/maps; do sleep 0.1; done")
     assert lab.sh(f"ls /proc/{pid}/task | wc -l").stdout == b"1\n"
     lab.mtetool(_SAVE.format(pid=pid))
@@ -148,7 +148,7 @@ def test_threads_that_the_vmm_makes_meanwhile_are_left_alone(lab: Machine) -> No
     pid = start_test_vmm(lab, "--churn", "0x40000000:0x100000")
     for _ in range(4):
         lab.mtetool(_SAVE.format(pid=pid))
-    # The end of its input lets it tell how it fared.
+    # When its input ends, it prints its counts.
     lab.sh(
         "for p in /proc/[0-9]*; do"
         " [ \"$(tr '\\0' ' ' <$p/cmdline)\" = 'sleep 100000 ' ] && kill ${p#/proc/}; done;"
@@ -208,12 +208,12 @@ def test_nothing_is_made_ready_while_the_guest_waits(lab: Machine) -> None:
     lab.put("/tmp/frozen.py", _WHILE_FROZEN.encode())
     words = ["save", f"kvm:{guest.pid}", "-o", "/root/t", "--freeze", "--quiet"]
     env = {"PYTHONPATH": "/opt/mtetool"}
-    # Not a fork: what it imports, and when, is the question.
+    # Not a fork: the test is about what it imports, and when.
     result = lab.run(["python3", "/tmp/frozen.py", *words], env=env, check=True, fork=False)
     status, n_faults, imported = json.loads(result.stderr.splitlines()[-1])
     print(f"{n_faults} page faults while the guest stood still")
     assert (status, imported) == (0, [])
-    # Before room was made for it: one for each page of the snapshot, 180, and 160 besides.
+    # Before memory was prepared for it: one for each page of the snapshot, 180, and 160 others.
     assert n_faults < 60
 
 

@@ -17,7 +17,7 @@ def test_kvm_backend_conforms_on_the_real_kernel(lab: Machine) -> None:
 
 
 def test_proc_backend_conforms_on_the_real_kernel(lab: Machine) -> None:
-    # Left out: MTE that is enabled before the first vCPU, and not after it.
+    # Left out: the two tests that enable MTE, before and after the first vCPU.
     _conforms(lab, "proc", 2)
 
 

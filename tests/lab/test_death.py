@@ -15,15 +15,15 @@ from tests.lab.stride import ENVIRONMENT, enough
 
 
 def _stalled_save(lab: Machine) -> int:
-    """A save that stands in the middle of its stream, attached; the test VMM's PID."""
+    """Start a save that hangs, attached, within its stream; return the test VMM's PID."""
     pid = start_test_vmm(lab, "0x40000000:0x4000000")
     fill_with_random_tags(lab, pid, "64M")
-    # Somebody holds the pipe open and does not read it.
+    # Another process holds the pipe open and does not read it.
     lab.sh(
         "mkfifo /tmp/pipe; sleep 1000 </tmp/pipe & "
         f"mtetool save kvm:{pid} --memslot 0x40000000:64M -o - >/tmp/pipe 2>/tmp/err & "
         "tool=$!; echo $tool >/tmp/pid;"
-        # The helper is there, and the thread that made it is home again: attached.
+        # Attached: the helper exists, and the thread that made it is back home.
         f" until [ $(ls /proc/{pid}/task | wc -l) = 2 ]"
         f" && grep -q 'TracerPid:.0' /proc/{pid}/status || ! kill -0 $tool; do sleep 0.1; done"
     )
@@ -45,10 +45,10 @@ def test_interrupted_save_ends_by_its_signal_and_leaves_nothing(lab: Machine) ->
 
 def test_vmm_that_ends_while_attached_is_gone_at_once(lab: Machine) -> None:
     pid = _stalled_save(lab)
-    # The tool stands still in its pipe; it must not keep the VMM as a zombie.
+    # mtetool is blocked on its pipe; it must not keep the VMM as a zombie.
     lab.sh(f"kill -KILL {pid}; while [ -e /proc/{pid} ]; do sleep 0.1; done", timeout=30)
     assert lab.sh("kill -0 $(cat /tmp/pid)").returncode == 0
-    # With a reader the save goes on, up to the guest that is not there any more.
+    # With a reader, the save goes on until it finds that the guest is gone.
     lab.sh("cat /tmp/pipe >/dev/null; while kill -0 $(cat /tmp/pid); do sleep 0.1; done 2>&1")
     assert b"ended" in lab.get("/tmp/err")
 
@@ -66,7 +66,7 @@ def test_death_before_every_step_is_harmless_without_the_c_librarys_exit(lab: Ma
     assert found["last_status"] == 0
     assert found["deaths"] > enough(50)
     assert found["mappings_in_the_end"] == 0
-    # One mapping at most, however often it died: each run removes what the one before left.
+    # One mapping at most, however often it died: each run removes what the previous one left.
     assert found["most_mappings_left"] <= 1
     assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]
 

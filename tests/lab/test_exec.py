@@ -10,7 +10,7 @@ from tests.lab.guests import Qemu
 from tests.lab.machine import Machine
 from tests.lab.stride import ENVIRONMENT, enough
 
-# As another user, who has no right to perf events: every call is watched then.
+# Run as another user, who may not use perf events: mtetool then watches every call.
 _AS_USER = """
 import os, sys
 os.setgroups([])
@@ -19,7 +19,7 @@ os.setuid(1000)
 os.execvp(sys.argv[1], sys.argv[1:])
 """
 
-# Everything that a process is started with, and nothing that differs between two of them.
+# Everything that a process is started with, except what differs between any two processes.
 _STATE = """
 cd /proc/$1
 grep -vE '^(Pid|Tgid|Ngid|NS[a-z]*|PPid|Vm|Huge|.*ctxt_|Rss|SigQ)' status
@@ -33,7 +33,7 @@ set -- $(cut -d')' -f2- stat) $1
 echo parent $2 group $3 session $4 terminal $5 nice ${17} ${18}
 """
 
-# Start a program in a shell with unusual habits, and show what became of it.
+# Start a program from a shell with unusual settings, and show its state.
 _START = """
 trap '' HUP USR2
 umask 027
@@ -57,7 +57,7 @@ wait $vmm
 echo status $?
 """
 
-# A parent, as a shell is one: it sees its child stop, and lets it go on.
+# A parent that acts like a shell: it sees its child stop, and continues it.
 _STOPPED = """
 import os, signal, subprocess, sys, time
 child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
@@ -69,12 +69,12 @@ child.send_signal(signal.SIGCONT)
 print("status", child.wait(), flush=True)
 """
 
-# A VMM's standard error that is not a pipe, or one that nobody reads.
+# A VMM whose standard error is not a pipe, or is a pipe that nobody reads.
 _STDERR = """
 import os, socket, subprocess, sys, time
 kind = sys.argv[1]
 if kind == "file":
-    # Not opened to append, as `2>FILE` does.
+    # Not opened for appending, as by `2>FILE`.
     theirs = os.open("/tmp/err", os.O_WRONLY | os.O_CREAT)
     ours = os.open("/tmp/err", os.O_RDONLY)
 elif kind == "socket":

@@ -51,7 +51,7 @@ def test_qemu_as_libvirt_starts_it(lab: Machine) -> None:
     assert b"Uid:\t64055" in status
     assert b"CapEff:\t0000000000000000" in status
     assert b"Seccomp:\t2" in status
-    # Somebody else, libvirt, is on the monitor all the time.
+    # Another client, libvirt, holds the monitor all the time.
     lab.put("/tmp/hold.py", _HOLD.encode())
     lab.sh(
         f"python3 /tmp/hold.py {guest.qmp_path} >/tmp/held 2>&1 &"

@@ -21,8 +21,8 @@ def test_a_restore_leaves_no_tags_of_a_huge_pages_last_user(lab: Machine) -> Non
     words = lab.sh(_START).stdout.split()
     size, huge, stale, ready, pid = *map(int, words[:3]), words[3], int(words[4])
     assert ready == b"ready"
-    # The kernel shows them after a copy to a part; the day it does not, mtetool-restore(1) and
-    # the emulator have less to say.
+    # The kernel shows them after a copy to a part; once it does not, mtetool-restore(1) and the
+    # emulator can be simplified.
     assert stale > (huge - 4096) // 16 // 2
     slot = ["--memslot", f"0x40000000:{size}"]
     create = ["mtetool", "emu", "create", "/tmp/e", "--slot", f"0x40000000:{size}"]

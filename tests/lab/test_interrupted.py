@@ -37,7 +37,7 @@ def test_a_restore_that_is_broken_off_and_run_again_is_exact(lab: Machine) -> No
         assert end["harmed"] is None, end
         assert end["again"] == 0, end
         assert end["same"] == 0, end
-    # Broken off before, and behind, the last tag that was written.
+    # Interrupted before, and after, the last tag was written.
     assert {end["differed"] for end in found["ends"]} == {0, 1}
     guest.qmp("cont")
     assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]

@@ -12,7 +12,7 @@ from tests.lab.machine import Machine
 
 MIB = 1 << 20
 
-# Everything of a process that an attach could leave changed.
+# Everything in a process that an attach could leave changed.
 _STATE = """
 cd /proc/$0
 for t in task/*; do grep -E 'SigBlk|SigPnd|TracerPid|^Pid' $t/status; done
@@ -110,7 +110,7 @@ def test_enable_before_the_first_vcpu_and_again(lab: Machine) -> None:
 
 
 def test_partial_copy_is_kept_recorded_and_reported(lab: Machine) -> None:
-    # The first slot ends 1 MiB before what it is said to have; the second is read-only.
+    # The first slot ends 1 MiB before the end that --memslot gives; the second is read-only.
     pid = start_test_vmm(lab, "0x40000000:0x100000", "0x50000000:0x100000:ro")
     told = ["--memslot", "0x40000000:2M", "--memslot", "0x50000000:1M"]
     saved = lab.run(["mtetool", "save", f"kvm:{pid}", *told, "-o", "/tmp/s", "--json"])

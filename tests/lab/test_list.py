@@ -35,7 +35,7 @@ def test_all_vms_of_the_host(lab: Machine) -> None:
     keys = ("vmm", "name", "vcpus", "memory_bytes", "mte", "state", "owner", "reason")
     assert set(vms) == {guest.pid, paused.pid, plain}
     qemu = "qemu-system-aarch64"
-    # QEMU's memory, and the page of stolen time that it gives each guest.
+    # QEMU's memory, and the page for stolen time that it gives each guest.
     size = 256 * MIB + page_bytes(lab)
     shown = [qemu, "web", 2, size, True, "running", "root", None]
     assert _keys(vms[guest.pid], *keys) == shown
@@ -122,7 +122,7 @@ def test_thread_of_the_kernel_is_no_vcpu(lab: Machine) -> None:
     assert b"iou-sqp" in lab.sh(f"cat /proc/{pid}/task/*/comm").stdout
     assert _list(lab)[pid]["state"] is None
     lab.sh(f"kill {pid}")
-    # Its own only thread is a vCPU, which is the last to be borrowed: it must be, all the same.
+    # Its only own thread is a vCPU. A vCPU is borrowed last, but here it must be borrowed.
     pid = start_test_vmm(lab, "--sqpoll", "--run", "0x40000000:0x100000")
     lab.run(["mtetool", "save", "--freeze", f"kvm:{pid}", "-o", "/tmp/s"], check=True)
     traced = f"cat /proc/{pid}/task/*/status | grep TracerPid: | cut -f2"

@@ -58,7 +58,7 @@ def test_mtetool_is_an_executable_on_the_path(lab: Machine) -> None:
 
 
 def test_a_lost_machine_is_told_from_a_failing_command() -> None:
-    with pytest.raises(MachineLostError), Machine(cpus=1) as machine:  # no other test's
+    with pytest.raises(MachineLostError), Machine(cpus=1) as machine:  # not shared with other tests
         machine.sh("sync; poweroff -f; sleep 60")
 
 

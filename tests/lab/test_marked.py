@@ -45,7 +45,7 @@ def test_preallocated_memory(lab: Machine, memory: str, huge: str) -> None:
         assert found["marked"] < found["existing"]
     same = lab.run(["mtetool", "diff", "/root/s", "/root/every"])
     assert (same.returncode, same.stdout) == (0, b""), same.stdout[:400]
-    # Restored over other tags, in marked memory, all is as it was.
+    # After a restore over other tags, in marked memory, everything is as before.
     lab.mtetool(
         "emu create /root/e --force --memory 256M --fill random",
         f"save emu:/root/e -o /root/r --force --range {BASE}:8M",

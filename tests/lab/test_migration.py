@@ -10,7 +10,7 @@ import pytest
 from tests.lab.guests import Check, Qemu
 from tests.lab.machine import Machine
 
-# A mtetool that enables MTE but moves no tags: the control.
+# A stand-in for mtetool that enables MTE but moves no tags: the control.
 _NO_TAGS = """#!/bin/sh
 case $1 in
 save | restore) exit 0 ;;
@@ -21,7 +21,7 @@ _SOCKET = "/tmp/migration.sock"
 
 
 def _migrate(lab: Machine, *, tags: str = "file", mtetool: str = "mtetool") -> list[Check]:
-    """Move the guest; its first checks behind the move."""
+    """Move the guest; return its first checks after the move."""
     source = Qemu(lab, "source", mte=False).start()
     lab.run(["mtetool", "enable", f"kvm:{source.pid}"], check=True)
     source.qmp("x-exit-preconfig")
@@ -35,7 +35,7 @@ def _migrate(lab: Machine, *, tags: str = "file", mtetool: str = "mtetool") -> l
     )
     assert result.returncode == 0, result.stdout + result.stderr
     print(result.stdout.decode(), result.stderr.decode())
-    # The first round may have begun before the move; the ones behind it count as well.
+    # The first round may have begun before the move; those after it count as well.
     return target.wait_for_checks(4)
 
 

@@ -12,7 +12,7 @@ from tests.lab.modules import Modules
 
 @pytest.fixture
 def modules(tmp_path: Path) -> Modules:
-    """A kernel with its disk in modules, as Debian packs it."""
+    """A kernel whose disk drivers are modules, as Debian packages it."""
     (tmp_path / "modules.builtin").write_text("kernel/drivers/virtio/virtio-pci.ko\n")
     (tmp_path / "modules.builtin.modinfo").write_bytes(b"crc32.alias=crypto-crc32\0x.parm=y\0")
     for name, about in {

@@ -19,7 +19,7 @@ MIB = 1 << 20
 PATH = "/tmp/vm/run/monitor"
 
 # A container: a mount namespace of its own, in which the path is another file. The link in it is
-# absolute, and leads nowhere outside.
+# absolute, and has no target outside.
 _CONTAINER = """
 import os, subprocess, sys
 os.unshare(os.CLONE_NEWNS)
@@ -29,8 +29,8 @@ os.mkdir("/tmp/vm/inside")
 os.symlink("/tmp/vm/inside", "/tmp/vm/run")
 os.execvp(sys.argv[1], sys.argv[1:])
 """
-# A manager, as libvirt and Kata: it listens, and QEMU is given the socket. With "pids" they are in
-# a PID namespace, where QEMU's threads have the same ids as those in any other one.
+# A manager, like libvirt and Kata: it listens, and gives the socket to QEMU. With "pids", they are
+# in a PID namespace, where QEMU's threads have the same ids as in any other one.
 _MANAGER = """
 import os, socket, sys
 path, namespace, command = sys.argv[1], sys.argv[2], sys.argv[3:]
@@ -53,7 +53,7 @@ else:
 
 @dataclass
 class Contained(Qemu):
-    """A QEMU with the tagger in a container, whose monitor is at PATH in there."""
+    """A QEMU with the tagger in a container; its monitor is at PATH in there."""
 
     @property
     def qmp_path(self) -> str:
@@ -67,13 +67,13 @@ class Contained(Qemu):
 
 
 def _started(lab: Machine, command: str, socket: str) -> int:
-    """The PID of a command that was started, once there is its socket."""
+    """Start a command, wait for its socket, and return its PID."""
     wait = f"until [ -S {socket} ]; do kill -0 $! || exit 1; sleep 0.1; done"
     return int(lab.sh(f"mkdir -p /tmp/vm/run; {command} >/tmp/out 2>&1 & echo $!; {wait}").stdout)
 
 
 def _paused(lab: Machine, memory: str, path: str = PATH) -> int:
-    """A QEMU of this namespace that has not let its guest run; its PID."""
+    """Start a QEMU in this namespace, with its guest paused from the start; return its PID."""
     lab.sh(f"rm -f {path}")
     return _started(lab, f"{_qemu(memory)} -qmp unix:{path},server=on,wait=off", path)
 
@@ -86,7 +86,7 @@ def _qemu(memory: str) -> str:
 
 
 def _managed(lab: Machine, memory: str, path: str, namespace: str) -> int:
-    """Such a QEMU with a manager that listens at `path`; its PID."""
+    """Start such a QEMU with a manager that listens at `path`; return its PID."""
     lab.put("/tmp/manager.py", _MANAGER.encode())
     _started(lab, f"python3 /tmp/manager.py {path} {namespace} {_qemu(memory)}", path)
     look = f"grep -l '^qemu.*{memory}.*id=c,fd=' /proc/[0-9]*/cmdline"
@@ -107,7 +107,7 @@ def _main_memory(document: dict[str, Any]) -> int:
 
 
 def _saved(lab: Machine, pid: int, *words: str) -> dict[str, Any]:
-    """What `info` says of a snapshot that `save` makes with these options."""
+    """Save with these options, and return what `info` reports about the snapshot."""
     _ask(lab, "save", f"kvm:{pid}", "--freeze", "--force", "-o", "/tmp/s", *words)
     return _ask(lab, "info", "/tmp/s")
 
@@ -124,7 +124,7 @@ def test_the_same_path_in_a_container_and_outside(lab: Machine) -> None:
     assert [listed[pid]["state"] for pid in (paused, guest.pid)] == ["paused", "running"]
     assert [_main_memory(listed[pid]) for pid in (paused, guest.pid)] == [256 * MIB, 128 * MIB]
 
-    # Ours is the other's; its own has a path here, too.
+    # Out here, PATH is the other VMM's monitor; the guest's own monitor has a path here, too.
     words = ("save", f"kvm:{guest.pid}", "-o", "/tmp/none")
     for more in ((), ("--memslot", "0x40000000:256M")):
         refused = _ask(lab, *words, "--qmp", PATH, *more, status=4)
@@ -155,7 +155,7 @@ def test_a_socket_that_a_manager_made(lab: Machine, namespace: str) -> None:
     )
     info = _saved(lab, one, "--qmp", paths[0])
     assert _main_memory(info) == 256 * MIB
-    assert any(slot["readonly"] for slot in info["memslots"])  # QEMU's own word
+    assert any(slot["readonly"] for slot in info["memslots"])  # as QEMU reports
     ids = lab.sh(f"cat /proc/{one}/task/*/status /proc/{other}/task/*/status | grep NSpid").stdout
     inner = [line.split()[-1] for line in ids.splitlines()]
     assert (len(set(inner)) < len(inner)) is (namespace == "pids")
@@ -163,7 +163,7 @@ def test_a_socket_that_a_manager_made(lab: Machine, namespace: str) -> None:
     assert refused["error"] == "foreign-monitor"
 
 
-# A VMM, as any user could write it, whose monitor answers what is named.
+# A VMM, as any user could write it, whose monitor gives the answer that its argument names.
 _STRANGE = """
 import fcntl, itertools, os, socket, sys, threading
 answer = {

@@ -12,7 +12,7 @@ from tests.lab.machine import Machine
 SMALL, LARGE = "6.12", "6.12-16k"
 MIB = 1 << 20
 RAM = 0x40000000
-# Else QEMU gives its guest a page to account stolen time in, as large as the host's pages are.
+# Otherwise QEMU gives its guest a page for stolen time, as large as the host's pages.
 _CPU = "-cpu host,kvm-steal-time=off"
 
 LabOn = Callable[[str], Machine]
@@ -40,7 +40,7 @@ def test_every_tag_there_and_back(lab_on: LabOn) -> None:
         qemu.qmp("stop")
     _run(labs[0], f"save kvm:{guest.pid} -o /tmp/out")
     _carry("/tmp/out", *labs)
-    # No tags before, so that it is all of them that come with the snapshot.
+    # Clear all tags first, so every tag comes with the snapshot.
     for lab, qemu in zip(labs, (guest, other), strict=True):
         _run(lab, f"emu create /tmp/e --memory {qemu.memory}")
         _run(lab, "save emu:/tmp/e -o /tmp/none")
@@ -75,8 +75,8 @@ def test_a_range_of_random_tags_and_nothing_else(lab_on: LabOn) -> None:
     assert not any(found[:first] + found[last:])
 
 
-# What a host with 4 KiB pages may have saved: its VMM's slot, what the save is told, its status,
-# and what the refusal speaks of. The VMM on the other host has 2 MiB.
+# Snapshots of a host with 4 KiB pages: its VMM's slot, options and exit status of the save, and
+# words of the refusal. The VMM on the other host has 2 MiB.
 _REFUSED = (
     ("0x5000", "", 0, "the snapshot's memory 0x40000000:0x5000"),
     ("0x101000", "--memslot 0x40000000:2M", 3, "missing, 0x40101000:0xff000,"),

@@ -16,7 +16,7 @@ from tests.lab.machine import Machine
 _SLOT = "0x40000000:0x100000"
 _SCOPE = "/proc/sys/kernel/yama/ptrace_scope"
 
-# Becomes somebody else, word for word, and then the program.
+# Changes its identity, word by word, and then executes the program.
 _AS = """
 import ctypes, os, sys
 
@@ -28,7 +28,7 @@ for word in words:
         os.setgroups([])
         os.setresgid(int(value), int(value), int(value))
         os.setresuid(int(value), int(value), int(value))
-        assert libc.prctl(4, 1, 0, 0, 0) == 0  # dumpable, as from its login on
+        assert libc.prctl(4, 1, 0, 0, 0) == 0  # dumpable, as after a login
     elif name == "no-ptrace":
         assert libc.prctl(24, 19, 0, 0, 0) == 0  # CAP_SYS_PTRACE out of the bounding set
     elif name == "namespace":
@@ -45,7 +45,7 @@ for word in words:
 os.execv(argv[0], argv)
 """
 
-# mtetool with a VMM that is killed before it is read from for the second time.
+# mtetool with a VMM that is killed before the second read.
 _KILLING = """
 import os, signal, sys, time
 sys.path.insert(0, "/opt/mtetool")
@@ -59,7 +59,7 @@ def killing(self, ipa, out):
     if len(calls) == 2:
         pid = self.vm.process.pid
         os.kill(pid, signal.SIGKILL)
-        # As a zombie or not at all, by who its parent is.
+        # A zombie or gone, depending on its parent.
         while os.path.exists(f"/proc/{pid}") and os.listdir(f"/proc/{pid}/fd"):
             time.sleep(0.01)
     return read(self, ipa, out)
@@ -75,7 +75,7 @@ def _prepare(lab: Machine) -> None:
 
 
 def _vmm(lab: Machine, words: str = "uid=1000", program: str = "/lab/testvmm") -> int:
-    """A test VMM that runs as somebody else; its PID."""
+    """Start a test VMM with another identity; return its PID."""
     _prepare(lab)
     result = lab.sh(
         f"python3 /tmp/as.py stdin,{words} {program} {_SLOT} >/tmp/vmm.out 2>&1 & echo $!;"
@@ -148,7 +148,7 @@ def test_who_may_not(
 
 
 def test_a_process_that_protects_itself_from_its_user(lab: Machine) -> None:
-    # A program that its user may run and not read is not dumpable.
+    # A program that its user can run but not read is not dumpable.
     lab.sh("mkdir /tmp/bin; cp /lab/testvmm /tmp/bin/testvmm; chmod 711 /tmp/bin/testvmm")
     pid = _vmm(lab, program="/tmp/bin/testvmm")
     told = _told(_save(lab, "uid=1000", pid))

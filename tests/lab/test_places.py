@@ -21,7 +21,7 @@ _NODES = "".join(
 
 
 def _places(lab: Machine, pid: int, *words: str) -> dict[str, Any]:
-    # The kernel would add pages to those that there are, to make a huge one of them.
+    # Otherwise the kernel would add pages to the existing ones to make a huge page.
     lab.sh("echo never >/sys/kernel/mm/transparent_hugepage/enabled")
     command = ["python3", "-m", "tests.lab.places", str(pid), *words]
     result = lab.run(command, env={"PYTHONPATH": "/opt/mtetool"}, check=True, timeout=600)
@@ -40,7 +40,7 @@ def test_main_memory_of_qemu(lab: Machine, layout: str) -> None:
     assert len(main) == 1
     assert [place for place in found["places"] if place[0] == BASE] == main
     assert found["questions"] < 300
-    # What a monitor tells is confirmed by a few.
+    # A few confirm what a monitor reports.
     assert [place for place in found["confirmed"] if place[0] == BASE] == main
     assert found["confirming"] < 100
 
@@ -51,7 +51,7 @@ def test_two_nodes_of_qemu(lab: Machine) -> None:
     found = _places(lab, guest.pid, guest.qmp_path)
     nodes = [place for place in found["told"] if place[0] >= BASE]
     assert [place[:2] for place in nodes] == [[BASE, 192 * MIB], [BASE + 192 * MIB, 192 * MIB]]
-    # They are of one size, so that nobody knows which is which.
+    # They have the same size, so it is unknown which is which.
     addresses = sorted(address for *_, address in nodes)
     for start in (BASE, BASE + 192 * MIB):
         at = sorted(place[2] for place in found["places"] if place[0] == start)
@@ -67,7 +67,7 @@ def test_slots_within_one_mapping(lab: Machine) -> None:
     pid = start_test_vmm(lab, *words)
     found = _places(lab, pid)
     assert sorted(place[:2] for place in found["places"]) == sorted(slots)
-    # Where the mappings do not touch, this tries nothing.
+    # If no mappings were adjacent, this would test nothing.
     ends = {address + size for _, size, address in found["places"]}
     assert any(address in ends for _, _, address in found["places"])
 

@@ -13,7 +13,7 @@ from tests.lab.machine import Machine
 from tests.lab.processes import SET, SIZE, Outcome, Tagged, commands, pattern
 from tests.lab.stride import ENVIRONMENT, enough
 
-# The states of a process's threads while they are frozen, and behind that.
+# The states of a process's threads while they are frozen, and after the thaw.
 _FREEZE = """
 import json, os, sys
 from mtetool.backends import open_guest
@@ -36,7 +36,7 @@ os.sched_yield()
 print(json.dumps([held, states(pid)]))
 """
 
-# Copy after copy, and all threads stopped now and then, until nobody sends signals any more.
+# Copy again and again, and now and then stop all threads, until all signals have been sent.
 _VISITS = """
 import os, sys
 import numpy as np
@@ -89,12 +89,12 @@ def _refused(lab: Machine, *words: str) -> Any:
 
 
 def _no_kernel_warnings(lab: Machine) -> None:
-    """What we asked made no host with panic_on_warn go down."""
+    """Check for kernel warnings, which would bring down a host with panic_on_warn."""
     assert lab.sh("dmesg | grep WARNING; true").stdout == b""
 
 
 def test_save_has_the_tags_that_the_program_set(lab: Machine) -> None:
-    # The kernel warns once a boot.
+    # The kernel warns once per boot.
     lab.sh("mount -t debugfs debugfs /sys/kernel/debug; echo 1 >/sys/kernel/debug/clear_warn_once")
     program = Tagged(lab)
     resident = ["sh", f"grep -A4 {program.maps['untouched'][0]:x}- /proc/{program.pid}/smaps"]
@@ -113,7 +113,7 @@ def test_save_has_the_tags_that_the_program_set(lab: Machine) -> None:
     for name, outcome in zip(names, dumps, strict=True):
         expected = pattern() if name in SET else np.zeros_like(pattern())
         assert np.array_equal(outcome.tags, expected), name
-    # What was never touched has no memory afterwards either.
+    # Pages that were never touched are still not allocated.
     assert b"Rss:                   0 kB" in before.raw
     assert after.raw == before.raw
     left_out = [slot["ipa"] for slot in saved.json["skipped_memslots"]]
@@ -152,7 +152,7 @@ def test_restore_is_exact_and_diff_tells(lab: Machine) -> None:
     assert _statuses(outcomes) == [0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0], outcomes
     _, same, before, _, after, _, _, _, differs, dry, told, _, scratch, untouched = outcomes
     assert same.json["ranges"] == []
-    # Where the tags were right nothing was written, so that nothing got memory.
+    # Where the tags were right, nothing was written, so no memory was allocated.
     assert after.raw == before.raw
     differing = 16 * int((pattern() != 9).sum()) + SIZE
     assert sum(row["size_bytes"] for row in differs.json["ranges"]) == differing
@@ -199,13 +199,13 @@ def test_freeze_stops_all_threads_and_lets_them_go(lab: Machine) -> None:
 
 @pytest.mark.parametrize("step", ["thaw/detach", "visit/detach"])
 def test_nobody_waits_for_one_that_is_stopped(lab: Machine, step: str) -> None:
-    """It is killed if it gets SIGSTOP while it holds all threads, or the one that it copies by."""
+    """mtetool is killed if it gets SIGSTOP while it holds all threads or the one that copies."""
     program = Tagged(lab, "--threads 3")
     freeze = ["--freeze"] if step.startswith("thaw") else []
     result = lab.run(
         ["mtetool", "save", program.source, *freeze, "-o", "/tmp/s"],
         env={"MTETOOL_FAULT": f"STOP@{step}"},
-        fork=False,  # it reads that when it starts
+        fork=False,  # the variable is read at the start
     )
     assert result.returncode == -9, result
     program.unharmed()
@@ -326,7 +326,7 @@ def test_a_process_that_dies_at_any_step_is_let_go_and_told_of(lab: Machine) -> 
     assert found["deaths"] >= enough(10)
 
 
-# --- who is refused -----------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------
 
 
 def test_no_memory_with_tags(lab: Machine) -> None:

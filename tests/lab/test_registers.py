@@ -74,7 +74,7 @@ def test_sleeps_keep_their_end(lab: Machine) -> None:
     for mode, counts in found.items():
         assert counts is not None
         assert (mode, counts["came_back"] > 0, counts["early"]) == (mode, True, 0)
-        # Begun anew it would be late by all that it had slept.
+        # If it were restarted, it would be late by all the time that it had slept.
         assert counts["late_without_death_ms"] < counts["attached_at_ms"] / 2, mode
 
 
@@ -95,7 +95,7 @@ def test_waits_that_any_stop_breaks_off_say_so(lab: Machine) -> None:
 def test_signals_come_once_in_order_and_break_off_waits(lab: Machine) -> None:
     counts = _holders(lab, "signals", "signals")["signals"]
     assert counts is not None
-    # Some deaths were with a signal in hand, looked at and not passed on yet.
+    # Some deaths came with a signal in hand, seen but not passed on yet.
     assert counts["deaths"] > 0
     assert counts["signals"] == counts["sent"] > 30
     assert (counts["disorder"], counts["unbroken"]) == (0, 0)

@@ -15,7 +15,7 @@ from tests.lab.packages import LabUnavailableError
 
 _IMPORTS = {"PYTHONPATH": "/opt/mtetool"}
 
-# The second run is measured: by then everything is loaded.
+# Measured after the first run: by then everything is loaded.
 _WHAT_IS_LEFT = """
 import json, os, resource
 from mtetool.flows.selftest import selftest
@@ -59,7 +59,7 @@ def test_it_leaves_nothing_and_takes_little(lab: Machine) -> None:
     before, after = json.loads(output)
     assert after[0] == before[0], "file descriptors"
     assert not [name for name in after[0] if "kvm" in name]
-    # Python's own memory may grow a little; one slot that stays would be 64 KiB a check.
+    # Python's own memory may grow a little; one leaked slot would be 64 KiB per check.
     assert after[1] - before[1] < 1 << 20
     assert after[2] - before[2] < 4 << 20
 

@@ -13,7 +13,7 @@ from tests.lab.machine import Machine
 MIB, GIB = 1 << 20, 1 << 30
 
 _MEMFD = "-object memory-backend-memfd,id=m,size={0},share=on -machine memory-backend=m"
-# Hotplug needs ACPI, which QEMU only offers with a firmware; what that does is no matter here.
+# Hotplug needs ACPI, which QEMU only offers with firmware; what that does is irrelevant here.
 _FIRMWARE = "-bios /tmp/firmware -S"
 LAYOUTS = {
     "256M": ("256M", "-S"),
@@ -31,7 +31,7 @@ ODD = (
 
 
 def _asked(lab: Machine, pid: int, *words: str) -> dict[str, Any]:
-    # The kernel would add pages to those that there are, to make a huge one of them.
+    # Otherwise the kernel would add pages to the existing ones to make a huge page.
     lab.sh("echo never >/sys/kernel/mm/transparent_hugepage/enabled")
     command = ["python3", "-m", "tests.lab.asking", str(pid), *words]
     result = lab.run(command, env={"PYTHONPATH": "/opt/mtetool"}, check=True)
@@ -40,7 +40,7 @@ def _asked(lab: Machine, pid: int, *words: str) -> dict[str, Any]:
     return found
 
 
-# The layouts that CI has: memfd and holes, and memory that came later.
+# The layouts that CI runs: a memfd with holes, and hotplugged memory.
 _SHORT = ("64G memfd", "hotplugged")
 
 
@@ -54,7 +54,7 @@ _SHORT = ("64G memfd", "hotplugged")
 def test_layouts_of_qemu(lab: Machine, layout: str) -> None:
     memory, extra = LAYOUTS[layout]
     lab.sh("echo 1 >/proc/sys/vm/overcommit_memory; truncate -s 1M /tmp/firmware")
-    # QEMU allows no hotplug together with its own mte=on.
+    # QEMU does not allow hotplug together with its own mte=on.
     guest = Qemu(lab, "g", memory=memory, extra=extra, mte=layout != "hotplugged").start()
     if layout == "hotplugged":
         lab.run(["mtetool", "enable", f"kvm:{guest.pid}"], check=True)
@@ -70,7 +70,7 @@ def test_layouts_of_qemu(lab: Machine, layout: str) -> None:
 
 
 def _odd(page: int) -> list[str]:
-    """The odd slots on a host with such pages: as many pages, and as many between them."""
+    """Return the odd slots for a page size: as many pages, and as many between them."""
 
     def scaled(number: int) -> int:
         low = number % (16 * MIB)

@@ -9,8 +9,8 @@ import pytest
 from tests.lab.guests import start_test_vmm
 from tests.lab.machine import Machine
 
-# From the stop to the guest's next step it is a second at most (`tests.lab.stops` measures that);
-# here it is enough that the guest did not wait for somebody to continue mtetool.
+# The guest goes on within a second of the stop (`tests.lab.stops` measures that); here it is
+# enough that it did not wait until mtetool was continued.
 _AT_ALL_SECONDS = 30.0
 
 

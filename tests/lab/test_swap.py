@@ -34,15 +34,15 @@ _OFF = "swapoff /root/swap && rmdir /sys/fs/cgroup/vmm && rm /root/swap /root/sw
 
 @dataclass(frozen=True)
 class Swap:
-    """A machine with a swap file; a VMM that `wrapper` starts can be pushed out to it."""
+    """A machine with a swap file; a VMM that `wrapper` starts can be paged out to it."""
 
     lab: Machine
     wrapper: str = "/root/swappable"
 
     def page_out(self, pid: int, size: int, enough: int = 0) -> list[int]:
-        """Push out the mappings of a size; how many pages of each are on swap and nowhere else.
+        """Page out the mappings of a size; return how many pages of each are on swap only.
 
-        That is proven to be all that were in memory, or at least `enough`.
+        These are all that were in memory, or at least `enough`.
         """
         words = [str(pid), str(size), *([str(enough)] if enough else [])]
         env = {"PYTHONPATH": "/opt/mtetool"}
@@ -54,7 +54,7 @@ class Swap:
         return [each["swapped"] for each in found]
 
     def read_in(self) -> int:
-        """Pages that were ever read from the swap file: all but those whose data are zeros."""
+        """Count the pages ever read from the swap file: all but those whose data are zeros."""
         return int(self.lab.sh("sed -n 's/^pswpin //p' /proc/vmstat").stdout)
 
 
@@ -67,7 +67,7 @@ def swap(lab: Machine) -> Iterator[Swap]:
 
 
 def _mtetool(*words: object) -> bytes:
-    """Run here what needs no kernel; its output."""
+    """Run a command that needs no kernel outside the lab; return its output."""
     result = CliRunner().invoke(group, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     return result.stdout_bytes
@@ -103,7 +103,7 @@ def test_swapped_memory_is_saved_and_restored(swap: Swap, tmp_path: Path) -> Non
     assert len(set(tags)) == 16
     assert _mtetool("dump", tmp_path / "s", "--output", "raw") == tags
 
-    # What is written to pages on swap is what they have, also when they go there again.
+    # Pages on swap keep the tags that are written to them, even after they go there again.
     swap.page_out(pid, size)
     lab.run(["mtetool", "restore", "/tmp/snapshot2", *guest], check=True)
     swap.page_out(pid, size)

@@ -18,7 +18,7 @@ _DEATHS = int(os.environ.get("MTETOOL_DEATHS", "8"))
 _BATCH = 50
 
 
-# The second as libvirt starts it: another user, without capabilities, in a sandbox.
+# The second one is as libvirt starts it: another user, without capabilities, in a sandbox.
 _SANDBOX = "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 _VMMS = {"plain": ("", 0), "sandboxed": (_SANDBOX, 64055)}
 
@@ -51,8 +51,8 @@ def test_torture(lab: Machine, vmm: str) -> None:
         done = lines[-1]["done"]
         print(json.dumps(done), flush=True)
         assert len(lines) == 1, lines
-        # What the commands do is what tests.lab.deaths dies in, step by step.
-        # (But for signals on their way, which come or do not.)
+        # The commands take only steps that tests.lab.deaths dies at, one by one.
+        # (Except for signals in flight, which may come or not.)
         steps = {step for step in done["steps"] if not step.endswith("-signal")}
         assert steps <= set(done["steps_of_a_cycle"])
         survived += done["deaths"]

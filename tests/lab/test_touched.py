@@ -26,7 +26,7 @@ MEMORIES = {
 }
 _LONG = ("private", "memfd-private")
 
-# What exists of QEMU's memory beyond its page tables: the file's own pages.
+# Pages of QEMU's memory that are in the file, but not in QEMU's page tables.
 _ONLY_IN_THE_FILE = """
 import os, sys
 from pathlib import Path
@@ -53,7 +53,7 @@ _KHUGEPAGED = "/sys/kernel/mm/transparent_hugepage/khugepaged"
 
 @pytest.fixture(autouse=True)
 def _nothing_is_made_by_others(lab: Machine) -> Iterator[None]:
-    """The kernel puts pages together to huge ones, whenever it likes; no page is added to them."""
+    """Keep the kernel, which forms huge pages at any time, from adding new pages to them."""
     counts = ("max_ptes_none", "max_ptes_swap", "max_ptes_shared")
     before = lab.sh(f"cd {_KHUGEPAGED}; cat {' '.join(counts)}").stdout.decode().split()
     lab.sh(f"cd {_KHUGEPAGED}; for count in {' '.join(counts)}; do echo 0 >$count; done")
@@ -64,7 +64,7 @@ def _nothing_is_made_by_others(lab: Machine) -> Iterator[None]:
 
 
 def all_made(found: Existing) -> bool:
-    """Whether every page of the guest's memory exists, in the file or as the process's own."""
+    """Return whether every page of the guest's memory exists, in the file or as the process's."""
     return SIZE in (found.own_bytes, found.file_bytes)
 
 
@@ -85,7 +85,7 @@ def test_a_save_makes_no_memory_and_has_every_tag(lab: Machine, memory: str) -> 
     before = touched.existing()
     assert not all_made(before)
     save(lab, guest.pid, "/root/s")
-    # Restored into the guest itself, nothing is made either.
+    # A restore into the guest itself allocates nothing either.
     lab.run(["mtetool", "restore", "/root/s", f"kvm:{guest.pid}"], check=True, timeout=300)
     assert touched.existing() == before
     save(lab, guest.pid, "/root/every", "--every-page")
@@ -119,7 +119,7 @@ def test_a_save_without_a_monitor_makes_no_memory(lab: Machine, memory: str) -> 
     )
     before = touched.existing()
     save(lab, guest.pid, "/root/s")
-    # Told by hand, too: a part of what there is.
+    # Also if it is given by hand, and only a part.
     save(lab, guest.pid, "/root/told", "--memslot", f"{BASE}:{SIZE}")
     assert touched.existing() == before
     save(lab, guest.pid, "/root/every", "--every-page")

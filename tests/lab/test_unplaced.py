@@ -19,7 +19,7 @@ BASE = 0x4000_0000
 MIB = 1 << 20
 _ENV = {"PYTHONPATH": "/opt/mtetool"}
 
-# As on a kernel before 6.7: whatever is asked of pagemap by ioctl, it is not known.
+# As on a kernel before 6.7: pagemap knows no ioctl.
 _WITHOUT_THE_SCAN = """
 import errno, sys
 from mtetool.__main__ import main
@@ -38,7 +38,7 @@ def _no_vmms(lab: Machine) -> Iterator[None]:
 
 
 def file_bytes(lab: Machine, pid: int) -> int:
-    """What the files in memory of a process have."""
+    """Return how many bytes the memfds of a process have."""
     script = (
         f"for fd in /proc/{pid}/fd/*; do case $(readlink $fd) in"
         " /memfd:*) stat -L -c %b $fd ;; esac; done"
@@ -59,7 +59,7 @@ def test_words_show_what_the_scan_shows(lab: Machine, memory: str) -> None:
     assert (found["lost"], found["not_zeros"]) == (0, 0)
     if memory == "private":
         return
-    # A whole save that way has the same tags, and makes no memory either.
+    # A whole save that way has the same tags, and allocates no memory either.
     lab.put("/tmp/old.py", _WITHOUT_THE_SCAN.encode())
     before = file_bytes(lab, guest.pid)
     lab.run(
@@ -98,7 +98,7 @@ def test_one_memslot_of_which_nobody_knows_where_it_is(lab: Machine) -> None:
         assert wanted in refused.stderr, refused.stderr
         assert b"--every-page" in refused.stderr
     assert file_bytes(lab, pid) == before
-    # Told where the memory is, all of them leave it alone.
+    # Told where the memory is, none of them allocates more than it restores.
     maps = lab.sh(f"cat /proc/{pid}/maps").stdout.decode()
     (address,) = re.findall(r"^([0-9a-f]+)-[0-9a-f]+ rw-s .*/memfd:memory", maps, re.MULTILINE)
     slot = f"--memslot {BASE:#x}:64M@0x{address}"
@@ -110,10 +110,10 @@ def test_one_memslot_of_which_nobody_knows_where_it_is(lab: Machine) -> None:
     wrong = f"{BASE:#x}:64M@{int(address, 16) + MIB:#x}"
     refused = lab.run(["mtetool", "save", guest, "-o", "/tmp/t", "--memslot", wrong, "--json"])
     assert (refused.returncode, json.loads(refused.stderr)["error"]) == (2, "out-of-range")
-    # And all of it is made where that is wanted.
+    # All of it is allocated if that is requested.
     lab.mtetool(f"save {guest} --every-page -o /tmp/every", "diff /tmp/s /tmp/every")
     assert file_bytes(lab, pid) == 64 * MIB
-    # Of memory that is all there the place does not matter.
+    # Where memory is does not matter if all of it exists.
     lab.mtetool(f"save {guest} -o /tmp/s --force")
 
 

@@ -28,7 +28,7 @@ from tests.lab.deaths import mappings, names, settled, state
 
 _STOPS = ("STOP", "TSTP")
 _SIGNALS = (*_STOPS, *_STOPS, "KILL", "KILL", "KILL", "TERM", "INT", "HUP", "PIPE")
-# Loaded once, before all children are forked.
+# Loaded once, before any child is forked.
 _LOADED = (
     "mtetool.__main__",
     "mtetool.cli.save",
@@ -58,12 +58,12 @@ class Vmm:
     harm: dict[str, object] | None = None
 
     def is_left_alone(self, but: str = "") -> None:
-        """Wait until it is as it was; `harm` is how it is where that does not come."""
+        """Wait until the VMM is as it was; if that does not happen, set `harm` to its state."""
         self.harm = self.harm or settled(self.pid, self.before, but)
 
 
 def commands(pid: int, snapshot: str) -> list[Command]:
-    """What is started on the VMM, all from its real command line."""
+    """Return the commands that are started on the VMM, as real command lines."""
     guest = f"kvm:{pid}"
     lines = (
         f"save {guest} -o /tmp/torture.out --force --range 0x40000000:64M",
@@ -77,7 +77,7 @@ def commands(pid: int, snapshot: str) -> list[Command]:
 
 
 def become(command: Command, out: int) -> None:
-    """Be the command, in a child; never comes back."""
+    """Run the command in this child process; does not return."""
     from mtetool.__main__ import main
 
     null = os.open(os.devnull, os.O_RDWR)
@@ -93,11 +93,11 @@ def become(command: Command, out: int) -> None:
 
 
 def start(command: Command, hook: steps.Hook | None = None) -> tuple[int, int]:
-    """Start a command; its process, and the end of the pipe that its output comes out of."""
+    """Start a command; return its process and the reading end of its output pipe."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        # A job of its own: one that nobody could continue is not stopped by SIGTSTP.
+        # In a process group of its own: SIGTSTP does not stop an orphaned group.
         os.setpgid(0, 0)
         os.close(reading)
         steps.on_step(hook)
@@ -114,7 +114,7 @@ def drain(reading: int) -> None:
 
 
 def learn(command: Command) -> None:
-    """Let the command run once, unharmed, and note its steps."""
+    """Run the command once, undisturbed, and note its steps."""
     listing, noting = os.pipe()
     os.set_blocking(listing, False)
     began = time.monotonic()
@@ -146,7 +146,7 @@ def learn(command: Command) -> None:
 
 
 def die(command: Command, chance: random.Random, name: str, vmm: Vmm) -> str:
-    """Start the command and end it badly, by that signal; where ("time": by the clock)."""
+    """Start the command and end it with that signal; return the step ("time": a random time)."""
     at_step = command.steps and chance.random() < 0.5 and name != "PIPE"
     step, nth = _draw(command, chance) if at_step else ("time", 0)
     hook = steps.fault(f"{name}@{step}:{nth}") if at_step else None
@@ -161,7 +161,7 @@ def die(command: Command, chance: random.Random, name: str, vmm: Vmm) -> str:
         reader = threading.Thread(target=drain, args=(reading,))
         reader.start()
         os.waitid(os.P_PID, child, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
-        # Before anybody continues it. (One that holds nothing keeps its guard.)
+        # Before it is continued. (A command that holds nothing keeps its guard.)
         vmm.is_left_alone(but="guards")
         os.kill(child, signal.SIGCONT)
         reader.join()
@@ -172,16 +172,16 @@ def die(command: Command, chance: random.Random, name: str, vmm: Vmm) -> str:
 
 
 def _draw(command: Command, chance: random.Random) -> tuple[str, int]:
-    # First the name, so that a step that comes once is drawn as often as one that comes always.
+    # The name first: a step that comes once is then drawn as often as one that comes many times.
     name = chance.choice(sorted({name for name, _ in command.steps}))
     return chance.choice([step for step in command.steps if step[0] == name])
 
 
 def main() -> None:
-    """Do it."""
+    """Run the campaign."""
     pid, deaths, seed, snapshot = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     chance = random.Random(seed)  # noqa: S311 - no secret
-    # Before the guest's busy vCPUs, as it would otherwise take hours.
+    # Run ahead of the guest's busy vCPUs; otherwise this takes hours.
     os.nice(-15)
     for module in _LOADED:
         import_module(module)
@@ -193,7 +193,7 @@ def main() -> None:
     vmm = Vmm(pid, state(pid))
     by_signal, by_step, most_left = Counter[str](), Counter[str](), 0
     for number, command in enumerate(drawn):
-        # A short campaign has all stops, too.
+        # Even a short campaign has both stops.
         name = _STOPS[number] if number < len(_STOPS) else chance.choice(_SIGNALS)
         step = die(command, chance, name, vmm)
         by_signal[name] += 1
@@ -204,7 +204,7 @@ def main() -> None:
             print(json.dumps({"harmed": harm, "before": vmm.before, "after": vmm.harm}), flush=True)
             break
         most_left = max(most_left, mappings(pid))
-    learn(kinds[0])  # what the last one left is removed by whatever attaches next
+    learn(kinds[0])  # attaching once more removes what the last command left
     result = {
         "deaths": sum(by_signal.values()),
         "by_signal": by_signal,

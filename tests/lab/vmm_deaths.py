@@ -22,7 +22,7 @@ _ENDS_SECONDS = 15.0
 
 
 def start_vmm() -> subprocess.Popen[bytes]:
-    """The VMM that does nothing, ready."""
+    """Start the VMM that does nothing, and wait until it is ready."""
     words = ["/lab/testvmm", "0x40000000:0x100000"]
     vmm = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert vmm.stdout
@@ -31,7 +31,7 @@ def start_vmm() -> subprocess.Popen[bytes]:
 
 
 def child(pid: int, number: int) -> int:
-    """A cycle in which the VMM is killed at that step; 0: it got through, 4: refused in words."""
+    """Run a cycle and kill the VMM at that step; return 0 for success, 4 for an error."""
     count = 0
 
     def hook(_: str) -> None:
@@ -45,12 +45,12 @@ def child(pid: int, number: int) -> int:
         cycle(pid)
     except GuestError:
         return 4
-    # At the last steps nothing is left that could fail.
+    # At the last steps, nothing can fail any more.
     return 4 if count >= number else 0
 
 
 def ended(pid: int) -> int | None:
-    """The child's status, or None when it does not end; then it is killed."""
+    """Return the child's status, or None if it had to be killed."""
     deadline = time.monotonic() + _ENDS_SECONDS
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -71,7 +71,7 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             os._exit(child(vmm.pid, number))
-        # Nobody else waits for the VMM: it can only be reaped when mtetool lets it go.
+        # Only this process waits for the VMM: it can only be reaped when mtetool lets it go.
         status = ended(pid)
         if status == 0:
             vmm.kill()

@@ -26,19 +26,19 @@ _FRAME = (1 << 55) - 1
 
 
 def is_of_zeros(pagemap: int, flags: int, address: int) -> bool:
-    """Whether the kernel's page of zeros is at an address."""
+    """Return whether the kernel's page of zeros is at an address."""
     (word,) = struct.unpack("<Q", os.pread(pagemap, 8, address // PAGE * 8))
     (found,) = struct.unpack("<Q", os.pread(flags, 8, (word & _FRAME) * 8))
     return bool(found & _ZERO)
 
 
 def pages(ranges: list[Span]) -> set[int]:
-    """The addresses of all pages in ranges."""
+    """Return the addresses of all pages in ranges."""
     return {at for start, end in ranges for at in range(start, end, PAGE)}
 
 
 def main() -> None:
-    """Look."""
+    """Examine the memory both ways."""
     pid = int(sys.argv[1])
     known = Pagemap(pid)
     assert known._scans
@@ -47,7 +47,7 @@ def main() -> None:
     result = {"scanned": 0, "words": 0, "lost": 0, "not_zeros": 0}
     seconds = [0.0, 0.0]
     for mapping in procfs.mappings(pid):
-        # Not what maps a device or the kernel's own pages: of those the scan says nothing.
+        # Skip mappings of a device or of the kernel's own pages, which the scan does not show.
         if mapping.flags[1] != "w" or mapping.name.startswith("anon_inode:"):
             continue
         began = time.monotonic()
@@ -56,7 +56,7 @@ def main() -> None:
         words = list(pagewords.existing(pagemap, mapping.start, mapping.end))
         seconds[0] += between - began
         seconds[1] += time.monotonic() - between
-        # The VMM's own threads run on, and touch a page of theirs now and then.
+        # The VMM's own threads run on, and now and then touch one of their pages.
         before, other = pages(scanned), pages(words)
         after = pages(list(known._scanned(mapping.start, mapping.end)))
         result["scanned"] += len(before)

@@ -50,14 +50,14 @@ HEADER = Header(
 
 
 def header(n_pages: int, **changes: object) -> Header:
-    """A header whose scope is `n_pages` pages from `BASE` on."""
+    """A header whose scope is `n_pages` pages at `BASE`."""
     slots = (Memslot(0, BASE, n_pages * PAGE),)
     scope = (Extent(BASE, n_pages * PAGE),)
     return replace(HEADER, **{"memslots": slots, "scope": scope, **changes})  # type: ignore[arg-type]
 
 
 def random_tags(n_pages: int, seed: int = 1) -> Tags:
-    """Tags that no two of are the same for long; one byte a granule."""
+    """Random tags, without long runs; one byte per granule."""
     rng = np.random.default_rng(seed)
     return rng.integers(0, 16, n_pages * PAGE_GRANULES, dtype=np.uint8)
 
@@ -78,7 +78,7 @@ def small_snapshot() -> bytes:
 
 
 def read_all(data: bytes) -> tuple[SnapshotReader, list[Piece | Missing]]:
-    """Everything in a snapshot, every piece decompressed."""
+    """Read everything in a snapshot, with every piece decompressed."""
     reader = SnapshotReader(io.BytesIO(data), "test")
     pieces = list(reader)
     for piece in pieces:
@@ -134,7 +134,7 @@ def head_map(about: Header = HEADER, /, **changes: object) -> dict[str, object]:
 
 @dataclass
 class Forge:
-    """Puts records after each other, with whatever in them a test wants."""
+    """Appends records, with whatever a test wants in them."""
 
     head: Mapping[str, object] | bytes = field(default_factory=head_map)
     version: int = 1
@@ -163,7 +163,7 @@ class Forge:
         sequence: int | None = None,
         sizes: tuple[int, int] | None = None,
     ) -> Forge:
-        """Any record; `sizes` are lengths that lie."""
+        """Append any record; `sizes` are wrong lengths to declare."""
         packed = head if isinstance(head, bytes) else msgpack.packb(dict(head))
         lengths = sizes or (len(packed), len(payload))
         number = self.records if sequence is None else sequence
@@ -177,14 +177,14 @@ class Forge:
     def indexed(
         self, kind: bytes, head: Mapping[str, object], payload: bytes, ipa: int, granules: int
     ) -> Forge:
-        """A record, and its entry in the index."""
+        """Append a record, and its entry in the index."""
         start = len(self.data)
         self.record(kind, head, payload)
         self.index += struct.pack("<QQQ4sI", start, ipa, granules, kind, len(self.data) - start)
         return self
 
     def fill(self, ipa: int, n_pages: int, tag: int = 0, /, **extra: object) -> Forge:
-        """A record of memory with one tag."""
+        """Append a record of memory with one tag."""
         granules = n_pages * PAGE_GRANULES
         self.granules += granules
         self.tagged += granules if tag else 0
@@ -193,7 +193,7 @@ class Forge:
         return self.indexed(b"TAGS", head, b"", ipa, granules)
 
     def tags(self, ipa: int, tags: Tags, payload: bytes | None = None, /, **extra: object) -> Forge:
-        """A packed record of tags."""
+        """Append a packed record of tags."""
         tagged, pages = int((tags > 0).sum()), int(tags.reshape(-1, PAGE_GRANULES).any(1).sum())
         self.granules += tags.size
         self.tagged += tagged
@@ -203,13 +203,13 @@ class Forge:
         return self.indexed(b"TAGS", head, payload or frame(tags), ipa, int(tags.size))
 
     def miss(self, ipa: int, n_pages: int, /, **extra: object) -> Forge:
-        """A record of missing tags, that no later record replaces."""
+        """Append a record of missing tags, which no later record replaces."""
         self.missing += n_pages * PAGE
         head = {"ipa": ipa, "size": n_pages * PAGE, "errno": 14, "reason": "x", **extra}
         return self.indexed(b"MISS", head, b"", ipa, n_pages * PAGE_GRANULES)
 
     def end(self, index: bytes | None = None, /, **changes: object) -> bytes:
-        """The index, the end record and the trailer."""
+        """Append the index, the end record and the trailer; return the file."""
         index_offset, index_records = len(self.data), 0
         entries = self.index if index is None else index
         if entries:
@@ -232,5 +232,5 @@ class Forge:
 
 
 def small_forge(n_pages: int = 4, **changes: object) -> Forge:
-    """A forged snapshot that speaks of `n_pages` pages from `BASE` on."""
+    """A forged snapshot of `n_pages` pages at `BASE`."""
     return Forge(head_map(header(n_pages), **changes))

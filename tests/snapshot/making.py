@@ -1,4 +1,4 @@
-"""What the tests of outputs share: writing one, and a file system with fewer abilities."""
+"""Shared by the tests of outputs: writing one, and a file system with fewer abilities."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write(
 
 @contextmanager
 def making(path: Path, *, force: bool) -> Iterator[NewFile]:
-    """A new file that is open."""
+    """Open a new file."""
     with located(str(path)) as place, new_file(place, force=force) as new:
         new.open()
         yield new

@@ -1,8 +1,7 @@
-"""A second reader, made from mtesnap(5) and from nothing else: what the page is worth.
+"""A second reader, made from mtesnap(5) and nothing else: it shows what the page is worth.
 
-It knows none of the modules under test. It is slow, keeps everything in memory and is
-for tests only. Where it and mtetool disagree about a snapshot, one of the two or the page
-is wrong.
+It uses none of the modules under test. It is slow, keeps everything in memory and is for
+tests only. If it and mtetool disagree about a snapshot, one of the two or the page is wrong.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def need(condition: bool, verdict: str = "damaged") -> None:
 
 @dataclass
 class Contents:
-    """`pages` has the last word on each page: its packed tags, or None where they are missing.
+    """`pages` has the final state of each page: its packed tags, or None if they are missing.
 
     `log` has (kind, ipa, granules) of every TAGS and MISS.
     """
@@ -46,12 +45,12 @@ class Contents:
 
 
 def read(data: bytes) -> Contents:
-    """Everything in a snapshot. Raises RefusedError."""
+    """Read everything in a snapshot. Raises RefusedError."""
     return _Reader(data).run()
 
 
 class _Map:
-    """A head: all keys of the page present, none that is not there, none twice."""
+    """A head: it must have all keys that the page names, no others, and none twice."""
 
     def __init__(self, value: object, keys: str) -> None:
         need(isinstance(value, dict))
@@ -200,7 +199,7 @@ class _Reader:
             need(behind <= LIMIT)
 
     def inside(self, ipa: int, size: int) -> None:
-        """Every page of the range in some range of the scope: those that touch count as one."""
+        """Require every page of the range in the scope; its ranges that touch count as one."""
         need(ipa % self.page == 0 and size % self.page == 0 and size > 0)
         at = ipa
         for start, length in self.scope:
@@ -311,7 +310,7 @@ class _Reader:
     def runs(
         self, lengths: bytes, values: bytes, longs: bytes, n_runs: int, granules: int
     ) -> bytes:
-        """The packed tags of what is stored as runs."""
+        """The packed tags of memory that is stored as runs."""
         pairs = [
             (length, tag)
             for both in zip(lengths, values, strict=True)

@@ -1,6 +1,6 @@
-"""Files that want to do harm, kept: each is refused for what its name says, by every reader.
+"""A corpus of malicious files: every reader refuses each for what its name says.
 
-Their checksums and counts are right, but for what is wrong with them.
+Their checksums and counts are right, except for what is wrong with them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_commands_end_with_status_5(path: Path) -> None:
 @pytest.mark.parametrize("path", _CORPUS, ids=lambda path: path.stem)
 def test_memory_is_that_of_the_file_not_of_what_it_claims(path: Path) -> None:
     with pytest.raises(SnapshotError):
-        _read(path)  # what is imported and cached on the way is not counted
+        _read(path)  # do not count what this imports and caches
     tracemalloc.start()
     try:
         with pytest.raises(SnapshotError):

@@ -1,4 +1,4 @@
-"""Files that a released version wrote are read the same for ever.
+"""Files that a released version wrote are read the same way for ever.
 
 The files are frozen: a change that makes this fail needs a new version of the format, and
 new files beside these.
@@ -163,7 +163,7 @@ def test_ancillary() -> None:
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_the_writer_writes_the_same_bytes(jobs: int) -> None:
-    """Of a snapshot without compressed tags: what zstd makes of those depends on its version."""
+    """The snapshot has no compressed tags, as the output of zstd depends on its version."""
     about = replace(header(1 << 20), vmm=None, name=None, paused=None, chunk_granules=2 << 20)
     out = io.BytesIO()
     with SnapshotWriter(out, about, jobs=jobs) as writer:

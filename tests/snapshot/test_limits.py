@@ -1,4 +1,4 @@
-"""What a reader would refuse, the writer does; what a reader prints, it has compared."""
+"""The writer refuses what a reader would refuse; a reader checks what it prints."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def test_values_nested_deeper_than_python_prints(key: str, depth: int) -> None:
 @pytest.mark.parametrize("key", ["tagged", "tagged_pages"])
 @pytest.mark.parametrize("more", [-1, 1])
 def test_counts_that_are_not_those_of_the_tags(key: str, more: int) -> None:
-    """Totals, index and checksums are right: only the tags themselves can tell."""
+    """Totals, index and checksums are right: only the tags themselves show it."""
     tags = random_tags(4)
-    tags[:PAGE_GRANULES] = tags[::2] = 0  # so that another count is still a possible one
+    tags[:PAGE_GRANULES] = tags[::2] = 0  # so another count is still a possible one
     counted = getattr(small_forge().tags(BASE, tags), key)
     forge = small_forge().tags(BASE, tags, None, **{key: counted + more})
     with pytest.raises(DamagedError, match="do not match its head"):
@@ -102,7 +102,7 @@ def test_memory_is_that_of_the_declared_chunk_whatever_the_guests_size(chunk_gra
         for number in range(64):
             writer.add_tags(BASE + number * chunk_granules * 16, tags)
         writer.finish(consistent=True)
-    read_all(out.getvalue())  # what is imported and cached on the way is not counted
+    read_all(out.getvalue())  # do not count what this imports and caches
     tracemalloc.start()
     try:
         for piece in SnapshotReader(io.BytesIO(out.getvalue()), "test"):

@@ -1,4 +1,4 @@
-"""Nothing that is not a whole, sound snapshot passes for one: by name of what is wrong."""
+"""Only a whole, sound snapshot passes for one; errors name what is wrong with others."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from tests.snapshot.forge import (
 
 
 def refused(data: bytes, kind: type[SnapshotError], match: str | None = None) -> None:
-    """Reading front to back ends in this error."""
+    """Check that reading front to back ends in this error."""
     with pytest.raises(kind, match=match):
         read_all(data)
 
@@ -84,7 +84,7 @@ def test_every_flipped_bit_leaves_the_summary_right_or_is_noticed(tmp_path: Path
                     pass
             file.seek(at)
             file.write(data[at : at + 1])
-    # Only bits of records of tags, which a summary does not read.
+    # Only bits of tag records go unnoticed, which a summary does not read.
     records = [piece for piece in read_all(bytes(data))[1] if isinstance(piece, Piece)]
     assert unnoticed <= 8 * sum(piece.stored_bytes for piece in records)
 
@@ -165,7 +165,7 @@ def test_a_record_with_another_number() -> None:
 def test_records_of_another_snapshot_do_not_fit() -> None:
     ours = records_of(small_forge().fill(BASE, 4, 1).end())
     theirs = records_of(small_forge().fill(BASE, 4, 2).end())
-    # The number is right and its checksum too: the end's digest tells.
+    # The number and the checksum are right: only the end's digest shows it.
     refused(b"".join([*ours[:2], theirs[2], *ours[3:]]), DamagedError, "totals")
 
 
@@ -252,7 +252,7 @@ def test_an_unknown_kind_matters_unless_it_is_lower_case(tmp_path: Path) -> None
     path = tmp_path / "ancillary"
     path.write_bytes(sound)
     assert read_summary(str(path)).footer.records == 4
-    # Ignored, but not unchecked.
+    # Ignored, but still checked.
     refused(sound.replace(b"payload", b"Payload"), DamagedError, "checksum")
 
 
@@ -378,7 +378,7 @@ def test_wrong_values_in_the_end(tmp_path: Path, key: str) -> None:
         data = small_forge().fill(BASE, 4, 1).end(**{key: value})
         refused(data, DamagedError)
         path.write_bytes(data)
-        # A summary does not count tags and reads no checksums of theirs.
+        # A summary neither counts tags nor reads the checksums of their records.
         if key not in ("tagged", "tagged_pages", "digest"):
             with pytest.raises(DamagedError):
                 read_summary(str(path))
@@ -490,7 +490,7 @@ def test_records_in_a_hole_of_the_scope() -> None:
     refused(forge.end(), DamagedError, "not inside")
 
 
-# --- sizes that lie, frames that lie ------------------------------------------------------------
+# --- wrong sizes, wrong frames ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [b"TAGS", b"MISS", b"INDX", b"DONE", b"HEAD", b"note", b"XTRA"])
@@ -517,7 +517,7 @@ def test_the_largest_payload_is_read_in_portions() -> None:
     forge.record(b"TAGS", b"", b"", sizes=(0, 16 << 20))
     with pytest.raises(TruncatedError):
         list(SnapshotReader(Recording(forge.data + bytes(1000)), "test"))
-    # A pipe's buffer makes room for all that is asked for.
+    # A pipe's buffer allocates room for all that a read asks for.
     assert all(size is not None and 0 < size <= 1 << 20 for size in asked)
 
 
@@ -602,8 +602,8 @@ def test_an_index_that_lies(tmp_path: Path) -> None:
         data = replace_index(forge, index)
         refused(data, DamagedError, "index")
         path.write_bytes(data)
-        # The indexed way finds it out at the latest when the record is read. One that is
-        # not in the index cannot be: then a page is left out, which the summary knows.
+        # A reader by index notices it at the latest when it reads the record. It cannot read a
+        # record that is not in the index: then a page is left out, which the summary notices.
         with pytest.raises(DamagedError):  # noqa: PT012
             read_summary(str(path))
             list(read_range(str(path), [Extent(BASE, 4 * PAGE)]))
@@ -616,7 +616,7 @@ def replace_index(forge: Forge, index: bytes) -> bytes:
 
 
 def replace_records(forge: Forge) -> Forge:
-    """A copy to go on with."""
+    """A copy to append to."""
     copy = small_forge()
     for name in vars(forge):
         setattr(copy, name, getattr(forge, name))
@@ -648,7 +648,7 @@ def test_not_even_what_may_be_ignored(tmp_path: Path) -> None:
         read_summary(str(path))
 
 
-# --- bounds of the account ---------------------------------------------------------------------
+# --- bounds of the bookkeeping -----------------------------------------------------------------
 
 
 def test_scattered_ranges_end_soon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -667,14 +667,14 @@ def test_scattered_ranges_end_soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scatter(add: Callable[[int, int], None]) -> None:
-    """Many ranges that do not touch."""
+    """Add many ranges that do not touch."""
     for i in range(1000):
         add(2 * i * PAGE, (2 * i + 1) * PAGE)
 
 
 def test_the_worst_order_takes_seconds_not_hours() -> None:
     coverage, missing = Coverage([Extent(0, 1 << 40)]), MissingMap()
-    # Of this process: other tests may keep all CPUs busy.
+    # This process's CPU time: other tests may keep all CPUs busy.
     start = time.process_time()
     for i in range(50_000, 0, -1):
         missing.add(Missing(2 * i * PAGE, PAGE, None, ""))

@@ -1,4 +1,4 @@
-"""New files and what ends their making: signals between any two calls, deaths, failing disks."""
+"""New files that are cut short: by signals between any two calls, by kills, by failing disks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OLD, NEW = b"old" * 1000, b"new" * 100_000
 
 @pytest.fixture(params=["nameless", "named"])
 def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """An empty directory, on a file system with files without names, and on one without."""
+    """An empty directory, on a file system with nameless files, and on one without."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "named":
             without_nameless_files(patch)
@@ -31,10 +31,10 @@ def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 
 def interrupted(run: Callable[[], None], at: int) -> bool:
-    """Run it with the exception of a signal at the `at`th place where the interpreter looks.
+    """Run it with a signal's exception at the `at`th place where the interpreter checks.
 
-    That is where a function begins, and behind a call of one that is written in C. Whether
-    there were that many.
+    Those places are the start of a function, and the return of one that is written in C. Return
+    whether there were that many.
     """
     left = at
 
@@ -75,7 +75,7 @@ def test_a_signal_between_any_two_calls_leaves_nothing_beside(directory: Path, f
 
 
 def leave(target: Path, name: str = "0123456789ab") -> Path:
-    """What a process that was killed at its worst moment leaves."""
+    """Make the file that a process leaves if it is killed at the worst moment."""
     path = target.with_name(f".{target.name[:50]}.{name}.tmp")
     path.write_bytes(b"half")
     return path
@@ -171,7 +171,7 @@ def test_a_directory_that_cannot_be_brought_to_disk(
     with pytest.raises(HostIoError, match=r"is written, but.*\(EIO\)"):
         write(directory / "file", NEW)
     assert (directory / "file").read_bytes() == NEW
-    # Where the file system never does that, there is nothing to tell.
+    # If the file system never does that, there is nothing to report.
     failing_fsync(monkeypatch, errno.EINVAL, directory=True)
     write(directory / "file", OLD, force=True)
     assert (directory / "file").read_bytes() == OLD

@@ -26,7 +26,7 @@ from tests.snapshot.making import making, without_nameless_files, write
 
 @pytest.fixture(params=["nameless", "named"])
 def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """An empty directory, on a file system with files without names, and on one without."""
+    """An empty directory, on a file system with nameless files, and on one without."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "named":
             without_nameless_files(patch)
@@ -167,7 +167,7 @@ def test_a_full_file_system(tmp_path: Path) -> None:
     assert mount
     options = ["-t", "tmpfs", "-o", "size=64k", "none", str(tmp_path)]
     if subprocess.run([mount, *options], check=False).returncode:
-        pytest.skip("no tmpfs may be mounted here")
+        pytest.skip("a tmpfs cannot be mounted here")
     try:
         with pytest.raises(DiskFullError):
             write(tmp_path / "file", b"x" * (1 << 20))
@@ -242,7 +242,7 @@ def test_a_kill_leaves_nothing(tmp_path: Path) -> None:
     write(probe, b"")
     with making(tmp_path / "x", force=False) as new:
         if not new.is_nameless:
-            pytest.skip("this file system has no files without names")
+            pytest.skip("this file system has no nameless files")
     path.write_bytes(b"old")
     with subprocess.Popen(
         [sys.executable, "-c", _SLEEPER, str(path)], stdout=subprocess.PIPE
@@ -267,4 +267,4 @@ def test_the_file_is_on_the_disk_before_it_has_its_name(
 
     monkeypatch.setattr(os, "fsync", fsync)
     write(path, b"x")
-    assert seen == [False, True]  # the file; then, named, the directory
+    assert seen == [False, True]  # the file; then, once it has its name, the directory

@@ -63,7 +63,7 @@ def test_names_that_are_none(
 
 
 def test_links_are_followed_to_their_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative ones from where they are, also those to what is not there yet."""
+    """Relative links from where they are, also links to files that do not exist yet."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "up").symlink_to("../c")
@@ -90,12 +90,12 @@ def test_no_descriptor_stays_open(tmp_path: Path) -> None:
     assert sorted(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 
-# --- what is swapped in meanwhile ---------------------------------------------------------
+# --- files swapped in meanwhile -----------------------------------------------------------
 
 
 @pytest.fixture(params=["nameless", "named"])
 def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """An empty directory, on a file system with files without names, and on one without."""
+    """An empty directory, on a file system with nameless files, and on one without."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "named":
             without_nameless_files(patch)
@@ -141,7 +141,7 @@ def test_a_directory_that_becomes_a_link_is_not_followed(directory: Path) -> Non
 def test_a_link_without_force_where_there_are_no_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FAT: there a rename has to do, and would replace what came meanwhile."""
+    """On FAT, a rename must do, and it would replace a file that was made meanwhile."""
 
     def no_link(*_: object, **__: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
@@ -176,7 +176,7 @@ def test_a_pipe_that_becomes_another_is_not_written(
     os.close(reader)
 
 
-# --- directories that all may write to ----------------------------------------------------
+# --- directories that all users can write to ----------------------------------------------
 
 
 @contextmanager
@@ -194,7 +194,7 @@ def sticky(directory: Path) -> Iterator[Path]:
 def test_a_link_of_somebody_else_in_a_shared_directory(
     tmp_path: Path, mode: int, owner: int
 ) -> None:
-    """As fs.protected_symlinks, on or not: a sticky directory only, and not its owner's links."""
+    """As fs.protected_symlinks, even if off: sticky directories, except links of their owner."""
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(mode)
@@ -221,7 +221,7 @@ def test_a_pipe_of_somebody_else_in_a_shared_directory(tmp_path: Path) -> None:
         os.close(reader)
 
 
-# --- what is not a regular file -----------------------------------------------------------
+# --- files that are not regular -----------------------------------------------------------
 
 
 def test_only_new_files_and_dev_null_are_written_unasked(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_a_socket_and_a_directory_are_refused(tmp_path: Path) -> None:
 
 @needs_root
 def test_a_block_device_needs_force(tmp_path: Path) -> None:
-    """One that does not exist: the answer comes before it is opened."""
+    """The device does not exist: the answer comes before it is opened."""
     os.mknod(tmp_path / "disk", stat.S_IFBLK | 0o600, os.makedev(259, 12345))
     with pytest.raises(FileExistsAlreadyError, match="a block device"):
         write(tmp_path / "disk", b"x")
@@ -274,7 +274,7 @@ def test_a_pipe_without_a_reader_can_be_waited_for_and_left(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("form", ["/dev/fd/{}", "/proc/self/fd/{}", "/proc/{pid}/fd/{}"])
 def test_a_pipe_by_its_descriptor_needs_no_force(form: str) -> None:
-    """As a shell's >(command) is named."""
+    """A shell names its >(command) like this."""
     reader, writer = os.pipe()
     name = form.format(writer, pid=os.getpid())
     write(name, b"x")

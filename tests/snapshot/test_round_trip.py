@@ -45,7 +45,7 @@ Op = tuple[str, int, int, int]
 
 
 def final_state(pieces: list[Piece | Missing], base: int, n_pages: int) -> tuple[Tags, list[int]]:
-    """The tags of each granule (255: missing), and each page's times spoken of."""
+    """The tags of each granule (255: missing), and how many records cover each page."""
     tags = np.full(n_pages * PAGE_GRANULES, 254, dtype=np.uint8)
     times = [0] * n_pages
     for piece in pieces:
@@ -87,7 +87,7 @@ def test_the_small_snapshot_says_what_was_written() -> None:
 
 
 def test_what_the_manual_page_describes_is_what_the_writer_writes() -> None:
-    """The forge is a second writer, made from the manual page: the same bytes."""
+    """The forge is a second writer, made from the manual page: both write the same bytes."""
     tags = random_tags(4)
     forged = Forge(head_map(header(8)))
     forged.fill(BASE, 2, 7).tags(BASE + 2 * PAGE, tags, frame(tags)).miss(BASE + 6 * PAGE, 2)
@@ -197,7 +197,7 @@ OPS = st.lists(
 
 
 def apply(ops: list[Op]) -> tuple[bytes, Tags, Footer]:
-    """A snapshot of these records, behind one that makes it complete, and its final state."""
+    """A snapshot of these records, after one that makes it complete, and its final state."""
     out = io.BytesIO()
     state = np.zeros(PAGES * PAGE_GRANULES, dtype=np.uint8)
     with SnapshotWriter(out, header(PAGES), jobs=2) as writer:
@@ -335,7 +335,7 @@ print((peak() - before) // 1024)
 
 
 def test_memory_is_bounded_by_a_few_chunks() -> None:
-    """400 MiB of tag bytes, 200 MiB of file, both ways at once in a process."""
+    """400 MiB of tag bytes, 200 MiB of file, written and read at once in one process."""
     done = subprocess.run(
         [sys.executable, "-c", _BOUNDED], capture_output=True, text=True, timeout=60, check=False
     )

@@ -1,4 +1,4 @@
-"""Tags that are stored as runs: what is chosen, and what is refused."""
+"""Tags stored as runs: when they are chosen, and when they are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ N = 4 * PAGE_GRANULES
 
 
 def tags_with_runs(n_runs: int) -> Tags:
-    """N granules with so many runs, all but the last of one granule."""
+    """N granules in `n_runs` runs, all but the last of one granule."""
     tags = np.zeros(N, dtype=np.uint8)
     tags[: n_runs - 1] = np.arange(n_runs - 1) % 2 + 1
     return tags
@@ -93,7 +93,7 @@ def test_by_hand() -> None:
 
 
 def test_nothing_long() -> None:
-    """No third frame."""
+    """There is no third frame."""
     frames = [frame(bytes([0x88] * (N // 16))), frame(bytes([0x50] * (N // 16)))]
     (piece,) = read_all(forged(frames, N // 8, N // 2, 4))[1]
     assert isinstance(piece, Piece)

@@ -34,7 +34,7 @@ from tests.snapshot.second_reader import RefusedError, read
 from tests.snapshot.test_round_trip import OPS, Op, apply
 
 GOLDEN = Path(__file__).parent / "golden"
-# Not no-tags: it speaks of 4 GiB, and the second reader keeps every page.
+# Not no-tags: it covers 4 GiB, and the second reader keeps every page.
 FILES = [
     GOLDEN / f"v1-{name}.mtesnap"
     for name in ("64k-delta", "ancillary", "delta", "empty", "every-kind", "runs")
@@ -52,7 +52,7 @@ Record = tuple[bytes, bytes, bytes]
 
 
 def pages_of(pieces: list[Piece | Missing], page_bytes: int) -> dict[int, bytes | None]:
-    """The packed tags of each page, the last record's; None: missing."""
+    """The packed tags of each page, by its last record; None if they are missing."""
     pages: dict[int, bytes | None] = {}
     for piece in pieces:
         size = page_bytes // 16
@@ -70,7 +70,7 @@ def pages_of(pieces: list[Piece | Missing], page_bytes: int) -> dict[int, bytes 
 
 
 def agree(data: bytes) -> str:
-    """Both read the same, or both refuse it; returns the second reader's verdict."""
+    """Check that both read the same, or both refuse it; return the second reader's verdict."""
     try:
         found = read(data)
     except RefusedError as error:
@@ -166,7 +166,7 @@ def sealed(records: list[Record]) -> bytes:
 
 
 def changed(head: bytes, **values: object) -> bytes:
-    """A head with other values, if it is a map at all."""
+    """The head with other values, if it is a map at all."""
     try:
         return bytes(msgpack.packb({**msgpack.unpackb(head), **values}))
     except (ValueError, TypeError):
@@ -195,7 +195,7 @@ def with_a_fault_in(head: bytes, rng: random.Random) -> bytes:
 
 
 def with_a_fault(records: list[Record], rng: random.Random) -> list[Record]:
-    """The records with one thing in them changed."""
+    """The records, with one thing in them changed."""
     result = list(records)
     at = rng.randrange(len(result))
     kind, head, payload = result[at]

@@ -1,4 +1,4 @@
-"""What would give a guest memory is refused before anything is read, in each way of reading."""
+"""Reading that would allocate guest memory is refused at the start, in each way of reading."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_what_is_not_read_does_not_count(tmp_path: Path) -> None:
     guest = FakeGuest(SLOTS, would_make_bytes=16 * MIB)
     save(guest, io.BytesIO(), SaveOptions(ranges=(Extent(BASE, MIB),)))
     source = GuestSource(guest, "fake:1")
-    # The pages around what was asked for.
+    # The whole pages around the range count.
     assert asked(source, [Extent(BASE + 16, 32)]) == [Extent(BASE + 16, 32)]
     assert asked(source, [Extent(BASE + PAGE - 16, 32)])
     with pytest.raises(WouldAllocateError):

@@ -1,4 +1,4 @@
-"""Copying around what fails: nothing is lost, nothing is counted twice, few calls are made."""
+"""Copying around pages that fail: nothing is lost or counted twice, and few calls are made."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read_all(
     known: bool = True,
     insist: bool = False,
 ) -> tuple[dict[int, Tags], list[Missing]]:
-    """The pages read, by address, and the missing ranges; no address may come twice."""
+    """Return the pages read, by address, and the missing ranges; no address may come twice."""
     layout = Layout(guest.slots if known else (), guest.page_size_bytes)
     chunk = chunk_pages * guest.page_granules
     pages: dict[int, Tags] = {}
@@ -154,7 +154,7 @@ def test_every_page_is_read_or_missing_once(
         assert np.array_equal(tags, guest.memory[BASE][at : at + 256])
 
 
-# Stretches of pages that can be read, and of such that cannot, in turn.
+# Stretches of readable and of unreadable pages, in turn.
 _READABLE = st.integers(1, 3)
 _SHORT = st.integers(1, 9) | st.integers(ONE_BY_ONE_PAGES - 1, ONE_BY_ONE_PAGES)
 _LONG = st.integers(ONE_BY_ONE_PAGES + 1, 2 * ONE_BY_ONE_PAGES)
@@ -173,7 +173,7 @@ def test_every_page_that_can_be_read_is_read(
     insist: bool,
     chunk_pages: int,
 ) -> None:
-    """In short stretches of pages that cannot, always; in long ones where that is insisted on."""
+    """Between short unreadable stretches always; between long ones if every page is insisted on."""
     bad: set[int] = set()
     n_pages = 0
     for unreadable, readable in stretches + (long_ones if insist else []):
@@ -202,7 +202,7 @@ def test_every_page_that_can_be_written_is_written(stretches: list[tuple[int, in
 
 
 def test_who_insists_on_every_page_gets_it_by_steps() -> None:
-    """Of a long stretch, so that whoever waits sees that it goes on."""
+    """A long stretch comes in steps, so the user sees progress."""
     n_pages = (1 << 15) + 3
     guest = FakeGuest(one_slot(n_pages), bad=lambda ipa: ipa < BASE + (n_pages - 1) * PAGE)
     whole = [Extent(BASE, n_pages * PAGE)]
@@ -272,7 +272,7 @@ def steps_of(guest: FakeGuest, *, every_page: bool) -> list[tuple[int, int, byte
 def joined(
     steps: list[tuple[int, int, bytes | Missing]],
 ) -> list[tuple[int, int, bytes | Missing]]:
-    """Neighbouring steps without any tags as one, as the writer of a snapshot joins them."""
+    """Join neighbouring steps without any tags, as the writer of a snapshot does."""
     result: list[tuple[int, int, bytes | Missing]] = []
     for ipa, size_bytes, tags in steps:
         if result and isinstance(tags, bytes) and not any(tags):

@@ -1,4 +1,4 @@
-"""Deltas: what is saved since a base, and what base and deltas are together."""
+"""Deltas: what is saved since a base, and what a base and its deltas are together."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_base_with_its_deltas_is_the_guest(
     rounds: list[list[tuple[str, int, int, int]]],
     knows: bool,
 ) -> None:
-    """Restored, verified and merged, all at once and the deltas among themselves."""
+    """Restored, verified and merged, all together, and the deltas alone."""
     here = tmp_path_factory.mktemp("deltas")
     guest = guest_with(1)
     guest.knows_untagged = knows
@@ -116,7 +116,7 @@ def test_a_base_with_its_deltas_is_the_guest(
     with layered(*files[1:]) as layers, (here / "delta").open("wb") as out:
         merge(layers, out)
     assert restored(files[0], here / "delta").memory[BASE].tobytes() == wanted
-    # A merged snapshot takes the place of those it was made of.
+    # A merged snapshot takes the place of those it was made from.
     guest.memory[BASE][5] ^= 3
     saved(guest, here / "next", *files)
     assert restored(whole, here / "next").memory[BASE].tobytes() == guest.memory[BASE].tobytes()
@@ -214,7 +214,7 @@ def test_snapshots_that_do_not_belong_together(tmp_path: Path) -> None:
         saved(guest, tmp_path / "d", b)
     assert (tmp_path / "d").stat().st_size == 0
     with layered(b, c) as layers:
-        merge(layers, io.BytesIO())  # deltas among themselves are fine
+        merge(layers, io.BytesIO())  # deltas alone are fine
 
 
 def test_a_base_of_other_pages(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_base_that_is_damaged_is_found_out_before_the_guest_is_frozen(tmp_path
 
 
 def test_changes_of_what_the_base_does_not_have(tmp_path: Path) -> None:
-    """Nobody writes such a thing: it is damage, though each file is sound."""
+    """mtetool never writes this: it is damage, though each file is sound."""
     guest = guest_with(1)
     saved(guest, tmp_path / "a")
     guest.memory[BASE][17 * 256 + 3] ^= 1

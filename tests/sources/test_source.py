@@ -1,4 +1,4 @@
-"""Reading tags from anything: a log with later records that replace earlier ones, too."""
+"""Reading tags from any source, also from a log whose later records replace earlier ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MISSING = 255
 
 
 def a_log(path: Path, steps: list[tuple[int, int, int]]) -> Tags:
-    """Write records of (first page, pages, tag); returns what must count in the end.
+    """Write records of (first page, pages, tag); return the tags that must count in the end.
 
     Tag 16 is a missing range, 17 random tags.
     """

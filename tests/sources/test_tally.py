@@ -1,4 +1,4 @@
-"""Totals and lists speak of all ranges, in bounded memory."""
+"""Totals and lists cover all ranges, in bounded memory."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ ranges_in_order = st.lists(
 def test_all_are_listed_whatever_is_kept_in_memory(
     batches: list[list[Missing]], listed: int | None, rows: int
 ) -> None:
-    """By a slow model: a list in memory."""
+    """Compared with a slow model: a list in memory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tally_module, "IN_MEMORY_ROWS", rows)
         patch.setattr(tally_module, "_READ_ROWS", 4)
@@ -109,7 +109,7 @@ def test_many_ranges_are_listed_in_little_memory(monkeypatch: pytest.MonkeyPatch
     n_ranges = 1 << 16
     starts = np.arange(n_ranges, dtype=np.int64) * 32
     tally: Tally[Extent] = Tally()
-    tally.extend(Extent(0, 16), starts[:2000], np.full(2000, 16))  # what is imported is no matter
+    tally.extend(Extent(0, 16), starts[:2000], np.full(2000, 16))  # not counted: what this imports
     tracemalloc.start()
     try:
         tally.extend(Extent(0, 16), starts[2000:], np.full(n_ranges - 2000, 16))
@@ -118,7 +118,7 @@ def test_many_ranges_are_listed_in_little_memory(monkeypatch: pytest.MonkeyPatch
     finally:
         tracemalloc.stop()
     assert count == tally.count == n_ranges
-    # A list of them takes as much, and their numbers as much again, at the very least.
+    # A list of them takes at least as much, and their numbers as much again.
     assert peak < 24 * n_ranges // 2
 
 

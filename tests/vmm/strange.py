@@ -10,12 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 Answer = Callable[[str], Iterator[bytes]]
-"""What is sent for a command (its name, and "" for the greeting), piece by piece."""
+"""What is sent for a command (its name, or "" for the greeting), piece by piece."""
 
 
 @contextmanager
 def monitor(path: Path, answer: Answer, *, clients: int = 1) -> Iterator[Path]:
-    """A monitor for that many clients, one after the other, until each hangs up."""
+    """Serve a monitor to that many clients, one after the other, until each hangs up."""
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
         server.listen(clients)

@@ -1,4 +1,4 @@
-"""How much memory would be made, of a real process with memory in files."""
+"""How much memory reading would allocate, in a real process with memory in files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mtetool.vmm.pagemap import Pagemap
 MIB = 1 << 20
 BASE = 0x4000_0000
 
-# Maps what its words say, KIND:MIB:TOUCHED in MiB; prints the addresses, and waits.
+# Maps what its arguments say, KIND:MIB:TOUCHED in MiB; prints the addresses, and waits.
 _PROCESS = """
 import ctypes, mmap, os, sys
 kept = []
@@ -43,7 +43,7 @@ sys.stdin.read()
 
 @contextmanager
 def process(*words: str) -> Iterator[tuple[int, list[int]]]:
-    """A process with such memory; its PID and the addresses."""
+    """Start a process with such memory; yield its PID and the addresses."""
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", _PROCESS, *words]
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as running:
@@ -61,12 +61,12 @@ def process(*words: str) -> Iterator[tuple[int, list[int]]]:
         (["shared:64:3"], 64, 61),
         (["copied:64:3"], 64, 61),
         (["memfd:64:64"], 64, 0),
-        # Memory that cannot be the guest's: all of it is smaller.
+        # This memory cannot be the guest's: all of it together is smaller.
         (["private:64:0", "memfd:32:0"], 64, 0),
-        # And what may be a part of it.
+        # This can be a part of it.
         (["memfd:32:0", "memfd:32:8"], 64, 56),
         (["memfd:32:32", "memfd:32:8"], 64, 24),
-        # No more than is read.
+        # At most as much as is read.
         (["memfd:64:0"], 8, 8),
     ],
 )
@@ -85,10 +85,10 @@ def test_memory_whose_place_is_known_is_left_alone() -> None:
             pagemap, [Place(BASE, 16 * MIB, one), Place(BASE + 16 * MIB, 8 * MIB, other)]
         )
         assert bytes_to_be_made(pid, both, whole) == 0
-        # Of the rest nobody knows: it is the other mapping, and nothing else.
+        # The place of the rest is unknown: it can only be the other mapping.
         first = HostMemory(pagemap, [Place(BASE, 16 * MIB, one)])
         assert bytes_to_be_made(pid, first, whole) == 7 * MIB
-        # Either may be it: what exists there is read wherever the memory is.
+        # Either can be the place: pages that exist in one are read, even if it is the other.
         either = HostMemory(pagemap, [Place(BASE, 8 * MIB, one), Place(BASE, 8 * MIB, other)])
         assert bytes_to_be_made(pid, either, [Extent(BASE, 8 * MIB)]) == 2 * MIB
         pagemap.close()

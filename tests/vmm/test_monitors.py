@@ -1,4 +1,4 @@
-"""A monitor is found where its VMM sees it, and believed when it is proven to be the VMM's."""
+"""A monitor is found where its VMM sees it, and trusted when it is proven to be the VMM's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ with strange.monitor(Path(path), strange.answers(query_cpus_fast=cpus, query_nam
 
 @contextmanager
 def _other(path: Path, tids: list[int]) -> Iterator[int]:
-    """A process that serves a monitor at `path`; its PID."""
+    """Start a process that serves a monitor at `path`; yield its PID."""
     words = [sys.executable, "-c", _OTHER, str(path), json.dumps(tids)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -43,7 +43,7 @@ def _other(path: Path, tids: list[int]) -> Iterator[int]:
 
 
 def _found(monkeypatch: pytest.MonkeyPatch, *addresses: object) -> list[str]:
-    """This process's command line, as if it were a QEMU with monitors at these addresses."""
+    """Give this process the command line of a QEMU with monitors at these addresses."""
     options = [word for address in addresses for word in ("-qmp", f"unix:{address},server=on")]
     monkeypatch.setattr(proc, "command_line", lambda pid: ["qemu", *options])
     return options
@@ -91,7 +91,7 @@ def test_one_that_does_not_name_its_threads_does_not_either(tmp_path: Path, answ
 def test_foreign_one_is_not_used_and_the_next_one_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those before it: of another VM, not there, no socket, and with another client on it."""
+    """Those before it: another VM's, a missing one, not a socket, and one with another client."""
     with ExitStack() as stack:
         stack.enter_context(_other(tmp_path / "foreign", [1]))
         taken = stack.enter_context(socket.socket(socket.AF_UNIX))

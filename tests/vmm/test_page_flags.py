@@ -1,4 +1,4 @@
-"""The kernel's marks of frames: what is believed of files that look like the kernel's."""
+"""The kernel's flags of page frames: what follows from files that look like the kernel's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PRESENT, SWAPPED, SHARED = 1 << 63, 1 << 62, 1 << 61
 KINDS = [PRESENT, PRESENT | SHARED, SWAPPED, 0]
 MARK = 1 << 41
 COMPOUND = [1 << bit for bit in (15, 16, 17, 20, 22)]
-# Uptodate, lru, mmap, anon, swapbacked, unevictable, soft-dirty, arch: none of them tells.
+# Uptodate, lru, mmap, anon, swapbacked, unevictable, soft-dirty, arch: none says anything on tags.
 PLAIN = [0, 1 << 3, 1 << 5, 1 << 11 | 1 << 12, 1 << 14, 1 << 18, 1 << 40, 1 << 38, 1 << 42]
 N = 600
 
@@ -42,7 +42,7 @@ class Host:
         os.pwrite(self.flags, struct.pack(f"<{len(flags)}Q", *flags), 0)
 
     def unmarked(self, start: int, end: int) -> set[int]:
-        """The pages that are said to have no tags."""
+        """The pages reported to have no tags."""
         pages = set(range(start, end))
         at = start * PAGE
         for first, stop in self.frames.may_be_tagged(self.pagemap, start * PAGE, end * PAGE):
@@ -76,7 +76,7 @@ def spread(pairs: list[tuple[int, int]]) -> list[int]:
 
 @st.composite
 def states(draw: st.DrawFn) -> tuple[list[int], list[int]]:
-    """Entries of pages and flags of frames, most of them as their neighbours."""
+    """Entries of pages and flags of frames, most of them like their neighbours."""
     kinds = spread(draw(st.lists(st.tuples(LENGTHS, st.sampled_from(KINDS)), max_size=6)))
     moves = spread(draw(st.lists(st.tuples(LENGTHS, st.sampled_from([1, 700])), max_size=6)))
     entries = [
@@ -110,7 +110,7 @@ def test_long_runs_are_left_out(host: Host, flag: int) -> None:
     flags[300 + 20] = flag
     flags[300 + 400] = flag
     host.hold([PRESENT | 300 + n for n in range(N)], flags)
-    # 20 pages and 199 behind: what is short is read along.
+    # The 20 pages before are too short a run to leave out; the 199 after are not.
     assert host.unmarked(0, N) == set(range(21, 400)) | set(range(401, N))
     assert host.unmarked(0, 100) == set()
     host.hold([PRESENT | 300 + n for n in range(N)], flags[: 300 + 200])
@@ -120,11 +120,11 @@ def test_long_runs_are_left_out(host: Host, flag: int) -> None:
 def test_many_chunks(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_flags, "_CHUNK_PAGES", 130)
     host.hold([PRESENT | 1 + n for n in range(N)], [8] * (N + 1))
-    assert host.unmarked(7, N) == set(range(7, 7 + 4 * 130))  # and a short rest
+    assert host.unmarked(7, N) == set(range(7, 7 + 4 * 130))  # the rest is too short
 
 
 def test_a_page_that_moved_meanwhile(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its flags were those of a frame that may be another's by now."""
+    """Its flags were those of a frame that may belong to another page by now."""
     answers = [array("Q", [PRESENT | 1 + n for n in range(N)]) for _ in range(3)]
     answers[1][200] = PRESENT | 1
     answers[2] = answers[2][:300]
@@ -157,7 +157,7 @@ def test_memory_with_tags_all_over_is_hardly_looked_at(
 def test_scattered_frames_and_unknown_ones(host: Host) -> None:
     host.hold([PRESENT | 1 + n % 2 * 300 + n for n in range(N)], [8] * 2000)
     assert host.unmarked(0, N) == set()
-    # Who may not know is told frame 0, of which one entry is like the next.
+    # Without permission, every entry shows frame 0 and is like the next.
     host.hold([PRESENT] * N, [8] * 2000)
     assert host.unmarked(0, N) == set()
 

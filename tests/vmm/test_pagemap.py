@@ -1,4 +1,4 @@
-"""Which pages exist: what is united, and what is said where nobody may know."""
+"""Which pages exist: how ranges are united, and the answers when that is unknown."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_united(one: list[Span], other: list[Span]) -> None:
 
 
 def test_what_fails_half_way_is_taken_to_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From there on; what was told before stays, and nothing is told twice."""
+    """From there on; what was reported before stays, and nothing is reported twice."""
     answers = iter([(2, 100 * PAGE)])
 
     def scan(self: Pagemap, start: int, end: int, vector: int) -> tuple[int, int]:
@@ -67,7 +67,7 @@ def test_a_process_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("asks", [True, False])
 def test_mappings(asks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of our own, by its first and last page, asked for or read; and what lies between."""
+    """Each of our own, by its first and last page, queried or read; and unmapped memory."""
     mappings = Mappings(os.getpid())
     if not asks:
         monkeypatch.setattr(pagemap, "_PROCMAP_QUERY", 0xC068_6600 | 200)
@@ -77,7 +77,7 @@ def test_mappings(asks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
             before = procfs.mappings(os.getpid())
             found = [(mappings.at(each.start), mappings.at(each.end - 1)) for each in before]
             after = procfs.mappings(os.getpid())
-    # But those that grew meanwhile; [vsyscall] is no memory of the process.
+    # Except those that grew meanwhile; [vsyscall] is not memory of the process.
     stayed = [each.name != "[vsyscall]" and each in after for each in before]
     assert sum(stayed) > 20
     wanted = list(compress(before, stayed))

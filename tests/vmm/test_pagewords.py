@@ -22,7 +22,7 @@ N_PAGES = 64
 
 @contextmanager
 def mapped(kind: str) -> Iterator[tuple[mmap.mmap, int]]:
-    """Memory that nobody touched, and its address; without huge pages."""
+    """Untouched memory and its address, without huge pages."""
     if kind == "private":
         memory = mmap.mmap(-1, N_PAGES * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     elif kind == "device":
@@ -43,7 +43,7 @@ def mapped(kind: str) -> Iterator[tuple[mmap.mmap, int]]:
 
 
 def runs(pages: set[int]) -> list[tuple[int, int]]:
-    """Numbers as (first, behind) of those that follow each other."""
+    """Runs of consecutive numbers, as (first, end)."""
     found: list[tuple[int, int]] = []
     for page in sorted(pages):
         start = found.pop()[0] if found and found[-1][1] == page else page
@@ -53,7 +53,7 @@ def runs(pages: set[int]) -> list[tuple[int, int]]:
 
 @pytest.fixture
 def no_scan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a kernel before 6.7, which does not know the number."""
+    """Behave as on a kernel before 6.7, which does not know the ioctl's number."""
     monkeypatch.setattr(pagemap, "_PAGEMAP_SCAN", 0xC060_6600 | 200)
 
 
@@ -91,7 +91,7 @@ def test_a_kernel_without_the_scan(no_scan: None, kind: str) -> None:
 
 
 def test_as_many_regions_as_fit_into_one_answer() -> None:
-    """The scan then ends before the last of them, which must not come twice."""
+    """The scan then ends before the last region, which must not come twice."""
     n_pages = 2 * pagemap._REGIONS
     with mmap.mmap(-1, n_pages * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.madvise(mmap.MADV_NOHUGEPAGE)
@@ -118,7 +118,7 @@ def test_what_was_only_read_counts_as_present(no_scan: None) -> None:
 
 
 def test_a_device_is_never_asked_for_its_holes() -> None:
-    """/dev/zero answers 0 to every seek: that would go on for ever."""
+    """/dev/zero answers 0 to every seek: the search would never end."""
     with mapped("device") as (_, address):
         known = Pagemap(os.getpid())
         known._flags = None
@@ -128,7 +128,7 @@ def test_a_device_is_never_asked_for_its_holes() -> None:
 
 
 def test_a_process_without_page_tables() -> None:
-    """A thread of the kernel, or one that is gone while it is looked at."""
+    """A kernel thread, or a process that ends while it is examined."""
     fd = os.open("/dev/null", os.O_RDONLY)
     try:
         with pytest.raises(OSError, match="no page tables"):
@@ -140,7 +140,7 @@ def test_a_process_without_page_tables() -> None:
 def test_swapped_pages_exist_and_an_answer_may_be_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Words in a file: of a page in memory, on swap, in neither, shared and neither, in memory."""
+    """Words in a file: pages in memory, on swap, in neither, shared and in neither, in memory."""
     words = [1 << 63, 1 << 62, 0, 1 << 61, 1 << 63]
     (tmp_path / "pagemap").write_bytes(b"".join(word.to_bytes(8, "little") for word in words))
     pread = os.pread

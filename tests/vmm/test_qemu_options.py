@@ -1,4 +1,4 @@
-"""Where a QEMU's command line says that a monitor listens; shapes of those that managers write."""
+"""Where a QEMU's command line lets a monitor listen; command lines as managers write them."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _found(words: str, config: str = "") -> list[str]:
         (KATA, []),
         (LIMA, ["/home/u/.lima/x/qmp.sock"]),
         (INCUS, ["/run/incus/c1/qemu.monitor"]),
-        # The ways of writing one.
+        # The ways to write a monitor.
         ("q -qmp unix:/q,server=on,wait=off", ["/q"]),
         ("q --qmp unix:/q,server,nowait", ["/q"]),
         ("q -qmp unix:path=/q,server=yes", ["/q"]),
@@ -121,7 +121,7 @@ def _found(words: str, config: str = "") -> list[str]:
             "q -chardev socket,id=m,path=/1,server -mon m,mode=control -set chardev.m.path=/2",
             ["/2"],
         ),
-        # What is passed over.
+        # Monitors that are passed over.
         ("q -qmp unix:/q", []),
         ("q -qmp unix:/q,server=off", []),
         ("q -qmp unix:/q,noserver", []),
@@ -140,7 +140,7 @@ def _found(words: str, config: str = "") -> list[str]:
         ("q -chardev pipe,id=m,path=/m -mon chardev=m,mode=control", []),
         ("q -chardev socket,id=m,host=::,port=1,server=on -mon chardev=m,mode=control", []),
         ("q -object monitor-hmp,id=o,chardev=m -chardev socket,id=m,path=/m,server=on", []),
-        # What looks like an option is the value of one, and what follows a flag is not its value.
+        # A word that looks like an option can be a value; a word after a flag is not its value.
         ("q -name -qmp unix:/q,server=on", []),
         ("q -append -qmp -qmp unix:/q,server=on", ["/q"]),
         ("q -append '-qmp unix:/no,server=on'", []),

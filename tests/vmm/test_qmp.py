@@ -1,4 +1,4 @@
-"""Whatever somebody answers in the place of a monitor is an error in words, and comes in time."""
+"""Strange answers in a monitor's place end in a clear error, and in time."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _asked(path: Path, what: str, sent: bytes) -> object:
 )
 def test_strange_answers_are_refused_in_words(tmp_path: Path, what: str, sent: bytes) -> None:
     with suppress(LayoutUnknownError):
-        # No name, and no vCPUs, are answers of the right kind.
+        # No name and no vCPUs are answers of the right kind.
         assert _asked(tmp_path, what, sent) in (None, frozenset())
 
 
@@ -142,7 +142,7 @@ def test_what_never_ends_is_left(tmp_path: Path, piece: bytes, why: str) -> None
 
 @pytest.mark.parametrize("piece", [b" ", b"", b'{"event": "RESUME"}\n', b"{"])
 def test_one_deadline_holds_for_the_whole_conversation(tmp_path: Path, piece: bytes) -> None:
-    """A piece now and then, each of which comes before any time-out of its own would."""
+    """A piece now and then, each of them before a timeout of its own would end."""
     ended = threading.Event()
 
     def answer(command: str) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""The wrappers of scratch VMs, on file descriptors that are no VM; `tests/lab` has real ones."""
+"""The wrappers of scratch VMs, on file descriptors that are not VMs; `tests/lab` has real VMs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults in an emulated guest's file: they outlive the process, and count over all of them."""
+"""Faults in an emulated guest's file: they outlive a process, and their counts span processes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def order(path: str, *faults: Fault) -> None:
 
 
 def read(path: str, n_pages: int = 1, *, page: int = 0) -> int | str:
-    """The pages that were read by somebody who opens the guest anew, or the errno by name."""
+    """Open the guest anew and read; return how many pages were read, or the errno's name."""
     with open_guest(f"emu:{path}") as guest:
         try:
             out = np.zeros(n_pages * PAGE // GRANULE_BYTES, dtype=np.uint8)
@@ -234,7 +234,7 @@ def test_disk_full(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
             guest.read_tags(BASE, np.zeros(256, dtype=np.uint8))
 
 
-# --- blocks that are not to be believed ---------------------------------------------------
+# --- blocks that must not be trusted ------------------------------------------------------
 
 
 def test_every_bit_counts(path: str) -> None:

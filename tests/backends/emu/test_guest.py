@@ -1,4 +1,4 @@
-"""The emulated guest's file: made atomically, sparse, locked, and not believed when damaged."""
+"""The emulated guest's file: created atomically, sparse, locked, and refused when damaged."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def tags_of(guest: EmulatedGuest, ipa: int, size_bytes: int) -> np.ndarray:
     return out
 
 
-# --- making one ---------------------------------------------------------------------------
+# --- creation -----------------------------------------------------------------------------
 
 
 def test_mode_and_content(path: str) -> None:
@@ -224,7 +224,7 @@ def test_writing_what_is_there_allocates_nothing(tmp_path: Path) -> None:
     path = str(tmp_path / "guest")
     create_emulated(path, memslots=[Memslot(0, BASE, 1 << 30)])
     before = allocated_bytes(path)
-    # Zeros but for two granules, and a high nibble, which does not count.
+    # Zeros except for two granules, and a high nibble, which does not count.
     tags = np.zeros(1 << 26, dtype=np.uint8)
     tags[[3 * MIB + 5, 40 * MIB - 1]] = 0xF3
     tags[17] = 0x50
@@ -355,7 +355,7 @@ def test_told_memslots_replace_the_layout(path: str) -> None:
 
 
 def test_addresses_do_not_wrap_around(tmp_path: Path) -> None:
-    """No kernel has memory at the end of 64 bits, but a copy there must not go on at 0."""
+    """No kernel has memory at the end of 64 bits, but a copy there must not continue at 0."""
     path = str(tmp_path / "guest")
     top = (1 << 64) - 4096
     create_emulated(path, memslots=[Memslot(0, 0, 4096), Memslot(1, top, 4096)])
@@ -370,7 +370,7 @@ def test_addresses_do_not_wrap_around(tmp_path: Path) -> None:
                 guest.read_tags(ipa, np.zeros(256, dtype=np.uint8))
 
 
-# --- together with others -----------------------------------------------------------------
+# --- concurrent use -----------------------------------------------------------------------
 
 
 def test_readers_share_and_a_writer_excludes(path: str) -> None:
@@ -379,7 +379,7 @@ def test_readers_share_and_a_writer_excludes(path: str) -> None:
         assert tags_of(a, BASE, 4096).tolist() == tags_of(b, BASE, 4096).tolist()
         with pytest.raises(BusyError):
             b.write_tags(BASE, page)
-        # It may still read, and still keeps others from writing.
+        # It can still read, and still keeps others from writing.
         assert not tags_of(b, BASE, 4096).any()
         a.close()
         with opened(path) as c, pytest.raises(BusyError):
@@ -417,7 +417,7 @@ def test_close_ends_the_lock_and_the_use(path: str) -> None:
 
 
 def test_a_file_that_may_only_be_read(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Root may write anything: the refusal is put into its mouth.
+    # Root may write anything, so the refusal is faked.
     real_open = os.open
 
     def open_read_only(name: str, flags: int, *rest: int) -> int:
@@ -442,7 +442,7 @@ def test_disk_full_is_no_answer_of_the_guest(path: str, monkeypatch: pytest.Monk
             guest.write_tags(BASE, np.ones(256, dtype=np.uint8))
 
 
-# --- files that are not to be believed ----------------------------------------------------
+# --- files that must not be trusted -------------------------------------------------------
 
 
 def test_no_such_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The five patterns: what they are made of, that a seed repeats them, and how fast."""
+"""The five patterns: their contents, that a seed reproduces them, and their speed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_random_is_uniform() -> None:
 def test_share_and_clusters(name: str, share: float, mean: int) -> None:
     pages = np.asarray(tags_of(name, 1 << 25).reshape(-1, PAGE).max(axis=1) > 0)
     assert abs(pages.mean() - share) < 0.002
-    # Clusters that touch by chance count as one, and those that end with a block are cut off.
+    # Clusters that touch by chance count as one, and the end of a block cuts clusters off.
     _, lengths, values = runs(pages.astype(np.uint8))
     assert 0.75 * mean < lengths[values == 1].mean() < 1.25 * mean
 
@@ -88,13 +88,13 @@ def test_heap_pages() -> None:
     assert int(lengths[used].max()) <= 64
     assert 5 < lengths[used].mean() < 6.5
     assert not (used[1:] & used[:-1]).any()
-    # Even and odd in turn; with 15% freed in between, neighbours in use differ in parity mostly.
+    # Even and odd in turn; with 15% freed in between, neighbours in use mostly differ in parity.
     single = used[:-2] & used[2:] & ~used[1:-1] & (lengths[1:-1] == 1)
     differ = (values[:-2] ^ values[2:])[single] & 1
     assert differ.mean() > 0.99
-    # Header, and freed ones: 1/7 + 6/7 * 0.15.
+    # Headers and freed allocations: 1/7 + 6/7 * 0.15.
     assert abs((heap == 0).mean() - 0.27) < 0.02
-    # 2 has the share of 0, which became 2.
+    # 2 also has the share of 0, which became 2.
     counts = np.bincount(heap, minlength=16)
     assert 1.8 < counts[2] / counts[4] < 2.2
 
@@ -104,12 +104,12 @@ def test_kernel_pages() -> None:
     pages = tags.reshape(-1, PAGE)
     assert set(np.unique(tags).tolist()) == set(range(15))
     same = (pages == pages[:, :1]).all(axis=1)
-    # Slab pages are mixed, all but the few whose objects are as large as a page.
+    # Slab pages are mixed, except the few whose objects are as large as a page.
     assert abs((~same).mean() - 0.35 * 16 / 17) < 0.03
     whole = pages[same][:, 0]
     assert abs((whole == 0).mean() - (0.15 + 0.5 / 14) / 0.67) < 0.05
-    # Blocks of one tag have 2, 4 and 8 pages equally often, but for those that meet their like. (A
-    # single page may also be a slab's object of that size.)
+    # Blocks of one tag have 2, 4 and 8 pages equally often, except next to a block of the same
+    # tag. (A single page can also be a slab's object of that size.)
     _, lengths, values = runs(np.where(same, pages[:, 0], 15).astype(np.uint8))
     shares = np.bincount(lengths[(values > 0) & (values < 14)], minlength=9)[[2, 4, 8]]
     assert shares.min() > 0.8 * shares.max()

@@ -1,4 +1,4 @@
-"""Memslots given by hand, with addresses: of this process, whose mappings are known."""
+"""Memslots given by hand, with addresses in this process, whose mappings are known."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_the_kernel_has_the_last_word() -> None:
     by_hand = places_by_hand([told(0x7000_0000), Memslot(1, 0, SIZE)])
     assert by_hand == [(BASE, SIZE, 0x7000_0000)]
     assert by_hand_and_proven(by_hand, []) == by_hand
-    # A part of what is proven, or more than that.
+    # One of the two places is a part of the other.
     whole = Place(BASE - SIZE, 4 * SIZE, 0x7000_0000 - SIZE)
     assert by_hand_and_proven(by_hand, [whole]) == [whole, *by_hand]
     assert by_hand_and_proven([whole], by_hand) == [*by_hand, whole]
     elsewhere = [Place(BASE, SIZE, 0x6000_0000)]
     with pytest.raises(UsageError, match="the kernel says it is at 0x60000000"):
         by_hand_and_proven(by_hand, elsewhere)
-    # Where it may be in several places, it may be in that one.
+    # One of several possible places can be the one given by hand.
     assert by_hand_and_proven(by_hand, [*elsewhere, *by_hand])
     assert by_hand_and_proven(by_hand, [Place(0, SIZE, 0x6000_0000)])

@@ -1,4 +1,4 @@
-"""Asking the kernel for memslots: what happens where the kernel is not as it has to be."""
+"""Asking the kernel for memslots, also a kernel that does not behave as it must."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ Slots = dict[int, tuple[int, int, int, int]]
 
 
 class Vmm(FakeSession):
-    """A process whose kernel knows memslots, and fails where it would change any."""
+    """A process whose kernel knows memslots; a call that would change any fails the test."""
 
     def __init__(self, slots: Slots) -> None:
         super().__init__(0)
@@ -100,10 +100,10 @@ class Vmm(FakeSession):
         for number, (at, length, *_) in self.slots.items():
             if number != slot and at < ipa + size and ipa < at + length:
                 return -errno.EEXIST
-        assert own is None, "it would be moved"
+        assert own is None, "the slot would be moved"
         if ipa + size > 1 << 40:
             return -errno.EFAULT
-        assert address <= VVAR < address + size, "it would be made"
+        assert address <= VVAR < address + size, "the slot would be created"
         return -errno.EINVAL
 
     def places(self, monkeypatch: pytest.MonkeyPatch) -> list[Place]:
@@ -164,7 +164,7 @@ def test_what_changes_meanwhile_is_not_believed(
 
 
 class MovingVmm(Vmm):
-    """A process that removes what is in the way in the very moment of a question."""
+    """A process that removes the slots in the way at the very moment of a question."""
 
     def __init__(self, slots: Slots) -> None:
         super().__init__(slots)
@@ -193,7 +193,7 @@ class MovingVmm(Vmm):
         return 0
 
 
-# Two slots of one size touch, and the only place for the question overlaps one of them.
+# Two slots of the same size touch, and the only place for the question overlaps one of them.
 _TWINS = [
     Slot(0, 0, MIB, MAIN),
     Slot(1, MIB, MIB, MAIN + 18 * MIB),
@@ -229,7 +229,7 @@ def test_a_slot_that_was_moved_is_put_back(
             moved = True
             event(f"put back, told: {is_told}")
     assert moved is bool(vmm.removed)
-    # What the VMM did not remove is where it was.
+    # The slots that the VMM did not remove are where they were.
     assert all(vmm.slots[number] == known[number] for number in vmm.slots)
     assert len(vmm.slots) == len(known) - vmm.removed
 
@@ -243,7 +243,7 @@ def test_the_very_next_call_puts_it_back(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_blockers_that_are_gone_end_the_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the question is asked that could move a slot then."""
+    """They end before the question that could then move a slot."""
     vmm = Vmm(SLOTS)
     asked: list[Guess] = []
     confirms = memslots._Asking.confirms
@@ -259,7 +259,7 @@ def test_blockers_that_are_gone_end_the_questions(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_layout_that_was_told_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is not the kernel's would not say what is in the way."""
+    """A layout that is not the kernel's would not show what is in the way."""
     main = Memslot(0, *SLOTS[0][:2])
     for layout in ([main], [main, Memslot(1, 0, MIB)], [main, Memslot(1, 4 * GIB, MIB)]):
         vmm = Vmm(SLOTS)

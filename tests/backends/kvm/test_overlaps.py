@@ -13,7 +13,7 @@ SPACE_PAGES = 1 << 28
 
 
 class Model:
-    """Slots as (first page, pages), and how often it was asked."""
+    """Slots as (first page, pages), and the number of questions asked."""
 
     def __init__(self, slots: list[tuple[int, int]]) -> None:
         self.slots = slots
@@ -84,7 +84,7 @@ def test_small_ranges_are_exact_without_any_hint(pairs: list[tuple[int, int]]) -
 
 
 def test_it_asks_seldom() -> None:
-    # QEMU's virt machine: two flashes that touch, the stolen time, and 64 GiB of memory.
+    # QEMU's virt machine: two adjacent flashes, the stolen time, and 64 GiB of memory.
     model = Model([(0, 16384), (16384, 16384), (0x90A0, 1), (0x40000, 1 << 24)])
     hints = [64 << 20, 128 << 20, PAGE, 64 << 30]
     assert found(model, hints) == model.covered()

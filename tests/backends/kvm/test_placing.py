@@ -1,4 +1,4 @@
-"""Finding where slots are by guesses, against a model of the kernel that does what it is asked."""
+"""Finding where slots are by guessing, against a model of a kernel that obeys requests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Slot:
 
 
 class Kernel:
-    """Answers as virt/kvm/kvm_main.c does; whatever it would carry out is a failure."""
+    """Answers as virt/kvm/kvm_main.c does; a request that it would carry out is a failure."""
 
     def __init__(self, slots: list[Slot]) -> None:
         self.slots = {slot.id: slot for slot in slots}
@@ -47,8 +47,8 @@ class Kernel:
             if slot.ipa < guess.ipa + guess.size_bytes and guess.ipa < slot.ipa + slot.size
         ]
         others = [slot for slot in there if slot is not own]
-        assert len(others) > 1 or others == [self.main], "it could be moved"
-        # What is looked at before is what is in the way, and where the slot is is known.
+        assert len(others) > 1 or others == [self.main], "the slot could be moved"
+        # The blockers that are checked first are the slots in the way, and a host holds the slot.
         holders = [next(o for o in others if o.ipa <= p < o.ipa + o.size) for p in guess.blockers]
         assert len(set(holders)) > 1 or holders == [self.main]
         end = own.ipa + own.size
@@ -68,7 +68,7 @@ class Kernel:
         return Placer(self.covered(), sorted(self.slots), memory, PAGE, self.ask, most, told)
 
     def check(self, places: list[Place]) -> None:
-        """Wherever places are told, the true one is among them."""
+        """Check that wherever places are reported, the true one is among them."""
         ends = sorted({end for ipa, size, _ in places for end in (ipa, ipa + size)})
         for at in ends:
             told = {address + at - ipa for ipa, size, address in places if ipa <= at < ipa + size}
@@ -101,7 +101,7 @@ def test_qemu_as_it_is() -> None:
     places = placer.places()
     kernel.check(places)
     assert [place for place in places if place[0] == GIB] == [(GIB, 256 * MIB, HEAP)]
-    # Which of the two is the first flash, nobody knows.
+    # Which of the two is the first flash is unknown.
     assert len(places) == 5
     assert placer.asked < 200
 
@@ -119,7 +119,7 @@ def test_nodes_of_one_size_are_told_for_each_others_place() -> None:
     nodes = [Slot(0, GIB, 128 * MIB, HEAP), Slot(4, GIB + 128 * MIB, 128 * MIB, HEAP + 128 * MIB)]
     kernel = Kernel([*nodes, *QEMU[1:]])
     places = kernel.placer(QEMU_MEMORY).places()
-    # They touch in the VMM's memory, too, and so are one mapping of twice the size.
+    # They touch in the VMM's memory, too, and so form one mapping of twice the size.
     kernel.check(places)
     assert places == []
     halves = [Span(HEAP, HEAP + 128 * MIB), Span(HEAP + 128 * MIB, HEAP + 256 * MIB)]
@@ -146,7 +146,7 @@ def test_a_range_that_is_not_filled_is_not_known() -> None:
     right = [Guess(0, 0, 3 * MIB, HEAP, False)]
     assert settled([Span(0, 4 * MIB), Span(GIB, GIB + MIB)], right) == []
     assert settled([Span(0, 3 * MIB), Span(GIB, GIB + MIB)], right) == [(0, 3 * MIB, HEAP)]
-    # It may be the other one.
+    # It can be the other one.
     assert settled([Span(0, 3 * MIB), Span(GIB, GIB + 3 * MIB)], right) == []
 
 
@@ -166,13 +166,13 @@ def test_what_is_told_and_wrong_is_not_believed(shift: int) -> None:
     placer = kernel.placer([], told=told)
     assert placer.places() == []
     assert not placer.all_told_proven()
-    # The VMM's mappings are tried then.
+    # Then the VMM's mappings are tried.
     placer = kernel.placer(QEMU_MEMORY, told=told)
     assert (GIB, 256 * MIB, HEAP) in placer.places()
 
 
 def test_told_in_each_others_place() -> None:
-    """Nobody proves which is which: both places are told for both."""
+    """Which is which cannot be proven: both places are reported for both."""
     nodes = [Slot(0, GIB, 128 * MIB, HEAP), Slot(4, GIB + 128 * MIB, 128 * MIB, HEAP + GIB // 2)]
     kernel = Kernel([*nodes, *QEMU[1:]])
     told = [
@@ -184,7 +184,7 @@ def test_told_in_each_others_place() -> None:
 
 @st.composite
 def machines(draw: st.DrawFn) -> tuple[list[Slot], list[Span]]:
-    """Slots, and the VMM's mappings: some of them touch and so are one, some are not a guest's."""
+    """Slots, and the VMM's mappings: some touch and so form one, some are not the guest's."""
     sizes = draw(st.lists(st.sampled_from([1, 2, 3, 4, 16, 64, 256]), min_size=1, max_size=7))
     gaps = st.sampled_from([0, 0, 1, 5, 100])
     ids = draw(st.permutations(range(len(sizes))))

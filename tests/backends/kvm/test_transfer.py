@@ -1,4 +1,4 @@
-"""The transfer buffer: copies take effect in their order, and none takes another's room."""
+"""The transfer buffer: copies take effect in order, and none uses another's room."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _READ, _WRITE = uapi.KVM_ARM_TAGS_FROM_GUEST, uapi.KVM_ARM_TAGS_TO_GUEST
 class _Process:
     """A session with a VM: one tag everywhere, and no memory from `end` on.
 
-    What is begun is done when anything is waited for, as late as it may be.
+    A copy that was begun is done only when any copy is waited for, as late as possible.
     """
 
     buffer_address = 0
@@ -83,7 +83,7 @@ def _room(n_granules: int = 256) -> memoryview:
 
 
 def test_writes_with_their_read_backs(process: _Process, transfer: Transfer) -> None:
-    """As deep as it may be: each read-back has the tags of its own write."""
+    """At the full depth, each read-back has the tags of its own write."""
     parts = [memoryview(bytes([n]) * COPY_GRANULES) for n in range(2, 9)]
     begun = []
     for n, part in enumerate(parts):
@@ -138,6 +138,6 @@ def test_a_process_that_ended(process: _Process, transfer: Transfer) -> None:
 def test_a_copy_of_nothing_is_in_order(process: _Process, transfer: Transfer) -> None:
     out = _room()
     copy = transfer.begin(_BASE, out, _READ)
-    assert transfer.nothing() == -errno.EFAULT  # as this process answers it
+    assert transfer.nothing() == -errno.EFAULT  # as this process answers
     assert transfer.finish(copy) == 4096
     assert process.asked == [_BASE, 0]

@@ -1,4 +1,4 @@
-"""Copies of tags by ptrace, on a kernel that is played: partial answers, and what is written."""
+"""Copies of tags by ptrace, on a simulated kernel: partial answers, and what is written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ N_PAGES = 12
 
 
 class Played:
-    """A process with tags from BASE on; `readonly` and `holes` are pages."""
+    """A process with tags from BASE on; `readonly` and `holes` are page numbers."""
 
     def __init__(self, tags: Tags, readonly: set[int], holes: set[int]) -> None:
         self.tags = tags.copy()
@@ -33,7 +33,7 @@ class Played:
         self.written: set[int] = set()
 
     def copy_tags(self, request: int, address: int, local: int, n_bytes: int) -> int:
-        """As __access_remote_tags does it."""
+        """Copy as __access_remote_tags does."""
         first = (address - BASE) // GRANULE_BYTES
         done = 0
         while done < n_bytes:
@@ -68,7 +68,7 @@ def _tags(seed: int, changed: set[int]) -> Tags:
 
 
 def _completed(copy: Callable[[], int]) -> int:
-    """The granules that a copy completed; EIO is the answer where that is none."""
+    """Return how many granules a copy completed; EIO means none."""
     try:
         done = copy()
     except OSError as error:

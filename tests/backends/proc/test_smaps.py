@@ -1,4 +1,4 @@
-"""A process's tagged memory, out of what the kernel writes of it."""
+"""A process's tagged memory, from the kernel's description of it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ VmFlags: wr mr mw me ac mt
 def test_memslots_are_the_mappings_with_tags() -> None:
     size = 0x10000
     assert as_memslots(tagged_mappings(_SMAPS.splitlines(keepends=True))) == (
-        # Private memory takes tags whatever its protection: these come as one.
+        # Private memory takes tags whatever its protection: these are joined into one.
         Memslot(0, 0x10000000, 3 * size),
         Memslot(1, 0x10030000, size),
         Memslot(2, 0x10040000, size, readonly=True),

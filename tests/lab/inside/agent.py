@@ -1,11 +1,11 @@
-"""Runs commands in a lab machine for the host, over a virtio-serial port of its own.
+"""Run commands in a lab machine for the host, over a virtio-serial port of its own.
 
 Frames both ways: a type byte, a 32-bit big-endian length, the payload. From the host: R, a
-command as JSON, then I, its standard input; for a command that asked to be talked with, further
-I as they come, an empty one being the end. To the host: H once, O and E as output comes, X
-with the end as JSON. Nothing else writes to the port, so that no output can look like an end.
+command as JSON, then I, its standard input; for a command with "talk", more I frames as they
+come, with an empty one at the end. To the host: H once, O and E as output comes, X with the end
+as JSON. Nothing else writes to the port, so no output can look like an end.
 
-Python programs of the checkout are forks of this one, see `tests.lab.forked`.
+Python programs of the checkout are forks of this one; see `tests.lab.forked`.
 """
 
 import json
@@ -29,7 +29,7 @@ End = dict[str, Any]
 
 
 def open_port() -> int:
-    """The port, once the driver has made it."""
+    """Open the port, once the driver has created it."""
     while True:
         for path in Path("/dev").glob("vport*p1"):
             return os.open(path, os.O_RDWR)
@@ -37,13 +37,13 @@ def open_port() -> int:
 
 
 def receive(port: int) -> tuple[bytes, bytes]:
-    """The next frame: its type and payload."""
+    """Read the next frame; return its type and payload."""
     kind, length = struct.unpack(">cI", read_exactly(port, 5))
     return kind, read_exactly(port, length)
 
 
 def read_exactly(port: int, length: int) -> bytes:
-    """`length` bytes; the end of the port is the end of the machine."""
+    """Read `length` bytes; wait for the host as long as it takes."""
     data = bytearray()
     while len(data) < length:
         piece = os.read(port, min(length - len(data), _CHUNK))
@@ -62,7 +62,7 @@ def send(port: int, kind: bytes, payload: bytes) -> None:
 
 
 def run(port: int, request: dict[str, Any], stdin: bytes) -> End:
-    """Run one command to its end; what ended it."""
+    """Run one command to its end; return how it ended."""
     argv, cwd, env = request["argv"], request["cwd"], request["env"]
     fork = program(argv, env) if request["fork"] else None
     if fork is not None:
@@ -78,7 +78,7 @@ def run(port: int, request: dict[str, Any], stdin: bytes) -> End:
             cwd=cwd,
             env=os.environ | env,
             start_new_session=True,
-            # VMMs and other programs that never rest: they take what mtetool leaves of the CPU.
+            # VMMs and other programs that are never idle get the CPU time that mtetool leaves.
             preexec_fn=lambda: os.nice(19),
         )
     except OSError as error:
@@ -122,7 +122,7 @@ def follow(
                 hear(port, process.stdin)
             elif key.data == b"I":
                 view = feed(selector, process.stdin, view)
-    # What the command left in its pipes; children of it may hold them open for ever.
+    # Pass on what the command left in its pipes; its children may hold them open for ever.
     for fd, kind in outputs.items():
         while pass_on(port, fd, kind):
             pass
@@ -132,7 +132,7 @@ def follow(
 
 
 def hear(port: int, stdin: IO[bytes]) -> None:
-    """Hand on one piece of what the host says; the command reads it all before it answers."""
+    """Pass on one piece of input from the host; the command reads it all before it answers."""
     _, data = receive(port)
     try:
         if data:
@@ -157,7 +157,7 @@ def feed(selector: selectors.BaseSelector, stdin: IO[bytes], view: memoryview) -
 
 
 def pass_on(port: int, fd: int, kind: bytes) -> bool:
-    """Pass on what a pipe has; whether it had something."""
+    """Pass on what is in a pipe; return whether there was anything."""
     try:
         data = os.read(fd, _CHUNK)
     except BlockingIOError:
@@ -168,7 +168,7 @@ def pass_on(port: int, fd: int, kind: bytes) -> bool:
 
 
 def main() -> None:
-    """Serve until the host says it is over."""
+    """Serve until the host sends Q."""
     port = open_port()
     send(port, b"H", b"")
     while True:
@@ -176,7 +176,7 @@ def main() -> None:
         if kind == b"Q":
             return
         if kind != b"R":
-            continue  # said to a command that had ended already
+            continue  # input for a command that had already ended
         _, stdin = receive(port)
         send(port, b"X", json.dumps(run(port, json.loads(payload), stdin)).encode())
 

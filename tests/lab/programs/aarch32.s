@@ -1,10 +1,10 @@
-@ A 32-bit process that does what it is told, a request at a time, for the guest `mixed`.
+@ A 32-bit process that does what it is told, one request at a time, for the guest `mixed`.
 @
-@ A request on standard input is eight words: what to do and up to six arguments; the answer on
-@ standard output is one word. What to do is the number of a system call (the result is the
-@ answer, -errno too), or LOAD (a word from the first argument's address), STORE (the second
-@ argument there) or SPIN: store the second argument for ever to every granule from the first to
-@ the third, without an answer.
+@ A request on standard input is eight words: an operation and up to six arguments; the answer on
+@ standard output is one word. The operation is the number of a system call (the answer is its
+@ result, or -errno), LOAD (a word from the first argument's address), STORE (the second argument
+@ to that address) or SPIN, which stores the second argument for ever to every granule from the
+@ first to the third and does not answer.
 
 	.arch	armv8-a
 	.equ	LOAD, -1

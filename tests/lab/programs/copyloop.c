@@ -1,7 +1,7 @@
 /* The bare loop that mtetool is measured against: `copyloop MIB ROUNDS [BYTES]` makes a VM with MTE
- * and MIB of memory, gives all of it tags, and then ROUNDS times reads and writes all tags with
- * nothing between the ioctls, each for BYTES of guest memory (64 MiB). For each round it prints the
- * seconds of all reading and of all writing ioctls.
+ * and MIB of memory, tags all of it, and then reads and writes all tags ROUNDS times with nothing
+ * between the ioctls, each for BYTES of guest memory (64 MiB). For each round it prints how many
+ * seconds all reading and all writing ioctls took.
  */
 #include <err.h>
 #include <fcntl.h>

@@ -1,6 +1,6 @@
 /*
- * What the guests of the lab share: process 1 of a small Linux, a pattern of tags in its memory,
- * and what it says on the serial console.
+ * Code that the guests of the lab share: process 1 of a small Linux, a pattern of tags in its
+ * memory, and what it prints on the serial console.
  */
 #pragma once
 #define _GNU_SOURCE

@@ -1,11 +1,11 @@
 /*
  * A VMM whose main thread keeps known values in registers, or sits in a system call, and counts
- * what it finds changed behind its back.
+ * what changes behind its back.
  *
  *   holder MODE FILE
  *
- * FILE holds the counts, as struct counts below. It prints "ready", or "no MODE" where the CPU
- * or the kernel lacks what the mode is about, and lives until it is killed.
+ * FILE holds the counts, as struct counts below. The program prints "ready", or "no MODE" if the
+ * CPU or the kernel lacks what the mode needs, and runs until it is killed.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -31,17 +31,17 @@
 #include <unistd.h>
 
 struct counts {
-	uint64_t rounds;  /* loops, or calls that came back */
-	uint64_t changed; /* values that were not as left */
-	uint64_t early;	  /* calls that answered something else than without us */
-	uint64_t late_ms; /* how long the longest call took beyond its time-out */
+	uint64_t rounds;  /* loops, or calls that returned */
+	uint64_t changed; /* values that had changed */
+	uint64_t early;	  /* calls that returned too early, or with an unexpected result */
+	uint64_t late_ms; /* how long the longest call took beyond its timeout */
 	uint64_t signals;
-	uint64_t disorder; /* signals that were lost, doubled or overtaken */
-	uint64_t unbroken; /* signals that did not break off the wait they came in */
+	uint64_t disorder; /* signals that were lost, duplicated or out of order */
+	uint64_t unbroken; /* signals that did not interrupt the wait they came in */
 };
 
 static struct counts *counts;
-static void *pages[2]; /* what registers are loaded from, and stored to */
+static void *pages[2]; /* registers are loaded from the first, and stored to the second */
 enum { SPIN = 300000, SLEEP_MS = 2000, VECTORS = 65536 };
 
 static void need(int good, const char *what)
@@ -112,7 +112,7 @@ static void hold_general(void)
 static void hold_fp(void)
 {
 	fill();
-	((uint32_t *)pages[0])[128] = 0x08000015;	/* FPSR: QC, and what went wrong */
+	((uint32_t *)pages[0])[128] = 0x08000015;	/* FPSR: QC and exception flags */
 	((uint32_t *)pages[0])[129] = 0x00c00000;	/* FPCR: round to zero */
 	__asm__ volatile(
 		"ldp q0, q1, [%0]\nldp q2, q3, [%0, #32]\nldp q4, q5, [%0, #64]\n"
@@ -141,7 +141,7 @@ static void hold_fp(void)
 	what(9) what(10) what(11) what(12) what(13) what(14) what(15)
 #define LOAD_Z(n) "ldr z" #n ", [%0, #" #n ", mul vl]\n"
 #define STORE_Z(n) "str z" #n ", [%1, #" #n ", mul vl]\n"
-/* Predicates behind the vectors: at 32 * VL from the page's start. */
+/* Predicates after the vectors: at 32 * VL from the page's start. */
 #define LOAD_P(n) "ldr p" #n ", [x10, #" #n ", mul vl]\n"
 #define STORE_P(n) "str p" #n ", [x11, #" #n ", mul vl]\n"
 
@@ -160,7 +160,7 @@ static void hold_sve(void)
 	compare(0, 34 * bytes + bytes / 8);
 }
 
-/* Streaming mode for a while: the same registers, in other vector lengths. */
+/* Streaming mode for a while: the same registers, with another vector length. */
 static void hold_ssve(void)
 {
 	uint64_t bytes;
@@ -174,7 +174,7 @@ static void hold_ssve(void)
 	compare(0, 34 * bytes);
 }
 
-/* ZA, and with SME2 ZT0, TPIDR2 and FPMR: all of them outlive a system call. */
+/* ZA, TPIDR2, ZT0 (with SME2) and FPMR: all of them outlive a system call. */
 static void hold_za(int sme2, int fpmr)
 {
 	uint64_t bytes;
@@ -203,7 +203,7 @@ static void hold_za(int sme2, int fpmr)
 	}
 }
 
-/* Indirect branches: BTYPE is set wherever a stop falls right behind one. */
+/* Indirect branches: BTYPE is set if the thread stops right after one. */
 static void hold_btype(void)
 {
 	__asm__ volatile("mov x9, %0\nadr x10, 2f\nb 1f\n2: bti c\nsubs x9, x9, #1\nret\n"
@@ -212,7 +212,7 @@ static void hold_btype(void)
 	counts->rounds++;
 }
 
-/* A pointer signed, and authenticated a while later, and the thread's own pointers. */
+/* A pointer that is signed and, a while later, authenticated; and the thread's own pointers. */
 static void hold_pointers(void)
 {
 	uint64_t pointer = (uint64_t)pages[0], before, after;
@@ -227,7 +227,7 @@ static void hold_pointers(void)
 }
 
 /*
- * A restartable sequence that notices when it was left and came back: the kernel clears
+ * A restartable sequence that notices if the thread left it and came back: the kernel clears
  * rseq_cs when the thread returns to user space outside the sequence.
  */
 static void hold_rseq(void)
@@ -237,7 +237,7 @@ static void hold_rseq(void)
 	__asm__ volatile(
 		".pushsection __rseq_cs, \"aw\"\n.balign 32\n9: .long 0, 0\n"
 		".quad 1f, 2f - 1f, 4f\n.popsection\n"
-		"b 5f\n.long 0xd428bc00\n4: mov %0, #1\nb 3f\n"	/* RSEQ_SIG ahead of the abort */
+		"b 5f\n.long 0xd428bc00\n4: mov %0, #1\nb 3f\n"	/* RSEQ_SIG before the abort */
 		"5: mov %0, #0\nadrp x10, 9b\nadd x10, x10, :lo12:9b\nstr x10, [%1, #8]\n"
 		"1: mov x9, %2\n6: subs x9, x9, #1\nb.ne 6b\n"
 		"ldr x10, [%1, #8]\ncbnz x10, 2f\nmov %0, #2\n"
@@ -247,7 +247,7 @@ static void hold_rseq(void)
 	counts->rounds++;
 }
 
-/* One that it never leaves; the abort leads back into it. */
+/* A restartable sequence that the thread never leaves; the abort leads back into it. */
 static void hold_rseq_for_ever(void)
 {
 	struct rseq *area = (void *)((char *)__builtin_thread_pointer() + __rseq_offset);
@@ -259,8 +259,8 @@ static void hold_rseq_for_ever(void)
 		: : "r"(area), "r"(&counts->rounds) : "x9", "x10", "cc", "memory");
 }
 
-enum { STACK = 5120, BELOW = 32768, ROOM = 65536, PAGE = 65536 }; /* the largest page */
-static char *below; /* what lies below a stack that is too small */
+enum { STACK = 5120, BELOW = 32768, ROOM = 65536, PAGE = 65536 }; /* the largest page size */
+static char *below; /* the memory below a stack that is too small */
 
 static void hold_on_this_stack(void)
 {
@@ -271,7 +271,7 @@ static void hold_on_this_stack(void)
 	}
 }
 
-/* The main thread goes to another stack: a small one inside the heap, or one with a guard page. */
+/* Move the main thread to another stack: a small one inside the heap, or one with a guard page. */
 static void hold_on_stack(const char *mode)
 {
 	static ucontext_t here, there;
@@ -295,7 +295,7 @@ static void hold_on_stack(const char *mode)
 	swapcontext(&here, &there);
 }
 
-/* No return from here: the frames above are not on the guarded stack. */
+/* Never returns: the callers' frames are not on the guarded stack. */
 static void hold_gcs(void)
 {
 	register uint64_t x0 __asm__("x0") = 75; /* PR_SET_SHADOW_STACK_STATUS */
@@ -320,7 +320,7 @@ static uint64_t now_ms(void)
 	return t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
-/* As C libraries make their calls: the number is loaded right ahead of the svc. */
+/* A system call as C libraries make it: the number is loaded right before the svc. */
 #define CALL(number, a, b, c, d) ({ \
 	register long x0 __asm__("x0") = (long)(a); \
 	register long x1 __asm__("x1") = (long)(b); \
@@ -398,7 +398,7 @@ static void hold_call(const char *mode)
 	counts->rounds++;
 }
 
-/* Each signal has the next number. One that finds its wait about to be made anew shows too. */
+/* Each signal has the next number. One that finds its wait about to restart is counted, too. */
 static void on_signal(int number, siginfo_t *info, void *context)
 {
 	const mcontext_t *at = &((ucontext_t *)context)->uc_mcontext;

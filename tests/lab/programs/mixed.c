@@ -1,8 +1,8 @@
 /*
- * A guest with a 64-bit kernel and a 32-bit process: what memory tags are to AArch32 code at EL0.
+ * A guest with a 64-bit kernel and a 32-bit process: what memory tags do to AArch32 code at EL0.
  *
- * Process 1 tags memory in the tagger's pattern, shares it with /aarch32 and has that map, load
- * and store. What it finds is on the serial console:
+ * Process 1 tags memory in the tagger's pattern, shares it with /aarch32 and lets that process
+ * map, load and store. It prints what it finds on the serial console:
  *
  *   MIXED NAME VALUE                     once each; see main()
  *   TAGGER ipa INDEX 0xADDRESS           the guest physical address of each shared page
@@ -20,7 +20,7 @@
 enum { PAGES = 2, SIZE = PAGES * PAGE, GRANULES = SIZE / GRANULE };
 enum { PEEK_TAGS = 33, POKE_TAGS = 34, SET_TAGGED_ADDR_CTRL = 55, GET_TAGGED_ADDR_CTRL = 56 };
 enum { TAGGED_ADDR_ENABLE = 1, TCF_SYNC = 2 };
-/* Numbers of the 32-bit kernel interface, and what /aarch32 can do besides. */
+/* Numbers of 32-bit system calls, and the other operations of /aarch32. */
 enum { LOAD = -1, STORE = -2, SPIN = -3, WRITE = 4, GETPID = 20, MPROTECT = 125, PRCTL = 172,
        MMAP2 = 192 };
 enum { BEFORE = 0x5eed, STORED = 0x32b17, SPUN = 0x51319 };
@@ -56,7 +56,7 @@ static int32_t ask(int what, uint32_t a, uint32_t b, uint32_t c, uint32_t d, uin
 	return answer;
 }
 
-/* An address is above 2 GiB at times; an error is one of the last few numbers. */
+/* An address can be above 2 GiB; an error is one of the last few numbers. */
 static uint32_t ask_for_memory(uint32_t protection, uint32_t flags, uint32_t fd)
 {
 	uint32_t size = fd == (uint32_t)-1 ? PAGE : SIZE;
@@ -94,7 +94,7 @@ static FILE *open_of_child(const char *what)
 	return file;
 }
 
-/* Of its auxiliary vector, which has words of 32 bits. */
+/* Read from its auxiliary vector, which has words of 32 bits. */
 static uint32_t aux_of_child(uint32_t type)
 {
 	uint32_t pair[2], found = 0;
@@ -106,7 +106,7 @@ static uint32_t aux_of_child(uint32_t type)
 	return found;
 }
 
-/* Whether the mapping at an address of it has the flag "mt": that of PROT_MTE. */
+/* Whether its mapping at the address has the flag "mt": that of PROT_MTE. */
 static int is_tagged_in_child(uint32_t address)
 {
 	char line[512];
@@ -139,7 +139,7 @@ static void on_fault(int number, siginfo_t *info, void *context)
 	_exit(info->si_code);
 }
 
-/* The same access by a 64-bit process that asked for checks: the code of its fault, or 0. */
+/* Make the same access in a 64-bit process with checks on; return its fault's code, or 0. */
 static int fault_of_checked_access(char *address)
 {
 	int status;
@@ -155,7 +155,7 @@ static int fault_of_checked_access(char *address)
 	return WEXITSTATUS(status);
 }
 
-/* Tags for the 32-bit process's own memory, which only others can set. */
+/* Set tags in the 32-bit process's own memory, which it cannot do itself. */
 static long tag_page_of_child(uint32_t address)
 {
 	unsigned char tags[PER_PAGE], back[PER_PAGE];
@@ -200,7 +200,7 @@ static size_t count_other(char *memory, uint32_t value)
 	return other;
 }
 
-/* Loads and stores of all that is shared, through one mapping of the 32-bit process. */
+/* Load and store all shared memory through one mapping of the 32-bit process. */
 static void look_at_shared_memory(const char *name, char *memory, uint32_t there)
 {
 	char line[32];

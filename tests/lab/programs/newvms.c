@@ -1,19 +1,19 @@
 /*
- * A program that makes VMs, each with a vCPU at once, and says which of them have MTE.
+ * A program that creates VMs, each with a vCPU at once, and prints which of them have MTE.
  *
  *   newvms [--thread] [--fork] [--late] [--again] [--deny] [--keep] [--handler] [--urgent] COUNT
  *
- *   vm N mte=0|1            a VM was made, and has MTE or not
- *   vm N errno=E open=M     KVM_CREATE_VM failed, and so many VMs are open
- *   ready                   all were made
+ *   vm N mte=0|1            a VM was created, with MTE or without
+ *   vm N errno=E open=M     KVM_CREATE_VM failed, and M VMs are open
+ *   ready                   all were created
  *
- * With --thread another thread makes them, one that blocks all signals; with --fork a child
- * does, and the parent waits for it; with --late signals are blocked around KVM_CREATE_VM, so that
- * they come some calls later; with --again a VM is made and closed before each; --deny sets a
- * seccomp filter first that kills at KVM_ENABLE_CAP, --keep one that kills at close as well;
- * --handler counts SIGUSR1, SIGURG and SIGWINCH and says how many came; with --urgent another
- * thread sends SIGURG, one after the other, during many ioctls, and it is said how many got lost.
- * It lives until its standard input ends, and its status is then 7.
+ * With --thread, another thread, which blocks all signals, creates them; with --fork, a child
+ * does, and the parent waits for it; with --late, signals are blocked around KVM_CREATE_VM, so
+ * they come some calls later; with --again, a VM is created and closed before each; --deny first
+ * sets a seccomp filter that kills at KVM_ENABLE_CAP, --keep one that kills at close as well;
+ * --handler counts SIGUSR1, SIGURG and SIGWINCH and prints how many came; with --urgent, another
+ * thread sends SIGURG, one after the other, during many ioctls, and the number of lost signals is
+ * printed. It runs until its standard input ends; its exit status is then 7.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -99,7 +99,7 @@ static void *make(void *unused)
 	for (int i = 1; i <= count; i++) {
 		if (again)
 			close(ioctl(kvm, KVM_CREATE_VM, 0));
-		/* Nothing between the two: whoever comes later comes too late. */
+		/* Nothing between the two: anything that happens later is too late. */
 		int vm = make_one(kvm);
 		int made = vm < 0 ? -1 : ioctl(vm, KVM_CREATE_VCPU, 0);
 		struct kvm_arm_copy_mte_tags nothing = { .flags = KVM_ARM_TAGS_FROM_GUEST };
@@ -123,7 +123,7 @@ static void make_in_thread(void)
 	pthread_join(thread, NULL);
 }
 
-/* The next one when the last one has come, and none that nobody waits for. */
+/* Send the next signal when the last one has come, and none when `done` is set. */
 static void *send_urgent(void *unused)
 {
 	while (!done)

@@ -3,21 +3,21 @@
  *
  *   tagged [--kib N] [--threads N] [--churn]
  *
- * It maps memory with PROT_MTE in every way that there is, gives all granules tags, and then looks
- * at them for ever, in N threads (2) besides the main one, loading through tagged pointers as
- * well, with synchronous checks on. It prints
+ * It maps memory with PROT_MTE in every possible way, tags all granules, and then checks them for
+ * ever, in N threads (2) besides the main one, loading through tagged pointers as well, with
+ * synchronous checks on. It prints
  *
  *   TAGGED map NAME 0xADDRESS SIZE       a mapping, SIZE is N KiB (64)
  *   TAGGED ready
  *   TAGGED check=N wrong=W signals=S disorder=D
  *
- * W are tags that were not as left; S numbered signals (SIGRTMIN) of which D came out of order.
- * SIGUSR1 lets it execute itself, SIGUSR2 gives four granules of `scratch` the tag 15. With
- * --churn it makes thread after thread that end at once.
+ * W counts tags that had changed; S numbered signals (SIGRTMIN), D those that came out of order.
+ * On SIGUSR1 it executes itself; on SIGUSR2 it gives four granules of `scratch` the tag 15. With
+ * --churn it creates one thread after another, and each ends at once.
  *
  *   tagged --at [--no-mte] ADDRESS:SIZE[:ro] ...
  *
- * maps just that memory, with or without PROT_MTE, prints "ready" and lives until its standard
+ * maps just that memory, with or without PROT_MTE, prints "ready" and runs until its standard
  * input ends.
  */
 #define _GNU_SOURCE
@@ -44,7 +44,7 @@ struct map {
 	char *at;
 };
 
-/* `later` is the protection once the tags are set; scratch and what follows is not looked at. */
+/* `later` is the protection after the tags are set; scratch and those after it are not checked. */
 static struct map maps[] = {
 	{ "private", MAP_PRIVATE | MAP_ANONYMOUS, RW, 0, RW, 1, NULL },
 	{ "shared", MAP_SHARED | MAP_ANONYMOUS, RW, 0, RW, 1, NULL },
@@ -99,7 +99,7 @@ static void look(const struct map *map)
 
 static void *look_for_ever(void *unused)
 {
-	/* Not all of the time: what works on it wants the CPU too. */
+	/* Not all the time: the command that works on it needs the CPU, too. */
 	for (struct timespec rest = { 0, 10 * 1000 * 1000 }; !unused; nanosleep(&rest, NULL))
 		for (int i = 0; i < N_MAPS; i++)
 			if (maps[i].checked)
@@ -159,7 +159,7 @@ static void catch(int number)
 
 static void map_at(int argc, char **argv, char **environment)
 {
-	/* The heap shall not lie where the memory is wanted. */
+	/* The heap must not lie where the memory is wanted. */
 	int old = personality(0xffffffff);
 	if (!(old & ADDR_NO_RANDOMIZE)) {
 		need(personality(old | ADDR_NO_RANDOMIZE) >= 0, "personality");
@@ -174,7 +174,7 @@ static void map_at(int argc, char **argv, char **environment)
 		uintptr_t address = strtoull(argv[at], &rest, 0);
 		size_t length = *rest == ':' ? strtoull(rest + 1, &rest, 0) : 0;
 		int readonly = strcmp(rest, ":ro") == 0;
-		/* Not even a tracer may write to what is shared and read-only. */
+		/* Not even a tracer can write to memory that is shared and read-only. */
 		int flags = (readonly ? MAP_SHARED : MAP_PRIVATE) | MAP_ANONYMOUS | MAP_NORESERVE;
 		void *memory = mmap((void *)address, length, (readonly ? PROT_READ : RW) | tags,
 				    flags | MAP_FIXED_NOREPLACE, -1, 0);
@@ -207,7 +207,7 @@ int main(int argc, char **argv, char **environment)
 	catch(SIGRTMIN);
 	catch(SIGUSR1);
 	catch(SIGUSR2);
-	/* Numbered signals are for the main thread: two threads would take them in any order. */
+	/* Numbered signals go to the main thread: two threads would take them in any order. */
 	sigset_t numbered;
 	sigemptyset(&numbered);
 	sigaddset(&numbered, SIGRTMIN);

@@ -1,15 +1,15 @@
 /*
  * The guest of the lab: process 1 of a small Linux that tags memory in a known pattern and
- * then checks it for ever, saying on the serial console what it finds.
+ * then checks it for ever, and prints what it finds on the serial console.
  *
  *   TAGGER pages=N page_size=4096        once
  *   TAGGER ipa INDEX 0xADDRESS           the guest physical address of a page, some or all
  *   TAGGER ready                         the pattern is in place
  *   TAGGER check=N granules=G wrong=W data_wrong=D
  *
- * On the kernel's command line: tagger.mib=N (4), tagger.ipas=1 (all pages, not 16),
- * tagger.load=N: as many processes that check tagged memory of their own without a pause; what
- * they find wrong counts as well.
+ * Options on the kernel's command line: tagger.mib=N (4), tagger.ipas=1 (print all pages, not 16),
+ * tagger.load=N: that many processes check tagged memory of their own without a pause; the wrong
+ * tags that they find count as well.
  */
 #include "guest.h"
 
@@ -52,7 +52,7 @@ int main(void)
 		pause_ms(1000000);
 	}
 	tag_all(memory, granules);
-	/* Every other page stays all zero bytes: such pages travel as "zero" in a migration. */
+	/* Every other page stays all zeros: a migration sends such pages as "zero". */
 	for (size_t page = 0; page < pages; page += 2) {
 		char *at = memory + page * PAGE;
 		*(uint64_t *)((uintptr_t)at | (uintptr_t)expected(page * PER_PAGE) << 56) = page + 1;

@@ -4,14 +4,14 @@
  *   testvmm [--no-mte] [--vcpus N] [--memfd] [--data] [--churn] [--run] [--allow CALLS]
  *           [--sqpoll] [--no-vdso] IPA:SIZE[:ro|:memfd] ...
  *
- * It prints "ready" and lives until its standard input ends. Numbers as strtoull takes them.
- * With --memfd all memory is of a memfd; with --data every other page has other data than zeros.
- * With --churn its main thread makes thread after thread meanwhile, and tells how many. With
- * --run the main thread is a vCPU, the only thread, in an endless loop of the guest. With
- * --allow a seccomp filter kills it at any other system call; the list is like
- * 222,29:0x8030aeb4, a number after the colon being the only second argument that is allowed.
- * With --sqpoll the kernel makes a thread in it that polls an io_uring all the time; with --no-vdso
- * the vDSO may not be executed.
+ * It prints "ready" and runs until its standard input ends. Numbers are parsed by strtoull.
+ * With --memfd, all memory is of a memfd; with --data, every other page has data other than zeros.
+ * With --churn, its main thread creates one thread after another meanwhile, and prints how many.
+ * With --run, the main thread, the only one, is a vCPU in an endless loop of the guest. With
+ * --allow, a seccomp filter kills it at any other system call; the list is like
+ * 222,29:0x8030aeb4, where the number after the colon is the only second argument allowed. With
+ * --sqpoll, it has a kernel thread that polls an io_uring all the time; with --no-vdso, the vDSO
+ * is not executable.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -41,7 +41,7 @@ static void need(int good, const char *what)
 	}
 }
 
-/* Every other page, for what is all zeros may not be written to swap. */
+/* Fill every other page: the kernel may not write pages of zeros to swap. */
 static void fill(char *memory, uint64_t size)
 {
 	uint64_t page = sysconf(_SC_PAGESIZE);
@@ -200,7 +200,7 @@ int main(int argc, char **argv)
 	int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
 	need(kvm >= 0, "/dev/kvm");
 	int vm;
-	do /* as QEMU does: a signal may come */
+	do /* as QEMU does: a signal can interrupt it */
 		vm = ioctl(kvm, KVM_CREATE_VM, 0);
 	while (vm < 0 && errno == EINTR);
 	need(vm >= 0, "KVM_CREATE_VM");
