@@ -28,10 +28,9 @@ SlotKind = Literal["ram", "rom", "device"]
 Pending = Callable[[], int]
 """A copy in flight: calling it, once, returns or raises the copy's answer.
 
-Copies take effect in the order in which they were begun, by the time they are called, and are
-called in that order; a copy that is never called may or may not have taken effect. The copy owns
-the buffer until it, or a later copy, has been called. All other methods of the guest come after
-every copy in flight.
+Copies take effect in the order in which they were begun: calling one completes those before it,
+and any other method of the guest completes all of them. A copy that is never called may or may not
+have taken effect. A copy owns its buffer until it is complete.
 """
 
 
@@ -128,7 +127,8 @@ class Guest(Closing, ABC):
     max_copy_granules: int = 4 << 20
     """The most that one copy may cover: 4 MiB of tags, 64 MiB of guest memory."""
     depth: int = 1
-    """How many copies, each with its read-back, are worth having in flight."""
+    """How many copies, each with its read-back, are worth having in flight; with 1, none is begun
+    before the last one was called."""
     makes_pages: bool = True
     """Whether writing tags of 0 to memory that is not allocated yet allocates it."""
 

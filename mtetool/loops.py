@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     )
 else:
     try:
-        from mtetool import _loops as chosen
-    except ImportError:
-        from mtetool import loops_numpy as chosen
-    globals().update({name: getattr(chosen, name) for name in __all__})
+        from mtetool import _loops
+
+        globals().update({name: getattr(_loops, name) for name in __all__})
+    except (ImportError, AttributeError):  # the latter: one that was compiled from older code
+        from mtetool import loops_numpy
+
+        globals().update({name: getattr(loops_numpy, name) for name in __all__})

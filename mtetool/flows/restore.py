@@ -218,7 +218,11 @@ class _Restorer:
         self._comparer = Comparer(self._reader)
         self._begun: deque[_Begun] = deque()
         self._has_begun = False
-        self._found = [prepared(guest.max_copy_granules) for _ in range(guest.depth)]
+        self._wrote_beyond = False
+        # Room for read-backs in flight. With one write at a time, a read after it is as good.
+        in_flight = options.verify and not options.dry_run and guest.depth > 1
+        n_found = guest.depth if in_flight else 0
+        self._found = [prepared(guest.max_copy_granules) for _ in range(n_found)]
         self.result = RestoreResult(header, guest.paused(), options.dry_run, options.listed)
 
     def run(self, reader: Stored, progress: Progress) -> RestoreResult:
@@ -238,7 +242,7 @@ class _Restorer:
                 progress(done, total)
             self._finish_writing()
         except BusyError as error:
-            if not self.result.restored_bytes:
+            if not self.result.restored_bytes and not self._wrote_beyond:
                 raise
             self.result.stopped = error.message
         except MtetoolError as error:
@@ -461,9 +465,11 @@ class _Restorer:
         insist = self._options.every_page
         self._has_begun = True  # a signal may come before the next line is done
         steps = write_extent(self._guest, ipa, tags, self._layout, insist=insist)
-        self._found.append(self._found.pop(0))
-        found = self._found[0][: len(tags)]
-        back = self._guest.begin_read(ipa, found) if self._options.verify else None
+        found = memoryview(b"")
+        if self._found:
+            self._found.append(self._found.pop(0))
+            found = self._found[0][: len(tags)]
+        back = self._guest.begin_read(ipa, found) if self._found else None
         self._begun.append(_Begun(ipa, tags, steps, may_be_readonly, found, back))
 
     def _finish_overlapping(self, ipa: int, size_bytes: int) -> None:
@@ -479,6 +485,11 @@ class _Restorer:
         begun = self._begun.popleft()
         try:
             self._take_steps(begun)
+        except BusyError:
+            # The VM may have stopped logging meanwhile: then a later write went through.
+            self._wrote_beyond = any(_has_written(later) for later in self._begun)
+            self._begun.clear()
+            raise
         except BaseException:
             # Later writes may have happened, but do not count: all memory up to where a restore
             # came has its tags, or is reported.
@@ -495,15 +506,15 @@ class _Restorer:
                 continue
             result.restored_bytes += step.size_bytes
             result.restored_up_to = step.ipa + step.size_bytes
-            if begun.read_back is not None:
+            if self._options.verify:
                 self._verify(begun, step, part)
                 result.verified_bytes += step.size_bytes
 
     def _verify(self, begun: _Begun, step: Extent, wanted: memoryview) -> None:
         """Compare what was written with the read-back or, if that is not whole, page by page."""
         result = self.result
-        assert begun.read_back is not None
-        if len(wanted) == len(begun.tags) and _is_whole(begun.read_back, step.size_bytes):
+        back = begun.read_back if len(wanted) == len(begun.tags) else None
+        if back is not None and _is_whole(back, step.size_bytes):
             add_differences(result.verify_differing, step.ipa, begun.found, wanted)
         else:
             self._comparer.compare(
@@ -523,6 +534,13 @@ class _Restorer:
             self._compare_readonly(step.ipa, part)
         else:
             self.result.refused.add(step)
+
+
+def _has_written(begun: _Begun) -> bool:
+    """Whether a write in flight got anywhere."""
+    with suppress(MtetoolError):
+        return isinstance(next(begun.steps, None), Extent)
+    return False
 
 
 def _is_whole(copy: Pending, size_bytes: int) -> bool:

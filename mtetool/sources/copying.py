@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -62,8 +63,8 @@ def tagged_layout(guest: Guest, name: str, otherwise: Sequence[Memslot] | None =
     Raises MteOffError, GuestError for a guest without memory, LayoutUnknownError.
     """
     check_mte_is_on(guest)
-    guest.prepare()
     layout = layout_of(guest, otherwise)
+    guest.prepare()
     check_has_tags(layout, name)
     return layout
 
@@ -146,9 +147,11 @@ class TagReader:
         # Faulted in now: a guest may be waiting, paused, from the first copy on. (Fresh buffers
         # for each chunk would cost more than the copy.)
         n_granules = self._chunk_bytes // GRANULE_BYTES
-        # One more buffer, for the next copy, which is begun before a chunk is handed out.
+        # One more buffer, for the next copy, which is begun before a chunk is handed out; if
+        # no chunk is kept, nobody waits, and it is made when it is needed.
         self._looks_ahead = guest.depth > 1
-        self._buffers = [prepared(n_granules) for _ in range(1 + keep + self._looks_ahead)]
+        n_buffers = 1 + keep + (self._looks_ahead and keep > 0)
+        self._buffers = [prepared(n_granules) for _ in range(n_buffers)]
         self._zeros = memoryview(bytes(n_granules))
         self._begun: _Begun | None = None
 
@@ -174,7 +177,7 @@ class TagReader:
         self, extents: Iterable[Extent], every_page: bool, *, later: bool
     ) -> Iterator[Step | Later]:
         for extent in extents:
-            self._begun = None  # from an earlier read that was given up
+            self._drop_begun()  # of an earlier read that was abandoned
             parts = [extent] if every_page else self._guest.may_be_tagged(extent)
             yield from self._read(extent, _Ahead(parts), later=later)
 
@@ -254,7 +257,7 @@ class TagReader:
                     self._begin_next(end, min(part.end, end + self._chunk_bytes))
                 done = copy()
             except OSError as error:
-                self._begun = None
+                self._drop_begun()
                 return at, error
             _check_completed(done, size_bytes, at, self._layout)
             at += done
@@ -267,8 +270,17 @@ class TagReader:
             return begun.copy
         return self._guest.begin_read(ipa, room)
 
+    def _drop_begun(self) -> None:
+        """Wait for a copy that was begun in vain: it may yet fill the buffer that is used next."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            with suppress(OSError):
+                begun.copy()
+
     def _begin_next(self, ipa: int, end: int) -> None:
         """Begin the first copy of the next chunk, into the buffer that will then be the first."""
+        if len(self._buffers) < 2:
+            self._buffers.append(prepared(len(self._zeros)))
         n_granules = (end - ipa) // GRANULE_BYTES
         copy = self._guest.begin_read(ipa, self._buffers[1][:n_granules])
         self._begun = _Begun(ipa, n_granules, copy)

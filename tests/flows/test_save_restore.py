@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import signal
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -289,8 +290,11 @@ def test_what_cannot_be_written_is_reported() -> None:
     ]
 
 
+@dataclass
 class Late(FakeGuest):
     """Copies only when the result is waited for."""
+
+    depth: int = 1
 
     def begin_read(self, ipa: int, out: TagBuffer) -> Pending:
         return partial(self.read_tags, ipa, out)
@@ -341,6 +345,28 @@ def test_a_signal_right_after_the_first_write_was_begun() -> None:
         restored(snapshot, Signalled(SLOTS))
     assert caught.value.word is not None
     assert "the first write had begun, and may have changed tags" in caught.value.word.message
+
+
+class BusyAtFirst(FakeGuest):
+    """Logs dirty pages during the first write only."""
+
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
+        if len(as_bytes(tags)) and not self.writes:
+            self.writes += 1
+            raise OSError(errno.EBUSY, "dirty logging")
+        return super().write_tags(ipa, tags)
+
+
+def test_a_busy_guest_that_took_a_later_write() -> None:
+    """Two writes are in flight: the second one changed tags, so the restore did begin."""
+    source = FakeGuest((Memslot(0, BASE, 8 * PAGE),), max_copy_granules=256)
+    source.memory[BASE][:] = 3
+    snapshot, _ = saved(source)
+    target = BusyAtFirst(source.slots, max_copy_granules=256)
+    outcome = restored(snapshot, target)
+    assert (outcome.status, outcome.restored_bytes) == (3, 0)
+    assert outcome.stopped is not None
+    assert "EBUSY" in outcome.stopped
 
 
 class Forgetful(FakeGuest):

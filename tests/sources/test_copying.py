@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtetool.buffers import TagBuffer
 from mtetool.errors import BusyError, GuestError, GuestLostError
-from mtetool.guest import Extent, Memslot, Missing
+from mtetool.guest import Extent, Memslot, Missing, Pending
 from mtetool.sources.around import ONE_BY_ONE_PAGES
 from mtetool.sources.copying import Copied, Fill, TagReader, write_extent
 from mtetool.sources.layout import UNREACHABLE, Layout
 from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES
-from tests.flows.fakes import PAGE, FakeGuest
+from tests.flows.fakes import PAGE, FakeGuest, told_later
 
 BASE = 0x4000_0000
 
@@ -210,6 +214,60 @@ def test_who_insists_on_every_page_gets_it_by_steps() -> None:
     assert list(pages) == [BASE + (n_pages - 1) * PAGE]
     assert [gap.size_bytes // PAGE for gap in missing] == [1 << 14, 1 << 14, 2]
     assert len({gap.reason for gap in missing}) == 1
+
+
+@dataclass
+class Ahead(FakeGuest):
+    """Copies as late as it may: when one begun after it is called, or anything else is asked."""
+
+    in_flight: list[tuple[Callable[[], int], list[Pending]]] = field(default_factory=list)
+
+    def begin_read(self, ipa: int, out: TagBuffer) -> Pending:
+        answer: list[Pending] = []
+        self.in_flight.append((partial(FakeGuest.read_tags, self, ipa, out), answer))
+
+        def call() -> int:
+            while not answer:
+                self._complete()
+            return answer[0]()
+
+        return call
+
+    def _complete(self) -> None:
+        copy, answer = self.in_flight.pop(0)
+        answer.append(told_later(copy))
+
+    def read_tags(self, ipa: int, out: TagBuffer) -> int:
+        while self.in_flight:
+            self._complete()
+        return super().read_tags(ipa, out)
+
+
+def test_a_copy_begun_in_vain_spoils_no_chunk() -> None:
+    """A chunk that begins with untouched memory, after one that stopped before its end.
+
+    Its layout leaves out memory that the guest has, so nothing is tried in between.
+    """
+    guest = Ahead(one_slot(16), knows_untagged=True, bad=lambda ipa: ipa == BASE + 2 * PAGE)
+    guest.memory[BASE].reshape(16, 256)[:8] = 9
+    guest.memory[BASE].reshape(16, 256)[9:] = 3
+    layout = Layout((Memslot(0, BASE, PAGE), Memslot(1, BASE + 8 * PAGE, 8 * PAGE)), PAGE)
+    reader = TagReader(guest, layout, chunk_granules=4 * 256)
+    for step in reader.read([Extent(BASE, 16 * PAGE)]):
+        if not isinstance(step, Missing):
+            first = (step.ipa - BASE) // GRANULE_BYTES
+            assert np.array_equal(read_of(step), guest.memory[BASE][first:][: len(read_of(step))])
+
+
+def test_a_read_that_was_given_up_spoils_no_later_one() -> None:
+    guest = Ahead(one_slot(16), knows_untagged=True)
+    guest.memory[BASE].reshape(16, 256)[:9] = 9
+    guest.memory[BASE].reshape(16, 256)[12:] = 3
+    reader = TagReader(guest, Layout(guest.slots, PAGE), chunk_granules=4 * 256)
+    next(reader.read([Extent(BASE, 16 * PAGE)]))
+    (step,) = reader.read([Extent(BASE + 10 * PAGE, 4 * PAGE)])
+    assert isinstance(step, Copied)
+    assert np.array_equal(read_of(step), guest.memory[BASE][10 * 256 : 14 * 256])
 
 
 def test_a_lost_guest_is_no_missing_page() -> None:

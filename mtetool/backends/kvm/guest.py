@@ -141,8 +141,9 @@ class KvmGuest(LiveGuest):
         hold_vcpus(self.vm.session, pid, proc.find(pid).vcpus)
 
     def _resume(self) -> None:
-        self.vm.drain()
-        self.vm.session.release()
+        if self.vm.is_attached:
+            self.vm.session.release()  # first of all: the copies in flight come before it anyway
+            self.vm.drain()
 
     def read_tags(self, ipa: int, out: TagBuffer) -> int:
         """See `Guest.read_tags`."""

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 
 from mtetool import uapi
 from mtetool.attach.session import Session
-from mtetool.errors import GuestError
+from mtetool.errors import MtetoolError
 from mtetool.guest import Guest
 
 COPY_GRANULES = Guest.max_copy_granules
@@ -37,7 +37,7 @@ class Copy:
         self.part = part
         self.reads = flags == uapi.KVM_ARM_TAGS_FROM_GUEST
         self.begun = begun
-        self.answer: int | GuestError | None = None
+        self.answer: int | Exception | None = None
 
 
 class Transfer:
@@ -68,7 +68,7 @@ class Transfer:
         """Wait for a copy and those begun before it; return its answer. Raises GuestError."""
         while copy.answer is None:
             self._settle_first()
-        if isinstance(copy.answer, GuestError):
+        if isinstance(copy.answer, Exception):
             raise copy.answer
         return copy.answer
 
@@ -88,11 +88,11 @@ class Transfer:
         # It stays the first until it has returned: a signal of ours may end the wait.
         copy = self._under_way[0]
         try:
-            answer: int | GuestError = self._session.finish(copy.begun)
+            answer: int | Exception = self._session.finish(copy.begun)
             if copy.reads and isinstance(answer, int) and answer > 0:
                 n_granules = min(answer // uapi.GRANULE_BYTES, len(copy.tags))
                 self._session.read_buffer(copy.tags[:n_granules], copy.part)
-        except GuestError as error:
+        except (MtetoolError, OSError) as error:
             answer = error
         copy.answer = answer
         self._under_way.popleft()

@@ -67,7 +67,7 @@ class Vm:
     @property
     def borrowed_seconds(self) -> float:
         """How long a thread of the VMM itself was borrowed."""
-        return self.session.borrowed_seconds if self._is_attached else 0.0
+        return self.session.borrowed_seconds if self.is_attached else 0.0
 
     def need_mte(self) -> None:
         """Raise MteOffError for a VM that has no tags."""
@@ -120,7 +120,8 @@ class Vm:
         raise OSError(-result, f"copying tags at {ipa:#x}: {errno_name(-result)}")
 
     @property
-    def _is_attached(self) -> bool:
+    def is_attached(self) -> bool:
+        """Whether there is a session already."""
         return "session" in self.__dict__
 
     def drain(self) -> None:
@@ -130,5 +131,5 @@ class Vm:
 
     def close(self) -> None:
         """Detach; nothing of ours stays in the VMM. Idempotent."""
-        if self._is_attached:
+        if self.is_attached:
             self.session.close()

@@ -31,6 +31,7 @@ class _Process:
         self.buffer = bytearray(BUFFER_BYTES)
         self.end = _BASE + 64 * _COPY
         self.lost = False
+        self.unreadable: int | None = None
         self.asked: list[int] = []
         self.memory: dict[int, bytes] = {}
         self._begun: deque[tuple[bytes, Future[int]]] = deque()
@@ -62,6 +63,8 @@ class _Process:
         return done or -errno.EFAULT
 
     def read_buffer(self, out: memoryview, offset: int) -> None:
+        if offset == self.unreadable:
+            raise OSError(errno.EPERM, "no")
         out[:] = self.buffer[offset : offset + len(out)]
 
     def write_buffer(self, data: memoryview, offset: int) -> None:
@@ -133,6 +136,15 @@ def test_a_process_that_ended(process: _Process, transfer: Transfer) -> None:
     for copy in copies:
         with pytest.raises(GuestLostError):
             transfer.finish(copy)
+
+
+def test_an_error_belongs_to_its_copy(process: _Process, transfer: Transfer) -> None:
+    copies = [transfer.begin(_BASE, _room(), _READ) for _ in range(3)]
+    process.unreadable = copies[1].part
+    transfer.drain()
+    assert transfer.finish(copies[0]) == transfer.finish(copies[2]) == 4096
+    with pytest.raises(PermissionError):
+        transfer.finish(copies[1])
 
 
 def test_a_copy_of_nothing_is_in_order(process: _Process, transfer: Transfer) -> None:
