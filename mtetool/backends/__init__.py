@@ -16,7 +16,7 @@ Opener = Callable[[str, GuestOptions], Guest]
 
 # Modules are named, not imported: `--help` and `info` load neither numpy nor ptrace.
 _OPENERS = {
-    "emu": ("mtetool.backends.emu.opening", "open_with_faults"),
+    "emu": ("mtetool.backends.emu.guest", "open_with_faults"),
     "kvm": ("mtetool.backends.kvm.guest", "open_kvm"),
     "proc": ("mtetool.backends.proc.guest", "open_process"),
 }

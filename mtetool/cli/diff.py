@@ -13,7 +13,7 @@ from mtetool.cli.naming import check_inputs
 from mtetool.cli.options import (
     EVERY_PAGE_OPTION,
     NAME,
-    RANGE,
+    RANGE_OPTION,
     completes,
     quiet_option,
     report_option,
@@ -35,9 +35,7 @@ _BATCH_ROWS = 4096
 @click.command("diff")
 @click.argument("a", type=NAME, metavar="A", shell_complete=completes("sources"))
 @click.argument("b", type=NAME, metavar="B", shell_complete=completes("sources"))
-@click.option(
-    "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
-)
+@RANGE_OPTION
 @EVERY_PAGE_OPTION
 @with_guest_options
 @quiet_option

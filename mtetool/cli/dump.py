@@ -14,7 +14,7 @@ from mtetool.cli.naming import check_inputs
 from mtetool.cli.options import (
     EVERY_PAGE_OPTION,
     NAME,
-    RANGE,
+    RANGE_OPTION,
     completes,
     output_option,
     quiet_option,
@@ -40,9 +40,7 @@ _BATCH_ROWS = 4096
 @click.command("dump")
 @click.argument("source", type=NAME, metavar="SOURCE", shell_complete=completes("sources"))
 @click.option("--granules", "each", is_flag=True, help="A row for each granule (16 bytes).")
-@click.option(
-    "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
-)
+@RANGE_OPTION
 @EVERY_PAGE_OPTION
 @with_guest_options
 @quiet_option

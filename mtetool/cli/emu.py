@@ -10,8 +10,9 @@ import click
 
 from mtetool.cli.faults import fault_option, faults_json, say_faults
 from mtetool.cli.options import (
-    RANGE,
+    RANGE_OPTION,
     SIZE,
+    SLOT_OPTION,
     Parsed,
     completes,
     parse_memslot,
@@ -250,22 +251,8 @@ def set_(path: str, setting: _Setting, output: str) -> None:
 @click.argument("path", type=_PATH, shell_complete=completes("emulated"))
 @click.argument("pattern", type=click.Choice(_PATTERNS), metavar="PATTERN")
 @_seed
-@click.option(
-    "--slot",
-    "slots",
-    type=click.IntRange(min=0),
-    multiple=True,
-    metavar="ID",
-    help="Only this memslot (repeatable).",
-)
-@click.option(
-    "--range",
-    "ranges",
-    type=RANGE,
-    multiple=True,
-    metavar="IPA:SIZE",
-    help="Only these pages (repeatable).",
-)
+@SLOT_OPTION
+@RANGE_OPTION
 @progress_options
 @report_option
 def fill(

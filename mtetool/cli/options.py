@@ -238,6 +238,19 @@ EVERY_PAGE_OPTION = click.option(
     "--every-page", is_flag=True, help="Also read pages without tags, and allocate them."
 )
 
+RANGE_OPTION = click.option(
+    "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
+)
+
+SLOT_OPTION = click.option(
+    "--slot",
+    "slots",
+    type=click.IntRange(min=0),
+    multiple=True,
+    metavar="ID",
+    help="Only this memslot.",
+)
+
 BASE_OPTION = click.option(
     "--base",
     "bases",

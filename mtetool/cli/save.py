@@ -15,8 +15,9 @@ from mtetool.cli.options import (
     EVERY_PAGE_OPTION,
     FILE,
     NAME,
-    RANGE,
+    RANGE_OPTION,
     SIZE,
+    SLOT_OPTION,
     completes,
     progress_options,
     report_option,
@@ -57,17 +58,8 @@ _CONSISTENT = {
     help="Where the snapshot goes; - is standard output.",
 )
 @click.option("--force", is_flag=True, help="Overwrite FILE if it exists.")
-@click.option(
-    "--range", "ranges", type=RANGE, multiple=True, metavar="IPA:SIZE", help="Only this range."
-)
-@click.option(
-    "--slot",
-    "slots",
-    type=click.IntRange(min=0),
-    multiple=True,
-    metavar="ID",
-    help="Only this memslot.",
-)
+@RANGE_OPTION
+@SLOT_OPTION
 @click.option(
     "--partial",
     type=click.Choice(["keep", "fail"]),

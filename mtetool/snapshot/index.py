@@ -60,12 +60,8 @@ class IndexedSnapshot:
         self._done = self._read_done()
 
     @classmethod
-    def open(cls, stream: BinaryIO, name: str) -> Self | None:
-        """A snapshot in a regular file; None where the file has no end mark.
-
-        Without the mark something is wrong with the file, and reading it front to back
-        shows what. Raises SnapshotError, HostIoError.
-        """
+    def of(cls, stream: BinaryIO, name: str) -> Self:
+        """A snapshot in a regular file. Raises SnapshotError, HostIoError."""
         header = SnapshotReader(stream, name).header
         try:
             first = stream.tell()
@@ -75,26 +71,18 @@ class IndexedSnapshot:
             stream.seek(first)
         except OSError as error:
             raise host_error(error, f"{name}: reading failed") from error
-        if len(trailer) < TRAILER.size:
-            return None
-        end, magic = TRAILER.unpack(trailer)
-        if magic != END_MAGIC or not first <= end < size:
-            return None
-        return cls(stream, name, header, size, end)
-
-    @classmethod
-    def of(cls, stream: BinaryIO, name: str) -> Self:
-        """As `open`, but without an end mark raises an error that says what is wrong."""
-        found = cls.open(stream, name)
-        if found is None:
-            try:
-                stream.seek(0)
-            except OSError as error:
-                raise host_error(error, f"{name}: seeking failed") from error
-            for _ in SnapshotReader(stream, name):
-                pass
-            raise DamagedError(f"{name} has no index")
-        return found
+        if len(trailer) == TRAILER.size:
+            end, magic = TRAILER.unpack(trailer)
+            if magic == END_MAGIC and first <= end < size:
+                return cls(stream, name, header, size, end)
+        # Something is wrong with the file, and reading it front to back shows what.
+        try:
+            stream.seek(0)
+        except OSError as error:
+            raise host_error(error, f"{name}: seeking failed") from error
+        for _ in SnapshotReader(stream, name):
+            pass
+        raise DamagedError(f"{name} has no index")
 
     def _record_at(self, offset: int) -> Record:
         try:

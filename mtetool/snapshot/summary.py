@@ -90,14 +90,8 @@ def read_summary(path: str) -> Summary:
     with opened(path) as stream:
         name = display_name(path)
         if is_seekable(stream):
-            indexed = IndexedSnapshot.open(stream, name)
-            if indexed is not None:
-                return indexed.summary()
-            stream.seek(0)
-        return _summary_of_stream(SnapshotReader(stream, name))
-
-
-def _summary_of_stream(reader: SnapshotReader) -> Summary:
-    for _ in reader:
-        pass
-    return Summary(reader.header, reader.footer, reader.missing, None)
+            return IndexedSnapshot.of(stream, name).summary()
+        reader = SnapshotReader(stream, name)
+        for _ in reader:
+            pass
+        return Summary(reader.header, reader.footer, reader.missing, None)

@@ -127,8 +127,7 @@ def compared(snapshot: bytes, guest: FakeGuest) -> list[Difference | Missing]:
     with tempfile.TemporaryFile() as file:
         file.write(snapshot)
         file.seek(0)
-        indexed = IndexedSnapshot.open(cast(BinaryIO, file), "snapshot")
-        assert indexed is not None
+        indexed = IndexedSnapshot.of(cast(BinaryIO, file), "snapshot")
         return list(diff(SnapshotSource(indexed, "snapshot"), GuestSource(guest, "guest")))
 
 

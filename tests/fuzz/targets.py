@@ -79,11 +79,7 @@ def _by_index(data: bytes, log: Log | None) -> None:
         file.seek(0)
         found: Log = []
         try:
-            snapshot = IndexedSnapshot.open(cast(BinaryIO, file), "input")
-            if snapshot is None:
-                if log is not None:
-                    raise FindingError("a whole file without an end mark")
-                return
+            snapshot = IndexedSnapshot.of(cast(BinaryIO, file), "input")
             snapshot.summary()
             found = [_entry(snapshot.load(entry)) for entry in snapshot.entries()]
         except SnapshotError as error:

@@ -53,13 +53,12 @@ class Request:
 
 def _preload() -> None:
     """Import what the commands import when they run."""
-    from mtetool.backends.emu import opening, patterns  # noqa: F401
+    from mtetool.backends.emu import guest, patterns  # noqa: F401
     from mtetool.backends.kvm import memslots  # noqa: F401
     from mtetool.files import output  # noqa: F401
     from mtetool.flows import diff, dump, enable, restore, save, verify  # noqa: F401
     from mtetool.snapshot import frames  # noqa: F401
-    from mtetool.sources import opening as opened  # noqa: F401
-    from mtetool.sources import source  # noqa: F401
+    from mtetool.sources import opening, source  # noqa: F401
 
     for name in COMMANDS:
         group.get_command(None, name)  # type: ignore[arg-type]

@@ -73,8 +73,7 @@ def read(source: SnapshotSource | GuestSource, extents: list[Extent]) -> Tags:
 
 
 def snapshot_source(path: Path) -> SnapshotSource:
-    indexed = IndexedSnapshot.open(io.FileIO(path), str(path))
-    assert indexed is not None
+    indexed = IndexedSnapshot.of(io.FileIO(path), str(path))
     return SnapshotSource(indexed, str(path))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from mtetool.backends.emu.tag_file import TagFile
 from mtetool.buffers import as_bytes
 from mtetool.emulator.behaviours import Behaviour
 from mtetool.emulator.ioctl import CopyRequest, copy_tags
-from mtetool.errors import SourceError, TooLateError, UsageError
+from mtetool.errors import NoSuchProcessError, SourceError, TooLateError, UsageError
 from mtetool.guest import Extent, Guest, GuestInfo, Memslot
 from mtetool.uapi import GRANULE_BYTES, KVM_ARM_TAGS_FROM_GUEST, KVM_ARM_TAGS_TO_GUEST
 
@@ -58,6 +59,29 @@ def open_emulated(path: str, options: GuestOptions) -> EmulatedGuest:
         os.close(fd)
         raise
     return EmulatedGuest(fd, path, described, writable=writable, told=options.memslots)
+
+
+def open_with_faults(path: str, options: GuestOptions) -> Guest:
+    """Open the emulated guest kept in the file `path`, with the faults that it was given.
+
+    Raises NoSuchProcessError, as for a VMM that ended, once a fault has made it vanish; and what
+    `open_emulated` raises.
+    """
+    with ExitStack() as stack:
+        guest: Guest = stack.enter_context(emulated := open_emulated(path, options))
+        kept = emulated.owner.kept_faults()
+        if kept is not None:
+            # Imported here: it needs numpy, and hardly any guest has faults.
+            from mtetool.faults.guest import FaultyGuest
+
+            guest = stack.enter_context(FaultyGuest(emulated, kept=kept))
+            if kept.read().vanished:
+                raise NoSuchProcessError(
+                    f"the guest emu:{path} vanished (an injected fault)",
+                    hint=f"bring it back: mtetool emu fault {path} --clear",
+                )
+        stack.pop_all()
+        return guest
 
 
 def create_emulated(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 from mtetool import uapi
 from mtetool.attach.session import Session
@@ -26,18 +27,18 @@ _N_PARTS = 2 * DEPTH
 BUFFER_BYTES = _N_PARTS * COPY_GRANULES
 
 
+@dataclass(slots=True, eq=False)
 class Copy:
-    """A copy in flight; `Transfer` makes it.
+    """A copy in flight, in a part of the buffer; `Transfer` makes it.
 
-    `tags` is the caller's buffer, which a read fills, and `begun` is the ioctl.
+    `tags` are the caller's, which a read fills, and `begun` is the ioctl.
     """
 
-    def __init__(self, tags: memoryview, part: int, flags: int, begun: Future[int]) -> None:
-        self.tags = tags
-        self.part = part
-        self.reads = flags == uapi.KVM_ARM_TAGS_FROM_GUEST
-        self.begun = begun
-        self.answer: int | Exception | None = None
+    tags: memoryview
+    part: int
+    reads: bool
+    begun: Future[int]
+    answer: int | Exception | None = None
 
 
 class Transfer:
@@ -59,7 +60,8 @@ class Transfer:
         part = self._n_begun % _N_PARTS * COPY_GRANULES
         if flags == uapi.KVM_ARM_TAGS_TO_GUEST:
             self._session.write_buffer(tags, part)
-        copy = Copy(tags, part, flags, self._ioctl(ipa, len(tags), part, flags))
+        reads = flags == uapi.KVM_ARM_TAGS_FROM_GUEST
+        copy = Copy(tags, part, reads, self._ioctl(ipa, len(tags), part, flags))
         self._n_begun += 1
         self._under_way.append(copy)
         return copy
