@@ -41,7 +41,7 @@ test: deps venv
 else
 test: deps venv ## run everything: checks, tests, the lab on a real kernel; T=PATH: only that test
 	$(MAKE) --no-print-directory -j 2 -O check lab
-	MTETOOL_DEATH_STRIDE=7 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=30 -m 'not long'
+	MTETOOL_DEATH_STRIDE=7 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=30 -m 'not long'
 	$(MAKE) --no-print-directory -j 2 differential fuzz-short
 endif
 

@@ -39,12 +39,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order tests by machine, so none is booted twice; the default kernel comes first.
+    """One machine after the other, so that none is booted twice; the default kernel's first.
 
-    Of each kernel, machines with two CPUs come first: their tests are long, and none should be
-    alone at the end.
+    With several workers (`--dist loadgroup`), each other kind of machine is booted by one of them,
+    and its tests come first: they are long, and none should be alone at the end.
     """
     items.sort(key=lambda item: (list(KERNELS).index(_kernel(item)), -_cpus(item)))
+    for item in items:
+        kernel, cpus = _kernel(item), _cpus(item)
+        if "lab_on" in getattr(item, "fixturenames", ()) and "lab" not in item.fixturenames:
+            kernel = "6.12-16k"
+        if "lab_on" in getattr(item, "fixturenames", ()) and (kernel, cpus) != (DEFAULT_KERNEL, 1):
+            item.add_marker(pytest.mark.xdist_group(f"{kernel} {cpus}"))
 
 
 def _kernel(item: pytest.Item) -> str:

@@ -175,7 +175,8 @@ def test_vcpu_that_is_the_only_thread_runs_on(lab: Machine) -> None:
 
 
 @pytest.mark.two_cpus
-@pytest.mark.parametrize("load", [pytest.param(0, marks=pytest.mark.long), 3])
+@pytest.mark.long
+@pytest.mark.parametrize("load", [0, 3])
 def test_frozen_vcpus_stand_still_and_run_on(lab: Machine, load: int) -> None:
     guest = Qemu(lab, "g", extra="-smp 4", guest_options=f"tagger.load={load}").start()
     guest.wait_for_checks()

@@ -11,7 +11,7 @@ from tests.lab.machine import Machine
 _SUITE = "cd /opt/mtetool && exec python3 -B -m pytest -p no:cacheprovider -q tests/conformance"
 
 
-@pytest.mark.every_kernel(long=["7.3"])
+@pytest.mark.every_kernel(long=["6.12-16k", "7.3"])
 def test_kvm_backend_conforms_on_the_real_kernel(lab: Machine) -> None:
     _conforms(lab, "kvm", 0)
 

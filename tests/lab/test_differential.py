@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.lab.machine import Machine
 
 _SUITE = "cd /opt/mtetool && exec python3 -B -m pytest -p no:cacheprovider -q tests/differential"
 
 
+@pytest.mark.long
 def test_answers_of_the_emulated_kernel_are_real_ones(lab: Machine) -> None:
     result = lab.sh(f"{_SUITE} --side real", timeout=900, check=False)
     output = result.stdout.decode()

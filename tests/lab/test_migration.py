@@ -56,6 +56,7 @@ def test_migration_without_mtetool_loses_tags(lab: Machine) -> None:
     assert [check.data_wrong for check in checks] == [0] * 4
 
 
+@pytest.mark.long
 def test_migration_that_fails_leaves_the_guest_running_at_the_source(lab: Machine) -> None:
     broken = _NO_TAGS.replace("save | restore) exit 0", "restore) exit 3")
     lab.put("/tmp/broken", broken.encode(), mode=0o755)

@@ -43,6 +43,7 @@ def test_registers_come_back_to_the_bit(lab: Machine) -> None:
     assert all(counts and counts["attached"] == 4 for counts in found.values())
 
 
+@pytest.mark.long
 @_SME_AND_GCS
 def test_matrix_registers_come_back_to_the_bit(lab: Machine) -> None:
     """With SME2, ZA, ZT0, TPIDR2 and FPMR survive the borrow; the vectors are longer, too."""
@@ -51,6 +52,7 @@ def test_matrix_registers_come_back_to_the_bit(lab: Machine) -> None:
     assert all(counts and counts["attached"] == 4 for counts in found.values())
 
 
+@pytest.mark.long
 @_SME_AND_GCS
 def test_streaming_mode_is_waited_out_or_refused(lab: Machine) -> None:
     found = _holders(lab, "registers", "ssve", "ssve-at-times")
