@@ -46,10 +46,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     items.sort(key=lambda item: (list(KERNELS).index(_kernel(item)), -_cpus(item)))
     for item in items:
-        kernel, cpus = _kernel(item), _cpus(item)
-        if "lab_on" in getattr(item, "fixturenames", ()) and "lab" not in item.fixturenames:
-            kernel = "6.12-16k"
-        if "lab_on" in getattr(item, "fixturenames", ()) and (kernel, cpus) != (DEFAULT_KERNEL, 1):
+        fixtures = getattr(item, "fixturenames", ())
+        if "lab_on" not in fixtures:
+            continue
+        kernel, cpus = _kernel(item) if "lab" in fixtures else "two kernels", _cpus(item)
+        if (kernel, cpus) != (DEFAULT_KERNEL, 1):
             item.add_marker(pytest.mark.xdist_group(f"{kernel} {cpus}"))
 
 
