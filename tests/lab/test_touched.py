@@ -33,8 +33,13 @@ from pathlib import Path
 from mtetool.backends import open_guest
 from mtetool.guest import Extent
 pid, base = sys.argv[1], 0x40000000
+def link(path):
+    try:
+        return os.readlink(path)
+    except FileNotFoundError:  # QEMU runs, and has closed it
+        return ""
 (path,) = [p for p in Path(f"/proc/{pid}/fd").iterdir()
-           if os.readlink(p).startswith("/memfd:memory-backend-memfd")]
+           if link(p).startswith("/memfd:memory-backend-memfd")]
 fd = os.open(path, os.O_RDWR)
 page = os.sysconf("SC_PAGE_SIZE")
 with open_guest(f"kvm:{pid}") as guest:
