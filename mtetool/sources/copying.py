@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -147,13 +148,13 @@ class TagReader:
         # Faulted in now: a guest may be waiting, paused, from the first copy on. (Fresh buffers
         # for each chunk would cost more than the copy.)
         n_granules = self._chunk_bytes // GRANULE_BYTES
-        # One more buffer, for the next copy, which is begun before a chunk is handed out; if
-        # no chunk is kept, nobody waits, and it is made when it is needed.
-        self._looks_ahead = guest.depth > 1
-        n_buffers = 1 + keep + (self._looks_ahead and keep > 0)
+        # More buffers, for the copies that are begun before a chunk is handed out; if no chunk is
+        # kept, nobody waits, and they are made when they are needed.
+        self._n_ahead = guest.depth if guest.depth > 1 else 0
+        n_buffers = 1 + keep + (self._n_ahead if keep else 0)
         self._buffers = [prepared(n_granules) for _ in range(n_buffers)]
         self._zeros = memoryview(bytes(n_granules))
-        self._begun: _Begun | None = None
+        self._begun: deque[_Begun] = deque()
 
     def read(self, extents: Iterable[Extent], *, every_page: bool = False) -> Iterator[Step]:
         """Read the tags of `extents` (page-aligned), in their order; yield what is missing, too.
@@ -253,8 +254,7 @@ class TagReader:
             size_bytes = min(part.end, end) - at
             try:
                 copy = self._begin(at, room[: size_bytes // GRANULE_BYTES])
-                if part.end > end and self._looks_ahead:
-                    self._begin_next(end, min(part.end, end + self._chunk_bytes))
+                self._look_ahead(end, part.end)
                 done = copy()
             except OSError as error:
                 self._drop_begun()
@@ -265,25 +265,27 @@ class TagReader:
 
     def _begin(self, ipa: int, room: memoryview) -> Pending:
         """Begin a copy into a part of the first buffer, unless the same one was begun already."""
-        begun, self._begun = self._begun, None
-        if begun is not None and begun.ipa == ipa and begun.n_granules == len(room):
-            return begun.copy
+        if self._begun and (self._begun[0].ipa, self._begun[0].n_granules) == (ipa, len(room)):
+            return self._begun.popleft().copy
+        self._drop_begun()
         return self._guest.begin_read(ipa, room)
 
     def _drop_begun(self) -> None:
-        """Wait for a copy that was begun in vain: it may yet fill the buffer that is used next."""
-        begun, self._begun = self._begun, None
-        if begun is not None:
+        """Wait for copies that were begun in vain: they may yet fill buffers that are used next."""
+        while self._begun:
             with suppress(OSError):
-                begun.copy()
+                self._begun.popleft().copy()
 
-    def _begin_next(self, ipa: int, end: int) -> None:
-        """Begin the first copy of the next chunk, into the buffer that will then be the first."""
-        if len(self._buffers) < 2:
-            self._buffers.append(prepared(len(self._zeros)))
-        n_granules = (end - ipa) // GRANULE_BYTES
-        copy = self._guest.begin_read(ipa, self._buffers[1][:n_granules])
-        self._begun = _Begun(ipa, n_granules, copy)
+    def _look_ahead(self, at: int, end: int) -> None:
+        """Begin the copies from a chunk's end on, into the buffers that will then be the first."""
+        at += sum(begun.n_granules for begun in self._begun) * GRANULE_BYTES
+        while at < end and len(self._begun) < self._n_ahead:
+            if len(self._buffers) < 2 + len(self._begun):
+                self._buffers.append(prepared(len(self._zeros)))
+            n_granules = min(end - at, self._chunk_bytes) // GRANULE_BYTES
+            room = self._buffers[1 + len(self._begun)][:n_granules]
+            self._begun.append(_Begun(at, n_granules, self._guest.begin_read(at, room)))
+            at += n_granules * GRANULE_BYTES
 
     def _try(self, ipa: int, size_bytes: int) -> int:
         return self._guest.read_tags(ipa, self._buffers[0][: size_bytes // GRANULE_BYTES])
