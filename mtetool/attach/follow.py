@@ -61,12 +61,16 @@ class Follower:
     has. A process's first thread gets an alarm. Its other threads are stopped at every call (a new
     thread of the C library blocks all signals), and so are all threads with `every_call` or where
     we have no right to set alarms. An alarm can come late or be blocked, so each stop of a process
-    with an alarm compares its file descriptors with the earlier ones.
+    with an alarm compares its file descriptors with the earlier ones. A process that executes a
+    program as another user than `user` (setuid) is let go; None: it is not.
     Raises OSError where `pid` cannot be traced.
     """
 
-    def __init__(self, pid: int, request: int, look: Look, *, every_call: bool) -> None:
+    def __init__(
+        self, pid: int, request: int, look: Look, *, every_call: bool, user: int | None = None
+    ) -> None:
         self._request = request
+        self._user = user
         self._look = look
         self._every_call = every_call
         self._alarms: dict[int, IoctlAlarm] = {}
@@ -107,6 +111,7 @@ class Follower:
             # A thread that is killed while it is stopped is gone for every request.
             with suppress(ProcessLookupError):
                 if status is None:
+                    os.waitpid(tid, WALL)
                     self._forget(tid)
                 elif (found := self._stopped(Tracee(tid), status)) is not None:
                     self._held = found
@@ -143,6 +148,11 @@ class Follower:
         if event == EVENT_STOP and number in _STOPPING:
             os.waitpid(tracee.tid, WALL)
             tracee.listen()
+            return None
+        if event == EVENT_EXEC and not self._is_ours(self._process_of[tracee.tid]):
+            os.waitpid(tracee.tid, WALL)
+            self._forget(tracee.tid)
+            tracee.detach()
             return None
         deliver = 0
         if number == SYSCALL_STOP:
@@ -242,8 +252,13 @@ class Follower:
         else:
             tracee.cont_to_syscall(signal_number)
 
+    def _is_ours(self, process: int) -> bool:
+        if self._user is None:
+            return True
+        users = procfs.status_of(process).get("Uid", "").split()
+        return set(users) == {str(self._user)}
+
     def _forget(self, tid: int) -> None:
-        os.waitpid(tid, WALL)
         self._forget_alarm(tid)
         self._calling.discard(tid)
         self._blocking.discard(tid)

@@ -55,7 +55,8 @@ def check(tracee: Tracee, pid: int, calls: Iterable[Call]) -> tuple[Program, ...
     except OSError as error:
         raise AttachRefusedError(
             f"process {pid} has a seccomp filter that cannot be read: {error.strerror}",
-            hint="run mtetool as root in the host's own namespaces (CAP_SYS_ADMIN)",
+            hint="run mtetool as root in the host's own namespaces (CAP_SYS_ADMIN); for a VM that"
+            " is about to start, use the companion service: mtetool-companion(1)",
         ) from error
     for call in calls:
         allow(programs, pid, call)

@@ -6,8 +6,9 @@ import sys
 
 import click
 
-from mtetool.errors import MtetoolError
-from mtetool.words import printable
+from mtetool.cli.options import Parsed, completes, parse_file
+from mtetool.cli.render import beside_vmm
+from mtetool.companion.client import SOCKET
 
 
 @click.command("exec", context_settings={"allow_interspersed_args": False})
@@ -35,9 +36,22 @@ from mtetool.words import printable
 @click.option(
     "--every-call", is_flag=True, help="Watch every system call: slower, but misses nothing."
 )
+@click.option(
+    "--companion",
+    type=Parsed("file", parse_file),
+    default=SOCKET,
+    shell_complete=completes("files"),
+    metavar="SOCKET",
+    help=f"The companion service, asked without CAP_SYS_PTRACE (default {SOCKET}).",
+)
 @click.argument("words", metavar="-- VMM [ARG]...", nargs=-1, required=True, type=click.UNPROCESSED)
 def command(
-    vm: int, seconds: float, required: bool, every_call: bool, words: tuple[str, ...]
+    vm: int,
+    seconds: float,
+    required: bool,
+    every_call: bool,
+    companion: str,
+    words: tuple[str, ...],
 ) -> None:
     """Become the program VMM, and enable MTE for its VM as it is created.
 
@@ -48,10 +62,4 @@ def command(
     from mtetool.flows.exec import exec_vmm
 
     sys.stdout.flush()
-    exec_vmm(list(words), Wish(vm, seconds, required, every_call, _text))
-
-
-def _text(error: MtetoolError) -> str:
-    """Return what is printed for an error, beside the VMM's own output."""
-    hint = f"  try: {printable(error.hint)}\n" if error.hint else ""
-    return f"mtetool: {printable(error.message)}\n{hint}"
+    exec_vmm(list(words), Wish(vm, seconds, required, every_call, beside_vmm), companion)

@@ -15,6 +15,7 @@ from mtetool.errors import host_error
 from mtetool.words import printable
 
 if TYPE_CHECKING:
+    from mtetool.errors import MtetoolError
     from mtetool.guest import GuestInfo
 
 
@@ -30,6 +31,12 @@ def put(text: str) -> None:
 def stream_name(stream: TextIO) -> str:
     """Return what messages call the stream that a report goes to."""
     return "standard error" if stream is sys.stderr else "standard output"
+
+
+def beside_vmm(error: MtetoolError) -> str:
+    """Return what is printed for an error among a VMM's own output."""
+    hint = f"  try: {printable(error.hint)}\n" if error.hint else ""
+    return f"mtetool: {printable(error.message)}\n{hint}"
 
 
 def print_json(document: Mapping[str, object]) -> None:

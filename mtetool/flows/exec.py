@@ -13,8 +13,11 @@ from typing import NoReturn
 
 from mtetool.attach import companion
 from mtetool.backends.kvm.starting import Wish, attach
+from mtetool.companion import client
 from mtetool.errors import (
+    AttachRefusedError,
     GuestError,
+    MtetoolError,
     MteUnsupportedError,
     NoSuchFileError,
     PermissionRefusedError,
@@ -25,8 +28,11 @@ from mtetool.errors import (
 from mtetool.vmm.host import HostFacts, host_facts
 
 
-def exec_vmm(command: list[str], wish: Wish) -> NoReturn:
+def exec_vmm(command: list[str], wish: Wish, service: str = client.SOCKET) -> NoReturn:
     """Become the program `command`, watched by a companion that does what `wish` says.
+
+    That is the companion service at the socket `service` if we are not privileged and it agrees,
+    otherwise a process that we start.
 
     Raises NoSuchFileError and UsageError for a program that cannot be executed and, where MTE is
     required, a GuestError for a host that cannot provide it (otherwise that error is printed on
@@ -37,14 +43,13 @@ def exec_vmm(command: list[str], wish: Wish) -> NoReturn:
     try:
         facts = host_facts()
         check_host(facts)
-        check_file(path, facts)
-        _start_companion(wish)
+        if facts.cap_sys_ptrace or not _asked(service, wish):
+            check_file(path, facts)
+            _start_companion(wish)
     except GuestError as error:
         if wish.required:
             raise
-        with suppress(OSError, AttributeError):
-            sys.stderr.write(wish.text(error))
-            sys.stderr.flush()
+        _report(error, wish)
     try:
         companion.become(path, command, environment)
     except OSError as error:
@@ -53,6 +58,25 @@ def exec_vmm(command: list[str], wish: Wish) -> NoReturn:
             hint="run it without mtetool",
             errno=errno_name(error.errno or 0),
         ) from error
+
+
+def _asked(service: str, wish: Wish) -> bool:
+    """Whether the companion service attends our start."""
+    if not Path(service).exists():
+        return False
+    words = client.request(
+        wish.vm, wish.seconds, required=wish.required, every_call=wish.every_call
+    )
+    why = client.ask(service, words)
+    if why is not None:
+        _report(AttachRefusedError(f"{why}, so mtetool tries without it"), wish)
+    return why is None
+
+
+def _report(error: MtetoolError, wish: Wish) -> None:
+    with suppress(OSError, AttributeError):
+        sys.stderr.write(wish.text(error))
+        sys.stderr.flush()
 
 
 def _start_companion(wish: Wish) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from tests.lab.machine import Machine
 
+QEMU = "qemu-system-aarch64"
 _START_SECONDS = 300.0  # after that it must be hung, however busy the machine is
 _CHECK = re.compile(rb"check=(\d+) granules=(\d+) wrong=(\d+) data_wrong=(\d+)\n")
 _BECOME = """
@@ -36,7 +37,8 @@ class Qemu:
     """A named QEMU in a lab machine, with the tagger or another guest.
 
     `mte` gives it mte=on; without it, QEMU waits in -preconfig for `mtetool enable`, or is
-    started by `wrapper`. It runs as the user `uid`, who may use /dev/kvm.
+    started by `wrapper`, or `program` is not QEMU itself. It runs as the user `uid`, who may use
+    /dev/kvm.
     """
 
     lab: Machine
@@ -49,6 +51,7 @@ class Qemu:
     cpu: str = "host"
     uid: int = 0
     wrapper: str = ""
+    program: str = QEMU
     pid: int = field(init=False)
 
     @property
@@ -65,14 +68,15 @@ class Qemu:
         """The command line that starts it."""
         machine = "virt,gic-version=3" + (",mte=on" if self.mte else "")
         become = " ".join(as_user(self.lab, self.uid))
+        waits = not (self.mte or self.wrapper) and self.program == QEMU
         return (
-            f"{become} {self.wrapper} qemu-system-aarch64"
+            f"{become} {self.wrapper} {self.program}"
             f" -M {machine} -accel kvm -cpu {self.cpu} -m {self.memory} -nodefaults -display none"
             f" -kernel /lab/Image -initrd {self.initrd}"
             # The guest's kernel protects nothing here, and mapping its memory in pages takes time.
             f" -append 'console=ttyAMA0 quiet rodata=off {self.guest_options}'"
             f" -serial file:{self.console} -qmp unix:{self.qmp_path},server=on,wait=off"
-            f" {'' if self.mte or self.wrapper else '-preconfig'} {self.extra}"
+            f" {'-preconfig' if waits else ''} {self.extra}"
         )
 
     def start(self) -> Qemu:

@@ -54,19 +54,22 @@ class Wish:
     required: bool
     every_call: bool
     text: Callable[[MtetoolError], str]
+    user: int | None = None
+    write: Callable[[int, bytes], None] = write_briefly
 
 
-def attach(pid: int, wish: Wish) -> Callable[[], None]:
+def attach(pid: int, wish: Wish) -> Callable[[], bool]:
     """Attach to a process that is about to become the VMM; return what to do then.
 
-    Raises OSError if it cannot attach.
+    That returns whether a VM has MTE now. Raises OSError if it cannot attach.
     """
-    look = proc.vm_fds
-    follower = Follower(pid, uapi.KVM_CREATE_VM, look, every_call=wish.every_call)
+    follower = Follower(
+        pid, uapi.KVM_CREATE_VM, proc.vm_fds, every_call=wish.every_call, user=wish.user
+    )
     return lambda: _work(follower, wish)
 
 
-def _work(follower: Follower, wish: Wish) -> None:
+def _work(follower: Follower, wish: Wish) -> bool:
     try:
         found = _wait_for_vm(follower, wish)
         follower.disarm()
@@ -76,8 +79,8 @@ def _work(follower: Follower, wish: Wish) -> None:
     except BaseException as error:  # noqa: BLE001 - whatever it was, keep the promise
         _fail(follower.processes, wish, _told(error))
     else:
-        if found is not None:
-            _give_mte(*found, wish)
+        return found is not None and _give_mte(*found, wish)
+    return False
 
 
 def _wait_for_vm(follower: Follower, wish: Wish) -> tuple[Made, int] | None:
@@ -93,8 +96,9 @@ def _wait_for_vm(follower: Follower, wish: Wish) -> tuple[Made, int] | None:
     return None
 
 
-def _give_mte(made: Made, fd: int, wish: Wish) -> None:
+def _give_mte(made: Made, fd: int, wish: Wish) -> bool:
     """Enable MTE for the VM `fd`; if that fails but is required, make sure there is no VM."""
+    error: MtetoolError | None
 
     def stuck(number: int, frame: FrameType | None) -> None:
         message = f"process {made.process} has not answered for {_PATIENCE_SECONDS} seconds"
@@ -110,8 +114,10 @@ def _give_mte(made: Made, fd: int, wish: Wish) -> None:
             if error is not None:
                 _fail((made.process,), wish, error, closed=closed)
     except BaseException as other:  # noqa: BLE001 - as above
-        _fail((made.process,), wish, _told(other))
+        error = _told(other)
+        _fail((made.process,), wish, error)
     signal.alarm(0)
+    return error is None
 
 
 @contextmanager
@@ -202,7 +208,7 @@ def _fail(
 
 def _write(stderr: int | None, wish: Wish, error: MtetoolError) -> None:
     if stderr is not None:
-        write_briefly(stderr, wish.text(error).encode(errors="replace"))
+        wish.write(stderr, wish.text(error).encode(errors="replace"))
 
 
 def _told(error: BaseException) -> MtetoolError:

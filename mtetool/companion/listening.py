@@ -1,0 +1,105 @@
+"""The service's socket: handed over by a service manager, or made at a path."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from mtetool.errors import BusyError, FileExistsAlreadyError, UsageError, host_error
+
+_FIRST_FD = 3  # sd_listen_fds(3)
+_BACKLOG = 128
+
+
+def listener(path: Path) -> socket.socket:
+    """The socket that a service manager handed over; otherwise a new one at `path`.
+
+    The kernel adds the sender's credentials to each message that its connections receive. Raises
+    UsageError (what was handed over is no such socket), BusyError (another service answers at the
+    path), FileExistsAlreadyError (something else is there), HostError.
+    """
+    found = _handed_over()
+    if found is None:
+        _check_free(path)
+        try:
+            found = _bound(path)
+        except OSError as error:
+            raise host_error(error, f"making the socket {path}") from error
+    # Connections inherit this, so it holds for messages that were sent before we accept, too.
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    found.setblocking(False)
+    return found
+
+
+def _handed_over() -> socket.socket | None:
+    """The socket of sd_listen_fds(3); None if nothing was handed to this process."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    count = os.environ.get("LISTEN_FDS", "")
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    if count != "1":
+        raise _unusable(f"{count or 'no'} descriptors instead of one")
+    os.set_inheritable(_FIRST_FD, False)
+    try:
+        found = socket.socket(fileno=_FIRST_FD)
+        kind = found.family, found.type
+        listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise _unusable(f"a descriptor that is not a socket ({error.strerror})") from error
+    if kind != (socket.AF_UNIX, socket.SOCK_SEQPACKET) or not listens:
+        raise _unusable("another kind of socket")
+    return found
+
+
+def _unusable(what: str) -> UsageError:
+    return UsageError(
+        f"the service manager handed over {what}",
+        hint="the unit needs one ListenSequentialPacket=: mtetool companion --show socket",
+    )
+
+
+def _check_free(path: Path) -> None:
+    try:
+        found = path.lstat()
+    except OSError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise FileExistsAlreadyError(
+            f"{path} exists and is not a socket",
+            hint="remove it, or choose another place: --socket PATH",
+            path=str(path),
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return  # left over: nobody listens
+        except BlockingIOError:
+            pass  # somebody does, and has clients waiting
+        except OSError as error:
+            raise host_error(error, f"looking at the socket {path}") from error
+    raise BusyError(
+        f"another process serves {path}",
+        hint=f"find it: ss -xlp src {path}; or choose another place: --socket PATH",
+    )
+
+
+def _bound(path: Path) -> socket.socket:
+    """Listen at the path, in the place of a socket that was left over."""
+    path.parent.mkdir(mode=0o755, exist_ok=True)
+    with suppress(FileNotFoundError):
+        path.unlink()
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        made.bind(str(path))
+        path.chmod(0o666)  # whoever asks is served, see mtetool-companion(1)
+        made.listen(_BACKLOG)
+    except BaseException:
+        made.close()
+        raise
+    return made

@@ -1,0 +1,1 @@
+"""The companion service, without a kernel that has KVM."""
