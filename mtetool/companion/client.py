@@ -5,7 +5,7 @@ This file is two things: a module that `mtetool exec` uses, and, printed by `mte
 start is most of its time, so it imports only what the interpreter has loaded anyway, or is in C.
 """
 
-import _signal
+import _signal  # type: ignore[import-not-found] # signal itself loads more
 import _socket
 import os
 import sys
@@ -20,7 +20,7 @@ PROVE, HERE, ATTACHED, REFUSED = b"prove ", b"here ", b"attached", b"refused "
 MESSAGE_BYTES = 1024
 _SECONDS = 10.0
 _SHOWN = 300
-_STATUS_GUEST = 4
+_STATUS_USAGE, _STATUS_GUEST = 2, 4
 
 
 def request(vm: int, seconds: float, *, required: bool, every_call: bool) -> bytes:
@@ -86,12 +86,20 @@ def main() -> None:
     why = ask(SOCKET, request(1, 60.0, required=REQUIRE, every_call=False))
     if why is not None:
         end = "so it is not started" if REQUIRE else "so this VM has no MTE"
-        os.write(2, f"mtetool: {why}, {end}\n".encode(errors="backslashreplace"))
+        _say(f"{why}, {end}")
         if REQUIRE:
             sys.exit(_STATUS_GUEST)
     for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # Python ignores them
         _signal.signal(number, _signal.SIG_DFL)
-    os.execve(QEMU, [QEMU, *sys.argv[1:]], _environment())  # noqa: S606 - the wrapper's purpose
+    try:
+        os.execve(QEMU, [QEMU, *sys.argv[1:]], _environment())  # noqa: S606 - that is its purpose
+    except OSError as error:
+        _say(f"{QEMU} cannot be executed: {error.strerror}")
+        sys.exit(_STATUS_USAGE)
+
+
+def _say(line: str) -> None:
+    os.write(2, f"mtetool: {line}\n".encode(errors="backslashreplace"))
 
 
 if __name__ == "__main__":

@@ -45,11 +45,13 @@ class Service:
 
     def turn(self) -> None:
         """Wait until something happens, and handle it."""
-        ready, _, _ = select.select([self._listener, *self._users], [], [])
-        for pidfd in set(self._users).intersection(ready):
-            self._forget(pidfd)
-        if self._listener in ready:
-            self._accept()
+        listener = self._listener.fileno()
+        ready, _, _ = select.select([listener, *self._users], [], [])
+        for fd in ready:
+            if fd == listener:
+                self._accept()
+            else:
+                self._forget(fd)
 
     def _accept(self) -> None:
         try:

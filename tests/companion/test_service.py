@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -230,9 +231,18 @@ def test_the_wrapper_becomes_its_program_as_if_it_had_not_been(path: Path, tmp_p
     assert wrapped[1].count("\n") == 1
 
 
-def _output(words: list[str], environment: dict[str, str]) -> tuple[str, str]:
-    import subprocess
+def test_a_wrapper_without_its_program(tmp_path: Path) -> None:
+    wrapper = tmp_path / "wrapper"
+    text = Path(client.__file__).read_text()
+    wrapper.write_text(text.replace("/usr/bin/qemu-system-aarch64", "/no/such"))
+    done = subprocess.run(
+        [sys.executable, "-IS", str(wrapper)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.endswith("mtetool: /no/such cannot be executed: No such file or directory\n")
 
+
+def _output(words: list[str], environment: dict[str, str]) -> tuple[str, str]:
     done = subprocess.run(
         words, env=environment, capture_output=True, text=True, check=True, errors="replace"
     )
