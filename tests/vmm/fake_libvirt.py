@@ -80,7 +80,10 @@ class FakeConnection:
 
 
 class Fake:
-    """`answers` replaces what a call returns; a function is called, an exception raised."""
+    """`answers` replaces what a call returns; a function is called, an exception raised.
+
+    `monitor` has what QEMU returns for its commands.
+    """
 
     def __init__(self) -> None:
         self.domains = [("web", UUID)]
@@ -110,9 +113,8 @@ class Fake:
 
     def monitor_command(self, domain: FakeDomain, message: str, flags: int) -> Any:
         command = json.loads(message)["execute"]
-        returned = self.monitor.get(command, {})
-        usual = returned if isinstance(returned, str) else json.dumps({"return": returned})
-        return self.answer(command, usual)
+        returned = {"return": self.monitor.get(command, {}), "id": "libvirt-9"}
+        return self.answer(command, json.dumps(returned))
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Fake:
