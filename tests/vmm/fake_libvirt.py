@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-UUID = "11111111-2222-3333-4444-555555555555"
+UUID = "abcdef11-2222-3333-4444-555555555555"
 OTHER_UUID = "99999999-2222-3333-4444-555555555555"
 
 NO_DOMAIN, OPERATION_INVALID, SYSTEM_ERROR = 42, 55, 38
@@ -67,6 +67,8 @@ class FakeConnection:
         return self.fake.answer("type", "QEMU")
 
     def lookupByName(self, name: str) -> FakeDomain:
+        if len(name.encode()) > 1 << 22:  # VIR_NET_MESSAGE_STRING_MAX
+            raise FakeError(39, "Unable to encode message payload")
         return self._found([each for each in self.fake.domains if each[0] == name])
 
     def lookupByUUIDString(self, uuid: str) -> FakeDomain:

@@ -110,6 +110,7 @@ def test_driver_that_is_not_qemus(fake: Fake) -> None:
     fake.answers["type"] = "Test"
     with pytest.raises(LibvirtUnavailableError, match="driver"):
         Libvirt(URI, readonly=True)
+    assert fake.freed_in == ["libvirt"]
 
 
 @pytest.mark.parametrize("missing", ["libvirt", "libvirt_qemu"])

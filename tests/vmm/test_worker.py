@@ -43,7 +43,7 @@ def test_object_lives_and_ends_in_the_thread() -> None:
     with _worker(freed) as worker:
         assert worker.ask(lambda held: held.made_in) == "libvirt"
         with pytest.raises(KeyError):  # whose frames know the object
-            worker.ask(lambda held: {}[held.made_in])
+            worker.ask(lambda held: dict[str, str]()[held.made_in])
         assert freed == []
     assert freed == ["libvirt"]
 

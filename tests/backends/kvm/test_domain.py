@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,9 @@ from mtetool.errors import (
     WrongHostError,
 )
 from mtetool.guest import GuestOptions, Memslot
-from mtetool.vmm import proc
+from mtetool.vmm import monitors, proc
+from mtetool.vmm.proc import VmmProcess
+from mtetool.vmm.qemu import Monitor
 from tests.vmm import fake_libvirt
 from tests.vmm.domains import as_if_with_vm, pretender
 from tests.vmm.fake_libvirt import NO_DOMAIN, OTHER_UUID, UUID, Fake, FakeError
@@ -88,6 +91,18 @@ def test_without_the_monitor_no_domain_is_tainted(
         assert guest.paused() is False
     assert fake.opened == [("openReadOnly", "qemu:///session")]
     assert not {"query-cpus-fast", "human-monitor-command"} & set(fake.asked)
+
+
+def test_without_the_monitor_none_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(pid: int) -> Monitor:
+        raise AssertionError("it was looked for")
+
+    monkeypatch.setattr(monitors, "open_found", found)
+    with KvmGuest(VmmProcess(1, 1, "vmm", (3,), 1), 3, NO_MONITOR) as guest:
+        assert guest.monitor.may_exist is False
+        with pytest.raises(LayoutUnknownError):
+            guest.monitor.ask()
+        assert guest.monitor.paused() is None
 
 
 def test_session_without_a_label_is_our_own(fake: Fake, running: subprocess.Popen[bytes]) -> None:
@@ -248,13 +263,22 @@ def test_libvirt_that_cannot_be_asked_is_one_reason(
 ) -> None:
     hang = threading.Event()
     monkeypatch.setattr(domain, "_LIST_SECONDS", 0.2)
+    since = time.monotonic()
     for call, answer in (("open", FakeError(38, "no socket", 2)), ("xml", hang.wait)):
         fake.answers[call] = answer
         with _known() as known:
             assert isinstance(known.error, LibvirtUnavailableError)
             assert known.of(running.pid) is None
         del fake.answers[call]
+    assert time.monotonic() - since < 5
     hang.set()
+    # Some may be named before it fails.
+    answers = iter([OWN_LABEL])
+    fake.answers["xml"] = lambda: next(answers, None)
+    fake.domains.append(("mail", OTHER_UUID))
+    with pretender(OTHER_UUID), _known() as known:
+        assert isinstance(known.error, LibvirtUnavailableError)
+        assert known.of(running.pid) is None
     monkeypatch.setitem(sys.modules, "libvirt", None)
     with _known() as known:
         assert isinstance(known.error, LibvirtUnavailableError)
