@@ -41,6 +41,19 @@ def ask(path: str, wish: bytes) -> str | None:
     def patience() -> None:
         end.settimeout(max(deadline - time.monotonic(), 0.001))
 
+    def answer_to(message: bytes) -> bytes:
+        # A service that refuses does not wait for what we say: its answer comes after the error.
+        patience()
+        try:  # noqa: SIM105 - contextlib would have to be loaded
+            end.send(message)
+        except BrokenPipeError:
+            pass
+        patience()
+        try:
+            return end.recv(MESSAGE_BYTES)
+        except ConnectionResetError:
+            return end.recv(MESSAGE_BYTES)
+
     try:
         patience()
         end.connect(path)
@@ -48,13 +61,9 @@ def ask(path: str, wish: bytes) -> str | None:
         uid = int.from_bytes(peer[4:8], sys.byteorder)
         if uid not in (0, os.getuid()):
             return f"the companion service at {path} runs as user {uid}, not as root"
-        end.send(wish)
-        patience()
-        answer = end.recv(MESSAGE_BYTES)
+        answer = answer_to(wish)
         if answer.startswith(PROVE):
-            end.send(HERE + answer.removeprefix(PROVE))
-            patience()
-            answer = end.recv(MESSAGE_BYTES)
+            answer = answer_to(HERE + answer.removeprefix(PROVE))
     except OSError as error:
         return f"the companion service does not answer at {path}: {error.strerror or error}"
     finally:
