@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +16,7 @@ from mtetool.attach import companion
 from mtetool.backends.kvm.starting import Wish, attach
 from mtetool.errors import (
     GuestError,
+    MtetoolError,
     MteUnsupportedError,
     NoSuchFileError,
     PermissionRefusedError,
@@ -23,6 +25,13 @@ from mtetool.errors import (
     errno_name,
 )
 from mtetool.vmm.host import HostFacts, host_facts
+from mtetool.words import counted, quoted
+
+# A command line can have thousands of options, and configuration files of any length.
+_MOST_WARNINGS = 4
+_QUOTED_MAX = 80
+_MOST_CONFIGS = 4
+_CONFIG_BYTES = 1 << 18
 
 
 def exec_vmm(command: list[str], wish: Wish) -> NoReturn:
@@ -38,13 +47,12 @@ def exec_vmm(command: list[str], wish: Wish) -> NoReturn:
         facts = host_facts()
         check_host(facts)
         check_file(path, facts)
+        _report(wish, *limits_of(command))
         _start_companion(wish)
     except GuestError as error:
         if wish.required:
             raise
-        with suppress(OSError, AttributeError):
-            sys.stderr.write(wish.text(error))
-            sys.stderr.flush()
+        _report(wish, error)
     try:
         companion.become(path, command, environment)
     except OSError as error:
@@ -63,6 +71,54 @@ def _start_companion(wish: Wish) -> None:
         from mtetool.permission import refusal
 
         raise refusal(os.getpid(), error) from error
+
+
+def _report(wish: Wish, *errors: MtetoolError) -> None:
+    with suppress(OSError, AttributeError):
+        sys.stderr.write("".join(map(wish.text, errors)))
+        sys.stderr.flush()
+
+
+def limits_of(command: Sequence[str]) -> list[MtetoolError]:
+    """Return what MTE may break of a QEMU's command line: a few warnings; the rest is counted."""
+    # Loaded only here: other VMMs do not need it.
+    from mtetool.vmm import mte_limits
+
+    if not mte_limits.qemu(command):
+        return []
+    from mtetool.vmm.taggable import ThisHost
+
+    found = mte_limits.limits(command, _Configs().read, ThisHost())
+    texts = [f"{quoted(each.what, _QUOTED_MAX)}: {each.why}" for each in found[:_MOST_WARNINGS]]
+    if more := found[_MOST_WARNINGS:]:
+        texts[-1] += f"; {counted(len(more), 'other option')} may end it too"
+    hint = "find out what MTE does not go with: man mtetool-exec"
+    return [MteUnsupportedError(text, hint=hint if text is texts[-1] else None) for text in texts]
+
+
+class _Configs:
+    """Reads `-readconfig` files, as QEMU will: this process becomes QEMU."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_CONFIGS
+
+    def read(self, path: str) -> str:
+        self._left -= 1
+        if self._left < 0:
+            return ""
+        try:
+            file = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except (OSError, ValueError):
+            return ""
+        # Loaded only here, as above.
+        from mtetool.vmm import unix_sockets
+
+        try:
+            return os.fsdecode(unix_sockets.read_regular(file, _CONFIG_BYTES))
+        except OSError:
+            return ""
+        finally:
+            os.close(file)
 
 
 def find_program(name: str, environment: dict[bytes, bytes]) -> str:
