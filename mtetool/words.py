@@ -31,9 +31,9 @@ def encodable(text: str) -> str:
     return _SURROGATE.sub(lambda found: _escaped(found[0]), text)
 
 
-def quoted(text: str) -> str:
-    """Return what a user wrote, `printable` and in quotes; a long text is cut."""
-    cut = text if len(text) <= _QUOTED_MAX else text[:_QUOTED_MAX] + "…"
+def quoted(text: str, most: int = _QUOTED_MAX) -> str:
+    """Return what a user wrote, `printable` and in quotes; a long text is cut after `most`."""
+    cut = text if len(text) <= most else text[:most] + "…"
     return f"'{printable(cut)}'"
 
 

@@ -34,7 +34,18 @@ ROOMS: dict[str, set[str]] = {
     "emulator": {"uapi"},
     "faults": {"buffers", "errors", "guest", "uapi"},
     "attach": {"errors", "permission", "procfs"},
-    "vmm": {"closing", "errors", "guest", "loops", "permission", "procfs", "spans", "tags", "uapi"},
+    "vmm": {
+        "closing",
+        "errors",
+        "guest",
+        "loops",
+        "permission",
+        "procfs",
+        "spans",
+        "tags",
+        "uapi",
+        "words",
+    },
     "snapshot": {
         "mtetool",
         "buffers",
@@ -81,7 +92,7 @@ ROOMS: dict[str, set[str]] = {
         "words",
     },
     "backends": {"errors", "files", "guest", "vmm", "words"},
-    "companion": {"attach", "backends.kvm", "errors", "permission"},
+    "companion": {"attach", "backends.kvm", "errors", "permission", "vmm"},
     "sources": {"backends", "buffers", "errors", "guest", "loops", "snapshot", "uapi"},
     "flows": {
         "attach",

@@ -17,12 +17,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from mtetool.attach.guard import become_guarded
-from mtetool.attach.stderr import write_briefly
+from mtetool.attach.stderr import stderr_of, write_briefly
 from mtetool.backends.kvm import starting
 from mtetool.backends.kvm.starting import Wish
 from mtetool.companion import client
 from mtetool.errors import AttachRefusedError, MtetoolError
 from mtetool.permission import refusal
+from mtetool.vmm import proc
+from mtetool.vmm.mte_warnings import warnings
 
 _HANDSHAKE_SECONDS = 5.0
 _MOST_SECONDS = 600.0
@@ -77,6 +79,7 @@ def serve(connection: socket.socket, text: Text, attach: Attach = starting.attac
             return _log(f"a client was refused: {error.message}")
         who = f"process {asker.pid} of user {asker.uid}"
         try:
+            _warn(asker, text)
             work = _attached(asker, _wish(words, asker, noted), attach)
         except MtetoolError as error:
             _refuse(connection, error)
@@ -155,6 +158,16 @@ def _attached(asker: Client, wish: Wish, attach: Attach) -> Callable[[], bool]:
     if not asker.lives():  # so what we trace may be another process; our end lets go of it
         raise AttachRefusedError("the client ended")
     return work
+
+
+def _warn(asker: Client, text: Text) -> None:
+    """Report what MTE will break of the VMM that the client is about to become."""
+    # Root reads no file that a client names.
+    found = warnings(proc.command_line(asker.pid), lambda path: "")
+    if found:
+        with stderr_of([asker.pid]) as stderr:
+            if stderr is not None:
+                _write_as(asker, stderr, "".join(map(text, found)).encode(errors="replace"))
 
 
 def _write_as(asker: Client, fd: int, data: bytes) -> None:

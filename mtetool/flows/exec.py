@@ -26,6 +26,11 @@ from mtetool.errors import (
     errno_name,
 )
 from mtetool.vmm.host import HostFacts, host_facts
+from mtetool.vmm.mte_warnings import warnings
+
+# A command line can have many configuration files of any length.
+_MOST_CONFIGS = 4
+_CONFIG_BYTES = 1 << 18
 
 
 def exec_vmm(command: list[str], wish: Wish, service: str = client.SOCKET) -> NoReturn:
@@ -45,11 +50,12 @@ def exec_vmm(command: list[str], wish: Wish, service: str = client.SOCKET) -> No
         check_host(facts)
         if facts.cap_sys_ptrace or not _asked(service, wish):
             check_file(path, facts)
+            _report(wish, *warnings(command, Configs().read))
             _start_companion(wish)
     except GuestError as error:
         if wish.required:
             raise
-        _report(error, wish)
+        _report(wish, error)
     try:
         companion.become(path, command, environment)
     except OSError as error:
@@ -69,14 +75,8 @@ def _asked(service: str, wish: Wish) -> bool:
     )
     why = client.ask(service, words)
     if why is not None:
-        _report(AttachRefusedError(f"{why}, so mtetool tries without it"), wish)
+        _report(wish, AttachRefusedError(f"{why}, so mtetool tries without it"))
     return why is None
-
-
-def _report(error: MtetoolError, wish: Wish) -> None:
-    with suppress(OSError, AttributeError):
-        sys.stderr.write(wish.text(error))
-        sys.stderr.flush()
 
 
 def _start_companion(wish: Wish) -> None:
@@ -87,6 +87,37 @@ def _start_companion(wish: Wish) -> None:
         from mtetool.permission import refusal
 
         raise refusal(os.getpid(), error) from error
+
+
+def _report(wish: Wish, *errors: MtetoolError) -> None:
+    with suppress(OSError, AttributeError):
+        sys.stderr.write("".join(map(wish.text, errors)))
+        sys.stderr.flush()
+
+
+class Configs:
+    """Reads `-readconfig` files, as QEMU will: this process becomes QEMU."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_CONFIGS
+
+    def read(self, path: str) -> str:
+        self._left -= 1
+        if self._left < 0:
+            return ""
+        try:
+            file = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except (OSError, ValueError):
+            return ""
+        # Loaded only here: few command lines name one.
+        from mtetool.vmm import unix_sockets
+
+        try:
+            return os.fsdecode(unix_sockets.read_regular(file, _CONFIG_BYTES))
+        except OSError:
+            return ""
+        finally:
+            os.close(file)
 
 
 def find_program(name: str, environment: dict[bytes, bytes]) -> str:

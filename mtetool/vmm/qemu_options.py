@@ -1,4 +1,4 @@
-"""The parts of a QEMU command line that name the monitors' sockets and the guest.
+"""A QEMU command line: groups of options, the monitors' sockets, the guest's name.
 
 The rules are those of QEMU's own parsers (lookup_opt and monitor_parse in system/vl.c,
 util/qemu-option.c, util/qemu-config.c, chardev/char-socket.c). Nothing here raises, whatever the
@@ -27,12 +27,30 @@ _FLAG_NAMES = (
 )
 _FLAGS = frozenset(_FLAG_NAMES.split())
 # The key of a first value that has none: "-mon NAME,mode=control".
-_IMPLIED = {"chardev": "backend", "mon": "chardev", "name": "guest", "object": "qom-type"}
+_IMPLIED = {
+    "chardev": "backend",
+    "device": "driver",
+    "mon": "chardev",
+    "name": "guest",
+    "netdev": "type",
+    "object": "qom-type",
+}
+# Their value can be JSON instead; libvirt writes it so.
+_JSON = ("device", "netdev", "object")
 
 _KEY = re.compile(r"[^=,]*+")
 _VALUE = re.compile(r"(?:[^,]++|,,)*+")
 _SECTION = re.compile(r'\s*\[\s*([^\s"\]]+)(?:\s+"([^"]*)")?\s*\]\s*')
 _ENTRY = re.compile(r'\s*([^\s=]+)\s*=\s*"([^"]*)"\s*')
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One option, or one section of a `-readconfig` file: its name, its fields, and its words."""
+
+    name: str
+    fields: dict[str, str]
+    words: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +84,12 @@ def monitors(words: Iterable[str], read_config: ReadConfig) -> list[SocketAddres
     """
     chardevs: dict[str, dict[str, str]] = {}
     wanted: list[dict[str, str] | str] = []
-    for group, fields in _groups(words, read_config):
+    for each in groups(words, read_config):
+        group, fields = each.name, each.fields
         if group == "chardev":
             chardevs.setdefault(fields.get("id", ""), fields)
         elif group == "set":
-            chardevs.get(fields["id"], {})[fields["key"]] = fields["value"]
+            chardevs.get(fields.get("id", ""), {})[fields.get("key", "")] = fields.get("value", "")
         elif group == "qmp":
             wanted.append(fields.get("chardev") or fields)
         elif _is_control(group, fields) and (name := fields.get("chardev")):
@@ -83,9 +102,9 @@ def monitors(words: Iterable[str], read_config: ReadConfig) -> list[SocketAddres
 def guest_name(words: Iterable[str], read_config: ReadConfig) -> str | None:
     """The guest's name, `-name NAME` or `-name guest=NAME`; None if it has none."""
     name = None
-    for group, fields in _groups(words, read_config):
-        if group == "name":
-            name = fields.get("guest") or name
+    for group in groups(words, read_config):
+        if group.name == "name":
+            name = group.fields.get("guest") or name
     return name
 
 
@@ -145,20 +164,40 @@ def sections(text: str) -> Iterator[tuple[str, dict[str, str]]]:
     yield group, fields
 
 
-def _groups(words: Iterable[str], read_config: ReadConfig) -> Iterator[tuple[str, dict[str, str]]]:
+def groups(words: Iterable[str], read_config: ReadConfig) -> Iterator[Group]:
+    """The options that are read here, in the order of the command line.
+
+    `words` begins with the program. The path of `-mem-path` is the field "path".
+    """
     for option, value in options(list(words)[1:]):
-        if option in ("qmp", "qmp-pretty"):
-            yield "qmp", _backend(value)
-        elif option == "object" and value.startswith("{"):
-            yield option, _json_fields(value)
-        elif option in _IMPLIED:
-            yield option, parsed(value, _IMPLIED[option])
-        elif option == "set" and value.startswith("chardev."):
-            name, _, assignment = value.removeprefix("chardev.").partition(".")
-            key, _, after = assignment.partition("=")
-            yield option, {"id": name, "key": key, "value": after}
-        elif option == "readconfig":
-            yield from sections(read_config(value))
+        if option == "readconfig":
+            for name, fields in sections(read_config(value)):
+                label = f' "{fields["id"]}"' if "id" in fields else ""
+                yield Group(name, fields, ("-readconfig", value, f"[{name}{label}]"))
+        elif (fields_of := _fields(option, value)) is not None:
+            yield Group(option.removesuffix("-pretty"), fields_of, (f"-{option}", value))
+
+
+def is_on(fields: dict[str, str], key: str, default: str = "off") -> bool:
+    """Whether a switch of a group is on; `default` is for a group that does not have it."""
+    return fields.get(key, default) in ("on", "yes", "true", "y")
+
+
+def _fields(option: str, value: str) -> dict[str, str] | None:
+    """The fields of an option's value; None for an option that is not read here."""
+    if option in ("qmp", "qmp-pretty"):
+        return _backend(value)
+    if option in _JSON and value.startswith("{"):
+        return _json_fields(value)
+    if option in _IMPLIED:
+        return parsed(value, _IMPLIED[option])
+    if option == "mem-path":
+        return {"path": value}
+    if option == "set" and value.startswith("chardev."):
+        name, _, assignment = value.removeprefix("chardev.").partition(".")
+        key, _, after = assignment.partition("=")
+        return {"id": name, "key": key, "value": after}
+    return None
 
 
 def _backend(value: str) -> dict[str, str]:
@@ -174,7 +213,12 @@ def _json_fields(text: str) -> dict[str, str]:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    return {key: value for key, value in found.items() if isinstance(value, str)}
+    switches = {True: "on", False: "off"}
+    return {
+        key: switches[value] if isinstance(value, bool) else str(value)
+        for key, value in found.items()
+        if isinstance(value, str | bool | int)
+    }
 
 
 def _is_control(group: str, fields: dict[str, str]) -> bool:
@@ -192,14 +236,10 @@ def _address(fields: dict[str, str]) -> SocketAddress | None:
     path = fields.get("path")
     if fields.get("backend") != "socket" or not path or "fd" in fields:
         return None
-    if not _is_on(fields, "server") or _is_on(fields, "websocket") or _is_on(fields, "telnet"):
+    if not is_on(fields, "server") or is_on(fields, "websocket") or is_on(fields, "telnet"):
         return None
-    abstract = _is_on(fields, "abstract")
-    return SocketAddress(path, abstract, abstract and not _is_on(fields, "tight", default="on"))
-
-
-def _is_on(fields: dict[str, str], key: str, default: str = "off") -> bool:
-    return fields.get(key, default) in ("on", "yes", "true", "y")
+    abstract = is_on(fields, "abstract")
+    return SocketAddress(path, abstract, abstract and not is_on(fields, "tight", default="on"))
 
 
 def _match(pattern: re.Pattern[str], text: str, at: int) -> tuple[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,11 @@ from mtetool.errors import (
     UsageError,
     WrongHostError,
 )
-from mtetool.flows.exec import check_file, check_host, find_program
+from mtetool.flows.exec import Configs, check_file, check_host, find_program
+from mtetool.vmm import taggable
 from mtetool.vmm.host import HostFacts
+from mtetool.vmm.mte_limits import Memory
+from mtetool.vmm.mte_warnings import warnings
 
 GOOD = HostFacts(
     machine="aarch64",
@@ -30,6 +34,10 @@ GOOD = HostFacts(
     ptrace_scope=1,
     seccomp=0,
 )
+
+
+def limits_of(words: list[str]) -> list[MteUnsupportedError]:
+    return warnings(words, Configs().read)
 
 
 @pytest.mark.parametrize(
@@ -77,3 +85,71 @@ def test_programs_are_found_as_a_shell_does(tmp_path: Path) -> None:
         find_program(str(first / "vmm"), environment)
     with pytest.raises(NoSuchFileError, match="PATH"):
         find_program("other", environment)
+
+
+class Host:
+    """A kernel that refuses whatever it may refuse, and files that are on a disk."""
+
+    def accepts(self, memory: Memory) -> bool | None:
+        return False
+
+    def memory_at(self, path: str) -> Memory | None:
+        return "file"
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taggable, "ThisHost", Host)
+
+
+@pytest.mark.usefixtures("refusing")
+def test_each_limit_is_one_line_and_the_last_one_has_a_hint() -> None:
+    words = ["qemu-system-aarch64", "-device", "vfio-pci,host=01:00.0", "-mem-path", "/var/ram"]
+    first, second = limits_of(words)
+    assert first.message == (
+        "'-device vfio-pci,host=01:00.0': KVM refuses device memory in a VM with MTE, and QEMU"
+        " will abort when the guest enables this device"
+    )
+    assert second.message.startswith("'-mem-path /var/ram': KVM refuses memory of a file")
+    assert first.hint is None
+    assert second.hint is not None
+    assert "man mtetool-exec" in second.hint
+
+
+@pytest.mark.usefixtures("refusing")
+def test_many_limits_are_a_few_lines() -> None:
+    found = limits_of(["kvm", *["-device", "vfio-pci,id=" + "x" * 10**5] * 100])
+    assert len(found) == 4
+    assert "\n" not in "".join(error.message for error in found)
+    assert max(len(error.message) for error in found) < 300
+    assert found[-1].message.endswith("; 96 other options may end it too")
+
+
+@pytest.mark.usefixtures("refusing")
+def test_programs_that_are_not_qemu_have_no_limits() -> None:
+    assert limits_of(["lkvm", "run", "-device", "vfio-pci"]) == []
+    assert limits_of(["qemu-system-aarch64", "-m", "1G"]) == []
+
+
+@pytest.mark.usefixtures("refusing")
+def test_configuration_files_of_qemu_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "with\nnewline"
+    config.write_text('[device "d"]\ndriver = "vfio-pci"\n')
+    (found,) = limits_of(["kvm", "-readconfig", config.name])
+    assert r"'-readconfig with\nnewline [device \"d\"]'".replace('\\"', '"') in found.message
+
+
+@pytest.mark.usefixtures("refusing")
+def test_configuration_files_that_are_not_read(tmp_path: Path) -> None:
+    fifo, long = tmp_path / "fifo", tmp_path / "long"
+    os.mkfifo(fifo)
+    long.write_text('[device "d"]\ndriver = "vfio-pci"\n' * 10_000)
+    for path in (str(fifo), str(long), str(tmp_path), "/no/such", "", "\udcff"):
+        assert limits_of(["kvm", "-readconfig", path]) == []
+    few = tmp_path / "few"
+    few.write_text('[device "d"]\ndriver = "vfio-pci"\n')
+    assert len(limits_of(["kvm", *["-readconfig", str(few)] * 2])) == 2
+    assert "other option" not in limits_of(["kvm", *["-readconfig", str(few)] * 1000])[-1].message

@@ -165,6 +165,7 @@ def test_monitors_of_a_command_line(words: str, paths: list[str]) -> None:
         INCUS_CONFIG.replace('server = "on"', 'server = "off"'),
         INCUS_CONFIG.replace("control", "readline"),
         INCUS_CONFIG.replace('"monitor"', '"other"', 1),
+        "[set]\n[qmp]\n",
     ],
 )
 def test_config_without_a_monitor(config: str) -> None:
@@ -195,6 +196,24 @@ def test_name_of_a_guest(words: str, name: str | None) -> None:
     config = '[name]\nguest = "configured"\n'
     read = {"/run/incus/c1/qemu.conf": config} if "-S" not in words else {}
     assert qemu_options.guest_name(words.split(), lambda path: read.get(path, "")) == name
+
+
+def test_groups_of_a_command_line() -> None:
+    words = """q -m 1G -mem-path /with,comma -netdev tap,id=n
+        -device {"driver":"x","id":1,"on":true} -nodefaults
+        -readconfig c -qmp-pretty unix:/q,server"""
+    config = '[device "d"]\ndriver = "y"\n'
+    found = list(qemu_options.groups(words.split(), lambda path: config))
+    assert [(group.name, group.fields) for group in found] == [
+        ("mem-path", {"path": "/with,comma"}),
+        ("netdev", {"type": "tap", "id": "n"}),
+        ("device", {"driver": "x", "id": "1", "on": "on"}),
+        ("", {}),
+        ("device", {"id": "d", "driver": "y"}),
+        ("qmp", {"backend": "socket", "path": "/q", "server": "on"}),
+    ]
+    assert found[2].words == ("-device", '{"driver":"x","id":1,"on":true}')
+    assert found[4].words == ("-readconfig", "c", '[device "d"]')
 
 
 _PARTS = (
