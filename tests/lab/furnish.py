@@ -15,15 +15,17 @@ _UNUSED = (
     *("usr/share/doc", "usr/share/locale", "usr/share/man", "usr/lib/udev", "usr/share/info"),
     *("usr/lib/systemd", "usr/share/bash-completion", "usr/share/lintian", "var/run", "var/lock"),
 )
+# QEMU without KVM: each start of libvirt would ask it what it can do, for many seconds here.
+_UNUSED_PROGRAMS = ("qemu-system-arm", "qemu-system-armel", "qemu-system-armhf")
 _ALTERNATIVES = (("libblas.so.3", "blas"), ("liblapack.so.3", "lapack"))
 # libvirt-qemu's number is Debian's, the same on all hosts; the others differ from host to host.
-_PASSWD = """\
+_USERS = """\
 root:x:0:0:root:/root:/bin/sh
 sshd:x:100:65534::/run/sshd:/usr/sbin/nologin
 libvirt-qemu:x:64055:102:Libvirt Qemu,,,:/var/lib/libvirt:/usr/sbin/nologin
 nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin
 """
-_GROUP = """\
+_GROUPS = """\
 root:x:0:
 tty:x:5:
 kvm:x:102:
@@ -47,6 +49,8 @@ def furnish(tree: Path) -> None:
     """Complete a tree of unpacked packages."""
     for unused in _UNUSED:
         shutil.rmtree(tree / unused, ignore_errors=True)
+    for program in _UNUSED_PROGRAMS:
+        (tree / "usr" / "bin" / program).unlink(missing_ok=True)
     for directory in _DIRECTORIES:
         (tree / directory).mkdir(parents=True, exist_ok=True)
     libraries = tree / "usr" / "lib" / "aarch64-linux-gnu"
@@ -57,6 +61,6 @@ def furnish(tree: Path) -> None:
         if not (tree / "usr" / "bin" / name).exists():
             (tree / "usr" / "bin" / name).symlink_to("busybox")
     (tree / "var" / "run").symlink_to("/run")
-    (tree / "etc" / "passwd").write_text(_PASSWD)
-    (tree / "etc" / "group").write_text(_GROUP)
-    (tree / "etc" / "hosts").write_text("127.0.0.1 localhost\n")
+    (tree / "etc" / "passwd").write_text(_USERS)
+    (tree / "etc" / "group").write_text(_GROUPS)
+    (tree / "etc" / "hosts").write_text("127.0.0.1 localhost lab\n")

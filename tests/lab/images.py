@@ -220,7 +220,7 @@ def _root(guest_kernel: Path, libvirt: str) -> Path:
         "packages": packages,
         "without": _NOT_NEEDED,
         "guest kernel": asdict(KERNELS[DEFAULT_KERNEL]),
-        "recipe": 5,
+        "recipe": 6,
     }
     return _cached("root", recipe, lambda into: _build_root(into, guest_kernel, packages))
 

@@ -43,6 +43,7 @@ set -e
 chgrp kvm /dev/kvm
 chmod 660 /dev/kvm
 chmod 1777 /tmp /dev/shm
+hostname lab
 # The kernel's log must have every denial.
 echo 0 >/proc/sys/kernel/printk_ratelimit
 echo '<5>{_MARK}' >/dev/kmsg

@@ -53,7 +53,7 @@ def test_domain_without_mte(lab: Machine) -> None:
     }
     result = lab.run(["mtetool", "save", f"kvm:{guest.pid}", "-o", "/tmp/s", "--json"])
     assert result.returncode == 4
-    assert json.loads(result.stdout)["error"] == "mte-off"
+    assert json.loads(result.stderr)["error"] == "mte-off"
     assert guest.state() == "running"
     assert host.denials() == []
 
