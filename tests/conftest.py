@@ -7,7 +7,7 @@ import signal
 import pytest
 from hypothesis import settings
 
-from tests.lab.images import DEFAULT_KERNEL, KERNELS
+from tests.lab.images import DEFAULT_KERNEL, DEFAULT_LIBVIRT, KERNELS, LIBVIRTS
 
 # A shell starts background jobs with SIGINT ignored (nohup: SIGHUP), programs inherit that, and
 # mtetool respects it. The tests that send signals need programs that do not ignore them.
@@ -26,4 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--lab-kernel",
         choices=list(KERNELS),
         help=f"run the lab's tests on this kernel (by default {DEFAULT_KERNEL}, some on all)",
+    )
+    parser.addoption(
+        "--lab-libvirt",
+        choices=LIBVIRTS,
+        default=DEFAULT_LIBVIRT,
+        help=f"run the lab's tests with the libvirt of this Debian suite ({DEFAULT_LIBVIRT})",
     )

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.lab.images import DEFAULT_KERNEL, KERNELS, images
+from tests.lab.images import DEFAULT_KERNEL, DEFAULT_LIBVIRT, KERNELS, LIBVIRTS, images
 from tests.lab.machine import (
     CommandTimeoutError,
     Machine,
@@ -50,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(function=function)
         command.add_argument("--kernel", default=DEFAULT_KERNEL, choices=list(KERNELS))
+        command.add_argument(
+            "--libvirt",
+            default=DEFAULT_LIBVIRT,
+            choices=LIBVIRTS,
+            help=f"the Debian suite that libvirt comes from ({DEFAULT_LIBVIRT})",
+        )
         if name == "build":
             continue
         command.add_argument("--with", dest="with_dir", type=Path, help="directory shown at /with")
@@ -64,7 +70,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     out, err = sys.stdout.buffer, sys.stderr.buffer
     with Machine(
-        kernel=arguments.kernel, memory=arguments.memory, with_dir=_with_dir(arguments)
+        kernel=arguments.kernel,
+        libvirt=arguments.libvirt,
+        memory=arguments.memory,
+        with_dir=_with_dir(arguments),
     ) as machine:
         if arguments.verbose:
             report(f"lab: booted in {machine.boot_seconds:.1f} s")
@@ -79,11 +88,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _shell(arguments: argparse.Namespace) -> int:
-    return shell(arguments.kernel, arguments.memory, _with_dir(arguments))
+    return shell(arguments.kernel, arguments.libvirt, arguments.memory, _with_dir(arguments))
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    images(arguments.kernel)
+    images(arguments.kernel, libvirt=arguments.libvirt)
     return 0
 
 

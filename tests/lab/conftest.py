@@ -89,7 +89,8 @@ class Kind(NamedTuple):
 class Machines:
     """The machines of this test session; one that a test lost is booted again."""
 
-    def __init__(self) -> None:
+    def __init__(self, libvirt: str) -> None:
+        self._libvirt = libvirt
         self._running: dict[Kind, tuple[Machine, ExitStack]] = {}
 
     def machine(self, kind: Kind) -> Machine:
@@ -99,7 +100,9 @@ class Machines:
             while len(self._running) >= _KEPT:
                 self.drop(next(iter(self._running)))
             stack = ExitStack()
-            machine = stack.enter_context(Machine(kernel=kind.kernel, cpus=kind.cpus))
+            machine = stack.enter_context(
+                Machine(kernel=kind.kernel, libvirt=self._libvirt, cpus=kind.cpus)
+            )
             machine.mtetool("--version", timeout=300)  # load it before any guest is busy
             found = machine, stack
         self._running[kind] = found
@@ -128,8 +131,8 @@ class Machines:
 
 
 @pytest.fixture(scope="session")
-def lab_machines() -> Iterator[Machines]:
-    machines = Machines()
+def lab_machines(pytestconfig: pytest.Config) -> Iterator[Machines]:
+    machines = Machines(pytestconfig.getoption("--lab-libvirt"))
     yield machines
     machines.close()
 

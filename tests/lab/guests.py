@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 from tests.lab.machine import Machine
@@ -32,8 +33,48 @@ class Check:
     data_wrong: int
 
 
+class Tagger(ABC):
+    """A VM whose guest reports on its serial console; see `programs/tagger.c`."""
+
+    lab: Machine
+    name: str
+
+    @property
+    @abstractmethod
+    def console(self) -> str:
+        """The file that the guest's serial console goes to."""
+
+    def output(self) -> bytes:
+        """Return all that the guest has printed so far."""
+        return self.lab.run(["cat", self.console]).stdout.replace(b"\r", b"")
+
+    def checks(self) -> list[Check]:
+        """Return the rounds that the guest has reported so far."""
+        return [Check(*map(int, match)) for match in _CHECK.findall(self.output())]
+
+    def wait_for_checks(self, count: int = 2) -> list[Check]:
+        """Wait until the guest has reported that many more rounds; return them."""
+        seen = len(self.checks())
+        deadline = time.monotonic() + _START_SECONDS
+        while len(checks := self.checks()) < seen + count:
+            assert time.monotonic() < deadline, f"{self.name} is silent: {self.output()!r}"
+            time.sleep(0.2)
+        return checks[seen:]
+
+    def ipas(self) -> dict[int, int]:
+        """Guest physical addresses of tagged pages, by the page's number."""
+        return {int(page): int(ipa, 16) for page, ipa in _IPA.findall(self.output())}
+
+    def wait_for(self, text: bytes) -> None:
+        """Wait until the guest has printed that."""
+        deadline = time.monotonic() + _START_SECONDS
+        while text not in self.output():
+            assert time.monotonic() < deadline, f"{self.name} printed only {self.output()!r}"
+            time.sleep(0.2)
+
+
 @dataclass
-class Qemu:
+class Qemu(Tagger):
     """A named QEMU in a lab machine, with the tagger or another guest.
 
     `mte` gives it mte=on; without it, QEMU waits in -preconfig for `mtetool enable`, or is
@@ -99,27 +140,6 @@ class Qemu:
         example = "/opt/mtetool/examples/migrate-qemu.sh"
         command = ["sh", "-c", script, example, self.qmp_path, *words]
         return self.lab.run(command, check=True).stdout
-
-    def output(self) -> bytes:
-        """Return all that the guest has printed so far."""
-        return self.lab.run(["cat", self.console]).stdout.replace(b"\r", b"")
-
-    def checks(self) -> list[Check]:
-        """Return the rounds that the guest has reported so far."""
-        return [Check(*map(int, match)) for match in _CHECK.findall(self.output())]
-
-    def wait_for_checks(self, count: int = 2) -> list[Check]:
-        """Wait until the guest has reported that many more rounds; return them."""
-        seen = len(self.checks())
-        deadline = time.monotonic() + _START_SECONDS
-        while len(checks := self.checks()) < seen + count:
-            assert time.monotonic() < deadline, f"{self.name} is silent: {self.output()!r}"
-            time.sleep(0.2)
-        return checks[seen:]
-
-    def ipas(self) -> dict[int, int]:
-        """Guest physical addresses of tagged pages, by the page's number."""
-        return {int(page): int(ipa, 16) for page, ipa in _IPA.findall(self.output())}
 
 
 def page_bytes(lab: Machine) -> int:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tests.lab import cpio
 from tests.lab.disk import make_ext4
+from tests.lab.furnish import OWNERS, furnish
 from tests.lab.modules import Modules
 from tests.lab.packages import Archive, LabUnavailableError, need_tools, unpack
 
@@ -54,7 +55,10 @@ DEFAULT_KERNEL = "6.12"
 QEMU_7_2 = "bookworm"
 _EMULATOR_PACKAGES = ("qemu-system-arm",)
 _ROOT_PACKAGES = (
+    "apparmor",
     "busybox-static",
+    "openssh-client",
+    "openssh-server",
     "python3",
     "python3-click",
     "python3-hypothesis",
@@ -66,14 +70,23 @@ _ROOT_PACKAGES = (
     "python3-zstandard",
 )
 _ROOT_BACKPORTS = ("qemu-system-arm",)  # the VMM inside: QEMU 11
-_ROOT = {
-    "suite": _RELEASE,
-    "packages": _ROOT_PACKAGES,
-    "backports": _ROOT_BACKPORTS,
-    "guest kernel": asdict(KERNELS[DEFAULT_KERNEL]),
-    "recipe": 4,
-}
-_DIRECTORIES = ("proc", "sys", "dev", "tmp", "root", "run/lab", "with", "lab", "opt/mtetool")
+_LIBVIRT_PACKAGES = (
+    "libvirt-clients",
+    "libvirt-daemon",
+    "libvirt-daemon-driver-qemu",
+    "python3-libvirt",
+)
+LIBVIRTS = (_RELEASE, _BACKPORTS)
+"""The suites whose libvirt the lab can have."""
+DEFAULT_LIBVIRT = _RELEASE
+# What the packages above depend on and nothing in the lab uses: package scripts, a service
+# manager, logins. QEMU comes from elsewhere.
+_NOT_NEEDED = (
+    *("adduser", "debconf", "init-system-helpers", "lsb-base", "passwd", "runit-helper", "ucf"),
+    *("logrotate", "polkitd", "systemd-container", "systemd-standalone-sysusers"),
+    *("libpam-modules", "libpam-runtime", "procps", "sensible-utils", "qemu-kvm"),
+    *("dmidecode", "gettext-base", "iproute2"),
+)
 _CFLAGS = ("-O2", "-Wall", "-Wextra", "-Werror", "-static", "-march=armv8.5-a+memtag")
 _EXTENSION_CFLAGS = ("-O3", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
 _SUFFIXES = (".c", ".h", ".s")
@@ -96,17 +109,19 @@ class Images:
     extension: Path
 
 
-def images(kernel: str = DEFAULT_KERNEL, *, emulator: str | None = None) -> Images:
+def images(
+    kernel: str = DEFAULT_KERNEL, *, emulator: str | None = None, libvirt: str = DEFAULT_LIBVIRT
+) -> Images:
     """Return all parts, and build the missing ones. Raises LabUnavailableError.
 
-    `emulator` is the suite of an emulator other than the kernel's own.
+    `emulator` is the suite of an emulator other than the kernel's own, `libvirt` that of libvirt.
     """
     if kernel not in KERNELS:
         raise LabUnavailableError(f"no kernel {kernel!r}; there are {', '.join(KERNELS)}")
     with _locked():
         kernel_dir = _kernel(kernel)
         guest_kernel = _kernel(DEFAULT_KERNEL)
-        root = _cached("root", _ROOT, lambda into: _build_root(into, guest_kernel))
+        root = _root(guest_kernel, libvirt)
         initramfs = _initramfs(kernel_dir, root)
         programs = _programs()
         extension = _extension()
@@ -198,34 +213,28 @@ def _build_kernel(into: Path, kernel: Kernel) -> None:
             (into / f"{number:02}-{name}.ko").write_bytes(modules.content(name))
 
 
-def _build_root(into: Path, guest_kernel: Path) -> None:
+def _root(guest_kernel: Path, libvirt: str) -> Path:
+    packages = {_RELEASE: _ROOT_PACKAGES, _BACKPORTS: _ROOT_BACKPORTS}
+    packages[libvirt] += _LIBVIRT_PACKAGES
+    recipe = {
+        "packages": packages,
+        "without": _NOT_NEEDED,
+        "guest kernel": asdict(KERNELS[DEFAULT_KERNEL]),
+        "recipe": 6,
+    }
+    return _cached("root", recipe, lambda into: _build_root(into, guest_kernel, packages))
+
+
+def _build_root(into: Path, guest_kernel: Path, packages: dict[str, tuple[str, ...]]) -> None:
     archive = _archive("arm64")
     with tempfile.TemporaryDirectory(dir=into) as scratch:
         tree = Path(scratch)
-        unpack(archive.download(_ROOT_PACKAGES), tree)
-        unpack(archive.download(_ROOT_BACKPORTS, suite=_BACKPORTS), tree)
-        _furnish(tree)
+        for suite, names in packages.items():
+            unpack(archive.download(names, suite=suite, without=_NOT_NEEDED), tree)
+        furnish(tree)
         shutil.copy(tree / "usr" / "bin" / "busybox", into / "busybox")
         shutil.copy(guest_kernel / "Image", tree / "lab" / "Image")
         make_ext4(tree, into / "root.img", spare_bytes=256 << 20)
-
-
-def _furnish(tree: Path) -> None:
-    """Do what package scripts and an installer would have done."""
-    for directory in _DIRECTORIES:
-        (tree / directory).mkdir(parents=True, exist_ok=True)
-    libraries = tree / "usr" / "lib" / "aarch64-linux-gnu"
-    for name, target in (("libblas.so.3", "blas"), ("liblapack.so.3", "lapack")):
-        if (libraries / target / name).exists() and not (libraries / name).exists():
-            (libraries / name).symlink_to(f"{target}/{name}")
-    for unused in ("usr/share/doc", "usr/share/locale", "usr/share/man", "usr/lib/udev"):
-        shutil.rmtree(tree / unused, ignore_errors=True)
-    for name in ("sh", "env"):
-        if not (tree / "usr" / "bin" / name).exists():
-            (tree / "usr" / "bin" / name).symlink_to("busybox")
-    (tree / "usr" / "local" / "bin").mkdir(parents=True, exist_ok=True)
-    (tree / "etc" / "passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
-    (tree / "etc" / "group").write_text("root:x:0:\n")
 
 
 def _initramfs(kernel: Path, root: Path) -> Path:
@@ -297,14 +306,18 @@ def _headers() -> Path:
 
 
 def _warm(found: Images) -> None:
-    """Boot the new root once for real, so Python's modules are compiled in the image."""
-    from tests.lab.machine import Machine  # that module imports this one
+    """Boot the new root once for real, and leave in it what is computed only once.
+
+    Python compiles its modules, AppArmor its profiles, and libvirt asks QEMU what it can do.
+    """
+    from tests.lab import libvirt  # they import this module
+    from tests.lab.machine import Machine
 
     with _locked():
         mark = found.root.with_suffix(".warm")
         if mark.exists():
             return
-        print("lab: compiling Python's modules in the lab ...", file=sys.stderr, flush=True)
+        print("lab: filling caches in the lab ...", file=sys.stderr, flush=True)
         with Machine(images=found, keep_writes=True) as machine:
             modules = (
                 "click, concurrent.futures, ctypes, fcntl, hypothesis, hypothesis.extra.numpy,"
@@ -313,6 +326,6 @@ def _warm(found: Images) -> None:
             )
             machine.run(["python3", "-c", f"import {modules}"], timeout=300, check=True)
             machine.run(["python3", "-m", "pytest", "--version"], timeout=300, check=True)
-            if os.getuid():  # the image's files belong to the user who built it
-                machine.run(["chown", "-Rh", "0:0", "/usr", "/etc", "/lab"], check=True)
+            machine.sh(OWNERS)
+            libvirt.warm(machine)
         mark.touch()

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.lab.disk import make_ext4
-from tests.lab.images import DEFAULT_KERNEL, Images, images
+from tests.lab.images import DEFAULT_KERNEL, DEFAULT_LIBVIRT, Images, images
 
 _CHECKOUT = Path(__file__).parents[2]
 _BOOT_SECONDS = 120.0
@@ -53,13 +53,14 @@ class Machine:
         self,
         *,
         kernel: str = DEFAULT_KERNEL,
+        libvirt: str = DEFAULT_LIBVIRT,
         memory: str = "4G",
         cpus: int = 2,
         with_dir: Path | None = None,
         images: Images | None = None,
         keep_writes: bool = False,
     ) -> None:
-        self._images = images or _default_images(kernel)
+        self._images = images or _default_images(kernel, libvirt)
         self._memory = memory
         self._cpus = cpus
         self._with_dir = with_dir
@@ -354,9 +355,14 @@ class Talk:
             (self._out if kind == b"O" else self._err).extend(payload)
 
 
-def shell(kernel: str = DEFAULT_KERNEL, memory: str = "4G", with_dir: Path | None = None) -> int:
+def shell(
+    kernel: str = DEFAULT_KERNEL,
+    libvirt: str = DEFAULT_LIBVIRT,
+    memory: str = "4G",
+    with_dir: Path | None = None,
+) -> int:
     """Run a machine with a prompt on this terminal, until its shell ends."""
-    machine = Machine(kernel=kernel, memory=memory, with_dir=with_dir)
+    machine = Machine(kernel=kernel, libvirt=libvirt, memory=memory, with_dir=with_dir)
     found = machine._images
     with tempfile.TemporaryDirectory(prefix="mtetool-lab-") as scratch:
         command = [
@@ -371,8 +377,8 @@ def shell(kernel: str = DEFAULT_KERNEL, memory: str = "4G", with_dir: Path | Non
         return subprocess.run(command, check=False).returncode
 
 
-def _default_images(kernel: str) -> Images:
-    return images(kernel)
+def _default_images(kernel: str, libvirt: str) -> Images:
+    return images(kernel, libvirt=libvirt)
 
 
 def _emulator(found: Images) -> list[str]:

@@ -106,13 +106,18 @@ class Archive:
         lines = (line.strip().partition(": ") for line in listing.splitlines())
         return [name for relation, _, name in lines if relation == "Depends"]
 
-    def download(self, packages: Iterable[str], *, suite: str | None = None) -> list[Path]:
-        """Fetch packages with everything they need; return the .deb files."""
+    def download(
+        self, packages: Iterable[str], *, suite: str | None = None, without: Iterable[str] = ()
+    ) -> list[Path]:
+        """Fetch packages with everything they need but `without`; return the .deb files."""
         archives = self._state / "cache" / "archives"
         for old in archives.glob("*.deb"):
             old.unlink()
-        target = ["-t", suite] if suite else []
-        self._apt("-y", "--download-only", *target, "install", *packages)
+        # apt leaves out what it believes to be installed, and what only that needs.
+        status = self._state / "status-without"
+        status.write_text("".join(map(_installed, without)))
+        words = [*(["-t", suite] if suite else []), "-o", f"Dir::State::status={status}"]
+        self._apt("-y", "--download-only", *words, "install", *packages)
         return sorted(archives.glob("*.deb"))
 
     def fetch_only(self, package: str) -> Path:
@@ -136,6 +141,20 @@ class Archive:
         if result.returncode:
             tail = "\n".join((result.stdout + result.stderr).splitlines()[-8:])
             raise LabUnavailableError(f"apt-get {' '.join(words[:4])} failed:\n{tail}")
+
+
+def _installed(package: str) -> str:
+    """Return dpkg's record of an installed package, of a version that satisfies all others."""
+    fields = {
+        "Package": package,
+        "Status": "install ok installed",
+        "Architecture": "all",
+        "Multi-Arch": "foreign",
+        "Version": "9999:1",
+        "Maintainer": "nobody",
+        "Description": "not needed in the lab",
+    }
+    return "".join(f"{name}: {value}\n" for name, value in fields.items()) + "\n"
 
 
 def unpack(debs: Iterable[Path], tree: Path) -> None:
