@@ -17,9 +17,8 @@ _BACKLOG = 128
 def listener(path: Path) -> socket.socket:
     """The socket that a service manager handed over; otherwise a new one at `path`.
 
-    The kernel adds the sender's credentials to each message that its connections receive. Raises
-    UsageError (what was handed over is no such socket), BusyError (another service answers at the
-    path), FileExistsAlreadyError (something else is there), HostError.
+    Raises UsageError (what was handed over is no such socket), BusyError (another service answers
+    at the path), FileExistsAlreadyError (something else is there), HostError.
     """
     found = _handed_over()
     if found is None:
@@ -28,8 +27,6 @@ def listener(path: Path) -> socket.socket:
             found = _bound(path)
         except OSError as error:
             raise host_error(error, f"making the socket {path}") from error
-    # Connections inherit this, so it holds for messages that were sent before we accept, too.
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     found.setblocking(False)
     return found
 

@@ -100,7 +100,10 @@ def _proven(connection: socket.socket) -> tuple[Client, bytes]:
     we had its pidfd, and lives when we have read it, it is the one that asks.
     """
     deadline = time.monotonic() + _HANDSHAKE_SECONDS
-    words, (pid, _, _) = _message(connection, deadline)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    words, _ = _message(connection, deadline)
+    made_by = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, _, _ = _CREDENTIALS.unpack(made_by)
     if pid <= 0:
         raise AttachRefusedError("the client is in a PID namespace that this service cannot see")
     try:
@@ -109,26 +112,32 @@ def _proven(connection: socket.socket) -> tuple[Client, bytes]:
         raise AttachRefusedError(f"process {pid} has ended") from error
     nonce = secrets.token_hex().encode()
     _send(connection, client.PROVE + nonce)
-    answer, (again, uid, gid) = _message(connection, deadline)
-    found = Client(pid, uid, gid, pidfd)
-    if (answer, again) != (client.HERE + nonce, pid) or not found.lives():
+    answer, sender = _message(connection, deadline)
+    if sender is None or (answer, sender[0]) != (client.HERE + nonce, pid):
         raise AttachRefusedError("the client is not the process that connected")
+    found = Client(*sender, pidfd)
+    if not found.lives():
+        raise AttachRefusedError("the client ended")
     return found, words
 
 
-def _message(connection: socket.socket, deadline: float) -> tuple[bytes, tuple[int, int, int]]:
-    """The next message, and the PID, user and group of its sender as the kernel knows them."""
+def _message(
+    connection: socket.socket, deadline: float
+) -> tuple[bytes, tuple[int, int, int] | None]:
+    """The next message, and the PID, user and group of its sender, if the kernel says them."""
     connection.settimeout(max(deadline - time.monotonic(), 0.001))
     room = socket.CMSG_SPACE(_CREDENTIALS.size)
     try:
         data, extra, flags, _ = connection.recvmsg(client.MESSAGE_BYTES, room)
     except OSError as error:
         raise AttachRefusedError("the client says nothing") from error
+    if not data or flags & _CUT:
+        raise AttachRefusedError("the client hung up, or sent too much")
     for level, kind, content in extra:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS) and not flags & _CUT:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
             pid, uid, gid = _CREDENTIALS.unpack(content)
             return data, (pid, uid, gid)
-    raise AttachRefusedError("the client hung up, or sent too much")
+    return data, None
 
 
 def _wish(words: bytes, asker: Client, text: Text) -> Wish:
