@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.lab.guests import Qemu
+from tests.lab.guests import Qemu, page_bytes
 from tests.lab.machine import Machine
 
 MIB = 1 << 20
@@ -117,8 +117,9 @@ def test_hotplugged_memory(lab: Machine, path: str) -> None:
 def test_kvm_refuses_the_memory_of_devices(lab: Machine) -> None:
     out = lab.run(["python3", "-m", "tests.lab.bars"], check=True, env=_CHECKOUT).stdout
     answers = out.decode().splitlines()
-    assert answers
-    assert set(answers) == {"-22 0"}
+    # Nothing smaller than a page can be mapped, and no driver leaves more than 4 KiB unclaimed.
+    assert answers or page_bytes(lab) > 4096
+    assert set(answers) <= {"-22 0"}
     script = "from mtetool.vmm.taggable import ThisHost; print(ThisHost().accepts('device'))"
     asked = lab.run(["python3", "-c", script], check=True, env=_CHECKOUT)
     assert asked.stdout == b"False\n"
