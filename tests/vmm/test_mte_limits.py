@@ -274,12 +274,14 @@ _PARTS = (
     ' x-no-mmap page-per-vq netdev vhost-vdpa type hostmem virtio-gpu-pci {"driver":"vfio-pci"}'
     ' {"qom-type":"memory-backend-file","mem-path":"\\u0000"} [device [object \n kvm qemu-kvm'
 )
-_WORDS = st.lists(
-    st.one_of(
-        st.text(),
-        st.lists(st.sampled_from(_PARTS.split(" ")), max_size=12).map("".join),
-        st.sampled_from(_PARTS.split(" ")),
-    )
+_VALUES = st.one_of(
+    st.text(),
+    st.lists(st.sampled_from(_PARTS.split(" ")), max_size=12).map("".join),
+    st.sampled_from(_PARTS.split(" ")),
+)
+_OPTIONS = st.sampled_from(["-mem-path", "-object", "-device", "-netdev", "-readconfig", "-append"])
+_WORDS = st.lists(st.one_of(_VALUES.map(lambda value: (value,)), st.tuples(_OPTIONS, _VALUES))).map(
+    lambda pairs: [word for pair in pairs for word in pair]
 )
 
 
