@@ -92,7 +92,7 @@ ROOMS: dict[str, set[str]] = {
         "words",
     },
     "backends": {"errors", "files", "guest", "vmm", "words"},
-    "companion": {"attach", "backends.kvm", "errors", "permission", "vmm"},
+    "companion": {"attach", "backends.kvm", "errors", "permission", "procfs", "vmm"},
     "sources": {"backends", "buffers", "errors", "guest", "loops", "snapshot", "uapi"},
     "flows": {
         "attach",

@@ -23,11 +23,14 @@ from mtetool.backends.kvm.starting import Wish
 from mtetool.companion import client
 from mtetool.errors import AttachRefusedError, MtetoolError
 from mtetool.permission import refusal
+from mtetool.procfs import status_of
 from mtetool.vmm import proc
+from mtetool.vmm.mte_limits import qemu
 from mtetool.vmm.mte_warnings import warnings
 
 _HANDSHAKE_SECONDS = 5.0
 _MOST_SECONDS = 600.0
+_FILES_SECONDS = 3.0
 # A client may start as many processes as it likes, and all are followed. When this is used up, the
 # kernel ends us, which harms nobody.
 _CPU_SECONDS = 60
@@ -50,6 +53,11 @@ class Client:
     uid: int
     gid: int
     pidfd: int
+
+    @property
+    def groups(self) -> list[int]:
+        """Its supplementary groups."""
+        return [int(group) for group in status_of(self.pid).get("Groups", "").split()]
 
     def lives(self) -> bool:
         """Whether it has not ended: its PID is its own until then."""
@@ -155,7 +163,7 @@ def _wish(words: bytes, asker: Client, text: Text) -> Wish:
         every_call=match["every"] == b"1",
         text=text,
         user=asker.uid,
-        write=lambda fd, data: _write_as(asker, fd, data),
+        write=lambda fd, data: _as_client(asker, lambda: write_briefly(fd, data)),
     )
 
 
@@ -171,29 +179,39 @@ def _attached(asker: Client, wish: Wish, attach: Attach) -> Callable[[], bool]:
 
 def _warn(asker: Client, text: Text) -> None:
     """Report what MTE will break of the VMM that the client is about to become."""
-    # Root reads no file that a client names.
-    found = warnings(proc.command_line(asker.pid), lambda path: "")
-    if found:
-        with stderr_of([asker.pid]) as stderr:
-            if stderr is not None:
-                _write_as(asker, stderr, "".join(map(text, found)).encode(errors="replace"))
+    words = proc.command_line(asker.pid)
+    with stderr_of([asker.pid]) as stderr:
+        if stderr is None or not asker.lives():
+            return
+
+        def warn() -> None:
+            found = warnings(words, lambda path: "")
+            if found:
+                write_briefly(stderr, "".join(map(text, found)).encode(errors="replace"))
+
+        if qemu(words):
+            _as_client(asker, warn)
 
 
-def _write_as(asker: Client, fd: int, data: bytes) -> None:
-    """Write a report to the client's standard error as its user.
+def _as_client(asker: Client, run: Callable[[], object]) -> None:
+    """Run something that touches files of the client's choice as its user, for a bounded time.
 
-    It chose the file; some files do more for root than for the process that opened them.
+    Some files do more for root than for the process that named or opened them, and some hang.
     """
     pid = os.fork()
     if pid == 0:
         try:
             if os.getuid() == 0:
-                os.setgroups([])
+                os.setgroups(asker.groups)
                 os.setresgid(asker.gid, asker.gid, asker.gid)
                 os.setresuid(asker.uid, asker.uid, asker.uid)
-            write_briefly(fd, data)
+            run()
         finally:
             os._exit(0)
+    pidfd = os.pidfd_open(pid)
+    if not select.select([pidfd], [], [], _FILES_SECONDS)[0]:
+        os.kill(pid, signal.SIGKILL)
+    os.close(pidfd)
     os.waitpid(pid, 0)
 
 

@@ -50,18 +50,18 @@ echo '<5>{_MARK}' >/dev/kmsg
 """
 
 # Keep what the packages have, once. Later: restore it.
-_OWN = "etc/libvirt var/lib/libvirt var/log/libvirt"
+_STATE = "etc/libvirt var/lib/libvirt var/log/libvirt"
 _KEEP = f"""
 cd /
 [ -d /root/packaged ] || {{
-    for own in {_OWN}; do
+    for own in {_STATE}; do
         mkdir -p /root/packaged/$own
         cp -a $own/. /root/packaged/$own
     done
 }}
 """
 _RESTORE = f"""
-for own in {_OWN}; do
+for own in {_STATE}; do
     rm -rf $own/*
     cp -a /root/packaged/$own/. $own
 done
@@ -69,14 +69,15 @@ rm -rf run/libvirt
 mkdir -p run/libvirt
 """
 
-# Directories of its own instead. /run/lab holds the lab's own disk.
-_OWN_DIRECTORIES = f"""
+# Directories and processes of its own instead. /run/lab holds the lab's own disk.
+_OWN = f"""
 mount --make-rprivate /
+mount -t proc proc /proc
 mount -t tmpfs run /mnt
 mkdir /mnt/lab
 mount --move /run/lab /mnt/lab
 mount --move /mnt /run
-for own in {_OWN}; do mount -t tmpfs -o mode=755 own $own; done
+for own in {_STATE}; do mount -t tmpfs -o mode=755 own $own; done
 """
 
 # The processes of an earlier test are dead, but its profiles and control groups are still there.
@@ -101,6 +102,25 @@ virtlogd --daemon --pid-file /run/libvirt/virtlogd.pid
 libvirtd --daemon --pid-file /run/libvirt/libvirtd.pid
 virsh -c qemu:///system version >&2 || { cat /var/log/libvirt/*.log >&2; exit 1; }
 cat /run/libvirt/libvirtd.pid
+"""
+
+# What an administrator sets up once, so that root of one host may log in to the other.
+_SSH = """
+ifconfig lo up
+grep -q host2 /etc/hosts || echo '127.0.0.1 host1 host2' >>/etc/hosts
+mkdir -p -m 700 /root/.ssh /run/sshd
+[ -e /root/.ssh/id_ed25519 ] || {
+    ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519
+    cp /root/.ssh/id_ed25519.pub /root/.ssh/authorized_keys
+    printf 'StrictHostKeyChecking accept-new\nLogLevel ERROR\n' >/root/.ssh/config
+    ssh-keygen -A >/dev/null
+}
+"""
+# The last process of a host is its first one, too: it has to reap what the others leave.
+_STAY = """
+echo READY
+trap '' CHLD
+exec sleep 1000000
 """
 
 _DOMAIN = """\
@@ -149,6 +169,10 @@ class Libvirt:
         """Return where the rest of the machine finds a file of this host."""
         return path
 
+    def outer_pid(self, pid: int) -> int:
+        """Return what the machine calls a process that this host calls `pid`."""
+        return pid
+
     def start(self) -> Self:
         """Start the daemon as the packages configure it, and wait until it answers."""
         script = _PREPARE + _KEEP + _FORGET + self._script()
@@ -181,8 +205,13 @@ class Libvirt:
 
 
 @dataclass
-class _Namespace(Libvirt):
-    """A host of its own: a daemon in a mount namespace, with its own directories and identity."""
+class Host(Libvirt):
+    """A host of its own, as far as namespaces of mounts and processes go, with its own identity.
+
+    `pid` is its first process. Root may log in to `host2` by ssh.
+    """
+
+    name: str = "host1"
 
     @property
     def uri(self) -> str:
@@ -191,12 +220,31 @@ class _Namespace(Libvirt):
     def path(self, path: str) -> str:
         return f"/proc/{self.pid}/root{path}"
 
+    def run(self, *words: str, check: bool = True) -> CompletedProcess[bytes]:
+        """Run a command on this host."""
+        enter = ["nsenter", "-t", str(self.pid), "-m", "-p", "--"]
+        return self.lab.run([*enter, *words], timeout=_SECONDS, check=check)
+
+    def outer_pid(self, pid: int) -> int:
+        script = 'for s in /proc/[0-9]*/status; do grep -H "^NSpid:.*\t$1$" $s; done; true'
+        lines = self.lab.run(["sh", "-c", script, "sh", str(pid)]).stdout.decode().splitlines()
+        ours = self.lab.sh(f"readlink /proc/{self.pid}/ns/pid").stdout
+        found = [int(line.split("/")[2]) for line in lines]
+        return next(p for p in found if self.lab.sh(f"readlink /proc/{p}/ns/pid").stdout == ours)
+
     def _script(self) -> str:
         # By default it is the machine's, and no domain migrates to the host where it runs.
         identity = _append("libvirtd.conf", {"host_uuid": f'"{uuid4()}"'})
         settings = _append("qemu.conf", {**_TWO_HOSTS, **self.settings})
-        script = "set -e\n" + _OWN_DIRECTORIES + _RESTORE + identity + settings + _START
-        return f"unshare -m sh -c {quote(script)}"
+        sshd = "/usr/sbin/sshd -o UsePAM=no\n" if self.name == "host2" else ""
+        inside = "set -e\n" + _OWN + _RESTORE + identity + settings + _START + sshd + _STAY
+        out = f"/tmp/{self.name}.out"
+        return (
+            f"{_SSH}\nunshare -m -p -f sh -c {quote(inside)} >{out} 2>&1 & host=$!\n"
+            f"until grep -q READY {out}; do kill -0 $host || {{ cat {out} >&2; exit 1; }};"
+            " sleep 0.1; done\n"
+            "cat /proc/$host/task/$host/children\n"
+        )
 
 
 def _append(name: str, settings: Mapping[str, str]) -> str:
@@ -204,13 +252,13 @@ def _append(name: str, settings: Mapping[str, str]) -> str:
     return f"printf %s {quote(text)} >>etc/libvirt/{name}\n"
 
 
-def two_hosts(lab: Machine, settings: Mapping[str, str] | None = None) -> tuple[Libvirt, Libvirt]:
+def two_hosts(lab: Machine, settings: Mapping[str, str] | None = None) -> tuple[Host, Host]:
     """Start two hosts on one machine; a domain can migrate between them.
 
-    Each has its own /run, /etc/libvirt, /var/lib/libvirt and /var/log/libvirt; `path` shows where
-    they are. They share the rest.
+    Each has its own processes, /run, /etc/libvirt, /var/lib/libvirt and /var/log/libvirt; `path`
+    shows where they are. They share the rest.
     """
-    first, second = (_Namespace(lab, settings or {}) for _ in range(2))
+    first, second = (Host(lab, settings or {}, name=name) for name in ("host1", "host2"))
     return first.start(), second.start()
 
 
@@ -280,7 +328,8 @@ class Domain(Tagger):
     @property
     def pid(self) -> int:
         """The PID of its QEMU."""
-        return int(self.lab.get(self.host.path(f"/run/libvirt/qemu/{self.name}.pid")))
+        inner = self.lab.get(self.host.path(f"/run/libvirt/qemu/{self.name}.pid"))
+        return self.host.outer_pid(int(inner))
 
     @property
     def profile(self) -> str:

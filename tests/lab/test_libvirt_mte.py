@@ -2,55 +2,104 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
 
-from mtetool.companion.installing import text_of
 from tests.lab.libvirt import Domain, Libvirt
 from tests.lab.machine import Machine
+from tests.lab.mte_hosts import WRAPPER, list_vms, mte_host
+from tests.lab.walk import APT, SYSTEMCTL, sections
 
-WRAPPER = "/usr/bin/qemu-system-aarch64-mte"
-
-
-def install(lab: Machine) -> None:
-    """Install the wrapper, and start the service."""
-    lab.put(WRAPPER, text_of("wrapper").encode(), 0o755)
-    lab.sh(
-        "mtetool companion >/tmp/companion.log 2>&1 &"
-        " until grep -q /run/mtetool/companion.sock /proc/net/unix; do sleep 0.1; done"
-    )
+_CACHE = "/var/cache/libvirt/qemu/capabilities"
+_ON_DISK = """<memoryBacking><source type='file'/><access mode='shared'/></memoryBacking>"""
 
 
-@pytest.fixture
-def host(lab: Machine) -> Libvirt:
-    """libvirt, with all that mtetool-libvirt(7) installs."""
-    install(lab)
-    return Libvirt(lab, rules=text_of("apparmor")).start()
+def _check(guest: Domain) -> None:
+    assert {check.wrong for check in guest.wait_for_checks()} == {0}
 
 
-def vms(lab: Machine) -> Any:
-    """What list says."""
-    return json.loads(lab.run(["mtetool", "list", "--json"], check=True).stdout)["vms"]
-
-
-def test_a_domain_has_mte_and_obeys_virsh(lab: Machine, host: Libvirt) -> None:
-    guest = Domain(host, "web", emulator=WRAPPER).start()
-    try:
-        assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]
-    finally:
-        print(guest.log(), lab.get("/tmp/companion.log").decode(), host.denials())
-    assert [(vm["pid"], vm["mte"]) for vm in vms(lab)] == [(guest.pid, True)]
+def test_the_walk_of_the_manual_page(lab: Machine) -> None:
+    """All its commands, in its order; the last but one section's are in test_libvirt_move."""
+    page = sections()
+    assert list(page) == [
+        "INSTALL (ON EACH HOST)",
+        "SWITCH MTE ON FOR A DOMAIN",
+        "LOOK, SAVE, RESTORE",
+        "MOVE A DOMAIN",
+        "UPGRADES OF QEMU",
+    ]
+    install, switch, look, _, upgrade = page.values()
+    lab.sh(f"rm -f {WRAPPER} /run/mtetool/companion.sock; mkdir -p /etc/systemd/system")
+    lab.put("/usr/local/bin/apt", APT.encode(), 0o755)
+    lab.put("/usr/local/bin/systemctl", SYSTEMCTL.encode(), 0o755)
+    host = Libvirt(lab).start()
+    said = _run(lab, install)
+    guest = Domain(host, "web").define()
+    said = _run(lab, switch)
+    assert "libvirt:web  qemu-system-aarch64-" not in said  # QEMU itself, not the wrapper
+    assert "libvirt:web  qemu-system-aarch64" in said
+    assert "mtetool: " not in guest.log()
+    _check(guest)
+    (vm,) = list_vms(lab)
+    assert (vm["source"], vm["pid"], vm["mte"]) == ("libvirt:web", guest.pid, True)
     assert lab.get(f"/proc/{guest.pid}/attr/current") == f"{guest.profile} (enforce)\n".encode()
+    host.virsh("suspend", "web")  # it hammers its tags: what was saved must still be there
+    _run(lab, look[:2])
+    host.virsh("resume", "web")
+    _run(lab, look[2:])
+    _check(guest)
+    before = lab.sh(f"grep -l {WRAPPER} {_CACHE}/* | xargs cat").stdout
+    _run(lab, upgrade)
+    host.virsh("domcapabilities", "--emulatorbin", WRAPPER)
+    assert lab.sh(f"grep -l {WRAPPER} {_CACHE}/* | xargs cat").stdout != before
     assert host.denials() == []
-    assert "mtetool" not in guest.log().replace(WRAPPER, "")
-    lab.mtetool(f"save kvm:{guest.pid} --freeze -o /tmp/s", "verify /tmp/s")
+
+
+def _run(lab: Machine, lines: list[str]) -> str:
+    """Run a section as a script that ends at the first failure."""
+    result = lab.run(["sh", "-ec", "\n".join(lines)], timeout=400, check=True)
+    return result.stdout.decode()
+
+
+@pytest.mark.long
+def test_what_virsh_does_to_a_domain_it_does_to_one_with_mte(lab: Machine) -> None:
+    host = mte_host(lab)
+    guest = Domain(host, "web", emulator=WRAPPER).start()
+    _check(guest)
     first = guest.pid
     host.virsh("reset", "web")
-    guest.wait_for_checks()
+    _check(guest)
     assert guest.pid == first
+    host.virsh("suspend", "web")
+    assert [vm["state"] for vm in list_vms(lab)] == ["paused"]
+    lab.mtetool("save libvirt:web -o /tmp/s")
+    host.virsh("managedsave", "web")
+    host.virsh("start", "web", "--paused")
+    lab.mtetool("restore /tmp/s libvirt:web")
+    host.virsh("resume", "web")
+    _check(guest)
     host.virsh("destroy", "web")
     host.virsh("start", "web")
-    assert guest.pid != first
-    assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]
+    _check(guest)
+    assert host.denials() == []
+
+
+@pytest.mark.long
+def test_memory_in_a_file_ends_qemu_and_the_log_has_said_so(lab: Machine) -> None:
+    host = mte_host(lab)
+    guest = Domain(host, "web", emulator=WRAPPER)
+    lab.put("/tmp/web.xml", guest.xml().replace("<vcpu>", f"{_ON_DISK}<vcpu>").encode())
+    host.virsh("define", "/tmp/web.xml")
+    assert host.virsh("start", "web", check=False).returncode
+    log = guest.log()
+    assert "KVM refuses memory of a file outside tmpfs" in log
+    assert log.index("KVM refuses") < log.index("error registering slot")
+
+
+@pytest.mark.long
+def test_without_the_service_a_domain_starts_and_its_log_says_why(lab: Machine) -> None:
+    host = mte_host(lab)
+    lab.sh("rm /run/mtetool/companion.sock")
+    guest = Domain(host, "web", emulator=WRAPPER).start()
+    guest.wait_for(b"no-mte")
+    assert "so this VM has no MTE" in guest.log()
+    assert host.virsh("domstate", "web").stdout.strip() == b"running"
