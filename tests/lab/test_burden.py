@@ -143,6 +143,7 @@ def test_vmm_that_may_have_no_more_threads_is_refused_and_untouched(lab: Machine
     assert (_threads(lab, pid), _ours(lab, pid)) == (before, b"0\n")
 
 
+@pytest.mark.long
 @pytest.mark.two_cpus
 def test_threads_that_the_vmm_makes_meanwhile_are_left_alone(lab: Machine) -> None:
     pid = start_test_vmm(lab, "--churn", "0x40000000:0x100000")

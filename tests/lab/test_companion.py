@@ -59,6 +59,7 @@ def test_a_sandboxed_vmm_of_another_user_gets_mte(lab: Machine, service: int, wr
     assert lab.sh(f"cat /proc/{service}/task/*/children").stdout == b""
 
 
+@pytest.mark.long
 def test_exec_asks_the_service(lab: Machine, service: int) -> None:
     guest = Qemu(lab, "g", mte=False, uid=_USER, wrapper="mtetool exec --", extra=_SANDBOX)
     assert [check.wrong for check in guest.start().wait_for_checks()] == [0, 0]
@@ -76,6 +77,7 @@ def test_without_the_service_the_vm_starts_and_its_log_says_why(lab: Machine, wr
     assert [(vm["pid"], vm["mte"]) for vm in listed["vms"]] == [(guest.pid, False)]
 
 
+@pytest.mark.long
 def test_a_service_that_hangs_delays_a_start_and_no_more(
     lab: Machine, service: int, wrapper: str
 ) -> None:
@@ -88,6 +90,7 @@ def test_a_service_that_hangs_delays_a_start_and_no_more(
     assert b"TracerPid:\t0\n" in lab.get(f"/proc/{guest.pid}/status")
 
 
+@pytest.mark.long
 def test_a_client_that_is_no_vmm(lab: Machine, service: int, wrapper: str) -> None:
     lab.sh(f"sed 's#^QEMU = .*#QEMU = \"/bin/sh\"#' {wrapper} >/tmp/w; chmod 755 /tmp/w")
     assert _user(lab, _USER, "/tmp/w -c 'echo started'") == (0, "started\n", "")
@@ -118,6 +121,7 @@ def test_a_setuid_program_is_let_go(lab: Machine, service: int, wrapper: str) ->
     _wait_for_log(lab, "it made no VM")
 
 
+@pytest.mark.long
 def test_a_client_that_is_traced_already(lab: Machine, service: int, wrapper: str) -> None:
     lab.sh(f"sed 's#^QEMU = .*#QEMU = \"/bin/sh\"#' {wrapper} >/tmp/w; chmod 755 /tmp/w")
     tracer = (

@@ -44,6 +44,7 @@ def _deaths(lab: Machine, pid: int, *words: str) -> dict[str, object]:
     return found
 
 
+@pytest.mark.long
 def test_qemu_as_libvirt_starts_it(lab: Machine) -> None:
     guest = Qemu(lab, "guest", extra=_SANDBOX, uid=64055).start()
     guest.wait_for_checks()

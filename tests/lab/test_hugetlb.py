@@ -16,6 +16,7 @@ cat /tmp/out; echo $!
 """
 
 
+@pytest.mark.long
 @pytest.mark.kernel("7.3")
 def test_a_restore_leaves_no_tags_of_a_huge_pages_last_user(lab: Machine) -> None:
     words = lab.sh(_START).stdout.split()

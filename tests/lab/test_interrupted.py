@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.lab.guests import Qemu
 from tests.lab.machine import Machine
 
@@ -11,6 +13,7 @@ _ENDS = 3
 _RANGES = 4
 
 
+@pytest.mark.long
 def test_a_restore_that_is_broken_off_and_run_again_is_exact(lab: Machine) -> None:
     guest = Qemu(lab, "guest", memory="64M").start()
     guest.wait_for_checks()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.lab.libvirt import Domain, Host
 from tests.lab.machine import Machine
 from tests.lab.mte_hosts import WRAPPER, two_mte_hosts
@@ -31,6 +33,7 @@ def test_a_domain_moves_with_its_tags(lab: Machine) -> None:
     assert _leftovers(first) + _leftovers(second) == b""
 
 
+@pytest.mark.long
 def test_a_destination_without_mte_leaves_the_domain_at_the_source(lab: Machine) -> None:
     first, second = two_mte_hosts(lab)
     guest = Domain(first, "web", emulator=WRAPPER).start()

@@ -23,8 +23,8 @@ mount -t hugetlbfs huge /tmp/huge
 _NO_HUGE_PAGES = "umount /tmp/huge; echo 0 >/proc/sys/vm/nr_hugepages"
 _HUGE = [
     _BACKEND.format("memfd,hugetlb=on"),
-    _BACKEND.format("file,mem-path=/tmp/huge,share=on"),
-    "-mem-path /tmp/huge",
+    pytest.param(_BACKEND.format("file,mem-path=/tmp/huge,share=on"), marks=pytest.mark.long),
+    pytest.param("-mem-path /tmp/huge", marks=pytest.mark.long),
 ]
 _SLOT_REFUSED = "error registering slot: Invalid argument"
 
@@ -49,7 +49,9 @@ def _start(guest: Qemu) -> str:
     return guest.lab.get("/tmp/g.out").decode()
 
 
-@pytest.mark.parametrize("extra", [_ON_DISK, "-mem-path /root"])
+@pytest.mark.parametrize(
+    "extra", [_ON_DISK, pytest.param("-mem-path /root", marks=pytest.mark.long)]
+)
 def test_qemu_aborts_with_memory_of_a_file_on_a_disk(lab: Machine, extra: str) -> None:
     first, hint, *rest = _abort(lab, extra)
     words = extra.partition(" -machine")[0]
@@ -58,6 +60,7 @@ def test_qemu_aborts_with_memory_of_a_file_on_a_disk(lab: Machine, extra: str) -
     assert all("mtetool" not in line for line in rest)
 
 
+@pytest.mark.long
 def test_a_file_on_a_disk_is_no_obstacle_without_mte(lab: Machine) -> None:
     guest = Qemu(lab, "g", mte=False, memory="128M", wrapper="env", extra=f"-S {_ON_DISK}")
     guest.start().wait_for_machine()
@@ -80,6 +83,7 @@ def test_huge_pages_that_the_kernel_refuses(lab: Machine, extra: str) -> None:
         lab.sh(_NO_HUGE_PAGES)
 
 
+@pytest.mark.long
 @pytest.mark.kernel("7.3")
 @pytest.mark.parametrize("extra", _HUGE)
 def test_huge_pages_that_the_kernel_accepts(lab: Machine, extra: str) -> None:
@@ -92,7 +96,9 @@ def test_huge_pages_that_the_kernel_accepts(lab: Machine, extra: str) -> None:
         lab.sh(_NO_HUGE_PAGES)
 
 
-@pytest.mark.parametrize("path", ["/root/hot", "/dev/shm/hot"])
+@pytest.mark.parametrize(
+    "path", ["/root/hot", pytest.param("/dev/shm/hot", marks=pytest.mark.long)]
+)
 def test_hotplugged_memory(lab: Machine, path: str) -> None:
     lab.sh("truncate -s 1M /tmp/firmware")  # hotplug needs ACPI, which needs a firmware
     guest = _qemu(lab, "-bios /tmp/firmware -S", memory="128M,slots=2,maxmem=1G")
@@ -113,7 +119,7 @@ def test_hotplugged_memory(lab: Machine, path: str) -> None:
     lab.sh(f"rm -f {path}")
 
 
-@pytest.mark.every_kernel(long=["6.12-16k"])
+@pytest.mark.every_kernel(long=["6.12-16k", "7.3"])
 def test_kvm_refuses_the_memory_of_devices(lab: Machine) -> None:
     out = lab.run(["python3", "-m", "tests.lab.bars"], check=True, env=_CHECKOUT).stdout
     answers = out.decode().splitlines()

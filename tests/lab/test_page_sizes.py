@@ -83,6 +83,7 @@ _REFUSED = (
 )
 
 
+@pytest.mark.long
 def test_what_cannot_be_aligned_is_refused(lab_on: LabOn) -> None:
     small, large = lab_on(SMALL), lab_on(LARGE)
     target = start_test_vmm(large, f"{RAM:#x}:0x200000")

@@ -112,7 +112,8 @@ time.sleep(100000)
 """
 
 
-@pytest.mark.parametrize("memory", [pytest.param("private", marks=pytest.mark.long), "memfd"])
+@pytest.mark.long
+@pytest.mark.parametrize("memory", ["private", "memfd"])
 def test_a_save_without_a_monitor_makes_no_memory(lab: Machine, memory: str) -> None:
     """As under libvirt, which holds the only connection: the kernel confirms where memory is."""
     guest = Qemu(lab, "g", extra=f"{MEMORIES[memory]} -S").start().wait_for_machine()
@@ -184,7 +185,7 @@ def test_huge_pages_of_hugetlbfs_are_all_read(lab: Machine) -> None:
     assert (same.returncode, same.stdout) == (0, b""), same.stdout[:400]
 
 
-@pytest.mark.every_kernel
+@pytest.mark.every_kernel(long=["6.12-16k", "7.3"])
 def test_a_page_that_is_only_in_the_file_exists(lab: Machine) -> None:
     """Another process wrote it, or it is no longer in the page tables."""
     guest = Qemu(lab, "g", extra=f"{MEMORIES['memfd']} -S").start()
