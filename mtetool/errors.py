@@ -257,6 +257,30 @@ class ForeignMonitorError(GuestError):
     id = "foreign-monitor"
 
 
+class NoSuchDomainError(GuestError):
+    """libvirt has no domain of that name or UUID."""
+
+    id = "no-such-domain"
+
+
+class DomainOffError(GuestError):
+    """The domain is shut off: it has no process, and no tags."""
+
+    id = "domain-off"
+
+
+class DomainProcessError(GuestError):
+    """It is not proven which process runs the domain; nothing was touched."""
+
+    id = "domain-process"
+
+
+class LibvirtUnavailableError(GuestError):
+    """libvirt cannot be asked: not installed, not running, or its answers make no sense."""
+
+    id = "libvirt-unavailable"
+
+
 class WrongHostError(GuestError):
     """The host's architecture has no MTE (not arm64)."""
 

@@ -108,10 +108,14 @@ class GuestOptions:
     """What the user specified about a guest besides its name.
 
     `memslots` replaces the layout that mtetool would find out; `qmp` is the VMM's monitor socket.
+    `connect` is the URI of the libvirt that knows the domain; None for its default. Without
+    `use_monitor`, the VMM's monitor is asked nothing.
     """
 
     memslots: tuple[Memslot, ...] = ()
     qmp: Path | None = None
+    connect: str | None = None
+    use_monitor: bool = True
 
 
 class Guest(Closing, ABC):

@@ -45,7 +45,17 @@ ROOMS: dict[str, set[str]] = {
         "uapi",
         "words",
     },
-    "backends.kvm": {"attach", "buffers", "errors", "guest", "procfs", "spans", "uapi", "vmm"},
+    "backends.kvm": {
+        "attach",
+        "buffers",
+        "closing",
+        "errors",
+        "guest",
+        "procfs",
+        "spans",
+        "uapi",
+        "vmm",
+    },
     "backends.proc": {
         "attach",
         "buffers",
@@ -70,7 +80,7 @@ ROOMS: dict[str, set[str]] = {
         "uapi",
         "words",
     },
-    "backends": {"errors", "files", "guest", "words"},
+    "backends": {"errors", "files", "guest", "vmm", "words"},
     "sources": {"backends", "buffers", "errors", "guest", "loops", "snapshot", "uapi"},
     "flows": {
         "attach",

@@ -18,6 +18,7 @@ Opener = Callable[[str, GuestOptions], Guest]
 _OPENERS = {
     "emu": ("mtetool.backends.emu.guest", "open_with_faults"),
     "kvm": ("mtetool.backends.kvm.guest", "open_kvm"),
+    "libvirt": ("mtetool.backends.kvm.domain", "open_domain"),
     "proc": ("mtetool.backends.proc.guest", "open_process"),
 }
 
@@ -38,17 +39,31 @@ def open_files(source: str) -> list[str]:
 
     A VM's disks and memory are among them: no output may replace those.
     """
+    return [str(path) for pid in _pids(source) for path in _descriptors(pid)]
+
+
+def _pids(source: str) -> list[int]:
+    """The processes that a source names; for a domain, all that say they run it."""
     prefix, _, rest = source.partition(":")
-    if prefix not in ("kvm", "proc"):
-        return []
+    if prefix == "libvirt":
+        from mtetool.vmm import domain_process
+
+        return domain_process.pids_of(rest)
     try:
-        return [str(path) for path in Path(f"/proc/{int(rest.partition(':')[0])}/fd").iterdir()]
-    except (OSError, ValueError):
+        return [int(rest.partition(":")[0])] if prefix in ("kvm", "proc") else []
+    except ValueError:
+        return []
+
+
+def _descriptors(pid: int) -> list[Path]:
+    try:
+        return list(Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
         return []
 
 
 def open_guest(source: str, options: GuestOptions | None = None) -> Guest:
-    """Open the guest that `source` names, `emu:PATH`, `kvm:PID[:FD]` or `proc:PID`.
+    """Open the guest that `source` names: `emu:PATH`, `kvm:PID[:FD]`, `libvirt:DOMAIN`, `proc:PID`.
 
     Raises SourceError for a name of no known kind, and what the backend raises.
     """

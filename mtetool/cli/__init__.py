@@ -96,6 +96,6 @@ def _name_page(command: click.Command, page: str) -> None:
 )
 @click.version_option(__version__, message="mtetool %(version)s")
 def group() -> None:
-    """Save, restore and look at the memory tags (Arm MTE) of a GUEST: kvm:PID, a
-    live VM; proc:PID, a process; emu:PATH, an emulated one.
+    """Save, restore and look at the memory tags (Arm MTE) of a GUEST: kvm:PID or
+    libvirt:DOMAIN, a live VM; proc:PID, a process; emu:PATH, an emulated one.
     """

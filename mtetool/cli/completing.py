@@ -9,6 +9,7 @@ line.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,12 +17,14 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem, ShellComplete, add_completion_class
 
-_KINDS = ("emu:", "kvm:", "proc:")
+_KINDS = ("emu:", "kvm:", "libvirt:", "proc:")
 # Bounds for hosts with very many processes.
 _MOST_PIDS = 20_000
 _MOST_FDS = 1_000
 _MOST_ANSWERS = 200
 _VM_LINK = "anon_inode:kvm-vm"
+# A shell would split other names, or run parts of them.
+_PLAIN_NAME = re.compile(r"[\w.+@-]+", re.ASCII)
 
 
 def files(
@@ -49,8 +52,9 @@ def guests(
         ]
     if kind == "emu":
         return [CompletionItem("", type="emu")]
-    if kind in ("kvm", "proc"):
-        found = (name for name in _processes(kind) if name.startswith(incomplete))
+    if kind in ("kvm", "libvirt", "proc"):
+        names = _domains() if kind == "libvirt" else _processes(kind)
+        found = (name for name in names if name.startswith(incomplete))
         return [CompletionItem(name) for name in islice(found, _MOST_ANSWERS)]
     return []
 
@@ -63,11 +67,24 @@ def sources(
     return found if ":" in incomplete else [*found, CompletionItem("", type="file")]
 
 
+def _pids() -> list[int]:
+    names = (entry.name for entry in Path("/proc").iterdir())
+    return sorted(islice((int(name) for name in names if name.isdecimal()), _MOST_PIDS))
+
+
+def _domains() -> Iterator[str]:
+    """Yield `libvirt:NAME` of running domains, by their command lines: libvirt is not asked."""
+    from mtetool.vmm import proc, qemu_options
+
+    for pid in _pids():
+        domain = qemu_options.domain(proc.command_line(pid))
+        if domain and _PLAIN_NAME.fullmatch(domain.name):
+            yield f"libvirt:{domain.name}"
+
+
 def _processes(kind: str) -> Iterator[str]:
     """Yield `kvm:PID` of processes with a VM, or `proc:PID` of this user's, as /proc shows them."""
-    names = (entry.name for entry in Path("/proc").iterdir())
-    pids = islice((int(name) for name in names if name.isdecimal()), _MOST_PIDS)
-    for pid in sorted(pids):
+    for pid in _pids():
         try:
             owned = Path(f"/proc/{pid}").stat().st_uid == os.getuid()
             if _has_vm(pid) if kind == "kvm" else owned:

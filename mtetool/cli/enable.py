@@ -16,7 +16,7 @@ from mtetool.guest import GuestOptions
 @with_guest_options
 @report_option
 def command(guest: str, guest_options: GuestOptions, output: str) -> None:
-    """Turn MTE on for GUEST (kvm:PID), before its first vCPU.
+    """Turn MTE on for GUEST (kvm:PID, libvirt:DOMAIN), before its first vCPU.
 
     Start QEMU with -preconfig, run this, then continue with x-exit-preconfig. The status
     is 0 even if MTE was already on.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtetool.cli.options import quiet_option, report_option
+from mtetool.cli.options import connect_option, quiet_option, report_option
 from mtetool.cli.ranges import size
 from mtetool.cli.render import describe_guest, print_json, say, table, warn
 from mtetool.words import counted
@@ -29,9 +29,10 @@ _MTE = {True: "on", False: "off", None: "unknown"}
 
 @click.command("list")
 @click.option("--no-attach", is_flag=True, help="Attach to no VMM: show only what /proc says.")
+@connect_option
 @quiet_option
 @report_option
-def command(no_attach: bool, quiet: bool, output: str) -> int:
+def command(no_attach: bool, connect: str | None, quiet: bool, output: str) -> int:
     """List the VMs of this host: PID, VMM, name, vCPUs, memory, MTE, state, owner.
 
     mtetool attaches to each VMM for a moment, to ask the kernel whether MTE is on. Facts that
@@ -39,8 +40,10 @@ def command(no_attach: bool, quiet: bool, output: str) -> int:
     """
     from mtetool.backends.kvm.listing import list_vms
 
-    listing = list_vms(attach=not no_attach)
+    listing = list_vms(attach=not no_attach, connect=connect)
     if not quiet:
+        if listing.unnamed is not None:
+            warn(f"libvirt's domains are shown by their PIDs: {listing.unnamed.message}")
         for vm in listing.vms:
             if vm.reason is not None:
                 warn(f"{vm.info.source}: {vm.reason.message}")

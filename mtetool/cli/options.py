@@ -147,15 +147,31 @@ def completes(what: _Completed) -> Callable[[click.Context, click.Parameter, str
     return complete
 
 
+connect_option = click.option(
+    "--connect",
+    type=Parsed("uri", parse_name),
+    metavar="URI",
+    help="The libvirt to ask, by its URI.",
+)
+
+
 def guest_options(command: _F) -> _F:
-    """Add `--memslot` and `--qmp`, as one keyword `guest_options` of type GuestOptions."""
+    """Add the options about guests, as one keyword `guest_options` of type GuestOptions."""
 
     @functools.wraps(command)
     def with_options(
-        *args: Any, memslots: tuple[Memslot, ...], qmp: Path | None, **kwargs: Any
+        *args: Any,
+        memslots: tuple[Memslot, ...],
+        qmp: Path | None,
+        no_monitor: bool,
+        connect: str | None,
+        **kwargs: Any,
     ) -> Any:
+        if qmp and no_monitor:
+            raise UsageError("--qmp names a monitor, and --no-monitor says to ask none")
         numbered = tuple(replace(slot, id=index) for index, slot in enumerate(memslots))
-        return command(*args, guest_options=GuestOptions(numbered, qmp), **kwargs)
+        options = GuestOptions(numbered, qmp, connect, use_monitor=not no_monitor)
+        return command(*args, guest_options=options, **kwargs)
 
     memslot = click.option(
         "--memslot",
@@ -172,7 +188,10 @@ def guest_options(command: _F) -> _F:
         metavar="SOCKET",
         help="QEMU's monitor socket, to learn the memslots from.",
     )
-    return memslot(qmp(with_options))  # type: ignore[return-value]
+    no_monitor = click.option(
+        "--no-monitor", is_flag=True, help="Ask the kernel, not QEMU's monitor."
+    )
+    return memslot(qmp(no_monitor(connect_option(with_options))))  # type: ignore[return-value]
 
 
 def output_option(*more: str) -> Callable[[_F], _F]:

@@ -71,7 +71,7 @@ def asked(source: TagSource, ranges: Sequence[Extent]) -> list[Extent]:
 def open_source(
     source: str, options: GuestOptions | None = None, *, every_page: bool = False
 ) -> Iterator[TagSource]:
-    """Open a guest (`emu:PATH`, `kvm:PID`, `proc:PID`), a snapshot file, or standard input for "-".
+    """Open a guest (`kvm:PID` or another), a snapshot file, or standard input for "-".
 
     With `every_page` all of a guest is read, even where that allocates memory.
     Raises what opening those raises; LayoutUnknownError for a guest without a layout.

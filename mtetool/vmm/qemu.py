@@ -11,7 +11,7 @@ import re
 from mtetool.closing import Closing
 from mtetool.guest import Memslot, SlotKind
 from mtetool.spans import Place
-from mtetool.vmm.qmp import Conversation
+from mtetool.vmm.qmp import Commands
 
 NAME_LENGTH = 1024
 """How many characters of a name are kept."""
@@ -44,15 +44,15 @@ _SMALLEST_PAGE_BYTES = 4096
 class Monitor(Closing):
     """QEMU's monitor; a context manager. Every failure is a LayoutUnknownError."""
 
-    def __init__(self, conversation: Conversation) -> None:
-        self._conversation = conversation
+    def __init__(self, commands: Commands) -> None:
+        self._commands = commands
 
     def memslots(self) -> tuple[Memslot, ...]:
         """The regions that QEMU has given to KVM."""
         try:
-            return parse_mtree(self._conversation.text("info mtree -f"))
+            return parse_mtree(self._commands.text("info mtree -f"))
         except ValueError as error:
-            raise self._conversation.error(f"no VM can have the memory it names: {error}") from None
+            raise self._commands.error(f"no VM can have the memory it names: {error}") from None
 
     def host_addresses(self) -> list[Place]:
         """The places of the RAM slots that lie in one piece in QEMU's own memory."""
@@ -67,39 +67,39 @@ class Monitor(Closing):
         return found
 
     def _host_address(self, ipa: int) -> int | None:
-        text = self._conversation.text(f"gpa2hva {ipa:#x}").strip()
+        text = self._commands.text(f"gpa2hva {ipa:#x}").strip()
         match = _HOST_ADDRESS.fullmatch(text) if len(text) <= _HOST_ADDRESS_LENGTH else None
         return int(match[1], 16) if match else None
 
     def paused(self) -> bool:
         """Whether the vCPUs are stopped."""
-        status = self._conversation.execute("query-status")
+        status = self._commands.execute("query-status")
         running = status.get("running") if isinstance(status, dict) else None
         if not isinstance(running, bool):
-            raise self._conversation.error("its answer to query-status makes no sense")
+            raise self._commands.error("its answer to query-status makes no sense")
         return not running
 
     def name(self) -> str | None:
         """The guest's name, `-name`; cut if it is very long."""
-        answer = self._conversation.execute("query-name")
+        answer = self._commands.execute("query-name")
         name = answer.get("name", "") if isinstance(answer, dict) else None
         if not isinstance(name, str):
-            raise self._conversation.error("its answer to query-name makes no sense")
+            raise self._commands.error("its answer to query-name makes no sense")
         return name[:NAME_LENGTH] or None
 
     def vcpu_threads(self) -> frozenset[int]:
         """The ids of the vCPUs' threads, as QEMU itself sees them."""
-        answer = self._conversation.execute("query-cpus-fast")
+        answer = self._commands.execute("query-cpus-fast")
         cpus = answer if isinstance(answer, list) else [None]
         ids = [cpu.get("thread-id") if isinstance(cpu, dict) else None for cpu in cpus]
         known = frozenset(tid for tid in ids if type(tid) is int)
         if None in ids or len(known) != len(ids):
-            raise self._conversation.error("its answer to query-cpus-fast makes no sense")
+            raise self._commands.error("its answer to query-cpus-fast makes no sense")
         return known
 
     def close(self) -> None:
         """Hang up."""
-        self._conversation.close()
+        self._commands.close()
 
 
 def parse_mtree(text: str) -> tuple[Memslot, ...]:

@@ -51,6 +51,14 @@ class SocketAddress:
         return f"@{self.path}" if self.abstract else self.path
 
 
+@dataclass(frozen=True, slots=True)
+class NamedDomain:
+    """A domain of libvirt, as the command line of its QEMU names it."""
+
+    name: str
+    uuid: str
+
+
 def monitors(words: Iterable[str], read_config: ReadConfig) -> list[SocketAddress]:
     """The QMP monitors that listen on a unix socket, in the order of the command line.
 
@@ -79,6 +87,17 @@ def guest_name(words: Iterable[str], read_config: ReadConfig) -> str | None:
         if group == "name":
             name = fields.get("guest") or name
     return name
+
+
+def domain(words: Iterable[str]) -> NamedDomain | None:
+    """The domain that a QEMU started by libvirt runs; None for any other command line."""
+    name = uuid = None
+    for option, value in options(list(words)[1:]):
+        if option == "name":
+            name = parsed(value, "").get("guest")
+        elif option == "uuid":
+            uuid = value.lower()
+    return NamedDomain(name, uuid) if name and uuid else None
 
 
 def options(words: Iterable[str]) -> Iterator[tuple[str, str]]:

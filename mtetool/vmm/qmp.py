@@ -1,4 +1,4 @@
-"""A conversation in QMP with an untrusted peer.
+"""Commands in QMP, and the answers of an untrusted peer.
 
 The protocol is QEMU's docs/interop/qmp-spec.rst: JSON objects one after the other, each on one line
 or, from a monitor that pretty-prints, on many. All input is bounded: the bytes and depth of a
@@ -11,9 +11,11 @@ import json
 import re
 import socket
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from mtetool.closing import Closing
 from mtetool.errors import LayoutUnknownError
 
 # A monitor that another client holds accepts the connection and says nothing.
@@ -100,15 +102,40 @@ class Messages:
         return message
 
 
-class Conversation:
+class Commands(Closing, ABC):
+    """The commands of one monitor, whatever carries them there and the answers back.
+
+    `where` names the monitor in messages. Every failure is a LayoutUnknownError.
+    """
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    @abstractmethod
+    def execute(self, command: str, **arguments: object) -> object:
+        """Run a command, and return its `return`."""
+
+    def text(self, command_line: str) -> str:
+        """What the human monitor prints for a command."""
+        answer = self.execute("human-monitor-command", **{"command-line": command_line})
+        if not isinstance(answer, str):
+            raise self.error(f"its answer to {command_line!r} is not text")
+        return answer
+
+    def error(self, why: str) -> LayoutUnknownError:
+        """The error for a monitor that answers, but not with what is needed."""
+        return unusable(self.where, why)
+
+
+class Conversation(Commands):
     """Commands and answers over a connected socket, which is closed with it.
 
-    `where` names the monitor in messages. Every failure is a LayoutUnknownError; after a failure
-    nothing more is sent, because a late answer would be taken for another command's.
+    After a failure nothing more is sent, because a late answer would be taken for another
+    command's.
     """
 
     def __init__(self, connection: socket.socket, where: str, patience: Patience) -> None:
-        self.where = where
+        super().__init__(where)
         self._socket = connection
         self._patience = patience
         self._messages = Messages()
@@ -125,29 +152,15 @@ class Conversation:
         """Run a command, and return its `return`. Events that come between are skipped."""
         if self._failed is not None:
             raise self._failed
-        message: dict[str, object] = {"execute": command}
-        if arguments:
-            message["arguments"] = arguments
         with self._patience.spent() as deadline:
-            self._send(json.dumps(message).encode() + b"\n", deadline)
+            self._send(request(command, arguments).encode() + b"\n", deadline)
             for _ in range(_EVENTS):
                 answer = self._receive(deadline)
                 if "return" in answer:
                     return answer["return"]
                 if "error" in answer:
-                    raise self.error(_description(answer["error"], command))
+                    raise self.error(description(answer["error"], command))
         raise self._fail("it never stops sending events")
-
-    def text(self, command_line: str) -> str:
-        """What the human monitor prints for a command."""
-        answer = self.execute("human-monitor-command", **{"command-line": command_line})
-        if not isinstance(answer, str):
-            raise self.error(f"its answer to {command_line!r} is not text")
-        return answer
-
-    def error(self, why: str) -> LayoutUnknownError:
-        """The error for a monitor that answers, but not with what is needed."""
-        return unusable(self.where, why)
 
     def close(self) -> None:
         """Hang up. Idempotent."""
@@ -187,6 +200,14 @@ class Conversation:
         return self._failed
 
 
+def request(command: str, arguments: Mapping[str, object]) -> str:
+    """A command as it is sent."""
+    message: dict[str, object] = {"execute": command}
+    if arguments:
+        message["arguments"] = dict(arguments)
+    return json.dumps(message)
+
+
 def unusable(where: str, why: str) -> LayoutUnknownError:
     """The error for a monitor that cannot be used."""
     return LayoutUnknownError(
@@ -196,6 +217,7 @@ def unusable(where: str, why: str) -> LayoutUnknownError:
     )
 
 
-def _description(error: object, command: str) -> str:
+def description(error: object, command: str) -> str:
+    """What an answer's `error` says, in at most 500 characters."""
     text = error.get("desc") if isinstance(error, dict) else None
     return text[:500] if isinstance(text, str) else f"it refuses {command}"

@@ -14,7 +14,7 @@ from mtetool import uapi
 from mtetool.attach.helper import PAGE_BYTES
 from mtetool.backends.kvm.by_hand import by_hand_and_proven, check_by_hand, places_by_hand
 from mtetool.backends.kvm.memslots import memslots_of, places_of
-from mtetool.backends.kvm.monitor import VmmMonitor
+from mtetool.backends.kvm.monitor import VmmMonitor, monitor_of
 from mtetool.backends.kvm.transfer import COPY_GRANULES, DEPTH
 from mtetool.backends.kvm.vcpus import hold_vcpus
 from mtetool.backends.kvm.vm import Vm
@@ -33,6 +33,7 @@ from mtetool.vmm.pagemap import Pagemap, UnknownError
 
 if TYPE_CHECKING:
     from mtetool.buffers import TagBuffer
+    from mtetool.closing import Closing
     from mtetool.guest import GuestOptions, Pending
     from mtetool.spans import Place
 
@@ -44,11 +45,7 @@ def open_kvm(rest: str, options: GuestOptions) -> KvmGuest:
     PermissionRefusedError, ForeignMonitorError. mtetool attaches only at the first call that needs
     it.
     """
-    if platform.machine() != "aarch64":
-        raise WrongHostError(
-            f"kvm:{rest} needs an arm64 host with MTE; this one is {platform.machine()}",
-            hint="run mtetool on the VM's host; emu: works everywhere",
-        )
+    check_host(f"kvm:{rest}")
     pid_text, colon, fd_text = rest.partition(":")
     if not pid_text.isdecimal() or (colon and not fd_text.isdecimal()):
         raise SourceError(
@@ -63,22 +60,42 @@ def open_kvm(rest: str, options: GuestOptions) -> KvmGuest:
     return guest
 
 
+def check_host(source: str) -> None:
+    """Check that this host can have tags. Raises WrongHostError."""
+    if platform.machine() != "aarch64":
+        raise WrongHostError(
+            f"{source} needs an arm64 host with MTE; this one is {platform.machine()}",
+            hint="run mtetool on the VM's host; emu: works everywhere",
+        )
+
+
 class KvmGuest(LiveGuest):
-    """The VM behind one file descriptor of a VMM process."""
+    """The VM behind one file descriptor of a VMM process; `monitor` is by default its own."""
 
     page_size_bytes = PAGE_BYTES
     max_copy_granules = COPY_GRANULES
     depth = DEPTH
 
-    def __init__(self, process: proc.VmmProcess, fd: int, options: GuestOptions) -> None:
-        self.monitor = VmmMonitor(process, options.qmp)
+    def __init__(
+        self,
+        process: proc.VmmProcess,
+        fd: int,
+        options: GuestOptions,
+        monitor: VmmMonitor | None = None,
+    ) -> None:
+        self.monitor = monitor or monitor_of(process, options)
         self._options = options
         self.vm = Vm(process, fd)
         self._asked: tuple[Memslot, ...] | None = None
         """The memslots, if the kernel was asked for them."""
+        self._kept = ExitStack()
         self._stack = ExitStack()
         self._stack.callback(self.vm.close)
         self._stack.callback(self.monitor.close)
+
+    def keep(self, resource: Closing) -> None:
+        """Close something together with the guest, after mtetool has detached."""
+        self._kept.callback(resource.close)
 
     @property
     def borrowed_seconds(self) -> float:
@@ -110,7 +127,7 @@ class KvmGuest(LiveGuest):
 
     def _described(self, mte: bool | None, slots: tuple[Memslot, ...]) -> GuestInfo:
         return GuestInfo(
-            source=f"kvm:{self.vm.process.pid}:{self.vm.fd}",
+            source=self.monitor.source(self.vm.fd),
             mte=mte,
             page_size_bytes=self.page_size_bytes,
             memslots=slots,
@@ -126,13 +143,13 @@ class KvmGuest(LiveGuest):
             _ = self._host_memory
 
     def paused(self) -> bool | None:
-        """True if frozen; else what QEMU's monitor says or, without one, what its threads show."""
+        """True if frozen; else what libvirt or QEMU says, or else what its threads show."""
         if self.is_frozen:
             return True  # a monitor may be waiting for a vCPU
-        try:
-            return self.monitor.ask().paused()
-        except LayoutUnknownError:
-            return False if proc.runs_guest(self.vm.process.pid) else None
+        said = self.monitor.paused()
+        if said is None and proc.runs_guest(self.vm.process.pid):
+            return False
+        return said
 
     def _stop(self) -> None:
         """Stop the vCPU threads with ptrace."""
@@ -251,4 +268,5 @@ class KvmGuest(LiveGuest):
 
     def close(self) -> None:
         """Detach; nothing of ours stays in the VMM."""
-        self._stack.close()
+        with self._kept:
+            self._stack.close()

@@ -1,28 +1,45 @@
-"""The monitor of one VMM: found or given, opened on first use, and proven to be the VMM's."""
+"""What others than the kernel say about one VM: its monitor and, for a domain, libvirt."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
-from mtetool.errors import LayoutUnknownError
+from mtetool.errors import GuestError, LayoutUnknownError
 from mtetool.vmm import monitors
+from mtetool.vmm.qemu import NAME_LENGTH
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from mtetool.guest import GuestOptions
     from mtetool.vmm import proc, qemu
+    from mtetool.vmm.libvirt import Domain
 
 
 class VmmMonitor:
-    """The monitor of a process: the one at `given` if the user named one."""
+    """The monitor of a process: opened by `find` on first use, None if there is none.
 
-    def __init__(self, process: proc.VmmProcess, given: Path | None) -> None:
+    A monitor that was `given` must be the VM's own; without `is_wanted` none is looked for. For the
+    process of a `domain`, libvirt knows the name and the state.
+    """
+
+    def __init__(
+        self,
+        process: proc.VmmProcess,
+        find: Callable[[], qemu.Monitor | None],
+        *,
+        given: bool = False,
+        is_wanted: bool = True,
+        domain: Domain | None = None,
+    ) -> None:
         self._process = process
+        self._find = find
         self._given = given
+        self._domain = domain
         self._open: qemu.Monitor | None = None
         self._silent: LayoutUnknownError | None = None
-        self.may_exist = True
+        self.may_exist = is_wanted
         """Whether there may be a monitor: False once it is known that there is none."""
 
     def ask(self) -> qemu.Monitor:
@@ -33,9 +50,8 @@ class VmmMonitor:
         if self._silent is not None:
             raise self._silent
         if self._open is None:
-            pid, given = self._process.pid, self._given
             try:
-                found = monitors.open_given(pid, given) if given else monitors.open_found(pid)
+                found = self._find() if self.may_exist else None
                 if found is None:
                     raise self._none()
             except LayoutUnknownError as error:
@@ -50,12 +66,25 @@ class VmmMonitor:
             with suppress(LayoutUnknownError):
                 self.ask()
 
+    def source(self, fd: int) -> str:
+        """The VM's name for mtetool, if it is behind the file descriptor `fd`."""
+        return self._domain.source if self._domain else f"kvm:{self._process.pid}:{fd}"
+
     def name(self) -> str | None:
-        """The VM's name, from its monitor or its command line."""
+        """The VM's name, from libvirt, its monitor or its command line."""
+        if self._domain:
+            return self._domain.name[:NAME_LENGTH]
         try:
             return self.ask().name()
         except LayoutUnknownError:
             return monitors.name_of(self._process.pid)
+
+    def paused(self) -> bool | None:
+        """Whether the vCPUs are stopped; None if nobody says."""
+        try:
+            return self._domain.paused() if self._domain else self.ask().paused()
+        except GuestError:
+            return None
 
     def _none(self) -> LayoutUnknownError:
         self.may_exist = False
@@ -70,3 +99,15 @@ class VmmMonitor:
         found, self._open = self._open, None
         if found is not None:
             found.close()
+
+
+def monitor_of(
+    process: proc.VmmProcess, options: GuestOptions, domain: Domain | None = None
+) -> VmmMonitor:
+    """The process's own monitor: the one that the user named, or one on its command line."""
+    pid, given = process.pid, options.qmp
+    if given is not None:
+        find = partial(monitors.open_given, pid, given)
+        return VmmMonitor(process, find, given=True, domain=domain)
+    find = partial(monitors.open_found, pid)
+    return VmmMonitor(process, find, is_wanted=options.use_monitor, domain=domain)
