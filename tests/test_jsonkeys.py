@@ -71,7 +71,8 @@ def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     info = GuestInfo("kvm:1:2", True, 4096, (Memslot(0, BASE, 4096),), "vmm", None, 1, 1)
     listed = ListedVm(info, 2, "paused", "root", None)
     refusing = ListedVm(info, 2, None, None, AttachRefusedError("no"))
-    monkeypatch.setattr(listing, "list_vms", lambda attach: Listing((listed, refusing), ()))
+    found = Listing((listed, refusing), ())
+    monkeypatch.setattr(listing, "list_vms", lambda attach, connect: found)
     yield run("list", "--json", "--quiet").json
     for line in run("verify", first, "--progress", "json", "--json").err.splitlines():
         yield json.loads(line)

@@ -6,14 +6,17 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 
-from mtetool.cli import group
+from mtetool.cli import completing, group
 from tests.cli.test_bar import read_until, terminal
 from tests.test_man import command_at, commands
+from tests.vmm.domains import pretender
+from tests.vmm.fake_libvirt import OTHER_UUID
 
 # The line as typed up to Tab, and the line that Tab must make of it.
 CASES = [
@@ -22,6 +25,8 @@ CASES = [
     ("mtetool save emu:{here}/sub/", "mtetool save emu:{here}/sub/inner.emu"),
     ("mtetool save k", "mtetool save kvm:"),
     ("mtetool dump proc:{pid_start}", "mtetool dump proc:{pid}"),
+    ("mtetool save li", "mtetool save libvirt:"),
+    ("mtetool save libvirt:compl", "mtetool save libvirt:completed-vm.1"),
     ("mtetool save --base={here}/gu", "mtetool save --base={here}/guest.emu"),
     ("mtetool resto", "mtetool restore"),
     ("mtetool save --every", "mtetool save --every-page"),
@@ -30,7 +35,7 @@ CASES = [
 
 
 @pytest.fixture
-def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     (tmp_path / "sub").mkdir()
     for name in ("guest.emu", "sub/inner.emu"):
         (tmp_path / name).touch()
@@ -44,7 +49,8 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("HOME", str(tmp_path))
     pid = str(os.getpid())
-    return {"here": str(tmp_path), "pid": pid, "pid_start": pid}
+    with pretender(name="completed-vm.1"):
+        yield {"here": str(tmp_path), "pid": pid, "pid_start": pid}
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
@@ -106,3 +112,11 @@ def test_every_name_of_a_guest_or_file_is_completed() -> None:
         and parameter._custom_shell_complete is None
     ]
     assert missing == []
+
+
+def test_names_that_a_shell_would_run_are_not_completed() -> None:
+    context = click.Context(click.Command("save"))
+    parameter = click.Argument(["guest"])
+    with pretender(name="odd-$(x)"), pretender(OTHER_UUID, "odd-plain"):
+        found = completing.guests(context, parameter, "libvirt:odd")
+    assert [item.value for item in found] == ["libvirt:odd-plain"]

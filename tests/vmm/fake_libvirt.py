@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-UUID = "11111111-2222-3333-4444-555555555555"
+UUID = "abcdef11-2222-3333-4444-555555555555"
 OTHER_UUID = "99999999-2222-3333-4444-555555555555"
 
 NO_DOMAIN, OPERATION_INVALID, SYSTEM_ERROR = 42, 55, 38
@@ -67,6 +67,8 @@ class FakeConnection:
         return self.fake.answer("type", "QEMU")
 
     def lookupByName(self, name: str) -> FakeDomain:
+        if len(name.encode()) > 1 << 22:  # VIR_NET_MESSAGE_STRING_MAX
+            raise FakeError(39, "Unable to encode message payload")
         return self._found([each for each in self.fake.domains if each[0] == name])
 
     def lookupByUUIDString(self, uuid: str) -> FakeDomain:
@@ -80,7 +82,10 @@ class FakeConnection:
 
 
 class Fake:
-    """`answers` replaces what a call returns; a function is called, an exception raised."""
+    """`answers` replaces what a call returns; a function is called, an exception raised.
+
+    `monitor` has what QEMU returns for its commands.
+    """
 
     def __init__(self) -> None:
         self.domains = [("web", UUID)]
@@ -110,9 +115,8 @@ class Fake:
 
     def monitor_command(self, domain: FakeDomain, message: str, flags: int) -> Any:
         command = json.loads(message)["execute"]
-        returned = self.monitor.get(command, {})
-        usual = returned if isinstance(returned, str) else json.dumps({"return": returned})
-        return self.answer(command, usual)
+        returned = {"return": self.monitor.get(command, {}), "id": "libvirt-9"}
+        return self.answer(command, json.dumps(returned))
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Fake:

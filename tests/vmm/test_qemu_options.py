@@ -228,3 +228,21 @@ def test_any_path_is_found_as_it_was_written(path: str) -> None:
 def test_a_long_value_takes_no_time(value: str) -> None:
     words = ["q", *("-chardev", value), *("-object", value), *("-qmp", f"unix:{value}")]
     assert all(a.path for a in qemu_options.monitors(words, lambda path: value))
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("-name guest=web,debug-threads=on -S -uuid ABCD-1", ("web", "abcd-1")),
+        ("-uuid 1 -name guest=a,,b", ("a,b", "1")),
+        ("-name web -uuid 1", None),
+        ("-name guest=web", None),
+        ("-uuid 1", None),
+        ("-name guest= -uuid 1", None),
+        ("-append -uuid -name guest=web", None),
+        ("", None),
+    ],
+)
+def test_domain_of_libvirt(line: str, named: tuple[str, str] | None) -> None:
+    found = qemu_options.domain(["qemu", *line.split()])
+    assert (found and (found.name, found.uuid)) == named

@@ -107,7 +107,7 @@ def monitor_of(
     """The process's own monitor: the one that the user named, or one on its command line."""
     pid, given = process.pid, options.qmp
     if given is not None:
-        find = partial(monitors.open_given, pid, given)
-        return VmmMonitor(process, find, given=True, domain=domain)
-    find = partial(monitors.open_found, pid)
-    return VmmMonitor(process, find, is_wanted=options.use_monitor, domain=domain)
+        open_given = partial(monitors.open_given, pid, given)
+        return VmmMonitor(process, open_given, given=True, domain=domain)
+    open_found = partial(monitors.open_found, pid)
+    return VmmMonitor(process, open_found, is_wanted=options.use_monitor, domain=domain)
