@@ -36,11 +36,14 @@ if os.fork():
     sys.exit()
 os.setsid()
 log = os.open("/tmp/companion.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+for fd, number in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
+    os.dup2(fd, number)
 select.select([made], [], [])
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
-for fd, number in ((made.fileno(), 3), (os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
-    os.dup2(fd, number)
-os.set_inheritable(3, True)
+if made.fileno() == 3:
+    os.set_inheritable(3, True)
+else:
+    os.dup2(made.fileno(), 3)
 words = shlex.split(command)
 os.execvp(words[0], words)
 """
