@@ -167,7 +167,8 @@ class Libvirt:
         self, *words: str, check: bool = True, timeout: float = _SECONDS
     ) -> CompletedProcess[bytes]:
         """Run a command of virsh for this host."""
-        return self.lab.run(["virsh", "-c", self.uri, *words], timeout=timeout, check=check)
+        command = ["virsh", "-c", self.uri, *words]
+        return self.lab.run(command, timeout=timeout, check=check, env={"LC_ALL": "C"})
 
     def denials(self) -> list[str]:
         """Return what AppArmor has denied since the start, as lines of the kernel's log."""
@@ -208,7 +209,8 @@ def two_hosts(lab: Machine, settings: Mapping[str, str] | None = None) -> tuple[
     """Start two hosts on one machine; a domain can migrate between them.
 
     Each has its own /run, /etc/libvirt, /var/lib/libvirt and /var/log/libvirt; `path` shows where
-    they are. They share the rest.
+    they are. They share the rest. For a migration by `--migrateuri unix:///run/P` it is enough that
+    P on the first host is a symbolic link to P on the second one.
     """
     first, second = (_Namespace(lab, settings or {}) for _ in range(2))
     return first.start(), second.start()

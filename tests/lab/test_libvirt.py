@@ -67,6 +67,7 @@ def test_state_that_only_libvirt_knows(lab: Machine) -> None:
     assert guest.state() == "paused"
     assert [vm["state"] for vm in _list(lab)] == [None]
     host.virsh("resume", guest.name)
+    assert guest.state() == "running"
 
 
 def test_migration_between_two_hosts(lab: Machine) -> None:
