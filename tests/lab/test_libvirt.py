@@ -96,10 +96,7 @@ def test_daemon_begins_with_the_packaged_state(lab: Machine) -> None:
     host = Libvirt(lab).start()
     assert host.virsh("list", "--all", "--name").stdout.strip() == b""
     assert lab.sh("grep -r ^remember_owner /etc/libvirt", check=False).stdout == b""
-    assert lab.sh("ls /etc/apparmor.d/libvirt").stdout.split() == [
-        b"TEMPLATE.lxc",
-        b"TEMPLATE.qemu",
-    ]
+    assert lab.sh("ls /etc/apparmor.d/libvirt").stdout.split() == [b"TEMPLATE.qemu"]
 
 
 def _list(lab: Machine) -> list[dict[str, object]]:
