@@ -191,7 +191,8 @@ class Libvirt:
         self, *words: str, check: bool = True, timeout: float = _SECONDS
     ) -> CompletedProcess[bytes]:
         """Run a command of virsh for this host."""
-        return self.lab.run(["virsh", "-c", self.uri, *words], timeout=timeout, check=check)
+        command = ["virsh", "-c", self.uri, *words]
+        return self.lab.run(command, timeout=timeout, check=check, env={"LC_ALL": "C"})
 
     def denials(self) -> list[str]:
         """Return what AppArmor has denied since the start, as lines of the kernel's log."""
