@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.lab.libvirt import Domain, Libvirt
+from tests.lab.libvirt import Domain
 from tests.lab.machine import Machine
-from tests.lab.mte_hosts import WRAPPER, list_vms, mte_host
+from tests.lab.mte_hosts import WRAPPER, debian_host, list_vms, mte_host
 from tests.lab.walk import APT, SYSTEMCTL, sections
 
 _CACHE = "/var/cache/libvirt/qemu/capabilities"
@@ -31,8 +31,8 @@ def test_the_walk_of_the_manual_page(lab: Machine) -> None:
     lab.sh(f"rm -f {WRAPPER} /run/mtetool/companion.sock; mkdir -p /etc/systemd/system")
     lab.put("/usr/local/bin/apt", APT.encode(), 0o755)
     lab.put("/usr/local/bin/systemctl", SYSTEMCTL.encode(), 0o755)
-    host = Libvirt(lab).start()
-    said = _run(lab, install)
+    host = debian_host(lab)
+    _run(lab, install)
     guest = Domain(host, "web").define()
     said = _run(lab, switch)
     assert "libvirt:web  qemu-system-aarch64-" not in said  # QEMU itself, not the wrapper
