@@ -108,7 +108,7 @@ cat /run/libvirt/libvirtd.pid
 _SSH = """
 ifconfig lo up
 grep -q host2 /etc/hosts || echo '127.0.0.1 host1 host2' >>/etc/hosts
-mkdir -p -m 700 /root/.ssh /run/sshd
+mkdir -p -m 700 /root/.ssh
 [ -e /root/.ssh/id_ed25519 ] || {
     ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519
     cp /root/.ssh/id_ed25519.pub /root/.ssh/authorized_keys
@@ -116,6 +116,7 @@ mkdir -p -m 700 /root/.ssh /run/sshd
     ssh-keygen -A >/dev/null
 }
 """
+_SSHD = "mkdir -m 755 /run/sshd\n/usr/sbin/sshd -f /dev/null -o UsePAM=no\n"
 # The last process of a host is its first one, too: it has to reap what the others leave.
 _STAY = """
 echo READY
@@ -237,7 +238,7 @@ class Host(Libvirt):
         # By default it is the machine's, and no domain migrates to the host where it runs.
         identity = _append("libvirtd.conf", {"host_uuid": f'"{uuid4()}"'})
         settings = _append("qemu.conf", {**_TWO_HOSTS, **self.settings})
-        sshd = "/usr/sbin/sshd -o UsePAM=no\n" if self.name == "host2" else ""
+        sshd = _SSHD if self.name == "host2" else ""
         inside = "set -e\n" + _OWN + _RESTORE + identity + settings + _START + sshd + _STAY
         out = f"/tmp/{self.name}.out"
         return (
