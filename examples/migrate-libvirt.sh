@@ -128,6 +128,7 @@ $remote "$mtetool" verify "$far/tags" --against "libvirt:$uuid" --connect "$ther
     $remote "$mtetool" restore "$far/tags" "libvirt:$uuid" --connect "$there" --no-monitor || {
     echo "migrate: the domain is at $host, paused, without its tags: $far/tags is kept there" >&2
     trap - EXIT
+    rm -rf "$work" "$socket"
     exit 3
 }
 [ $was_running = no ] || virsh -c "$to" resume "$uuid" >/dev/null

@@ -97,6 +97,4 @@ def _name_page(command: click.Command, page: str) -> None:
 )
 @click.version_option(__version__, message="mtetool %(version)s")
 def group() -> None:
-    """Save, restore and look at the memory tags (Arm MTE) of a GUEST: kvm:PID or
-    libvirt:DOMAIN, a live VM; proc:PID, a process; emu:PATH, an emulated one.
-    """
+    """Tags (Arm MTE) of a GUEST: kvm:PID, libvirt:DOMAIN, proc:PID, emu:PATH."""

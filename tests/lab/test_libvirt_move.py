@@ -61,7 +61,7 @@ def test_without_mtetool_the_tags_stay_behind(lab: Machine) -> None:
     first, second = two_mte_hosts(lab)
     guest = Domain(first, "web", emulator=WRAPPER).start()
     assert _wrong(guest) == {0}
-    lab.put("/tmp/true", b"#!/bin/sh\n[ $1 != save ] || : >$5\n", 0o755)
+    lab.put("/tmp/true", b'#!/bin/sh\n[ $1 != save ] || : >"$6"\n', 0o755)
     result = first.run("env", "MTETOOL=/tmp/true", _MOVE, "web", "host2")
     assert result.returncode == 0
     assert min(_wrong(guest.on(second))) > 200_000
