@@ -28,6 +28,16 @@ _MTE = """\
 _TAINT = "custom-monitor"
 
 
+_DISK = "/var/lib/libvirt/images/disk.img"
+_HAS_DISK = f"""
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw'/>
+      <source file='{_DISK}'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>
+"""
+
+
 @dataclass
 class TaggedDomain(Domain):
     """A domain whose QEMU turns MTE on by itself."""
@@ -54,7 +64,8 @@ def _vm(lab: Machine, *words: str) -> Any:
 
 def test_tags_of_a_domain(lab: Machine) -> None:
     host = Libvirt(lab).start()
-    guest = TaggedDomain(host, "web").start()
+    lab.sh(f"mkdir -p /var/lib/libvirt/images; truncate -s 1M {_DISK}")
+    guest = TaggedDomain(host, "web", devices=_HAS_DISK).start()
     guest.wait_for_checks()
     # The list does without the monitor, and does not taint.
     vm = _vm(lab)
@@ -88,6 +99,10 @@ def test_tags_of_a_domain(lab: Machine) -> None:
     checks = guest.wait_for_checks()
     assert [(check.wrong, check.data_wrong) for check in checks] == [(0, 0)] * len(checks)
     assert host.denials() == []
+    # No output replaces what the domain has open.
+    refused = lab.run(["mtetool", "save", "libvirt:web", "--force", "-o", _DISK])
+    assert refused.returncode == 2
+    assert b"open in the guest" in refused.stderr
 
 
 # As on a host where polkit lets everybody read, and members of a group do the rest.
