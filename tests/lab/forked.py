@@ -33,14 +33,18 @@ _COMMANDS = (
     "emu",
     "listing",
     "exec",
+    "companion",
 )
 _FLOWS = ("save", "restore", "diff", "dump", "verify", "enable", "exec")
 _BACKENDS = ("kvm.guest", "kvm.listing", "proc.guest", "emu.guest")
+_COMPANION = ("listening", "service", "serving")
 MODULES = (
     "mtetool.__main__",
     *(f"mtetool.cli.{name}" for name in _COMMANDS),
     *(f"mtetool.flows.{name}" for name in _FLOWS),
     *(f"mtetool.backends.{name}" for name in _BACKENDS),
+    *(f"mtetool.companion.{name}" for name in _COMPANION),
+    "mtetool.vmm.taggable",
 )
 """The modules that are loaded once."""
 
