@@ -28,7 +28,8 @@ def service(lab: Machine) -> Iterator[int]:
     """The running service's PID; each takes over the socket that the one before left."""
     result = lab.sh(
         "mtetool companion >/tmp/companion.log 2>&1 & echo $!;"
-        " until grep -q /run/mtetool/companion.sock /proc/net/unix; do sleep 0.1; done"
+        " until grep -q '00010000 .*/run/mtetool/companion.sock' /proc/net/unix;"  # it listens
+        " do sleep 0.1; done"
     )
     yield int(result.stdout)
     print(_log(lab))
