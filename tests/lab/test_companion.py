@@ -10,6 +10,7 @@ import pytest
 from tests.lab.guests import Qemu, as_user
 from tests.lab.machine import Machine
 from tests.lab.stride import ENVIRONMENT, enough
+from tests.lab.tracer import TRACER
 
 _WRAPPER = "/usr/bin/qemu-system-aarch64-mte"
 _SANDBOX = "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -125,17 +126,7 @@ def test_a_setuid_program_is_let_go(lab: Machine, service: int, wrapper: str) ->
 @pytest.mark.long
 def test_a_client_that_is_traced_already(lab: Machine, service: int, wrapper: str) -> None:
     lab.sh(f"sed 's#^QEMU = .*#QEMU = \"/bin/sh\"#' {wrapper} >/tmp/w; chmod 755 /tmp/w")
-    tracer = (
-        "import ctypes, os, sys\n"
-        "pid = os.fork()\n"
-        "if not pid:\n"
-        "    ctypes.CDLL(None).ptrace(0, 0, None, None)\n"  # PTRACE_TRACEME
-        "    os.execvp(sys.argv[1], sys.argv[1:])\n"
-        "while os.WIFSTOPPED(status := os.waitpid(pid, 0)[1]):\n"
-        "    ctypes.CDLL(None).ptrace(7, pid, None, None)\n"  # PTRACE_CONT
-        "sys.exit(os.waitstatus_to_exitcode(status))\n"
-    )
-    result = lab.run(["python3", "-c", tracer, "/tmp/w", "-c", "echo started"])
+    result = lab.run(["python3", "-c", TRACER, "/tmp/w", "-c", "echo started"])
     assert (result.returncode, result.stdout) == (0, b"started\n")
     assert b"is already traced by process" in result.stderr
     assert b"so this VM has no MTE" in result.stderr

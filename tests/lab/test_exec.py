@@ -9,6 +9,7 @@ import pytest
 from tests.lab.guests import Qemu
 from tests.lab.machine import Machine
 from tests.lab.stride import ENVIRONMENT, enough
+from tests.lab.tracer import TRACER
 
 # Run as another user, who may not use perf events: mtetool then watches every call.
 _AS_USER = """
@@ -328,17 +329,7 @@ def test_what_cannot_be_started(lab: Machine, words: str, status: int, said: str
 
 
 def test_a_start_that_is_traced_already(lab: Machine) -> None:
-    tracer = (
-        "import ctypes, os, sys\n"
-        "pid = os.fork()\n"
-        "if not pid:\n"
-        "    ctypes.CDLL(None).ptrace(0, 0, None, None)\n"  # PTRACE_TRACEME
-        "    os.execvp(sys.argv[1], sys.argv[1:])\n"
-        "while os.WIFSTOPPED(status := os.waitpid(pid, 0)[1]):\n"
-        "    ctypes.CDLL(None).ptrace(7, pid, None, None)\n"  # PTRACE_CONT
-        "sys.exit(os.waitstatus_to_exitcode(status))\n"
-    )
-    result = lab.run(["python3", "-c", tracer, "mtetool", "exec", "--", "echo", "started"])
+    result = lab.run(["python3", "-c", TRACER, "mtetool", "exec", "--", "echo", "started"])
     assert (result.returncode, result.stdout) == (4, b""), result.stderr
     assert b"traced by process" in result.stderr
 
