@@ -1,4 +1,4 @@
-"""What a user is told, before a VMM starts, about what MTE will break of it."""
+"""Warnings, before a VMM starts, about what MTE will break of it."""
 
 from __future__ import annotations
 
