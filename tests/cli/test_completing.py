@@ -117,6 +117,7 @@ def test_every_name_of_a_guest_or_file_is_completed() -> None:
 def test_names_that_a_shell_would_run_are_not_completed() -> None:
     context = click.Context(click.Command("save"))
     parameter = click.Argument(["guest"])
-    with pretender(name="odd-$(x)"), pretender(OTHER_UUID, "odd-plain"):
-        found = completing.guests(context, parameter, "libvirt:odd")
-    assert [item.value for item in found] == ["libvirt:odd-plain"]
+    odd = f"odd{os.getpid()}"
+    with pretender(name=f"{odd}-$(x)"), pretender(OTHER_UUID, f"{odd}-plain"):
+        found = completing.guests(context, parameter, f"libvirt:{odd}")
+    assert [item.value for item in found] == [f"libvirt:{odd}-plain"]

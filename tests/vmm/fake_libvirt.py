@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 
-UUID = "abcdef11-2222-3333-4444-555555555555"
-OTHER_UUID = "99999999-2222-3333-4444-555555555555"
+# Processes are found by these: tests that run beside these ones must not be found.
+_OURS = f"{os.getpid():012x}"
+UUID = f"abcdef11-2222-3333-4444-{_OURS}"
+OTHER_UUID = f"99999999-2222-3333-4444-{_OURS}"
 
 NO_DOMAIN, OPERATION_INVALID, SYSTEM_ERROR = 42, 55, 38
 

@@ -117,8 +117,9 @@ def test_pid_that_changes_hands(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_that_name_a_domain() -> None:
-    with pretender(name="a,,b") as one, pretender(OTHER_UUID) as other:
+    ours = os.getpid()
+    with pretender(name=f"a,,{ours}") as one, pretender(OTHER_UUID, f"web-{ours}") as other:
         assert domain_process.pids_of(UUID.upper()) == [one.pid]
-        assert domain_process.pids_of("a,b") == [one.pid]
-        assert domain_process.pids_of("web") == [other.pid]
+        assert domain_process.pids_of(f"a,{ours}") == [one.pid]
+        assert domain_process.pids_of(f"web-{ours}") == [other.pid]
         assert domain_process.pids_of("nix") == domain_process.pids_of("") == []

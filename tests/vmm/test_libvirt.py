@@ -145,7 +145,10 @@ def test_uuid_comes_before_a_name_that_looks_like_one(fake: Fake) -> None:
     assert (named.uuid, named.source) == (OTHER_UUID, f"libvirt:{OTHER_UUID}")
 
 
-@pytest.mark.parametrize("name", ["nix", "", HUGE, "\udcff", OTHER_UUID, "a\nb", "\x1b[2J"])
+@pytest.mark.parametrize(
+    "name",
+    ["nix", "", HUGE, "\udcff", pytest.param(OTHER_UUID, id="uuid"), "a\nb", "\x1b[2J"],
+)
 def test_domain_that_does_not_exist(fake: Fake, name: str) -> None:
     with pytest.raises(NoSuchDomainError, match="has no domain") as caught:
         _domain(name)
