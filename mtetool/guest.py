@@ -15,12 +15,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
+from mtetool.buffers import as_bytes
 from mtetool.closing import Closing
+from mtetool.uapi import GRANULE_BYTES
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from mtetool.buffers import TagBuffer
 
 SlotKind = Literal["ram", "rom", "device"]
@@ -72,6 +78,16 @@ class Extent:
     def end(self) -> int:
         """The first address after the extent."""
         return self.ipa + self.size_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A part of guest memory under the name that the VMM gives it, from `offset` in it on."""
+
+    name: str
+    offset: int
+    ipa: int
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +149,11 @@ class Guest(Closing, ABC):
     depth: int = 1
     """How many copies, each with its read-back, are worth having in flight; with 1, none is begun
     before the last one was called."""
+    burst: int = 1
+    """How many small copies are worth having in flight: they are made together, so it is best to
+    begin many before the first is called. With 1, they are as all others."""
+    small_granules: int = 16 << 10
+    """The most that a small copy covers: 64 pages of 4 KiB."""
     makes_pages: bool = True
     """Whether writing tags of 0 to memory that is not allocated yet allocates it."""
 
@@ -142,6 +163,10 @@ class Guest(Closing, ABC):
 
         Raises LayoutUnknownError if the memslots cannot be learnt.
         """
+
+    def regions(self) -> list[Region]:
+        """The names of memory, as far as the VMM's monitor says; it is not asked again."""
+        return []
 
     def prepare(self) -> None:
         """Do the slow work that precedes the first copy, while nothing waits for it yet.
@@ -225,6 +250,53 @@ class Guest(Closing, ABC):
     def begin_write(self, ipa: int, tags: TagBuffer) -> Pending:
         """Begin what `write_tags` does, for 1 to `max_copy_granules` granules; see `Pending`."""
         return partial(self.write_tags, ipa, tags)
+
+    def read_scattered(self, extents: NDArray[np.uint64], out: TagBuffer) -> int:
+        """Copy the tags of many extents into `out`, in their order, one after another.
+
+        `extents` has a row for each: its address and size in bytes, whole pages, at most
+        `max_copy_granules // 2` granules. Returns the bytes of guest memory completed before the
+        first page that could not be read; a copy from there says why. Raises as `read_tags`.
+        """
+        tags, done = as_bytes(out), 0
+        for ipa, size_bytes in extents.tolist():
+            part = tags[done // GRANULE_BYTES :][: size_bytes // GRANULE_BYTES]
+            try:
+                completed = self.read_tags(ipa, part)
+            except OSError:
+                if done:
+                    break
+                raise
+            done += completed
+            if completed < size_bytes:
+                break
+        return done
+
+    def write_scattered(self, extents: NDArray[np.uint64], tags: TagBuffer) -> int:
+        """Copy `tags` onto many extents (as for `read_scattered`), and read each back.
+
+        Returns the bytes of guest memory before the first page that could not be written, or was
+        found to have other tags. Raises as `write_tags`.
+        """
+        wanted, done = as_bytes(tags), 0
+        for ipa, size_bytes in extents.tolist():
+            part = wanted[done // GRANULE_BYTES :][: size_bytes // GRANULE_BYTES]
+            found = memoryview(bytearray(len(part)))
+            try:
+                completed = self.write_tags(ipa, part)
+                self.read_tags(ipa, found[: completed // GRANULE_BYTES])
+            except OSError:
+                if done:
+                    break
+                raise
+            step = self.page_size_bytes // GRANULE_BYTES
+            pages = range(0, completed // GRANULE_BYTES, step)
+            equal = (found[at : at + step] == part[at : at + step] for at in pages)
+            good = sum(1 for _ in takewhile(bool, equal)) * self.page_size_bytes
+            done += good
+            if good < size_bytes:
+                break
+        return done
 
 
 class LiveGuest(Guest):

@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "spans": set(),
     "closing": set(),
     "permission": {"errors", "procfs"},
-    "guest": {"buffers", "closing"},
+    "guest": {"buffers", "closing", "uapi"},
     "streaming": {"guest"},
     "files": {"errors", "words"},
     "emulator": {"uapi"},

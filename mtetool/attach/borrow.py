@@ -33,6 +33,7 @@ from mtetool.attach.ptrace import (
     NT_ARM_TLS,
     NT_PRFPREG,
     Registers,
+    Stop,
     Tracee,
 )
 from mtetool.attach.signal_frame import ThreadState
@@ -238,20 +239,27 @@ def _run_once(tracee: Tracee) -> tuple[int, int]:
     child = stops = signal = 0
     while stops < 2:  # the entry and the exit
         stop = tracee.to_syscall_stop(signal)
-        if not stop.event and stop.signal in _FAULTS and not stop.syscall:
-            raise AttachRefusedError(
-                f"thread {tracee.tid} could not make a system call for mtetool: signal"
-                f" {stop.signal}",
-                hint="check whether its process unmapped the vDSO or made it non-executable",
-            )
-        # All other signals are blocked; the process as a whole must not miss SIGSTOP.
-        signal = stop.signal if not stop.event and stop.signal == _SIGSTOP else 0
+        signal = pass_on(tracee, stop)
         if stop.syscall:
             stops += 1
         elif stop.event == EVENT_CLONE:
             child = tracee.event_message()
     result: int = struct.unpack("<q", struct.pack("<Q", tracee.registers().x[0]))[0]
     return result, child
+
+
+def pass_on(tracee: Tracee, stop: Stop) -> int:
+    """The signal to continue with from a stop of a thread that has all signals blocked.
+
+    Raises AttachRefusedError if its own instruction caused the stop.
+    """
+    if not stop.event and stop.signal in _FAULTS and not stop.syscall:
+        raise AttachRefusedError(
+            f"thread {tracee.tid} could not make a system call for mtetool: signal {stop.signal}",
+            hint="check whether its process unmapped the vDSO or made it non-executable",
+        )
+    # All other signals are blocked; the process as a whole must not miss SIGSTOP.
+    return stop.signal if not stop.event and stop.signal == _SIGSTOP else 0
 
 
 def _read_state(tracee: Tracee) -> ThreadState:

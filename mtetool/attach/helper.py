@@ -12,13 +12,14 @@ import os
 import struct
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from mtetool import procfs
-from mtetool.attach import memory, seccomp, signal_frame, steps
+from mtetool.attach import chain_room, memory, seccomp, signal_frame, steps
 from mtetool.attach.borrow import BorrowedThread, run_call, state_letter
-from mtetool.attach.gadgets import Gadgets
 from mtetool.attach.ptrace import Registers, Tracee
+from mtetool.attach.signal_frame import ALL_SIGNALS
 from mtetool.errors import AttachRefusedError, BusyError
 from mtetool.procfs import status_of
 
@@ -50,6 +51,13 @@ _STACK_BYTES = 64 << 10
 _ARGUMENT_AT = PAGE_BYTES + _STACK_BYTES
 _BUFFER_AT = _ARGUMENT_AT + PAGE_BYTES
 
+
+def _whole_pages(n_bytes: int) -> int:
+    return -(-n_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+_CHAIN_BYTES = _whole_pages(chain_room.ROOM_BYTES)
+
 # In a frozen process, the thread ends when it can.
 _LEAVE_PATIENCE_SECONDS = 10.0
 
@@ -57,12 +65,13 @@ _LEAVE_PATIENCE_SECONDS = 10.0
 class Helper:
     """The helper thread: traced, aimed at one call after another."""
 
-    def __init__(self, pid: int, tracee: Tracee, base: int, length: int, gadgets: Gadgets) -> None:
-        self.pid = pid
+    def __init__(self, thread: BorrowedThread, tracee: Tracee, base: int, length: int) -> None:
+        self.pid = thread.pid
         self.tracee = tracee
         self.base = base
         self.length = length
-        self._gadgets = gadgets
+        self._gadgets = thread.gadgets
+        self._poe = thread.poe
         self._blank = Registers((0,) * 31, sp=_crash_road_at(base), pc=0, pstate=0)
 
     @property
@@ -75,10 +84,33 @@ class Helper:
         """The address of the transfer buffer."""
         return self.base + _BUFFER_AT
 
+    @property
+    def chain_at(self) -> int:
+        """The address of the room for a chain of calls, the last in the map."""
+        return self.base + self.length - _CHAIN_BYTES
+
     def ioctl(self, fd: int, request: int, argument: int) -> int:
         """Make an ioctl(2); if we vanish, rt_sigreturn leads the thread onto its crash road."""
         self._aim(_NR_IOCTL, (fd, request, argument), home=self._gadgets.sigreturn)
         return run_call(self.tracee)[0]
+
+    def frame(self, number: int, args: tuple[int, ...], blocked: int = ALL_SIGNALS) -> bytes:
+        """A signal frame to make that call, and then to go on with the crash road."""
+        gadgets = self._gadgets
+        return signal_frame.build_calling(
+            number,
+            args,
+            gadget=gadgets.svc_ret,
+            home=gadgets.sigreturn,
+            sp=self._blank.sp,
+            poe=self._poe,
+            blocked=blocked,
+        )
+
+    def aim_at_frame(self, address: int) -> None:
+        """Point the thread at rt_sigreturn, with the signal frame at that address."""
+        aimed = self._blank.with_call(_NR_RT_SIGRETURN)
+        self.tracee.set_registers(replace(aimed, sp=address, pc=self._gadgets.sigreturn))
 
     def aim_at_its_end(self) -> bool:
         """Point the thread at its last call; return whether that removes its memory as well.
@@ -122,7 +154,7 @@ def _second_road_at(base: int) -> int:
 
 def map_bytes(buffer_bytes: int) -> int:
     """The length of the helper's memory with a transfer buffer of that size: whole pages."""
-    return (_BUFFER_AT + buffer_bytes + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
+    return _whole_pages(_BUFFER_AT + buffer_bytes) + _CHAIN_BYTES
 
 
 def needed_calls(length: int, ioctls: tuple[tuple[int, int], ...]) -> tuple[seccomp.Call, ...]:
@@ -171,7 +203,7 @@ def start_helper(thread: BorrowedThread, length: int) -> Helper:
         thread.syscall(_NR_MUNMAP, base, length)
         raise
     tracee.wait()
-    return Helper(thread.pid, tracee, base, length, thread.gadgets)
+    return Helper(thread, tracee, base, length)
 
 
 def _lay_helper_road(thread: BorrowedThread, base: int, length: int) -> None:

@@ -20,6 +20,7 @@ _AUDIT_ARCH_AARCH64 = 0xC00000B7
 _ALLOWED_ACTIONS = (0x7FFF0000, 0x7FFC0000)  # ALLOW, LOG
 _INSTRUCTION = struct.Struct("<HBBI")
 _MASK = 0xFFFF_FFFF
+_ARGUMENTS_AT = 16  # of six, 8 bytes each, in struct seccomp_data
 
 Program = Sequence[tuple[int, int, int, int]]
 
@@ -71,6 +72,16 @@ def allow(programs: Iterable[Program], pid: int, call: Call) -> None:
             f" (system call {call.number})",
             hint=f"allow {call.name} in the VMM's filter, or start it without one",
         )
+
+
+def looks_at(programs: Iterable[Program], argument: int) -> bool:
+    """Whether any of the filters loads that argument of a call, counted from 0."""
+    at = _ARGUMENTS_AT + 8 * argument
+    return any(
+        code & 0x07 == 0x00 and code & 0xE0 == 0x20 and at <= k < at + 8
+        for program in programs
+        for code, _, _, k in program
+    )
 
 
 def parse(raw: bytes) -> Program:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from mtetool import procfs
 from mtetool.attach import memory, seccomp, steps
@@ -41,6 +41,9 @@ from mtetool.errors import (
     GuestLostError,
 )
 from mtetool.permission import refusal
+
+if TYPE_CHECKING:
+    from mtetool.attach.chain import Chain
 
 T = TypeVar("T")
 
@@ -80,6 +83,7 @@ class Session:
         self._held = HeldThreads(target.pid)
         self._filters: tuple[seccomp.Program, ...] = ()
         self._allowed: set[tuple[int, int, int]] = set()
+        self._chains: dict[tuple[int, int], Chain | None] = {}
         self._lost: GuestLostError | None = None
         self._watch = Watch()
         try:
@@ -109,8 +113,19 @@ class Session:
             lambda: self._noting_loss(lambda: self._ioctl(fd, request, argument))
         )
 
-    def finish(self, begun: Future[int]) -> int:
-        """Return the result of an ioctl that was begun; raises as `ioctl`."""
+    def begin_chain(self, fd: int, request: int, arguments: bytes) -> Future[bool]:
+        """Make many ioctls, one for each `chain_room.ARGUMENT_BYTES` of arguments, in order.
+
+        There may be `chain_room.MOST_CALLS`. `finish` returns True when all were made; what each
+        returned is not known. It returns False, and none was made, if this process allows no chain:
+        then make them one by one.
+        """
+        return self._tracer.begin(
+            lambda: self._noting_loss(lambda: self._run_chain(fd, request, arguments))
+        )
+
+    def finish(self, begun: Future[T]) -> T:
+        """Return the result of what was begun; raises as `ioctl`."""
         return self._tracer.finish(begun)
 
     @property
@@ -253,6 +268,21 @@ class Session:
             return helper.ioctl(fd, request, at)
         except OSError as error:
             # An error on the way to the ioctl is not its answer.
+            raise self._gone() from error
+
+    def _run_chain(self, fd: int, request: int, arguments: bytes) -> bool:
+        helper = self._alive()
+        if (fd, request) not in self._chains:
+            from mtetool.attach.chain import Chain
+
+            chain = Chain(helper, fd, request)
+            # The frames of all chains lie in the same place: only the last kind is laid.
+            allowed = chain.is_allowed(self._filters)
+            self._chains = {(fd, request): chain if allowed else None}
+        made = self._chains[fd, request]
+        try:
+            return made is not None and made.run(arguments)
+        except OSError as error:
             raise self._gone() from error
 
     def _hold(self, tids: Iterable[int]) -> dict[int, Registers]:

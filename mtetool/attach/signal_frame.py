@@ -25,6 +25,8 @@ _POE_MAGIC = 0x504F4530
 _EXTRA_MAGIC, _EXTRA_BYTES = 0x45585401, 32
 _TERMINATOR = bytes(16)
 
+ALL_SIGNALS = 0xFFFF_FFFF_FFFF_FFFF
+
 _SVE_HEADER = struct.Struct("<IIHHHH")  # struct user_sve_header
 SVE_PT_REGS_SVE = 1
 
@@ -86,17 +88,20 @@ def build_calling(
     home: int,
     sp: int = 0,
     poe: bytes | None = None,
+    blocked: int = ALL_SIGNALS,
 ) -> bytes:
     """The frame of a thread that has no state of its own: it makes one call, then goes `home`.
 
-    All signals stay blocked: such a thread never runs a handler.
+    All signals stay blocked, unless `blocked` says otherwise: such a thread never runs a handler.
     """
     blank = Registers((0,) * 31, sp=sp, pc=0, pstate=0)
     registers = blank.calling(number, args, gadget=gadget, home=home)
-    return build(ThreadState(registers, bytes(528), None, poe, ALL_SIGNALS))
+    return build(ThreadState(registers, bytes(528), None, poe, blocked))
 
 
-ALL_SIGNALS = 0xFFFF_FFFF_FFFF_FFFF
+def register_at(number: int) -> int:
+    """Where a frame holds that register: 0 to 30, or 31 for the stack pointer."""
+    return _MCONTEXT_AT + 8 + number * 8
 
 
 def _fpsimd_record(fpsimd: bytes) -> bytes:

@@ -179,17 +179,22 @@ def _prepared(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Begun:
-    """A write in flight; `steps` finish it.
+    """A write in flight, counted from 1; `steps` finish it.
 
     `read_back` fills `found` with the tags that the guest has after the write.
     """
 
+    number: int
     ipa: int
     tags: memoryview
     steps: Iterator[Extent | Missing]
     may_be_readonly: bool
     found: memoryview
     read_back: Pending | None
+
+    @property
+    def is_small(self) -> bool:
+        return len(self.tags) <= Guest.small_granules
 
     def overlaps(self, ipa: int, size_bytes: int) -> bool:
         return ipa < self.ipa + len(self.tags) * GRANULE_BYTES and self.ipa < ipa + size_bytes
@@ -199,7 +204,8 @@ class _Restorer:
     """One restore under way: it takes pieces in the order of the snapshot.
 
     Up to `depth` writes (the guest's) are in flight, each with its read-back: while the kernel
-    copies for one, earlier ones are compared with what the guest has.
+    copies for one, earlier ones are compared with what the guest has. Small ones are begun by the
+    hundred, because the guest makes them together.
     """
 
     def __init__(
@@ -217,7 +223,8 @@ class _Restorer:
         self._reader = TagReader(guest, layout, insist=options.every_page)
         self._comparer = Comparer(self._reader)
         self._begun: deque[_Begun] = deque()
-        self._has_begun = False
+        self._n_started = 0
+        self._begun_up_to = 0
         self._wrote_beyond = False
         # Room for read-backs in flight. With one write at a time, a read after it is as good.
         in_flight = options.verify and not options.dry_run and guest.depth > 1
@@ -232,9 +239,9 @@ class _Restorer:
         try:
             for step in reader.steps(keep=self._guest.depth - 1):
                 if isinstance(step, Copied):
-                    before = list(self._begun)
+                    n_before = self._n_started
                     self._take(step.ipa, step.tags)
-                    while self._begun and self._begun[0] in before:
+                    while self._begun and self._begun[0].number <= n_before:
                         self._finish_first()  # its buffer is reused next
                 elif isinstance(step, Fill):
                     self._take_fill(step)
@@ -280,7 +287,7 @@ class _Restorer:
                 f"; the tags of {result.restored_bytes} bytes of guest memory were already written,"
                 f" the last at {result.restored_up_to - GRANULE_BYTES:#x}"
             )
-        elif self._has_begun:
+        elif self._n_started:
             error.message += "; the first write had begun, and may have changed tags"
         else:
             error.message += "; nothing was written before that"
@@ -457,23 +464,43 @@ class _Restorer:
         for first in range(0, len(tags), most):
             part = tags[first : first + most]
             self._begin(ipa + first * GRANULE_BYTES, part, may_be_readonly=may_be_readonly)
-            if len(self._begun) == self._guest.depth:
+            self._keep_few()
+
+    def _keep_few(self) -> None:
+        """Finish writes in flight if there are as many as are worth having there."""
+        n_large = sum(not begun.is_small for begun in self._begun)
+        depth, burst = self._guest.depth, self._guest.burst
+        if n_large >= depth or (burst == 1 and len(self._begun) >= depth):
+            self._finish_first()
+        elif len(self._begun) * 4 >= burst > 1:
+            # Not one by one: then each that follows would be alone.
+            for _ in range(len(self._begun) // 2):
                 self._finish_first()
 
     def _begin(self, ipa: int, tags: memoryview, *, may_be_readonly: bool) -> None:
         self._finish_overlapping(ipa, len(tags) * GRANULE_BYTES)
         insist = self._options.every_page
-        self._has_begun = True  # a signal may come before the next line is done
+        self._n_started += 1  # a signal may come before the next line is done
         steps = write_extent(self._guest, ipa, tags, self._layout, insist=insist)
-        found = memoryview(b"")
-        if self._found:
-            self._found.append(self._found.pop(0))
-            found = self._found[0][: len(tags)]
+        found = self._room_for(len(tags))
         back = self._guest.begin_read(ipa, found) if self._found else None
-        self._begun.append(_Begun(ipa, tags, steps, may_be_readonly, found, back))
+        number = self._n_started
+        self._begun.append(_Begun(number, ipa, tags, steps, may_be_readonly, found, back))
+        self._begun_up_to = max(self._begun_up_to, ipa + len(tags) * GRANULE_BYTES)
+
+    def _room_for(self, n_granules: int) -> memoryview:
+        """Room for a read-back in flight, if there are any: there are `depth` large ones."""
+        if not self._found:
+            return memoryview(b"")
+        if n_granules <= Guest.small_granules:
+            return memoryview(bytearray(n_granules))
+        self._found.append(self._found.pop(0))
+        return self._found[0][:n_granules]
 
     def _finish_overlapping(self, ipa: int, size_bytes: int) -> None:
         """Finish the writes to this memory, before a later step replaces them."""
+        if ipa >= self._begun_up_to:
+            return  # as nearly always: a snapshot is in order of address
         if any(begun.overlaps(ipa, size_bytes) for begun in self._begun):
             self._finish_writing()
 

@@ -242,33 +242,43 @@ class TagReader:
     def _read_chunk(self, start: int, end: int, parts: _Ahead) -> tuple[int, OSError | None]:
         """Read into the first buffer; return where it stopped, and the error if it was early."""
         at = start
-        while at < end:
-            room = self._buffers[0][(at - start) // GRANULE_BYTES :]
-            part = parts.at_or_behind(at)
-            if part is None or part.ipa > at:
-                stop = end if part is None else min(part.ipa, end)
-                n_granules = (stop - at) // GRANULE_BYTES
-                room[:n_granules] = self._zeros[:n_granules]
-                at = stop
-                continue
-            size_bytes = min(part.end, end) - at
-            try:
-                copy = self._begin(at, room[: size_bytes // GRANULE_BYTES])
-                self._look_ahead(end, part.end)
-                done = copy()
-            except OSError as error:
-                self._drop_begun()
-                return at, error
-            _check_completed(done, size_bytes, at, self._layout)
-            at += done
-        return at, None
+        while at < end and (pieces := parts.within(at, end, self._guest.burst)):
+            self._begin(start, pieces)
+            for piece in pieces:
+                self._fill_with_zeros(start, at, piece.ipa)
+                copy = self._begun.popleft().copy
+                if piece is pieces[-1] and piece.end == end:
+                    self._look_ahead(end, parts.end_of_part(piece.ipa))
+                try:
+                    done = copy()
+                except OSError as error:
+                    self._drop_begun()
+                    return piece.ipa, error
+                _check_completed(done, piece.size_bytes, piece.ipa, self._layout)
+                at = piece.ipa + done
+                if done < piece.size_bytes:
+                    break  # the next copy from there says why
+        self._fill_with_zeros(start, at, end)
+        return end, None
 
-    def _begin(self, ipa: int, room: memoryview) -> Pending:
-        """Begin a copy into a part of the first buffer, unless the same one was begun already."""
-        if self._begun and (self._begun[0].ipa, self._begun[0].n_granules) == (ipa, len(room)):
-            return self._begun.popleft().copy
-        self._drop_begun()
-        return self._guest.begin_read(ipa, room)
+    def _fill_with_zeros(self, start: int, at: int, end: int) -> None:
+        n_granules = max(end - at, 0) // GRANULE_BYTES
+        first = (at - start) // GRANULE_BYTES
+        self._buffers[0][first : first + n_granules] = self._zeros[:n_granules]
+
+    def _begin(self, start: int, pieces: list[Extent]) -> None:
+        """Begin copies into the first buffer, except those that were begun already."""
+        for n, piece in enumerate(pieces):
+            n_granules = piece.size_bytes // GRANULE_BYTES
+            if n < len(self._begun):
+                if self._begun[n][:2] == (piece.ipa, n_granules):
+                    continue
+                self._drop_begun()
+                self._begin(start, pieces)
+                return
+            room = self._buffers[0][(piece.ipa - start) // GRANULE_BYTES :][:n_granules]
+            copy = self._guest.begin_read(piece.ipa, room)
+            self._begun.append(_Begun(piece.ipa, n_granules, copy))
 
     def _drop_begun(self) -> None:
         """Wait for copies that were begun in vain: they may yet fill buffers that are used next."""
@@ -320,19 +330,37 @@ def cut(step: Step, ipa: int, size_bytes: int) -> Step:
 
 
 class _Ahead:
-    """Ascending extents, read one ahead."""
+    """Ascending extents, read ahead."""
 
     def __init__(self, extents: Iterable[Extent]) -> None:
         self._extents = iter(extents)
-        self._next: Extent | None = None
-        self._ended = False
+        self._next: deque[Extent] = deque()
 
     def at_or_behind(self, ipa: int) -> Extent | None:
         """The first extent that ends after `ipa`; None where there is none."""
-        while not self._ended and (self._next is None or self._next.end <= ipa):
-            self._next = next(self._extents, None)
-            self._ended = self._next is None
-        return self._next
+        while self._next and self._next[0].end <= ipa:
+            self._next.popleft()
+        while not self._next and (extent := next(self._extents, None)) is not None:
+            if extent.end > ipa:
+                self._next.append(extent)
+        return self._next[0] if self._next else None
+
+    def within(self, ipa: int, end: int, most: int) -> list[Extent]:
+        """The first extents between two addresses, `most` of them, cut at these addresses."""
+        found: list[Extent] = []
+        extent, n = self.at_or_behind(ipa), 0
+        while extent is not None and extent.ipa < end and len(found) < most:
+            found.append(Extent.between(max(extent.ipa, ipa), min(extent.end, end)))
+            n += 1
+            if n == len(self._next) and (more := next(self._extents, None)) is not None:
+                self._next.append(more)
+            extent = self._next[n] if n < len(self._next) else None
+        return found
+
+    def end_of_part(self, ipa: int) -> int:
+        """Where the first extent that ends after `ipa` ends."""
+        extent = self.at_or_behind(ipa)
+        return extent.end if extent else ipa
 
 
 def write_extent(

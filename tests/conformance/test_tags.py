@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from mtetool.errors import MteOffError, TooLateError
 from mtetool.guest import Extent, Guest, Pending
@@ -305,6 +306,62 @@ def test_a_begun_copy_that_nobody_takes(make_guest: Factory, page: int) -> None:
     guest.freeze()
     assert np.array_equal(tags_of(guest, BASE, page), tags)
     guest.thaw()
+
+
+def test_many_small_copies_in_flight(make_guest: Factory, page: int) -> None:
+    """As many as are worth it, each write with its read-back, the second half to the same pages."""
+    n_pages, under_way = 32, []
+    guest = make_guest([(BASE, 2 * n_pages * page, False)])
+    for n in range(2 * n_pages):
+        ipa = BASE + 2 * (n % n_pages) * page
+        part, found = random_tags(page, seed=n), buffer(page)
+        write = guest.begin_write(ipa, part)
+        under_way.append((write, guest.begin_read(ipa, found), part, found))
+        if guest.burst == 1:
+            assert write() == under_way[-1][1]() == page
+    for write, read, part, found in under_way if guest.burst > 1 else ():
+        assert write() == read() == page
+        assert np.array_equal(found, part)
+    for n in range(n_pages):
+        wanted = under_way[n_pages + n][2]
+        assert np.array_equal(tags_of(guest, BASE + 2 * n * page, page), wanted)
+
+
+# --- scattered copies -----------------------------------------------------------------------
+
+
+def extents(*pairs: tuple[int, int]) -> NDArray[np.uint64]:
+    return np.array(pairs, np.uint64).reshape(-1, 2)
+
+
+def test_scattered_copies(make_guest: Factory, page: int) -> None:
+    guest = make_guest([(BASE, 64 * page, False)])
+    where = extents(*((BASE + n * page, page * (1 + n % 2)) for n in (40, 2, 9, 60, 31)))
+    tags = random_tags(int(where[:, 1].sum()))
+    assert guest.write_scattered(where, tags) == tags.size * GRANULE_BYTES
+    out = buffer(tags.size * GRANULE_BYTES)
+    assert guest.read_scattered(where, out) == tags.size * GRANULE_BYTES
+    assert np.array_equal(out, tags)
+    assert np.array_equal(tags_of(guest, BASE + 2 * page, page), tags[page // 16 :][: page // 16])
+    assert not tags_of(guest, BASE, 2 * page).any()
+    assert guest.read_scattered(extents(), buffer(0)) == 0
+    assert guest.write_scattered(extents(), buffer(0)) == 0
+
+
+def test_scattered_copies_stop_where_one_page_cannot_be_copied(
+    make_guest: Factory, page: int
+) -> None:
+    guest = make_guest([(BASE, 4 * page, False), (BASE + 8 * page, page, True)])
+    where = extents((BASE, page), (BASE + 2 * page, 4 * page), (BASE + page, page))
+    out = buffer(6 * page)
+    assert guest.read_scattered(where, out) == 3 * page
+    assert not out[: 3 * page // GRANULE_BYTES].any()
+    assert guest.write_scattered(where, random_tags(6 * page)) == 3 * page
+    nowhere = extents((BASE + 5 * page, page), (BASE, page))
+    assert errno_of(lambda: guest.read_scattered(nowhere, buffer(2 * page))) == errno.EFAULT
+    readonly = extents((BASE, page), (BASE + 8 * page, page))
+    assert guest.write_scattered(readonly, random_tags(2 * page)) == page
+    assert errno_of(lambda: guest.write_scattered(readonly[1:], random_tags(page))) == errno.EFAULT
 
 
 # --- MTE on and off -----------------------------------------------------------------------

@@ -15,7 +15,7 @@ from mtetool.attach.helper import PAGE_BYTES
 from mtetool.backends.kvm.by_hand import by_hand_and_proven, check_by_hand, places_by_hand
 from mtetool.backends.kvm.memslots import memslots_of, places_of
 from mtetool.backends.kvm.monitor import VmmMonitor, monitor_of
-from mtetool.backends.kvm.transfer import COPY_GRANULES, DEPTH
+from mtetool.backends.kvm.transfer import BURST, COPY_GRANULES, DEPTH
 from mtetool.backends.kvm.vcpus import hold_vcpus
 from mtetool.backends.kvm.vm import Vm
 from mtetool.buffers import as_bytes
@@ -26,12 +26,15 @@ from mtetool.errors import (
     SourceError,
     WrongHostError,
 )
-from mtetool.guest import Extent, GuestInfo, LiveGuest, Memslot
+from mtetool.guest import Extent, GuestInfo, LiveGuest, Memslot, Region
 from mtetool.vmm import proc
 from mtetool.vmm.hostmemory import HostMemory
 from mtetool.vmm.pagemap import Pagemap, UnknownError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from mtetool.buffers import TagBuffer
     from mtetool.closing import Closing
     from mtetool.guest import GuestOptions, Pending
@@ -75,6 +78,7 @@ class KvmGuest(LiveGuest):
     page_size_bytes = PAGE_BYTES
     max_copy_granules = COPY_GRANULES
     depth = DEPTH
+    burst = BURST
 
     def __init__(
         self,
@@ -137,6 +141,15 @@ class KvmGuest(LiveGuest):
             vcpus=self.vm.process.vcpus,
         )
 
+    def regions(self) -> list[Region]:
+        """See `Guest.regions`; others may use the monitor from then on."""
+        _ = self._memslots
+        with suppress(LayoutUnknownError):
+            found = self.monitor.ask().regions()
+            self.monitor.close()
+            return found
+        return []
+
     def prepare(self) -> None:
         """See `Guest.prepare`: ask the monitor and the kernel where its memory is."""
         if self.vm.has_mte:
@@ -159,6 +172,7 @@ class KvmGuest(LiveGuest):
 
     def _resume(self) -> None:
         if self.vm.is_attached:
+            self.vm.send()
             self.vm.session.release()  # first of all: the copies in flight come before it anyway
             self.vm.drain()
 
@@ -177,6 +191,23 @@ class KvmGuest(LiveGuest):
     def begin_write(self, ipa: int, tags: TagBuffer) -> Pending:
         """See `Guest.begin_write`; in flight at once."""
         return self._begin(ipa, as_bytes(tags), uapi.KVM_ARM_TAGS_TO_GUEST)
+
+    def read_scattered(self, extents: NDArray[np.uint64], out: TagBuffer) -> int:
+        """See `Guest.read_scattered`; by chains of calls."""
+        from mtetool.backends.kvm import scattered
+
+        self.vm.need_mte()
+        done = scattered.read(self.vm.transfer, extents, as_bytes(out))
+        # What went wrong with the first is known only by its own copy.
+        return done * uapi.GRANULE_BYTES if done else super().read_scattered(extents, out)
+
+    def write_scattered(self, extents: NDArray[np.uint64], tags: TagBuffer) -> int:
+        """See `Guest.write_scattered`; by chains of calls."""
+        from mtetool.backends.kvm import scattered
+
+        self.vm.need_mte()
+        done = scattered.write(self.vm.transfer, extents, as_bytes(tags))
+        return done * uapi.GRANULE_BYTES if done else super().write_scattered(extents, tags)
 
     def _begin(self, ipa: int, tags: memoryview, flags: int) -> Pending:
         self._check(ipa, len(tags) * uapi.GRANULE_BYTES)

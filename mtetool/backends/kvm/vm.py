@@ -124,6 +124,11 @@ class Vm:
         """Whether there is a session already."""
         return "session" in self.__dict__
 
+    def send(self) -> None:
+        """Let the kernel begin with all copies that were begun."""
+        if "transfer" in self.__dict__:
+            self.transfer.send()
+
     def drain(self) -> None:
         """Wait for all copies in flight."""
         if "transfer" in self.__dict__:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import errno
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import cast
 
 import pytest
 
 from mtetool import uapi
+from mtetool.attach.chain_room import ARGUMENT_BYTES, MOST_CALLS
 from mtetool.attach.session import Session
-from mtetool.backends.kvm.transfer import BUFFER_BYTES, COPY_GRANULES, DEPTH, Transfer
+from mtetool.backends.kvm.transfer import (
+    BUFFER_BYTES,
+    COPY_GRANULES,
+    DEPTH,
+    SMALL_GRANULES,
+    Transfer,
+)
 from mtetool.errors import GuestLostError
 
 _BASE = 0x4000_0000
@@ -21,6 +29,8 @@ _READ, _WRITE = uapi.KVM_ARM_TAGS_FROM_GUEST, uapi.KVM_ARM_TAGS_TO_GUEST
 
 class _Process:
     """A session with a VM: one tag everywhere, and no memory from `end` on.
+
+    `chains` has the lengths of the chains of calls that were made.
 
     A copy that was begun is done only when any copy is waited for, as late as possible.
     """
@@ -34,6 +44,8 @@ class _Process:
         self.unreadable: int | None = None
         self.asked: list[int] = []
         self.memory: dict[int, bytes] = {}
+        self.chains: list[int] = []
+        self.may_chain = True
         self._begun: deque[tuple[bytes, Future[int]]] = deque()
 
     def begin_ioctl(self, fd: int, request: int, argument: bytes) -> Future[int]:
@@ -41,13 +53,26 @@ class _Process:
         self._begun.append((argument, begun))
         return begun
 
+    def begin_chain(self, fd: int, request: int, arguments: bytes) -> Future[int]:
+        return self.begin_ioctl(fd, request, arguments)
+
     def finish(self, begun: Future[int]) -> int:
         while not begun.done():
-            argument, future = self._begun.popleft()
-            future.set_result(self._ioctl(argument))
+            arguments, future = self._begun.popleft()
+            if len(arguments) == ARGUMENT_BYTES:
+                future.set_result(self._ioctl(arguments))
+            else:
+                future.set_result(self._chain(arguments))
         if self.lost:
             raise GuestLostError("the process ended")
         return begun.result()
+
+    def _chain(self, arguments: bytes) -> bool:
+        if self.may_chain:
+            self.chains.append(len(arguments) // ARGUMENT_BYTES)
+            for at in range(0, len(arguments), ARGUMENT_BYTES):
+                self._ioctl(arguments[at : at + ARGUMENT_BYTES])
+        return self.may_chain
 
     def _ioctl(self, argument: bytes) -> int:
         ipa, length, at, flags, *_ = (
@@ -139,12 +164,100 @@ def test_a_process_that_ended(process: _Process, transfer: Transfer) -> None:
 
 
 def test_an_error_belongs_to_its_copy(process: _Process, transfer: Transfer) -> None:
-    copies = [transfer.begin(_BASE, _room(), _READ) for _ in range(3)]
-    process.unreadable = copies[1].part
+    rooms = [_room(SMALL_GRANULES + 256) for _ in range(3)]
+    copies = [transfer.begin(_BASE, room, _READ) for room in rooms]
+    process.unreadable = COPY_GRANULES  # the second part of the buffer
     transfer.drain()
-    assert transfer.finish(copies[0]) == transfer.finish(copies[2]) == 4096
+    assert transfer.finish(copies[0]) == transfer.finish(copies[2])
     with pytest.raises(PermissionError):
         transfer.finish(copies[1])
+
+
+def _pages(n_pages: int) -> list[int]:
+    return [_BASE + 8192 * n for n in range(n_pages)]
+
+
+@pytest.mark.parametrize("may_chain", [True, False])
+def test_small_copies_are_made_together(
+    process: _Process, transfer: Transfer, may_chain: bool
+) -> None:
+    process.may_chain = may_chain
+    begun = []
+    for n, ipa in enumerate(_pages(100)):
+        tags, out = memoryview(bytes([n % 16]) * 256), _room()
+        begun.append((transfer.begin(ipa, tags, _WRITE), tags, out))
+        begun.append((transfer.begin(ipa, out, _READ), tags, out))
+    assert process.asked == []
+    for copy, tags, out in begun:
+        assert transfer.finish(copy) == 4096
+        assert out == tags
+    assert process.chains == ([300] if may_chain else [])
+
+
+def test_what_a_chain_could_not_copy_is_asked_alone(process: _Process, transfer: Transfer) -> None:
+    process.end = _BASE + 3 * 8192 + 2048
+    rooms = [_room() for _ in range(5)]
+    copies = [transfer.begin(ipa, room, _READ) for ipa, room in zip(_pages(5), rooms, strict=True)]
+    answers = [transfer.finish(copy) for copy in copies]
+    assert answers == [4096, 4096, 4096, 2048, -errno.EFAULT]
+    assert [set(room) for room in rooms] == [{1}, {1}, {1}, {0, 1}, {0}]
+    assert process.asked[5:] == _pages(5)[3:]
+
+
+def test_writes_keep_their_order_after_one_that_failed(
+    process: _Process, transfer: Transfer
+) -> None:
+    """The first is refused in the chain only: the second one's tags must stand in the end."""
+    writes, out = [memoryview(bytes([n]) * 256) for n in (3, 4)], _room()
+    refused = [True]
+
+    def ioctl(argument: bytes, made: Callable[[bytes], int] = process._ioctl) -> int:
+        if refused and int.from_bytes(argument[24:32], "little") == _WRITE:
+            refused.clear()
+            return -errno.EBUSY
+        return made(argument)
+
+    process._ioctl = ioctl  # type: ignore[method-assign]
+    copies = [transfer.begin(_BASE, tags, _WRITE) for tags in writes]
+    back = transfer.begin(_BASE, out, _READ)
+    assert [transfer.finish(copy) for copy in (*copies, back)] == [4096] * 3
+    assert process.memory[_BASE] == bytes(out) == bytes([4]) * 256
+
+
+def test_interrupted_wait_is_taken_up_again(process: _Process, transfer: Transfer) -> None:
+    process.end = _BASE + 8192
+    rooms = [_room() for _ in range(3)]
+    copies = [transfer.begin(ipa, room, _READ) for ipa, room in zip(_pages(3), rooms, strict=True)]
+    finish = process.finish
+
+    def interrupted(begun: Future[int]) -> int:
+        if process.chains:
+            process.finish = finish  # type: ignore[method-assign]
+            raise KeyboardInterrupt
+        return finish(begun)
+
+    process.finish = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        transfer.drain()
+    assert [transfer.finish(copy) for copy in copies] == [4096, -errno.EFAULT, -errno.EFAULT]
+    assert [set(room) for room in rooms] == [{1}, {0}, {0}]
+
+
+def test_chains_of_any_length(process: _Process, transfer: Transfer) -> None:
+    process.end = 1 << 40
+    ipas = [_BASE + 8192 * n for n in range(3 * MOST_CALLS)]
+    copies = [transfer.begin(ipa, _room(), _READ) for ipa in ipas]
+    assert {transfer.finish(copy) for copy in copies} == {4096}
+    assert process.chains == [MOST_CALLS] * 3
+    assert process.asked == ipas
+
+
+def test_large_ones_between_small_ones(process: _Process, transfer: Transfer) -> None:
+    sizes = [256, 256, SMALL_GRANULES + 256, 256, 256, COPY_GRANULES, 256]
+    copies = [transfer.begin(_BASE + n * _COPY, _room(size), _READ) for n, size in enumerate(sizes)]
+    transfer.send()
+    assert [transfer.finish(copy) for copy in copies] == [size * 16 for size in sizes]
+    assert process.asked == [_BASE + n * _COPY for n in range(len(sizes))]
 
 
 def test_a_copy_of_nothing_is_in_order(process: _Process, transfer: Transfer) -> None:

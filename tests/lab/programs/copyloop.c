@@ -1,7 +1,8 @@
-/* The bare loop that mtetool is measured against: `copyloop MIB ROUNDS [BYTES]` makes a VM with MTE
- * and MIB of memory, tags all of it, and then reads and writes all tags ROUNDS times with nothing
- * between the ioctls, each for BYTES of guest memory (64 MiB). For each round it prints how many
- * seconds all reading and all writing ioctls took.
+/* The bare loop that mtetool is measured against: `copyloop MIB ROUNDS [BYTES [CALLS]]` makes a VM
+ * with MTE and MIB of memory, tags all of it, and then reads and writes tags ROUNDS times with
+ * nothing between the ioctls, each for BYTES of guest memory (64 MiB): all tags, one ioctl after
+ * another, or with CALLS that many of BYTES each, scattered over the memory. For each round it
+ * prints how many seconds all reading and all writing ioctls took.
  */
 #include <err.h>
 #include <fcntl.h>
@@ -24,12 +25,14 @@ now(void)
     return (double)at.tv_sec + 1e-9 * (double)at.tv_nsec;
 }
 
+/* Makes `calls` copies; the n-th is of the chunk `stride * n`, modulo the memory. */
 static void
-copy_all(int vm, uint64_t size, uint64_t chunk, uint8_t *tags, uint64_t flags)
+copy(int vm, uint64_t size, uint64_t chunk, uint64_t calls, uint64_t stride, uint8_t *tags,
+     uint64_t flags)
 {
-    for (uint64_t at = 0; at < size; at += chunk) {
-        struct kvm_arm_copy_mte_tags copy = {
-            .guest_ipa = BASE + at, .length = chunk, .addr = tags, .flags = flags};
+    for (uint64_t n = 0; n < calls; n++) {
+        struct kvm_arm_copy_mte_tags copy = {.guest_ipa = BASE + n * stride * chunk % size,
+                                             .length = chunk, .addr = tags, .flags = flags};
         if (ioctl(vm, KVM_ARM_MTE_COPY_TAGS, &copy) != (int)chunk)
             err(1, "KVM_ARM_MTE_COPY_TAGS");
     }
@@ -39,7 +42,7 @@ int
 main(int argc, char **argv)
 {
     if (argc < 3)
-        errx(2, "copyloop MIB ROUNDS [BYTES]");
+        errx(2, "copyloop MIB ROUNDS [BYTES [CALLS]]");
     uint64_t size = strtoull(argv[1], NULL, 0) << 20;
     uint64_t chunk = argc > 3 ? strtoull(argv[3], NULL, 0) : 64ul << 20;
     int kvm = open("/dev/kvm", O_RDWR), vm = ioctl(kvm, KVM_CREATE_VM, 0);
@@ -57,13 +60,15 @@ main(int argc, char **argv)
         err(1, "no memory for tags");
     for (uint64_t i = 0; i < chunk / 16; i++)
         tags[i] = (uint8_t)(i * 7 + i / 256) & 15;
-    copy_all(vm, size, chunk, tags, KVM_ARM_TAGS_TO_GUEST);
+    copy(vm, size, chunk, size / chunk, 1, tags, KVM_ARM_TAGS_TO_GUEST);
+    uint64_t calls = argc > 4 ? strtoull(argv[4], NULL, 0) : size / chunk;
+    uint64_t stride = argc > 4 ? 7919 : 1;
     for (long round = strtol(argv[2], NULL, 0); round; round--) {
         double start = now();
-        copy_all(vm, size, chunk, tags, KVM_ARM_TAGS_FROM_GUEST);
+        copy(vm, size, chunk, calls, stride, tags, KVM_ARM_TAGS_FROM_GUEST);
         double read = now();
-        copy_all(vm, size, chunk, tags, KVM_ARM_TAGS_TO_GUEST);
-        printf("%.4f %.4f\n", read - start, now() - read);
+        copy(vm, size, chunk, calls, stride, tags, KVM_ARM_TAGS_TO_GUEST);
+        printf("%.6f %.6f\n", read - start, now() - read);
         fflush(stdout);
     }
     return 0;
