@@ -28,12 +28,15 @@ _SETTLE_SECONDS = 20.0
 
 
 def cycle(pid: int) -> None:
-    """Do what the commands do to a VMM: attach, read, freeze, write, detach."""
-    tags = np.zeros(4096, dtype=np.uint8)
+    """Do what the commands do to a VMM: attach, copy, freeze, copy, detach; also in chains."""
+    tags, scattered = (np.zeros(n, dtype=np.uint8) for n in (4096, 2048))
+    pages = np.array([[_MEMORY.ipa + 8192 * n, 4096] for n in range(8)], np.uint64)
     with open_guest(f"kvm:{pid}", GuestOptions(memslots=(_MEMORY,))) as guest:
         guest.read_tags(_MEMORY.ipa, tags)
+        assert guest.read_scattered(pages, scattered) == 8 * 4096
         guest.freeze()
         guest.write_tags(_MEMORY.ipa, tags)
+        assert guest.write_scattered(pages, scattered) == 8 * 4096
         guest.thaw()
 
 
