@@ -44,7 +44,7 @@ finish() {
         [ $was_running = no ] || virsh -c "$from" resume "$uuid" >/dev/null || true
         echo "migrate: failed; the domain is at the source, as before" >&2
     fi
-    $remote rm -rf "$far" || true
+    $remote rm -rf "$far" "$socket" || true # a QEMU that was ended leaves its socket
     rm -rf "$work" "$socket"
     exit "$status"
 }
@@ -83,6 +83,7 @@ while data := os.read(0, 1 << 20):
     connection.sendall(data)
 connection.shutdown(socket.SHUT_WR)
 PYTHON
+$remote rm -rf "$far" "$socket"
 $remote mkdir -p -m 700 "$far"
 $remote dd "of=$far/tags" status=none <"$work/tags"
 $remote dd "of=$far/carry.py" status=none <"$work/carry.py"
