@@ -268,7 +268,11 @@ def _programs() -> Path:
                 subprocess.run([f"{_ARM}-as", "-o", f"{target}.o", source], check=True)
                 subprocess.run([f"{_ARM}-ld", "-o", target, f"{target}.o"], check=True)
         aarch32 = cpio.Entry.program("aarch32", (into / "aarch32").read_bytes())
-        for guest, init, others in (("guest", "tagger", []), ("mixed", "mixed", [aarch32])):
+        for guest, init, others in (
+            ("guest", "tagger", []),
+            ("mixed", "mixed", [aarch32]),
+            ("hammer", "hammer", []),
+        ):
             program = cpio.Entry.program("init", (into / init).read_bytes())
             directories = [cpio.Entry.directory(name) for name in ("dev", "proc")]
             root = cpio.archive([*directories, program, *others])
