@@ -18,17 +18,18 @@ HARMLESS = frozenset(
 MULTIFD_MAGIC = 0x11223344
 _TLS_HANDSHAKE = b"\x16\x03"
 
-# From POSTCOPY_ADVISE to RECV_BITMAP, and ENABLE_COLO.
+# From POSTCOPY_ADVISE to RECV_BITMAP, and ENABLE_COLO. The first is empty if it is not about RAM.
+_POSTCOPY_ADVISE = 3
 _COMMANDS = {**dict.fromkeys(range(3, 10), "postcopy-ram"), 10: "x-colo"}
 _RAM_FLAGS = {0x100: "compress", 0x200: "multifd"}
 _SECTIONS = {"dirty-bitmap": "dirty-bitmaps", "block": "block"}
 _DAMAGED_HINT = "start the migration again; if that fails too, report both ends' versions of QEMU"
 
 
-def damaged(offset: int, what: str, hint: str = _DAMAGED_HINT) -> StreamDamagedError:
+def damaged(offset: int, what: str) -> StreamDamagedError:
     """The error for something that QEMU does not write."""
     message = f"the migration stream is damaged at byte {offset:,}: {what}"
-    return StreamDamagedError(message, hint=hint, offset=offset)
+    return StreamDamagedError(message, hint=_DAMAGED_HINT, offset=offset)
 
 
 def unsupported(offset: int, what: str, hint: str) -> StreamUnsupportedError:
@@ -57,8 +58,10 @@ def wrong_magic(found: bytes) -> StreamDamagedError | StreamUnsupportedError:
     return damaged(0, f"it begins with {found.hex(' ')}, not with QEVM")
 
 
-def command(offset: int, number: int) -> StreamDamagedError | StreamUnsupportedError:
+def command(offset: int, number: int, length: int) -> StreamDamagedError | StreamUnsupportedError:
     """The error for a command to the destination."""
+    if number == _POSTCOPY_ADVISE and not length:
+        return capability(offset, "dirty-bitmaps")
     if number in _COMMANDS:
         return capability(offset, _COMMANDS[number])
     if not number:
@@ -84,6 +87,12 @@ def section(offset: int, name: str) -> StreamUnsupportedError:
         return capability(offset, _SECTIONS[name])
     what = f"{quoted(name)} sends state while the guest runs, whose length is unknown"
     return unsupported(offset, what, "unplug that device (VFIO?) for the migration: device_del")
+
+
+def no_footer(offset: int) -> StreamUnsupportedError:
+    """The error for the stream of a machine type whose sections end without a footer."""
+    hint = "use a machine type of QEMU 2.4 or later"
+    return unsupported(offset, "its sections have no footers", hint)
 
 
 def early_device(offset: int, name: str) -> StreamUnsupportedError:

@@ -33,7 +33,7 @@ from mtetool.loops import ram_records
 from mtetool.relay import refusing
 from mtetool.relay.pieces import Pieces, Steps
 from mtetool.relay.refusing import damaged, unsupported
-from mtetool.words import quoted
+from mtetool.words import counted, quoted
 
 MOST_MEMORY_BYTES = 16 << 40
 """The most memory of a guest that is accepted; there is a byte of marks for each page of it."""
@@ -201,7 +201,7 @@ class RamStream:
         number = yield from self._pieces.number(2)
         length = yield from self._pieces.number(2)
         if number not in (_OPEN_RETURN_PATH, _PING, _SWITCHOVER_START):
-            raise refusing.command(self._begin, number)
+            raise refusing.command(self._begin, number, length)
         if length != (4 if number == _PING else 0):
             raise self._damaged(f"command {number} with {length:,} bytes of data")
         yield from self._pieces.skip(length)
@@ -240,9 +240,10 @@ class RamStream:
         yield from self._ram()
         self._begin = self._pieces.position
         mark = yield from self._pieces.number(1)
+        if mark in (_START, _PART, _END, _FULL, _COMMAND):
+            raise refusing.no_footer(self._begin)
         if mark != _FOOTER:
-            hint = "use a machine type of QEMU 2.4 or later, which have footers"
-            raise self._damaged(f"{mark:#04x} in place of a section's footer", hint)
+            raise self._damaged(f"{mark:#04x} in place of a section's footer")
         found = yield from self._pieces.number(4)
         if found != section_id:
             raise self._damaged(f"the footer of section {found} ends section {section_id}")
@@ -342,14 +343,15 @@ class RamStream:
             sizes = [block.size_bytes >> self._page_bits for block in blocks]
             self.marks = [np.zeros(size, dtype=np.uint8) for size in sizes]
         except MemoryError as error:
-            what = f"no memory for the marks of {sum(sizes):,} pages of the guest"
+            n_pages = counted(sum(sizes), "page")
+            what = f"no memory for the marks of the guest's {n_pages}"
             raise NoMemoryError(what, hint="free some memory on this host") from error
         self.blocks, self._listed = tuple(blocks), True
 
     # --- errors -----------------------------------------------------------------------
 
-    def _damaged(self, what: str, *hint: str) -> MtetoolError:
-        return damaged(self._begin, what, *hint)
+    def _damaged(self, what: str) -> MtetoolError:
+        return damaged(self._begin, what)
 
     def _unknown(self, what: str) -> MtetoolError:
         hint = "update mtetool, or use an older QEMU at the source"
