@@ -302,6 +302,60 @@ first_difference(const uint8_t *a, const uint8_t *b, size_t n)
     return at;
 }
 
+/* What `ram_records` counted, and where the next record begins. */
+struct records {
+    size_t at, pages, zero_pages, xbzrle_pages;
+};
+
+INLINE uint64_t
+big_endian_word(const uint8_t *at)
+{
+    return __builtin_bswap64(word(at));
+}
+
+/* `found->at` is at most n, until a page ends beyond the data: that record is the last. */
+static void
+ram_records(const uint8_t *data, size_t n, uint8_t *marks, size_t n_marks, int page_bits,
+            struct records *found)
+{
+    enum { ZERO = 0x02 | 0x20, PAGE = 0x08 | 0x20, XBZRLE = 0x40 | 0x20 }; /* 0x20: same block */
+    const size_t page_bytes = (size_t)1 << page_bits;
+    struct records now = *found;
+    while (now.at < n && n - now.at >= 8) {
+        const uint8_t *here = data + now.at;
+        size_t left = n - now.at, length;
+        uint64_t head = big_endian_word(here), number = head >> page_bits;
+        if (number >= n_marks)
+            break;
+        switch (head & (page_bytes - 1)) {
+        case PAGE:
+            now.at += 8 + page_bytes;
+            now.pages++;
+            break;
+        case ZERO:
+            if (left < 9 || here[8] != 0)
+                goto out;
+            now.at += 9;
+            now.zero_pages++;
+            break;
+        case XBZRLE:
+            if (left < 11 || here[8] != 1)
+                goto out;
+            length = (size_t)here[9] << 8 | here[10];
+            if (length > page_bytes)
+                goto out;
+            now.at += 11 + length;
+            now.xbzrle_pages++;
+            break;
+        default:
+            goto out;
+        }
+        marks[number] = 1;
+    }
+out:
+    *found = now;
+}
+
 /* --- what Python sees --------------------------------------------------------------------- */
 
 static PyObject *
@@ -529,6 +583,27 @@ loops_mask(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *
+loops_ram_records(PyObject *module, PyObject *args)
+{
+    Py_buffer data, marks;
+    Py_ssize_t at;
+    int page_bits;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*nw*i", &data, &at, &marks, &page_bits))
+        return NULL;
+    if (at < 0 || at > data.len || page_bits < 10 || page_bits > 16)
+        return refuse("no such place, or no such page size", &data, &marks);
+    struct records found = {.at = (size_t)at};
+    Py_BEGIN_ALLOW_THREADS
+    ram_records(data.buf, (size_t)data.len, marks.buf, (size_t)marks.len, page_bits, &found);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&data);
+    PyBuffer_Release(&marks);
+    return Py_BuildValue("nnnn", (Py_ssize_t)found.at, (Py_ssize_t)found.pages,
+                         (Py_ssize_t)found.zero_pages, (Py_ssize_t)found.xbzrle_pages);
+}
+
 static PyMethodDef methods[] = {
     {"scan", loops_scan, METH_VARARGS, NULL},
     {"to_runs", loops_to_runs, METH_VARARGS, NULL},
@@ -540,6 +615,7 @@ static PyMethodDef methods[] = {
     {"first_difference", loops_first_difference, METH_VARARGS, NULL},
     {"xor", loops_xor, METH_VARARGS, NULL},
     {"mask", loops_mask, METH_VARARGS, NULL},
+    {"ram_records", loops_ram_records, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -17,6 +17,9 @@ from mtetool.loops_numpy import (
     page_run as page_run,
 )
 from mtetool.loops_numpy import (
+    ram_records as ram_records,
+)
+from mtetool.loops_numpy import (
     scan as scan,
 )
 from mtetool.loops_numpy import (

@@ -299,6 +299,18 @@ class GuestLostError(GuestError):
     id = "guest-lost"
 
 
+class StreamUnsupportedError(GuestError):
+    """The migration stream uses a feature of QEMU that mtetool cannot follow."""
+
+    id = "stream-unsupported"
+
+
+class StreamDamagedError(GuestError):
+    """The migration stream is not as QEMU writes it; `offset` is where."""
+
+    id = "stream-damaged"
+
+
 class EmulatorFileError(GuestError):
     """The file is not that of an emulated guest, or it is damaged."""
 

@@ -1,4 +1,4 @@
-"""The loops over granules: in C if that was compiled, else in numpy.
+"""The loops over granules, and over records of pages: in C if that was compiled, else in numpy.
 
 Both do the same, byte for byte; `mtetool.loops_numpy` describes it. The C version needs no numpy,
 which takes longer to import than saving a small guest.
@@ -15,6 +15,7 @@ __all__ = [
     "mask",
     "pack",
     "page_run",
+    "ram_records",
     "scan",
     "to_runs",
     "unpack",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         mask,
         pack,
         page_run,
+        ram_records,
         scan,
         to_runs,
         unpack,

@@ -1,4 +1,4 @@
-"""The loops over granules in numpy, the reference for those in C (`_loops.c`).
+"""The loops in numpy and Python, the reference for those in C (`_loops.c`).
 
 Tags are C-contiguous buffers of one byte per granule; bits 7:4 are zero unless stated otherwise. A
 function writes to `out`, `into` or `tags`, whose length it documents. All raise ValueError for
@@ -35,6 +35,12 @@ _OBJECTS = (
     (0x0101_0101_0101_0101, 6),
     (0x0001_0001_0001_0001, 3),
 )
+
+# In QEMU's migration stream (migration/ram.c): the flags of records of the block of the record
+# before, and the only encoding that XBZRLE has.
+_RAM_ZERO, _RAM_PAGE, _RAM_XBZRLE = 0x20 | 0x02, 0x20 | 0x08, 0x20 | 0x40
+_XBZRLE_ENCODING = 1
+_RAM_PAGE_BITS = range(10, 17)
 
 
 def scan(tags: TagBuffer, page_granules: int) -> tuple[int, int, int, int]:
@@ -205,6 +211,45 @@ def mask(tags: TagBuffer) -> None:
     """Clear bits 7:4 of each byte."""
     array = _bytes(tags)
     np.bitwise_and(array, np.uint8(15), out=array)
+
+
+def ram_records(
+    data: TagBuffer, at: int, marks: TagBuffer, page_bits: int
+) -> tuple[int, int, int, int]:
+    """Mark the pages that QEMU's migration stream carries from `data[at]` on, in one block.
+
+    `marks` has a byte for each page of that block, which is set to 1 when a record of the page
+    passes. A record is a big-endian word, a multiple of the page size plus flags, and the contents.
+    Return where the loop stopped, and how many full, zero and XBZRLE pages passed. It stops before
+    the first record that is incomplete or is anything but such a page of the same block, within
+    it; contents may end beyond `data`, and then the place where it stopped lies there too.
+    """
+    view, marked = as_bytes(data), as_bytes(marks)
+    if not 0 <= at <= len(view) or page_bits not in _RAM_PAGE_BITS:
+        raise ValueError("no such place, or no such page size")
+    page_bytes, n_bytes = 1 << page_bits, len(view)
+    n_pages = n_zero_pages = n_xbzrle_pages = 0
+    while at + 8 <= n_bytes:
+        head = int.from_bytes(view[at : at + 8], "big")
+        number, flags = head >> page_bits, head & page_bytes - 1
+        if number >= len(marked):
+            break
+        if flags == _RAM_PAGE:
+            at += 8 + page_bytes
+            n_pages += 1
+        elif flags == _RAM_ZERO and at + 9 <= n_bytes and not view[at + 8]:
+            at += 9
+            n_zero_pages += 1
+        elif flags == _RAM_XBZRLE and at + 11 <= n_bytes and view[at + 8] == _XBZRLE_ENCODING:
+            length = int.from_bytes(view[at + 9 : at + 11], "big")
+            if length > page_bytes:
+                break
+            at += 11 + length
+            n_xbzrle_pages += 1
+        else:
+            break
+        marked[number] = 1
+    return at, n_pages, n_zero_pages, n_xbzrle_pages
 
 
 def _bytes(buffer: TagBuffer) -> Bytes:

@@ -46,6 +46,7 @@ ROOMS: dict[str, set[str]] = {
         "uapi",
         "words",
     },
+    "relay": {"errors", "loops", "words"},
     "snapshot": {
         "mtetool",
         "buffers",

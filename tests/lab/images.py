@@ -135,6 +135,28 @@ def images(
         return replace(found, emulator=_emulator(emulator))
 
 
+def emulator(suite: str = _RELEASE) -> list[str]:
+    """Return the words that start the QEMU of a Debian suite on this machine, and fetch it first.
+
+    Raises LabUnavailableError.
+    """
+    with _locked():
+        return emulator_words(_emulator(suite))
+
+
+def emulator_words(tree: Path) -> list[str]:
+    """The words that start the QEMU of a tree, with its own loader and libraries.
+
+    This machine's may be older.
+    """
+    usr = tree / "usr"
+    libraries = next(path.parent for path in usr.glob("lib/*-linux-gnu/libc.so.6"))
+    loader = next(libraries.glob("ld-linux-*.so.*"))
+    qemu = usr / "bin" / "qemu-system-aarch64"
+    words = [loader, "--library-path", libraries, qemu, "-L", usr / "share" / "qemu"]
+    return [str(word) for word in words]
+
+
 def cache() -> Path:
     """The cache directory, `$XDG_CACHE_HOME/mtetool`."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -24,7 +24,13 @@ from types import TracebackType
 from typing import Self
 
 from tests.lab.disk import make_ext4
-from tests.lab.images import DEFAULT_KERNEL, DEFAULT_LIBVIRT, Images, images
+from tests.lab.images import (
+    DEFAULT_KERNEL,
+    DEFAULT_LIBVIRT,
+    Images,
+    emulator_words,
+    images,
+)
 
 _CHECKOUT = Path(__file__).parents[2]
 _BOOT_SECONDS = 120.0
@@ -199,7 +205,7 @@ class Machine:
         run_image = self._run_image(directory)
         port = directory / "agent.sock"
         command = [
-            *_emulator(self._images),
+            *emulator_words(self._images.emulator),
             *_hardware(self._memory, self._cpus),
             *_disk("root", self._images.root, snapshot=not self._keep_writes),
             *_disk("run", run_image, snapshot=True),
@@ -366,7 +372,7 @@ def shell(
     found = machine._images
     with tempfile.TemporaryDirectory(prefix="mtetool-lab-") as scratch:
         command = [
-            *_emulator(found),
+            *emulator_words(found.emulator),
             *_hardware(memory, machine._cpus),
             *_disk("root", found.root, snapshot=True),
             *_disk("run", machine._run_image(Path(scratch)), snapshot=True),
@@ -379,16 +385,6 @@ def shell(
 
 def _default_images(kernel: str, libvirt: str) -> Images:
     return images(kernel, libvirt=libvirt)
-
-
-def _emulator(found: Images) -> list[str]:
-    # With the tree's own loader and libraries: this machine's may be older.
-    usr = found.emulator / "usr"
-    libraries = next(path.parent for path in usr.glob("lib/*-linux-gnu/libc.so.6"))
-    loader = next(libraries.glob("ld-linux-*.so.*"))
-    qemu = usr / "bin" / "qemu-system-aarch64"
-    words = [loader, "--library-path", libraries, qemu, "-L", usr / "share" / "qemu"]
-    return [str(word) for word in words]
 
 
 def _hardware(memory: str, cpus: int) -> list[str]:
