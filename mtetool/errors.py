@@ -317,6 +317,30 @@ class EmulatorFileError(GuestError):
     id = "bad-emulator"
 
 
+class RelayPeerError(GuestError):
+    """The other end is not a relay, not the one that is needed, or breaks the protocol."""
+
+    id = "relay-peer"
+
+
+class RelayLostError(GuestError):
+    """A connection of the relay cannot be made, or was lost."""
+
+    id = "relay-lost"
+
+
+class RelayFailedError(GuestError):
+    """The relay at the other end failed; the message and `reason`, an error's id, are its own."""
+
+    id = "relay-failed"
+
+
+class TlsError(GuestError):
+    """TLS is refused by either side, or its certificates cannot be used."""
+
+    id = "tls"
+
+
 # --- status 5: the snapshot --------------------------------------------------------------
 
 

@@ -93,7 +93,8 @@ ROOMS: dict[str, set[str]] = {
         "words",
     },
     "backends": {"errors", "files", "guest", "vmm", "words"},
-    "companion": {"attach", "backends.kvm", "errors", "permission", "procfs", "vmm"},
+    "relay": {"mtetool", "errors", "files", "vmm", "words"},
+    "companion": {"attach", "backends.kvm", "errors", "files", "permission", "procfs", "vmm"},
     "sources": {"backends", "buffers", "errors", "guest", "loops", "snapshot", "uapi"},
     "flows": {
         "attach",

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-import stat
-from contextlib import suppress
 from pathlib import Path
 
-from mtetool.errors import BusyError, FileExistsAlreadyError, UsageError, host_error
+from mtetool.errors import UsageError, host_error
+from mtetool.files.sockets import SocketFile
 
 _FIRST_FD = 3  # sd_listen_fds(3)
-_BACKLOG = 128
 
 
 def listener(path: Path) -> socket.socket:
@@ -22,11 +20,12 @@ def listener(path: Path) -> socket.socket:
     """
     found = _handed_over()
     if found is None:
-        _check_free(path)
         try:
-            found = _bound(path)
+            path.parent.mkdir(mode=0o755, exist_ok=True)
         except OSError as error:
             raise host_error(error, f"making the socket {path}") from error
+        # Whoever asks is served, see mtetool-companion(1).
+        found = SocketFile(path, socket.SOCK_SEQPACKET, 0o666, elsewhere="--socket PATH").socket
     found.setblocking(False)
     return found
 
@@ -57,46 +56,3 @@ def _unusable(what: str) -> UsageError:
         f"the service manager handed over {what}",
         hint="the unit needs one ListenSequentialPacket=: mtetool companion --show socket",
     )
-
-
-def _check_free(path: Path) -> None:
-    try:
-        found = path.lstat()
-    except OSError:
-        return
-    if not stat.S_ISSOCK(found.st_mode):
-        raise FileExistsAlreadyError(
-            f"{path} exists and is not a socket",
-            hint="remove it, or choose another place: --socket PATH",
-            path=str(path),
-        )
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            return  # left over: nobody listens
-        except BlockingIOError:
-            pass  # somebody does, and has clients waiting
-        except OSError as error:
-            raise host_error(error, f"looking at the socket {path}") from error
-    raise BusyError(
-        f"another process serves {path}",
-        hint=f"find it: ss -xlp src {path}; or choose another place: --socket PATH",
-    )
-
-
-def _bound(path: Path) -> socket.socket:
-    """Listen at the path, in the place of a socket that was left over."""
-    path.parent.mkdir(mode=0o755, exist_ok=True)
-    with suppress(FileNotFoundError):
-        path.unlink()
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        made.bind(str(path))
-        path.chmod(0o666)  # whoever asks is served, see mtetool-companion(1)
-        made.listen(_BACKLOG)
-    except BaseException:
-        made.close()
-        raise
-    return made
