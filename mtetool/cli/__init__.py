@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "enable": ("mtetool.cli.enable", "Turn MTE on for a guest, before its first vCPU."),
     "exec": ("mtetool.cli.exec", "Start a VMM whose VM has MTE, in this process."),
     "companion": ("mtetool.cli.companion", "Serve VMMs that may not enable MTE themselves."),
+    "relay": ("mtetool.cli.relay", "Relay a live migration of QEMU, with its tags."),
     "probe": ("mtetool.cli.probe", "Report whether this host can copy tags, and if not, why."),
     "emu": ("mtetool.cli.emu", "Make, show and change emulated guests."),
 }

@@ -73,6 +73,12 @@ def warn(text: str) -> None:
     sys.stderr.write(f"mtetool: warning: {printable(text)}\n")
 
 
+def note(text: str) -> None:
+    """Say what happens just now, on standard error; not with `--quiet`."""
+    sys.stderr.write(f"mtetool: {printable(text)}\n")
+    sys.stderr.flush()
+
+
 @contextmanager
 def printing(truth: str, **details: object) -> Iterator[None]:
     """Print a report in this context; `truth` is what holds even if the report is lost.

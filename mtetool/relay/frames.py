@@ -57,12 +57,14 @@ class Kind(IntEnum):
     """QEMU's return path has ended."""
     BYE = 12
     """All is done; the connection ends here."""
+    READY = 13
+    """The sender's guest was found, and its tags can be copied: a map."""
 
 
 _MOST_BYTES = {
     **dict.fromkeys((Kind.DATA, Kind.BACK, Kind.TAGS), _BULK_BYTES),
     **dict.fromkeys(
-        (Kind.HELLO, Kind.ALL_TAGS, Kind.APPLIED, Kind.PROGRESS, Kind.FAIL), _MAP_BYTES
+        (Kind.HELLO, Kind.ALL_TAGS, Kind.APPLIED, Kind.PROGRESS, Kind.FAIL, Kind.READY), _MAP_BYTES
     ),
     **dict.fromkeys((Kind.END_OF_RAM, Kind.EOF_DATA, Kind.EOF_BACK, Kind.BYE), 0),
 }

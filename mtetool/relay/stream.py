@@ -82,7 +82,7 @@ class RamStream:
         self.blocks: tuple[Block, ...] = ()
         self.marks: list[NDArray[np.uint8]] = []
         self.n_pages = self.n_zero_pages = self.n_xbzrle_pages = self.n_parts = 0
-        self.switchover_seen = False
+        self.return_path = self.switchover_seen = False
         self.in_ram_end = False
         self.done = False
         self._most_memory_bytes = most_memory_bytes
@@ -205,6 +205,7 @@ class RamStream:
         if length != (4 if number == _PING else 0):
             raise self._damaged(f"command {number} with {length:,} bytes of data")
         yield from self._pieces.skip(length)
+        self.return_path |= number == _OPEN_RETURN_PATH
         self.switchover_seen |= number == _SWITCHOVER_START
 
     # --- sections ---------------------------------------------------------------------

@@ -187,23 +187,26 @@ def decode(payload: bytes, tags: memoryview, *, runs: int | None, split: Split |
     """
     n_granules = len(tags)
     if runs is None or split is None:
-        loops.unpack(_content(payload, n_granules // 2, n_granules // 2), tags)
+        loops.unpack(content(payload, n_granules // 2, n_granules // 2), tags)
         return
     first, second = split
     half = (runs + 1) // 2
-    lengths = _content(payload[:first], half, half)
-    values = _content(payload[first:second], half, half)
+    lengths = content(payload[:first], half, half)
+    values = content(payload[first:second], half, half)
     longs = payload[second:]
     if longs:
-        longs = _content(longs, 1, n_granules // LONG_RUN_GRANULES)
+        longs = content(longs, 1, n_granules // LONG_RUN_GRANULES)
     try:
         loops.from_runs(lengths, values, longs, runs, tags)
     except ValueError as error:
         raise FrameError(f"its frames hold {error}") from error
 
 
-def _content(frame: bytes, least: int, most: int) -> bytes:
-    """The content of a frame, which must declare its size, within these bounds."""
+def content(frame: bytes, least: int, most: int) -> bytes:
+    """The content of a zstd frame, which must declare its size, within these bounds.
+
+    Raises FrameError.
+    """
     try:
         size = zstandard.get_frame_parameters(frame).content_size
         if not least <= size <= most:

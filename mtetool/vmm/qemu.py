@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from mtetool.closing import Closing
-from mtetool.guest import Memslot, SlotKind
+from mtetool.guest import Memslot, Region, SlotKind
 from mtetool.spans import Place
 from mtetool.vmm.qmp import Commands
 
@@ -20,6 +20,11 @@ NAME_LENGTH = 1024
 _REGION = re.compile(
     r"\s*(?P<first>[0-9a-f]{16})-(?P<last>[0-9a-f]{16}) \(prio -?\d+, (?P<type>[^)]+)\):"
     r" .*\bKVM"
+)
+# The same line: "mach-virt.ram KVM", or "mach-virt.ram @0000000010000000 KVM" with an offset.
+_NAMED = re.compile(
+    r"\s*(?P<first>[0-9a-f]{16})-(?P<last>[0-9a-f]{16}) \(prio -?\d+, [^)]+\):"
+    r" (?P<name>.+?)(?: @(?P<offset>[0-9a-f]{16}))? KVM"
 )
 # "Host virtual address for 0x40000000 (mach-virt.ram) is 0xffff…"
 _HOST_ADDRESS = re.compile(r"Host virtual address for 0x[0-9a-f]+ .* is (?:0x)?([0-9a-f]{1,16})\s*")
@@ -53,6 +58,10 @@ class Monitor(Closing):
             return parse_mtree(self._commands.text("info mtree -f"))
         except ValueError as error:
             raise self._commands.error(f"no VM can have the memory it names: {error}") from None
+
+    def regions(self) -> list[Region]:
+        """The parts of QEMU's memory, by name, that it has given to KVM; they are unverified."""
+        return parse_regions(self._commands.text("info mtree -f"))
 
     def host_addresses(self) -> list[Place]:
         """The places of the RAM slots that lie in one piece in QEMU's own memory."""
@@ -124,3 +133,15 @@ def parse_mtree(text: str) -> tuple[Memslot, ...]:
         slots.append(Memslot(len(slots), first, end - first, readonly, kind))
         free = end
     return tuple(slots)
+
+
+def parse_regions(text: str) -> list[Region]:
+    """The named regions in the output of `info mtree -f`, each once, in order of address."""
+    found: set[tuple[int, int, str, int]] = set()
+    for line in text.splitlines():
+        if match := _NAMED.fullmatch(line.rstrip()):
+            first, end = int(match["first"], 16), int(match["last"], 16) + 1
+            if first < end <= _IPA_END and len(found) < _MOST_SLOTS:
+                name, offset = match["name"][:NAME_LENGTH], int(match["offset"] or "0", 16)
+                found.add((first, end - first, name, offset))
+    return [Region(name, offset, ipa, size) for ipa, size, name, offset in sorted(found)]

@@ -34,6 +34,7 @@ _COMMANDS = (
     "listing",
     "exec",
     "companion",
+    "relay",
 )
 _FLOWS = ("save", "restore", "diff", "dump", "verify", "enable", "exec")
 _BACKENDS = ("kvm.guest", "kvm.listing", "proc.guest", "emu.guest")
@@ -45,6 +46,7 @@ MODULES = (
     *(f"mtetool.backends.{name}" for name in _BACKENDS),
     *(f"mtetool.companion.{name}" for name in _COMPANION),
     "mtetool.vmm.taggable",
+    "mtetool.relay.running",
 )
 """The modules that are loaded once."""
 

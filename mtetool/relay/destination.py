@@ -1,0 +1,158 @@
+"""The relay at the destination: it passes QEMU's stream on, and puts tags in place.
+
+Before the end of the stream passes, every tag that the source sent is written and was read back.
+QEMU then starts the guest by itself. On any doubt the connection to QEMU is closed before: a guest
+that did not get the end of its stream is never started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from mtetool.errors import RelayLostError, RelayPeerError
+from mtetool.relay import guests
+from mtetool.relay.frames import Frame, Kind
+from mtetool.relay.incoming import Incoming
+from mtetool.relay.report import News, Report
+from mtetool.relay.together import Worker, all_of
+
+if TYPE_CHECKING:
+    from mtetool.guest import Guest
+    from mtetool.relay.channel import Channel
+    from mtetool.relay.wire import Wire
+
+_READ_BYTES = 1 << 20
+# Frames that wait for the writing thread; each is at most some MiB, and usually a few KiB.
+_MOST_WAITING = 16
+_NEWS_SECONDS = 0.5
+
+
+class DestinationRelay:
+    """One migration, from the source's relay to QEMU."""
+
+    def __init__(self, wire: Wire, qemu: Channel, news: News) -> None:
+        self._wire = wire
+        self._qemu = qemu
+        self._news = news
+        self._waiting: asyncio.Queue[bytes | bytearray | None] = asyncio.Queue(_MOST_WAITING)
+        self._ram_ended = False
+        self._in_place = False
+        self._incoming: Incoming | None = None
+        self._worker = Worker("tags")
+        self.report = Report("destination")
+
+    async def run(self, wanted: guests.Wanted) -> Report:
+        """Relay the migration; then QEMU's connection is closed.
+
+        Raises MtetoolError: then the guest was not started here, unless the error says so.
+        """
+        started = time.monotonic()
+        try:
+            name, guest = await self._worker.run(guests.open_for, wanted, self._qemu)
+            self.report.guest = name
+            try:
+                await self._relay(guest, name)
+            finally:
+                self._qemu.abort()
+                await self._worker.run(guest.close)
+        finally:
+            self._qemu.abort()
+            self._worker.close()
+            self.report.elapsed_seconds = time.monotonic() - started
+        self._wire.send(Kind.BYE)
+        await self._wire.drain()
+        self.report.finished = True
+        return self.report
+
+    async def _relay(self, guest: Guest, name: str) -> None:
+        here = await self._worker.run(guests.ready, guest, name)
+        self._wire.send_map(Kind.READY, here.fields())
+        await self._wire.drain()
+        there = guests.Ready.of(await self._wire.receive())
+        guests.check_same_memory(there.memory, here.memory)
+        self._incoming = Incoming(guest, here.memory, there.page_size_bytes)
+        telling = asyncio.create_task(self._tell())
+        try:
+            await all_of(self._forward(), self._backward(), self._tags())
+        finally:
+            telling.cancel()
+            self._count()
+            self._news.update(self.report)
+
+    # --- from the source -----------------------------------------------------------------------
+
+    async def _forward(self) -> None:
+        while True:
+            frame = await self._wire.receive()
+            if frame.kind is Kind.DATA:
+                if self._ram_ended and not self._in_place:
+                    raise RelayPeerError("the source's relay sent the end of the stream too early")
+                self.report.stream_bytes += len(frame.payload)
+                self._qemu.write(frame.payload)
+                await self._qemu.drain()
+            elif frame.kind is Kind.TAGS and not self._in_place:
+                self.report.tag_bytes += len(frame.payload)
+                await self._waiting.put(frame.payload)
+            elif frame.kind is Kind.END_OF_RAM:
+                self._ram_ended = True
+            elif frame.kind is Kind.ALL_TAGS and self._ram_ended:
+                await self._finish_tags(frame)
+            elif frame.kind is Kind.EOF_DATA and self._in_place:
+                await self._qemu.half_close()
+                return
+            else:
+                raise guests.unexpected(frame)
+
+    async def _finish_tags(self, frame: Frame) -> None:
+        started = time.monotonic()
+        await self._waiting.put(None)
+        await self._waiting.join()
+        assert self._incoming
+        with frame.fields() as fields:
+            wanted = fields.integer("pages", 0, 1 << 63)
+        if self._incoming.applied.pages != wanted:
+            raise RelayPeerError(
+                f"the tags of {self._incoming.applied.pages} pages are in place, and the source"
+                f" sent {wanted}",
+                hint="the guest was not started; it goes on at the source",
+            )
+        self._in_place = True
+        self.report.held_seconds = time.monotonic() - started
+        self._wire.send_map(Kind.APPLIED, {"pages": wanted})
+        await self._wire.drain()
+        self._news.say("all tags are in place and were read back: the guest may start")
+
+    async def _tags(self) -> None:
+        assert self._incoming
+        while (received := await self._waiting.get()) is not None:
+            await self._worker.run(self._incoming.apply, received)
+            self._waiting.task_done()
+        self._waiting.task_done()
+
+    # --- from QEMU -------------------------------------------------------------------------------
+
+    async def _backward(self) -> None:
+        while data := await self._qemu.read(_READ_BYTES):
+            self.report.back_bytes += len(data)
+            self._wire.send(Kind.BACK, data)
+            await self._wire.drain()
+        if not self._in_place:
+            raise RelayLostError(
+                "QEMU at the destination closed the connection before all memory had come",
+                hint="see why in QEMU's log; the guest goes on at the source",
+            )
+        self._wire.send(Kind.EOF_BACK)
+        await self._wire.drain()
+
+    async def _tell(self) -> None:
+        while True:
+            self._count()
+            self._news.update(self.report)
+            await asyncio.sleep(_NEWS_SECONDS)
+
+    def _count(self) -> None:
+        if self._incoming is not None:
+            self.report.tag_pages = self._incoming.applied.pages
+            self.report.rounds = self._incoming.applied.frames

@@ -1,0 +1,149 @@
+"""The guest of a relay: named by the user, or found by QEMU's socket, and checked."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from mtetool.backends import open_guest
+from mtetool.errors import GuestError, LayoutError, RelayPeerError, SourceError
+from mtetool.guest import Extent, Guest, GuestOptions
+from mtetool.relay import peer
+from mtetool.relay.frames import Frame, Kind
+from mtetool.sources.copying import tagged_layout
+from mtetool.sources.layout import hex_range, merged, without
+from mtetool.uapi import PAGE_SIZES
+from mtetool.vmm import proc
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Sequence
+
+    from mtetool.relay.channel import Channel
+
+_KINDS = ("kvm", "libvirt", "emu")
+_ADDRESS_END = 1 << 52
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The guest that the user named, or None to find it; and what the user said about it."""
+
+    name: str | None
+    options: GuestOptions
+
+    def check(self) -> None:
+        """Check that it can be a guest of QEMU's. Raises SourceError."""
+        if self.name is not None and self.name.partition(":")[0] not in _KINDS:
+            raise SourceError(
+                f"{self.name} is not a guest that QEMU migrates",
+                hint="name it as kvm:PID or libvirt:DOMAIN, or leave it out: its socket shows it",
+            )
+
+
+def open_for(wanted: Wanted, qemu: Channel) -> tuple[str, Guest]:
+    """Open the guest whose QEMU holds the other end of the channel; return its name, too.
+
+    Raises GuestError.
+    """
+    holders = None if qemu.peer_socket is None else _vmms(qemu.peer_socket)
+    name = wanted.name
+    if name is None:
+        name = _only(holders)
+    guest = open_guest(name, wanted.options)
+    pid = guest.info().pid if holders is not None else None
+    if holders and pid is not None and pid not in holders:
+        guest.close()
+        raise GuestError(
+            f"{name} does not hold the other end of {qemu.name}: process {holders[0]} does",
+            hint="leave out --guest: the socket shows whose stream it is",
+            pid=pid,
+        )
+    return name, guest
+
+
+def _vmms(connected: socket.socket) -> list[int]:
+    """The VMMs among the processes that hold the other end: libvirt may hold it as well."""
+    found = []
+    for pid in peer.holders(connected):
+        with suppress(GuestError):
+            if proc.find(pid).vm_fds:
+                found.append(pid)
+    return found
+
+
+def _only(holders: Sequence[int] | None) -> str:
+    if holders and len(holders) == 1:
+        return f"kvm:{holders[0]}"
+    if not holders:
+        raise GuestError(
+            "no VMM of this host is seen at the other end of QEMU's socket",
+            hint="name the guest: --guest kvm:PID or --guest libvirt:DOMAIN; run the relay as root",
+        )
+    pids = ", ".join(map(str, holders[:8]))
+    raise GuestError(
+        f"several VMMs hold the other end of QEMU's socket: {pids}",
+        hint="name the guest: --guest kvm:PID",
+    )
+
+
+def ready(guest: Guest, name: str) -> Ready:
+    """Attach to a guest. Raises MteOffError, LayoutUnknownError, GuestError."""
+    layout = tagged_layout(guest, name)
+    return Ready(merged(layout.writable) or layout.taggable, guest.page_size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a relay says of its guest once it can copy the guest's tags."""
+
+    memory: list[Extent]
+    """The memory that takes tags: ascending, not touching."""
+    page_size_bytes: int
+
+    def fields(self) -> dict[str, object]:
+        """The map of a READY frame."""
+        memory = [[extent.ipa, extent.size_bytes] for extent in self.memory]
+        return {"memory": memory, "page_size_bytes": self.page_size_bytes}
+
+    @classmethod
+    def of(cls, frame: Frame) -> Self:
+        """What the other relay's READY frame says. Raises RelayPeerError."""
+        if frame.kind is not Kind.READY:
+            raise unexpected(frame)
+        with frame.fields() as fields:
+            page = fields.integer("page_size_bytes", min(PAGE_SIZES), max(PAGE_SIZES))
+            memory = [_extent(row) for row in fields.array("memory")]
+            if page not in PAGE_SIZES or not memory or None in memory:
+                raise fields.wrong("its memory makes no sense")
+        return cls(merged(extent for extent in memory if extent), page)
+
+
+def _extent(row: object) -> Extent | None:
+    numbers = row if isinstance(row, list) else []
+    if len(numbers) != 2 or any(type(number) is not int for number in numbers):
+        return None
+    ipa, size_bytes = numbers
+    is_sane = 0 <= ipa < _ADDRESS_END and 0 < size_bytes <= _ADDRESS_END
+    return Extent(ipa, size_bytes) if is_sane else None
+
+
+def unexpected(frame: Frame) -> RelayPeerError:
+    """The error for a frame whose turn it is not."""
+    return RelayPeerError(
+        f"the other relay sent a {frame.kind.name} frame, which was not its turn",
+        hint="install the same version of mtetool on both hosts",
+    )
+
+
+def check_same_memory(source: Sequence[Extent], destination: Sequence[Extent]) -> None:
+    """Check that the destination has all memory of the source. Raises LayoutError."""
+    left = without(source, destination)
+    if left:
+        raise LayoutError(
+            f"the guest at the destination has no memory that takes tags at {hex_range(left[0])},"
+            " and the one at the source has",
+            hint="start the destination's QEMU with the same machine and memory as the source's",
+            ipa=left[0].ipa,
+        )

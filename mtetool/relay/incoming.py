@@ -1,0 +1,129 @@
+"""The destination's tags: written as they come, and read back."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mtetool.errors import GuestError, errno_name
+from mtetool.relay import payload
+from mtetool.relay.outgoing import extents_of
+from mtetool.sources.around import raise_for_whole_vm
+from mtetool.uapi import GRANULE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from mtetool.guest import Extent, Guest
+    from mtetool.tags import Tags
+
+
+@dataclass(slots=True)
+class Applied:
+    """What is in place so far."""
+
+    frames: int = 0
+    pages: int = 0
+    """Pages of the sender's, written and read back."""
+    write_seconds: float = 0.0
+
+
+class Incoming:
+    """Writes the tags of one frame after another; one thread at a time may use it.
+
+    The sender's pages have `peer_page_bytes`. Nothing outside of `memory` is written.
+    """
+
+    def __init__(self, guest: Guest, memory: Sequence[Extent], peer_page_bytes: int) -> None:
+        self._guest = guest
+        self._memory = memory
+        self._peer_page_bytes = peer_page_bytes
+        self.applied = Applied()
+
+    def apply(self, received: bytes | bytearray) -> None:
+        """Write the tags of a TAGS frame, and read them back.
+
+        Raises RelayPeerError for a payload that makes no sense, GuestError if not all tags are in
+        place afterwards.
+        """
+        started = time.perf_counter()
+        extents, tags = payload.unpack(received, self._peer_page_bytes)
+        payload.check_inside(extents, self._memory)
+        pages = _pages_of(extents, self._peer_page_bytes)
+        n_pages = len(pages)
+        page = self._guest.page_size_bytes
+        if page > self._peer_page_bytes:
+            pages, tags = self._widened(pages, tags)
+        elif page < self._peer_page_bytes:
+            pages = _pages_of(extents, page)
+        self._write(pages, tags)
+        self.applied.frames += 1
+        self.applied.pages += n_pages
+        self.applied.write_seconds += time.perf_counter() - started
+
+    def _widened(self, pages: NDArray[np.int64], tags: Tags) -> tuple[NDArray[np.int64], Tags]:
+        """The larger pages of this host around them, with the tags that it has for the rest."""
+        ratio = self._guest.page_size_bytes // self._peer_page_bytes
+        large, place = np.unique(pages // ratio, return_inverse=True)
+        granules = self._peer_page_bytes // GRANULE_BYTES
+        room = np.empty((len(large), ratio, granules), np.uint8)
+        flat = room.reshape(-1)
+        done = 0
+        while done < len(large):
+            part = flat[done * ratio * granules :]
+            done += self._copy(large[done:], part, writing=False)
+        room[place, pages % ratio] = tags.reshape(-1, granules)
+        return large, flat
+
+    def _write(self, pages: NDArray[np.int64], tags: Tags) -> None:
+        granules = self._guest.page_size_bytes // GRANULE_BYTES
+        # A chain of writes has half the room of one of reads.
+        most = max(payload.MOST_GRANULES // granules, 1)
+        done = 0
+        while done < len(pages):
+            part = pages[done : done + most]
+            part_tags = tags[done * granules : (done + len(part)) * granules]
+            completed = self._copy(part, part_tags, writing=True)
+            if not completed:
+                ipa = int(part[0]) * self._guest.page_size_bytes
+                raise GuestError(
+                    f"the page at {ipa:#x} does not have the tags that were written to it",
+                    hint="check whether something else runs or changes the guest at the"
+                    " destination; it was not started",
+                    ipa=ipa,
+                )
+            done += completed
+
+    def _copy(self, pages: NDArray[np.int64], tags: Tags, *, writing: bool) -> int:
+        """Copy the tags of pages; return how many of them, at least one unless a write differs."""
+        page = self._guest.page_size_bytes
+        extents = extents_of(pages, page)
+        try:
+            if writing:
+                return self._guest.write_scattered(extents, tags) // page
+            return self._guest.read_scattered(extents, tags) // page
+        except OSError as error:
+            number, ipa = error.errno or errno.EIO, int(extents[0, 0])
+            raise_for_whole_vm(number, ipa, writing=writing)
+            raise GuestError(
+                f"the tags of the page at {ipa:#x} cannot be {'written' if writing else 'read'} at"
+                f" the destination: {os.strerror(number)} ({errno_name(number)})",
+                hint="the guest goes on at the source",
+                errno=errno_name(number),
+                ipa=ipa,
+            ) from error
+
+
+def _pages_of(extents: NDArray[np.uint64], page_bytes: int) -> NDArray[np.int64]:
+    """The numbers of the pages of extents, in their order."""
+    first = (extents[:, 0] // np.uint64(page_bytes)).astype(np.int64)
+    n_pages = (extents[:, 1] // np.uint64(page_bytes)).astype(np.int64)
+    before = np.repeat(np.cumsum(n_pages) - n_pages, n_pages)
+    return np.repeat(first, n_pages) + np.arange(int(n_pages.sum()), dtype=np.int64) - before

@@ -1,0 +1,84 @@
+"""One end of a relay, from opening its two channels to closing them."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import socket
+from collections.abc import Awaitable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+from mtetool.errors import MtetoolError
+from mtetool.relay import guests
+from mtetool.relay.address import Address
+from mtetool.relay.channel import Channel
+from mtetool.relay.channels import Opening, open_channel
+from mtetool.relay.destination import DestinationRelay
+from mtetool.relay.report import News, Report
+from mtetool.relay.source import SourceRelay
+from mtetool.relay.wire import Hello, Wire
+
+Role = Literal["source", "destination"]
+
+
+@dataclass(frozen=True, slots=True)
+class Relay:
+    """A relay that is to run: its role, QEMU's address and the other relay's, and its guest."""
+
+    role: Role
+    qemu: Address
+    peer: Address
+    wanted: guests.Wanted
+    opening: Opening
+    news: News
+
+    def run(self) -> Report:
+        """Relay one migration. Raises MtetoolError."""
+        return asyncio.run(self._run())
+
+    async def _run(self) -> Report:
+        wire = Wire(await open_channel(self.peer, self.opening))
+        try:
+            hello = Hello(self.role, mmap.PAGESIZE, socket.gethostname())
+            there = await wire.hello(hello)
+            work = self._source if self.role == "source" else self._destination
+            report = await work(wire)
+            report.peer = there.host
+        except MtetoolError as error:
+            await wire.fail(error)
+            raise
+        except BaseException:
+            wire.abort()
+            raise
+        await wire.close()
+        return report
+
+    async def _source(self, wire: Wire) -> Report:
+        # Only when the destination is ready is there a socket for QEMU.
+        there = guests.Ready.of(await wire.receive())
+        self.news.say("the destination is ready")
+        qemu = await _while_connected(wire, open_channel(self.qemu, self.opening))
+        return await SourceRelay(wire, qemu, self.news).run(self.wanted, there)
+
+    async def _destination(self, wire: Wire) -> Report:
+        qemu = await _while_connected(wire, open_channel(self.qemu, self.opening))
+        return await DestinationRelay(wire, qemu, self.news).run(self.wanted)
+
+
+async def _while_connected(wire: Wire, opening: Awaitable[Channel]) -> Channel:
+    """Wait for a channel to QEMU, and notice if the other relay gives up meanwhile."""
+    opened = asyncio.ensure_future(opening)
+    watching = asyncio.create_task(wire.receive())
+    try:
+        await asyncio.wait({opened, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if watching.done():
+            raise guests.unexpected(watching.result())
+        return opened.result()
+    finally:
+        watching.cancel()
+        if not opened.done():
+            opened.cancel()
+        with suppress(asyncio.CancelledError, MtetoolError):
+            await watching

@@ -1,0 +1,255 @@
+"""The relay at the source: it looks at QEMU's stream, and sends tags beside it.
+
+Pages that pass are dirty ones: QEMU takes a page out of its dirty log before it sends the page, and
+a guest that only changes tags dirties the page, too. So for each page that passes, the tags are
+read after it passed; if they change later, the page comes again. When RAM's last section has
+passed, the guest stands still, and only the tags of the pages that are still marked are
+outstanding. Until the other relay has all tags in place, this one sends nothing further.
+
+Nothing here waits for tags but the stream's end; reading them happens in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from mtetool.errors import (
+    GuestLostError,
+    MtetoolError,
+    RelayLostError,
+    RelayPeerError,
+    StreamUnsupportedError,
+)
+from mtetool.relay import guests
+from mtetool.relay.frames import Frame, Kind
+from mtetool.relay.outgoing import Outgoing
+from mtetool.relay.placing import place
+from mtetool.relay.report import News, Report
+from mtetool.relay.stream import RamStream
+from mtetool.relay.together import Worker, all_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from mtetool.guest import Extent, Guest
+    from mtetool.relay.channel import Channel
+    from mtetool.relay.wire import Wire
+
+_READ_BYTES = 1 << 20
+# While the guest runs, pages are collected for so long before their tags are read: then fewer
+# chains of calls are needed.
+_COLLECTING_SECONDS = 0.05
+_NEWS_SECONDS = 0.5
+
+
+class SourceRelay:
+    """One migration, from the first byte of QEMU's stream to its last."""
+
+    def __init__(self, wire: Wire, qemu: Channel, news: News) -> None:
+        self._wire = wire
+        self._qemu = qemu
+        self._news = news
+        self._stream = RamStream()
+        self._marked = asyncio.Event()
+        self._in_place = asyncio.Event()
+        self._ram_ended = False
+        self._tail_sent = False
+        self._qemu_ended = False
+        self._outgoing: Outgoing | None = None
+        self._worker = Worker("tags")
+        self.report = Report("source")
+
+    async def run(self, wanted: guests.Wanted, there: guests.Ready) -> Report:
+        """Relay the migration to a destination that is ready; then QEMU's connection is closed.
+
+        Raises MtetoolError: then the guest goes on at the source, or the error says where it is.
+        """
+        started = time.monotonic()
+        try:
+            name, guest = await self._worker.run(guests.open_for, wanted, self._qemu)
+            self.report.guest = name
+            try:
+                here = await self._worker.run(guests.ready, guest, name)
+                guests.check_same_memory(here.memory, there.memory)
+                self._wire.send_map(Kind.READY, here.fields())
+                await self._relay(guest, here.memory)
+            finally:
+                self._qemu.abort()  # first of all: QEMU does not wait for what follows
+                await self._worker.run(guest.close)
+        finally:
+            self._qemu.abort()
+            self._worker.close()
+            self.report.elapsed_seconds = time.monotonic() - started
+        return self.report
+
+    async def _relay(self, guest: Guest, memory: list[Extent]) -> None:
+        telling = asyncio.create_task(self._tell())
+        try:
+            await all_of(self._forward(), self._backward(), self._tags(guest, memory))
+        except RelayLostError as error:
+            if self._tail_sent and not self._qemu_ended:
+                await self._stay_paused(error)
+            raise
+        finally:
+            telling.cancel()
+            self._count()
+            self._news.update(self.report)
+
+    # --- towards the destination ----------------------------------------------------------
+
+    async def _forward(self) -> None:
+        while data := await self._qemu.read(_READ_BYTES):
+            self.report.stream_bytes += len(data)
+            at = self._stream.feed(data)
+            self._check_return_path()
+            if at is None:
+                self._wire.send(Kind.DATA, data)
+                await self._wire.drain()
+                self._marked.set()
+                continue
+            self._wire.send(Kind.DATA, memoryview(data)[:at])
+            self._wire.send(Kind.END_OF_RAM)
+            await self._wire.drain()
+            self._ram_ended = True
+            self._marked.set()
+            await self._hold()
+            # From here on, the destination may start at any time.
+            self._tail_sent = True
+            self._wire.send(Kind.DATA, memoryview(data)[at:])
+            await self._wire.drain()
+            await self._forward_tail()
+            return
+        raise GuestLostError(
+            "QEMU ended its stream before all memory had passed",
+            hint="see why at the source: query-migrate, virsh domjobinfo; the guest goes on there",
+        )
+
+    async def _hold(self) -> None:
+        started = time.monotonic()
+        self._news.say("the guest has stopped; the end of the stream waits for the last tags")
+        await self._in_place.wait()
+        self.report.held_seconds = time.monotonic() - started
+
+    async def _forward_tail(self) -> None:
+        while data := await self._qemu.read(_READ_BYTES):
+            self.report.stream_bytes += len(data)
+            self._wire.send(Kind.DATA, data)
+            await self._wire.drain()
+        self._qemu_ended = True
+        self._wire.send(Kind.EOF_DATA)
+        await self._wire.drain()
+
+    def _check_return_path(self) -> None:
+        if self._stream.blocks and not self._stream.return_path:
+            raise StreamUnsupportedError(
+                "return-path is off in QEMU: it would report the migration as completed while the"
+                " tags of the last pages are still on their way",
+                hint="switch it on at both ends: migrate_set_capability return-path on",
+            )
+
+    # --- tags --------------------------------------------------------------------------------
+
+    async def _tags(self, guest: Guest, memory: list[Extent]) -> None:
+        while not self._stream.blocks:
+            await self._next_marks()
+        regions = await self._worker.run(guest.regions)
+        placed = place(self._stream.blocks, memory, regions, self._stream.machine)
+        self._outgoing = Outgoing(guest, placed, self._stream.page_bytes)
+        while True:
+            is_last = self._ram_ended
+            await self._round(is_last=is_last)
+            if is_last:
+                break
+            await self._next_marks()
+        self._wire.send_map(Kind.ALL_TAGS, {"pages": self._outgoing.sent.pages})
+        await self._wire.drain()
+
+    async def _next_marks(self) -> None:
+        await self._marked.wait()
+        self._marked.clear()
+        if not self._ram_ended:
+            await asyncio.sleep(_COLLECTING_SECONDS)
+
+    async def _round(self, *, is_last: bool) -> None:
+        """Send the tags of all pages that are marked now."""
+        assert self._outgoing
+        taken: list[NDArray[np.uint8]] = []
+        for marks in self._stream.marks:
+            taken.append(marks.copy())
+            marks[:] = 0
+        self.report.rounds += 1
+        n_pages = 0
+        groups = self._outgoing.groups(taken)
+        while (pages := await self._worker.run(next, groups, None)) is not None:
+            n_pages += len(pages)
+            packed = await self._worker.run(self._outgoing.packed, pages)
+            if packed is not None:
+                self._wire.send(Kind.TAGS, packed)
+                await self._wire.drain()
+        if is_last:
+            self.report.last_pages = n_pages
+
+    # --- from the destination ----------------------------------------------------------------
+
+    async def _backward(self) -> None:
+        while True:
+            frame = await self._wire.receive()
+            if frame.kind is Kind.BACK:
+                self.report.back_bytes += len(frame.payload)
+                self._qemu.write(frame.payload)
+                await self._qemu.drain()
+            elif frame.kind is Kind.EOF_BACK:
+                await self._qemu.half_close()
+            elif frame.kind is Kind.APPLIED:
+                self._check_applied(frame)
+                self._in_place.set()
+            elif frame.kind is Kind.BYE:
+                self.report.finished = True
+                return
+            else:
+                raise guests.unexpected(frame)
+
+    def _check_applied(self, frame: Frame) -> None:
+        with frame.fields() as fields:
+            pages = fields.integer("pages", 0, 1 << 63)
+        if self._outgoing is None or pages != self._outgoing.sent.pages:
+            raise RelayPeerError(
+                f"the destination's relay has put the tags of {pages} pages in place, not of all",
+                hint="the guest goes on at the source",
+            )
+
+    async def _stay_paused(self, error: MtetoolError) -> None:
+        """Keep QEMU from going on: the guest may run at the destination by now.
+
+        If QEMU's connection ended, the source would resume the guest.
+        """
+        self._news.say(
+            f"{error.message}, after the end of the stream was sent: the guest may run at the"
+            " destination, so it stays paused here. If it runs there, end QEMU at the source; if"
+            " not, cancel the migration at the source (migrate_cancel, virsh domjobabort), and it"
+            " goes on there. This relay ends with the migration"
+        )
+        while await self._qemu.read(_READ_BYTES):
+            pass
+
+    # --- for the user --------------------------------------------------------------------------
+
+    async def _tell(self) -> None:
+        while True:
+            self._count()
+            self._news.update(self.report)
+            await asyncio.sleep(_NEWS_SECONDS)
+
+    def _count(self) -> None:
+        stream, report = self._stream, self.report
+        report.machine = stream.machine
+        report.stream_pages = stream.n_pages + stream.n_zero_pages + stream.n_xbzrle_pages
+        total = sum(block.size_bytes for block in stream.blocks)
+        report.memory_pages = total // stream.page_bytes if total else None
+        if self._outgoing is not None:
+            sent = self._outgoing.sent
+            report.read_pages = sent.read_pages
+            report.tag_pages, report.tag_bytes = sent.pages, sent.bytes

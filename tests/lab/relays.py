@@ -1,0 +1,124 @@
+"""Live migrations in the lab: two QEMUs, and a relay beside each of them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.lab.guests import Check, Qemu
+from tests.lab.machine import Machine
+
+_IN, _OUT, _BETWEEN = "/tmp/incoming", "/tmp/outgoing", "/tmp/between"
+_EXEC = "mtetool exec --"
+_ENDED = ("completed", "failed", "cancelled")
+_PATIENCE_SECONDS = 400.0
+CAPABILITIES = {"return-path": True}
+
+
+@dataclass
+class Migration:
+    """A guest in two QEMUs of one lab machine, the second of which waits for it."""
+
+    lab: Machine
+    memory: str = "256M"
+    guest_options: str = ""
+    initrd: str = "/lab/hammer.cpio"
+    extra: str = "-smp 2"
+    capabilities: dict[str, bool] = field(default_factory=lambda: dict(CAPABILITIES))
+    target_has_mte: bool = True
+    source: Qemu = field(init=False)
+    target: Qemu = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Start both; the guest runs."""
+        self.lab.sh(f"rm -f {_IN} {_OUT} {_BETWEEN} /tmp/relay-*")
+        self.source, self.target = self._qemu("source", ""), self.new_target()
+        self.source.wait_for(b"TAGGER ready")
+        self.source.wait_for_checks(1)
+        self.allow(self.source)
+
+    def _qemu(self, name: str, extra: str, wrapper: str = _EXEC) -> Qemu:
+        made = Qemu(
+            self.lab,
+            name,
+            mte=False,
+            memory=self.memory,
+            guest_options=self.guest_options,
+            initrd=self.initrd,
+            extra=f"{self.extra} {extra}",
+            wrapper=wrapper,
+        )
+        return made.start()
+
+    def new_target(self) -> Qemu:
+        """Start a QEMU that waits for the guest."""
+        self.lab.sh(f"rm -f {_IN} /tmp/target.*")
+        wrapper = _EXEC if self.target_has_mte else "env"
+        target = self._qemu("target", "-incoming defer", wrapper)
+        self.allow(target)
+        target.qmp("migrate-incoming", json.dumps({"uri": f"unix:{_IN}"}))
+        return target
+
+    def allow(self, qemu: Qemu) -> None:
+        """Set the capabilities of the migration in one QEMU."""
+        rows = [{"capability": name, "state": on} for name, on in self.capabilities.items()]
+        qemu.qmp("migrate-set-capabilities", json.dumps({"capabilities": rows}))
+
+    def start(self, *, relays: bool = True, to: str = "", options: str = "") -> None:
+        """Start the migration, through both relays, or through nothing that knows tags."""
+        if relays:
+            self.start_relays(to, options)
+        uri = f"unix:{_OUT if relays else _IN}"
+        self.source.qmp("migrate", json.dumps({"uri": uri}))
+
+    def start_relays(self, to: str = "", options: str = "") -> None:
+        """Start both relays, and wait until QEMU can connect."""
+        self.lab.sh("rm -f /tmp/relay-*")
+        if not to:
+            to = f"unix:{_BETWEEN}"
+            self.run_relay("destination", f"listen:unix:{_BETWEEN}", f"unix:{_IN}")
+        self.run_relay("source", f"listen:unix:{_OUT}", to, options)
+        self.lab.sh(f"until [ -S {_OUT} ] || [ -e /tmp/relay-source.status ]; do sleep 0.1; done")
+
+    def run_relay(self, role: str, incoming: str, outgoing: str, options: str = "") -> None:
+        """Start one relay, in the background."""
+        words = f"mtetool relay {role} --from {incoming} --to {shlex.quote(outgoing)} --json"
+        self.lab.sh(
+            f"(echo $$ >/tmp/relay-{role}.pid;"
+            f" {words} --guest kvm:{getattr(self, 'source' if role == 'source' else 'target').pid} {options} >/tmp/relay-{role}.out 2>/tmp/relay-{role}.err;"
+            f" echo $? >/tmp/relay-{role}.status) &"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return what the source's QEMU says of the migration."""
+        found: dict[str, Any] = json.loads(self.source.qmp("query-migrate"))
+        return found
+
+    def wait(self) -> dict[str, Any]:
+        """Wait until QEMU says that the migration has ended; return what it says."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while (found := self.state()).get("status") not in _ENDED:
+            assert time.monotonic() < deadline, (found, self.relay_output())
+            time.sleep(0.2)
+        return found
+
+    def reports(self) -> dict[str, dict[str, Any]]:
+        """Wait until both relays have ended; return their reports."""
+        script = "until [ -s /tmp/relay-source.status ] && [ -s /tmp/relay-destination.status ]"
+        self.lab.sh(f"{script}; do sleep 0.1; done", timeout=_PATIENCE_SECONDS)
+        found = {}
+        for role in ("source", "destination"):
+            assert self.lab.get(f"/tmp/relay-{role}.status") == b"0\n", self.relay_output()
+            found[role] = json.loads(self.lab.get(f"/tmp/relay-{role}.out"))
+        return found
+
+    def relay_output(self) -> bytes:
+        """Return what the relays wrote to their standard errors."""
+        return self.lab.sh("tail -n 20 /tmp/relay-*").stdout
+
+    def checks(self, count: int = 3) -> list[Check]:
+        """Wait for checks of the guest at the destination; return them."""
+        return self.target.wait_for_checks(count)
