@@ -92,7 +92,7 @@ ROOMS: dict[str, set[str]] = {
         "words",
     },
     "backends": {"errors", "files", "guest", "vmm", "words"},
-    "relay": {"mtetool", "errors", "files", "vmm", "words"},
+    "relay": {"mtetool", "errors", "files", "words"},
     "companion": {"attach", "backends.kvm", "errors", "files", "permission", "procfs", "vmm"},
     "sources": {"backends", "buffers", "errors", "guest", "loops", "snapshot", "uapi"},
     "flows": {

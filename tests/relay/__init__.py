@@ -1,0 +1,1 @@
+"""Tests of the relay's transport, over real sockets, pipes, commands and TLS."""
