@@ -38,7 +38,7 @@ async def _pair(server: Path, client: Path, name: str | None = None) -> list[obj
     waiting = Waiting(_LISTEN, Side.RELAY, tls_creds=server)
     opening = Opening(tls_creds=client, tls_hostname=name)
     connecting = opened(await waiting.where, Side.RELAY, opening)
-    return await asyncio.gather(waiting.task, connecting, return_exceptions=True)
+    return list(await asyncio.gather(waiting.task, connecting, return_exceptions=True))
 
 
 def _refused(server: Path, client: Path, name: str | None = None) -> tuple[TlsError, TlsError]:

@@ -59,7 +59,7 @@ def _hello(role: str = "source", **more: object) -> bytes:
 
 
 async def _all(wire: Wire) -> list[tuple[Kind, bytes]]:
-    result = []
+    result: list[tuple[Kind, bytes]] = []
     while not result or result[-1][0] is not Kind.BYE:
         frame = await wire.receive()
         result.append((frame.kind, bytes(frame.payload)))
@@ -79,10 +79,8 @@ async def _all(wire: Wire) -> list[tuple[Kind, bytes]]:
 def test_frames_arrive_as_they_were_sent(frames: list[tuple[Kind, list[bytes]]]) -> None:
     async def test() -> None:
         ours, theirs = _wires()
-        assert await asyncio.gather(ours.hello(_SOURCE), theirs.hello(_DESTINATION)) == [
-            _DESTINATION,
-            _SOURCE,
-        ]
+        said, heard = await asyncio.gather(ours.hello(_SOURCE), theirs.hello(_DESTINATION))
+        assert (said, heard) == (_DESTINATION, _SOURCE)
         receiving = asyncio.create_task(_all(theirs))
         for kind, parts in frames:
             ours.send(kind, *parts)
