@@ -208,6 +208,9 @@ class TlsChannel(Channel):
         await self._flush()
         await self._inner.half_close()
 
+    async def _linger(self) -> None:
+        await self._inner._linger()
+
     def _set_aside(self) -> None:
         """Decrypt all that has arrived: SSL_shutdown would throw it away."""
         parts = [self._early]

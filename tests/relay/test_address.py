@@ -54,7 +54,7 @@ def test_addresses(text: str, side: Side, address: Address) -> None:
         ("exec:cat", Side.QEMU, "QEMU needs a socket", "unix:PATH"),
         ("-", Side.QEMU, "QEMU needs a socket", "unix:PATH"),
         ("/run/x", Side.QEMU, "is not an address of QEMU", "write unix:/run/x"),
-        ("UNIX-LISTEN:/run/x", Side.QEMU, "is not an address", "listen:unix:PATH"),
+        ("UNIX-LISTEN:/run/x", Side.QEMU, "is not an address", "write listen:unix:PATH"),
         ("rdma:host:1", Side.QEMU, "is not an address", "use unix:PATH"),
         ("", Side.RELAY, "'' is not an address of the other relay", "tls:HOST:PORT"),
         ("listen:fd:3", Side.QEMU, "is not an address", "without listen:"),

@@ -191,6 +191,23 @@ def test_what_was_written_last_arrives_although_we_did_not_read(listening: str) 
     run(test())
 
 
+def test_a_channel_may_be_closed_while_a_task_reads(listening: str) -> None:
+    async def test() -> None:
+        here, there = await pair(listening)
+        reading = asyncio.create_task(here.read())
+        await asyncio.sleep(0.01)
+        here.write(b"last words")
+        closing = asyncio.create_task(here.close())
+        with pytest.raises(RelayLostError, match="it was closed at this end"):
+            await reading
+        with pytest.raises(RelayLostError, match="it was closed at this end"):
+            await here.read()
+        assert await all_of(there) == b"last words"
+        await asyncio.gather(there.close(), closing)
+
+    run(test())
+
+
 def test_a_cancelled_read_loses_nothing(tmp_path: Path) -> None:
     async def test() -> None:
         here, there = await pair(f"listen:unix:{tmp_path}/s")

@@ -114,6 +114,21 @@ def test_our_goodbye_loses_nothing_that_has_arrived(good: Path) -> None:
     run(test())
 
 
+def test_a_channel_may_be_closed_while_a_task_reads(good: Path) -> None:
+    async def test() -> None:
+        here, there = await _good_pair(good)
+        reading = asyncio.create_task(here.read())
+        await asyncio.sleep(0.01)
+        here.write(b"last words")
+        closing = asyncio.create_task(here.close())
+        assert await all_of(there) == b"last words"
+        with pytest.raises(RelayLostError, match="it was closed at this end"):
+            await reading
+        await asyncio.gather(there.close(), closing)
+
+    run(test())
+
+
 def test_nothing_is_in_clear_text_and_tls_is_new(good: Path) -> None:
     async def test() -> None:
         waiting = Waiting(_LISTEN, Side.RELAY, tls_creds=good)
