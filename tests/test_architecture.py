@@ -138,6 +138,7 @@ ROOMS: dict[str, set[str]] = {
         "files",
         "flows",
         "guest",
+        "relay",
         "snapshot",
         "sources",
         "streaming",

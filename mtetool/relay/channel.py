@@ -87,9 +87,12 @@ class Channel(ABC):
         with suppress(MtetoolError, TimeoutError):
             async with asyncio.timeout(_GOODBYE_SECONDS):
                 await self.half_close()
-                while await self.read():
-                    pass
+                await self._linger()
         self._shut(abort=False)
+
+    @abstractmethod
+    async def _linger(self) -> None:
+        """Let a task that reads fail, and wait for the other end's end."""
 
     async def epitaph(self) -> str | None:
         """What is known of the other end's end, such as "it ended with status 255"."""
@@ -126,6 +129,7 @@ class PlainChannel(Channel):
         self._incoming, self._outgoing = incoming, outgoing
         self._reading = Waiter(incoming.fd, to_write=False)
         self._writing = Waiter(outgoing.fd, to_write=True)
+        self._lingering = Waiter(incoming.fd, to_write=False)
         self._closed = False
         if isinstance(incoming, SocketEnd):
             self.peer_socket = incoming.socket
@@ -155,11 +159,17 @@ class PlainChannel(Channel):
             self._writing.stop()
             self._outgoing.finish()
 
+    async def _linger(self) -> None:
+        self._reading.stop()
+        with suppress(OSError):
+            while await self._lingering.attempt(lambda: self._incoming.read(READ_BYTES)):
+                pass
+
     def _shut(self, *, abort: bool) -> None:
         self._closed = True
         self._parts.clear()
-        self._reading.stop()
-        self._writing.stop()
+        for waiter in (self._reading, self._lingering, self._writing):
+            waiter.stop()
         for end in (self._incoming, self._outgoing):
             end.close(abort=abort)
 

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import socket
 from contextlib import suppress
 from dataclasses import dataclass
+from struct import Struct
 from typing import TYPE_CHECKING, Self
 
 from mtetool.backends import open_guest
 from mtetool.errors import GuestError, LayoutError, RelayPeerError, SourceError
 from mtetool.guest import Extent, Guest, GuestOptions
-from mtetool.relay import peer
 from mtetool.relay.frames import Frame, Kind
 from mtetool.sources.copying import tagged_layout
 from mtetool.sources.layout import hex_range, merged, without
 from mtetool.uapi import PAGE_SIZES
-from mtetool.vmm import proc
+from mtetool.vmm import proc, socket_holders
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Sequence
 
     from mtetool.relay.channel import Channel
 
 _KINDS = ("kvm", "libvirt", "emu")
 _ADDRESS_END = 1 << 52
+_CREDENTIALS = Struct("3i")  # struct ucred: pid, uid, gid
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +67,20 @@ def open_for(wanted: Wanted, qemu: Channel) -> tuple[str, Guest]:
 def _vmms(connected: socket.socket) -> list[int]:
     """The VMMs among the processes that hold the other end: libvirt may hold it as well."""
     found = []
-    for pid in peer.holders(connected):
+    # Where the kernel has no diagnosis of unix sockets, it still knows who connected or listened.
+    for pid in socket_holders.holders(connected) or _maker(connected):
         with suppress(GuestError):
             if proc.find(pid).vm_fds:
                 found.append(pid)
     return found
+
+
+def _maker(connected: socket.socket) -> list[int]:
+    if connected.family != socket.AF_UNIX:
+        return []
+    credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, _, _ = _CREDENTIALS.unpack(credentials)
+    return [pid] if pid > 0 else []
 
 
 def _only(holders: Sequence[int] | None) -> str:

@@ -145,14 +145,15 @@ class TlsChannel(Channel):
 
     async def read_into(self, buffer: Data) -> int:
         view = memoryview(buffer)
-        if self._early:
-            n = min(len(view), len(self._early))
-            view[:n], self._early = self._early[:n], self._early[n:]
-            return n
-        while (got := self._decrypt(view)) is None:
+        while not self._early:
+            got = self._decrypt(view)
+            if got is not None:
+                return got
             await self._flush()
             await self._fetch()
-        return got
+        n = min(len(view), len(self._early))
+        view[:n], self._early = self._early[:n], self._early[n:]
+        return n
 
     def _decrypt(self, view: memoryview) -> int | None:
         """Read what has arrived; None if that is not a whole record."""
@@ -200,11 +201,27 @@ class TlsChannel(Channel):
 
     async def half_close(self) -> None:
         await self.drain()
+        self._set_aside()
         # It says goodbye first, and then fails because the other end has not said it.
         with suppress(ssl.SSLError):
             self._tls.unwrap()
         await self._flush()
         await self._inner.half_close()
+
+    async def _linger(self) -> None:
+        await self._inner._linger()
+
+    def _set_aside(self) -> None:
+        """Decrypt all that has arrived: SSL_shutdown would throw it away."""
+        parts = [self._early]
+        try:
+            while data := self._tls.read(_STEP_BYTES):
+                parts.append(data)
+        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+            pass
+        except ssl.SSLError as error:
+            self._failed = self._explained(error)
+        self._early = b"".join(parts)
 
     def _shut(self, *, abort: bool) -> None:
         self._parts.clear()

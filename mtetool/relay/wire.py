@@ -118,10 +118,10 @@ class Wire:
         RelayFailedError (the other relay reports its error).
         """
         if self._head is None:
-            await self._fill("between two frames" if not self._filled else "within a frame")
+            await self._fill()
             self._head = parse_header(self._arrived)
             self._expect(self._head.length)
-        await self._fill("within a frame")
+        await self._fill()
         head, payload = self._head, self._arrived
         check(self._received_frames, head, payload)
         self._received_frames += 1
@@ -135,11 +135,13 @@ class Wire:
     def _expect(self, n: int) -> None:
         self._arrived, self._filled = bytearray(n), 0
 
-    async def _fill(self, where: str) -> None:
+    async def _fill(self) -> None:
         view = memoryview(self._arrived)
         while self._filled < len(view):
             n = await self.channel.read_into(view[self._filled :])
             if not n:
+                within = self._head is not None or self._filled
+                where = "within a frame" if within else "between two frames"
                 raise await self._ended(f"ended the connection {where}")
             self._filled += n
 

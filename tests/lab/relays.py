@@ -88,7 +88,7 @@ class Migration:
         words = f"mtetool relay {role} --from {incoming} --to {shlex.quote(outgoing)} --json"
         self.lab.sh(
             f"(echo $$ >/tmp/relay-{role}.pid;"
-            f" {words} --guest kvm:{getattr(self, 'source' if role == 'source' else 'target').pid} {options} >/tmp/relay-{role}.out 2>/tmp/relay-{role}.err;"
+            f" {words} {options} >/tmp/relay-{role}.out 2>/tmp/relay-{role}.err;"
             f" echo $? >/tmp/relay-{role}.status) &"
         )
 

@@ -1,1 +1,1 @@
-"""Tests of what follows a migration stream."""
+"""Tests of the relay."""
