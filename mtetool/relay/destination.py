@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mtetool.errors import RelayLostError, RelayPeerError
 from mtetool.relay import guests
+from mtetool.relay.confirmation import Confirmation
 from mtetool.relay.frames import Frame, Kind
 from mtetool.relay.incoming import Incoming
 from mtetool.relay.report import News, Report
@@ -40,6 +42,7 @@ class DestinationRelay:
         self._ram_ended = False
         self._in_place = False
         self._incoming: Incoming | None = None
+        self._confirmation = Confirmation()
         self._worker = Worker("tags")
         self.report = Report("destination")
 
@@ -63,6 +66,7 @@ class DestinationRelay:
             self.report.elapsed_seconds = time.monotonic() - started
         self._wire.send(Kind.BYE)
         await self._wire.drain()
+        self._confirmation.check()
         self.report.finished = True
         return self.report
 
@@ -90,8 +94,7 @@ class DestinationRelay:
                 if self._ram_ended and not self._in_place:
                     raise RelayPeerError("the source's relay sent the end of the stream too early")
                 self.report.stream_bytes += len(frame.payload)
-                self._qemu.write(frame.payload)
-                await self._qemu.drain()
+                await self._pass_on(frame.payload)
             elif frame.kind is Kind.TAGS and not self._in_place:
                 self.report.tag_bytes += len(frame.payload)
                 await self._waiting.put(frame.payload)
@@ -100,10 +103,21 @@ class DestinationRelay:
             elif frame.kind is Kind.ALL_TAGS and self._ram_ended:
                 await self._finish_tags(frame)
             elif frame.kind is Kind.EOF_DATA and self._in_place:
-                await self._qemu.half_close()
+                with suppress(RelayLostError):
+                    await self._qemu.half_close()
                 return
             else:
                 raise guests.unexpected(frame)
+
+    async def _pass_on(self, data: bytes | bytearray) -> None:
+        try:
+            self._qemu.write(data)
+            await self._qemu.drain()
+        except RelayLostError:
+            # Once it has all memory, QEMU at the source must learn of this as without relays: by
+            # the end of the return path.
+            if not self._in_place:
+                raise
 
     async def _finish_tags(self, frame: Frame) -> None:
         started = time.monotonic()
@@ -134,8 +148,9 @@ class DestinationRelay:
     # --- from QEMU -------------------------------------------------------------------------------
 
     async def _backward(self) -> None:
-        while data := await self._qemu.read(_READ_BYTES):
+        while data := await self._read_back():
             self.report.back_bytes += len(data)
+            self._confirmation.take(data)
             self._wire.send(Kind.BACK, data)
             await self._wire.drain()
         if not self._in_place:
@@ -145,6 +160,14 @@ class DestinationRelay:
             )
         self._wire.send(Kind.EOF_BACK)
         await self._wire.drain()
+
+    async def _read_back(self) -> bytes:
+        try:
+            return await self._qemu.read(_READ_BYTES)
+        except RelayLostError:
+            if not self._in_place:
+                raise
+            return b""
 
     async def _tell(self) -> None:
         while True:

@@ -36,9 +36,10 @@ class Relay:
 
     def run(self) -> Report:
         """Relay one migration. Raises MtetoolError."""
-        return asyncio.run(self._run())
+        return asyncio.run(self.open_and_run())
 
-    async def _run(self) -> Report:
+    async def open_and_run(self) -> Report:
+        """As `run`, in a loop that runs already."""
         wire = Wire(await open_channel(self.peer, self.opening))
         try:
             hello = Hello(self.role, mmap.PAGESIZE, socket.gethostname())

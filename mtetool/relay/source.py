@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 from mtetool.errors import (
     GuestLostError,
     MtetoolError,
-    RelayLostError,
     RelayPeerError,
     StreamUnsupportedError,
 )
 from mtetool.relay import guests
+from mtetool.relay.confirmation import Confirmation
 from mtetool.relay.frames import Frame, Kind
 from mtetool.relay.outgoing import Outgoing
 from mtetool.relay.placing import place
@@ -59,6 +59,7 @@ class SourceRelay:
         self._tail_sent = False
         self._qemu_ended = False
         self._outgoing: Outgoing | None = None
+        self._confirmation = Confirmation()
         self._worker = Worker("tags")
         self.report = Report("source")
 
@@ -89,7 +90,8 @@ class SourceRelay:
         telling = asyncio.create_task(self._tell())
         try:
             await all_of(self._forward(), self._backward(), self._tags(guest, memory))
-        except RelayLostError as error:
+            self._confirmation.check()
+        except MtetoolError as error:
             if self._tail_sent and not self._qemu_ended:
                 await self._stay_paused(error)
             raise
@@ -199,6 +201,7 @@ class SourceRelay:
             frame = await self._wire.receive()
             if frame.kind is Kind.BACK:
                 self.report.back_bytes += len(frame.payload)
+                self._confirmation.take(frame.payload)
                 self._qemu.write(frame.payload)
                 await self._qemu.drain()
             elif frame.kind is Kind.EOF_BACK:

@@ -24,7 +24,7 @@ class Migration:
 
     lab: Machine
     memory: str = "256M"
-    guest_options: str = ""
+    guest_options: str = "hammer.mib=4 hammer.pause=1"
     initrd: str = "/lab/hammer.cpio"
     extra: str = "-smp 2"
     capabilities: dict[str, bool] = field(default_factory=lambda: dict(CAPABILITIES))

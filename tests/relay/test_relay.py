@@ -1,0 +1,200 @@
+"""Both relays: tags come before the end of the stream, or the end does not come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mtetool.errors import (
+    GuestLostError,
+    LayoutError,
+    MteOffError,
+    RelayFailedError,
+    RelayLostError,
+    StreamDamagedError,
+    StreamUnsupportedError,
+)
+from tests.relay import streams
+from tests.relay.migrating import (
+    N_PAGES,
+    TAIL,
+    Scene,
+    beginning,
+    pages,
+    scene,
+)
+from tests.relay.opening import run
+
+
+def _random(n_pages: int, seed: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    return np.random.default_rng(seed).integers(1, 16, n_pages * 256, dtype=np.uint8)
+
+
+async def _all_but_the_end(made: Scene) -> bytes:
+    """Send all pages, let the guest change some tags, send these again; the tail comes too."""
+    made.source.tag(3, _random(20, 1))
+    sent = beginning() + streams.part(pages(range(N_PAGES)))
+    await made.write(sent)
+    assert await made.passed(len(sent)) == sent
+    made.source.tag(5, _random(2, 2))
+    made.source.tag(9, np.zeros(256, np.uint8))
+    last = streams.command(11) + streams.end(pages([5, 6, 9]))
+    await made.write(last + TAIL)
+    assert await made.passed(len(last)) == last
+    return TAIL
+
+
+@pytest.mark.parametrize(
+    ("source_page", "destination_page"), [(4096, 4096), (4096, 16384), (16384, 4096)]
+)
+def test_every_tag_is_there_before_the_end_of_the_stream(
+    tmp_path: Path, source_page: int, destination_page: int
+) -> None:
+    async def test() -> None:
+        async with scene(
+            tmp_path, source_page=source_page, destination_page=destination_page
+        ) as made:
+            tail = await _all_but_the_end(made)
+            assert await made.passed(len(tail)) == tail
+            assert np.array_equal(made.destination.tags(), made.source.tags())
+            assert made.destination.tags().any()
+            await made.confirm()
+            source, destination = await made.source.report(), await made.destination.report()
+            assert source.finished
+            assert destination.finished
+            assert source.tag_pages * source_page == destination.tag_pages * source_page > 0
+            assert source.held_seconds is not None
+
+    run(test())
+
+
+def test_return_path_is_required(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as made:
+            await made.write(beginning(return_path=False))
+            assert isinstance(error := await made.source.error(), StreamUnsupportedError)
+            assert "return-path" in error.message
+            assert isinstance(await made.destination.error(), RelayFailedError)
+            assert await made.back() == b""
+            while await made.arrived():
+                pass
+
+    run(test())
+
+
+def test_destination_without_mte_is_said_before_qemu_can_connect(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path, destination_mte=False) as made:
+            assert isinstance(await made.destination.error(), MteOffError)
+            error = await made.source.error()
+            assert isinstance(error, RelayFailedError)
+            assert error.message.startswith("the destination's relay: MTE is off")
+            assert not (tmp_path / "out").exists()
+
+    run(test())
+
+
+def test_guest_of_another_size_is_refused(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path, destination_pages=N_PAGES // 2) as made:
+            assert isinstance(await made.source.error(), LayoutError)
+            assert isinstance(await made.destination.error(), RelayFailedError)
+            assert await made.back() == b""
+            assert await made.arrived() == b""
+
+    run(test())
+
+
+@pytest.mark.parametrize("end", ["source", "destination"])
+def test_qemu_that_gives_up_before_the_end(tmp_path: Path, end: str) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as made:
+            sent = beginning() + streams.part(pages(range(N_PAGES)))
+            await made.write(sent)
+            assert await made.passed(len(sent)) == sent
+            if end == "source":
+                made.out.close()
+                assert isinstance(await made.source.error(), GuestLostError)
+                assert isinstance(await made.destination.error(), RelayFailedError)
+                assert await made.arrived() == b""
+            else:
+                made.into.close()
+                assert isinstance(await made.destination.error(), RelayLostError)
+                assert isinstance(await made.source.error(), RelayFailedError)
+                assert await made.back() == b""
+
+    run(test())
+
+
+@pytest.mark.parametrize("end", ["source", "destination"])
+def test_relay_that_ends_before_the_tags_are_in_place(tmp_path: Path, end: str) -> None:
+    """As at its death: its sockets close."""
+
+    async def test() -> None:
+        async with scene(tmp_path) as made:
+            sent = beginning() + streams.part(pages(range(N_PAGES)))
+            await made.write(sent)
+            assert await made.passed(len(sent)) == sent
+            ended, other = made.source, made.destination
+            if end == "destination":
+                ended, other = other, ended
+            assert ended.task
+            ended.task.cancel()
+            assert isinstance(await other.error(), RelayLostError)
+            assert await made.back() == b""
+            assert await made.arrived() == b""
+
+    run(test())
+
+
+def test_stream_that_makes_no_sense_goes_no_further(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as made:
+            await made.write(b"QEVM" + bytes(100))
+            assert isinstance(
+                await made.source.error(), StreamDamagedError | StreamUnsupportedError
+            )
+            assert await made.arrived() == b""
+
+    run(test())
+
+
+def test_lost_destination_after_the_end_leaves_the_source_paused(tmp_path: Path) -> None:
+    """The guest may run there: QEMU's connection stays open until somebody cancels."""
+
+    async def test() -> None:
+        async with scene(tmp_path) as made:
+            tail = await _all_but_the_end(made)
+            assert await made.passed(len(tail)) == tail
+            assert made.destination.task
+            made.destination.task.cancel()
+            while not any("stays paused" in said for said in made.source.said):
+                assert made.source.task
+                assert not made.source.task.done()
+                import asyncio
+
+                await asyncio.sleep(0.01)
+            assert made.source.task
+            assert not made.source.task.done()
+            made.out.close()
+            assert isinstance(await made.source.error(), RelayLostError)
+
+    run(test())
+
+
+def test_destination_that_confirms_nothing(tmp_path: Path) -> None:
+    """QEMU could not load the end: the return path ends, as without relays."""
+
+    async def test() -> None:
+        async with scene(tmp_path) as made:
+            tail = await _all_but_the_end(made)
+            assert await made.passed(len(tail)) == tail
+            made.into.close()
+            assert await made.back() == b""
+            made.out.close()
+            assert isinstance(await made.source.error(), GuestLostError)
+            assert isinstance(await made.destination.error(), GuestLostError)
+
+    run(test())
