@@ -27,7 +27,7 @@ def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tup
     """The paths of all commands, groups too."""
     yield path
     if isinstance(command, click.Group):
-        context = click.Context(command)
+        context = context_of(command)
         for name in command.list_commands(context):
             found = command.get_command(context, name)
             assert found is not None
@@ -38,10 +38,15 @@ def command_at(path: tuple[str, ...]) -> click.Command:
     command: click.Command = group
     for name in path:
         assert isinstance(command, click.Group)
-        found = command.get_command(click.Context(command), name)
+        found = command.get_command(context_of(command), name)
         assert found is not None
         command = found
     return command
+
+
+def context_of(command: click.Command) -> click.Context:
+    """A context as the group's own: click keeps the names of the help option that it sees first."""
+    return click.Context(command, help_option_names=["-h", "--help"])
 
 
 def page_of(path: tuple[str, ...]) -> Path:
@@ -63,7 +68,7 @@ def test_every_option_stands_in_a_page(path: tuple[str, ...]) -> None:
     words = words_of(page)
     options = [
         name
-        for parameter in command.get_params(click.Context(command))
+        for parameter in command.get_params(context_of(command))
         if isinstance(parameter, click.Option) and not parameter.hidden
         for name in (*parameter.opts, *parameter.secondary_opts)
     ]
@@ -76,7 +81,8 @@ def test_every_option_stands_in_a_page(path: tuple[str, ...]) -> None:
     "path", list(commands(group)), ids=lambda path: " ".join(path) or "mtetool"
 )
 def test_help_fits_on_a_screen(path: tuple[str, ...]) -> None:
-    context = click.Context(command_at(path), info_name="x", terminal_width=80)
+    context = context_of(command_at(path))
+    context.info_name, context.terminal_width = "x", 80
     lines = context.get_help().splitlines()
     assert len(lines) <= 40, f"{len(lines)} lines"
     assert f"{page_of(path).stem}(1)" in lines[-1]

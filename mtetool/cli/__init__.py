@@ -80,6 +80,10 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the last line right below the list: with a line between, it would not fit."""
+        formatter.write(f"{self.epilog}\n")
+
 
 def _name_page(command: click.Command, page: str) -> None:
     """End the help of a command, and of those in a group, with the name of its manual page."""

@@ -24,6 +24,7 @@ from mtetool.cli.progress import shown
 from mtetool.cli.ranges import size
 from mtetool.cli.render import note, print_json, printing, say
 from mtetool.guest import GuestOptions
+from mtetool.words import counted
 
 if TYPE_CHECKING:
     from mtetool.relay.address import Address
@@ -165,9 +166,10 @@ def _document(report: Report) -> dict[str, Any]:
 
 def _tell(report: Report) -> None:
     say(f"relayed {report.guest} in {report.elapsed_seconds:.1f} s; the other host: {report.peer}")
-    pages = "" if report.stream_pages is None else f", {report.stream_pages} pages"
+    pages = "" if report.stream_pages is None else f", {counted(report.stream_pages, 'page')}"
     say(f"QEMU's stream: {size(report.stream_bytes)}{pages}")
-    say(f"tags: {report.tag_pages} pages, {size(report.tag_bytes)} in {report.rounds} rounds")
+    tags = f"{counted(report.tag_pages, 'page')}, {size(report.tag_bytes)}"
+    say(f"tags: {tags} in {counted(report.rounds, 'round')}")
     if report.held_seconds is not None:
-        last = "" if report.last_pages is None else f" of the last {report.last_pages} pages"
+        last = "" if report.last_pages is None else f" of {counted(report.last_pages, 'last page')}"
         say(f"the end of the stream waited {report.held_seconds:.3f} s for the tags{last}")

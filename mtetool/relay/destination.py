@@ -19,6 +19,7 @@ from mtetool.relay.frames import Frame, Kind
 from mtetool.relay.incoming import Incoming
 from mtetool.relay.report import News, Report
 from mtetool.relay.together import Worker, all_of
+from mtetool.words import counted
 
 if TYPE_CHECKING:
     from mtetool.guest import Guest
@@ -128,8 +129,8 @@ class DestinationRelay:
             wanted = fields.integer("pages", 0, 1 << 63)
         if self._incoming.applied.pages != wanted:
             raise RelayPeerError(
-                f"the tags of {self._incoming.applied.pages} pages are in place, and the source"
-                f" sent {wanted}",
+                f"the tags of {counted(self._incoming.applied.pages, 'page')} are in place, and"
+                f" the source sent {wanted:,}",
                 hint="the guest was not started; it goes on at the source",
             )
         self._in_place = True

@@ -29,6 +29,7 @@ from mtetool.relay.placing import place
 from mtetool.relay.report import News, Report
 from mtetool.relay.stream import RamStream
 from mtetool.relay.together import Worker, all_of
+from mtetool.words import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -220,7 +221,8 @@ class SourceRelay:
             pages = fields.integer("pages", 0, 1 << 63)
         if self._outgoing is None or pages != self._outgoing.sent.pages:
             raise RelayPeerError(
-                f"the destination's relay has put the tags of {pages} pages in place, not of all",
+                f"the destination's relay has put the tags of {counted(pages, 'page')} in place,"
+                " which are not all",
                 hint="the guest goes on at the source",
             )
 

@@ -81,7 +81,9 @@ class Migration:
             to = f"unix:{_BETWEEN}"
             self.run_relay("destination", f"listen:unix:{_BETWEEN}", f"unix:{_IN}")
         self.run_relay("source", f"listen:unix:{_OUT}", to, options)
-        self.lab.sh(f"until [ -S {_OUT} ] || [ -e /tmp/relay-source.status ]; do sleep 0.1; done")
+        ready = f"until [ -S {_OUT} ] || [ -e /tmp/relay-source.status ]; do sleep 0.1; done"
+        if self.lab.sh(f"timeout 110 sh -c '{ready}'", check=False).returncode:
+            raise AssertionError(self.relay_output().decode())
 
     def run_relay(self, role: str, incoming: str, outgoing: str, options: str = "") -> None:
         """Start one relay, in the background."""
