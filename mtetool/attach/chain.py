@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,6 +51,7 @@ class Chain:
         self._call = (fd, request)
         self._laid_for: int | None = None
         self._tgid, self._tid = _ids(helper.pid, helper.tracee.tid)
+        self._status = Path(f"/proc/{helper.pid}/status")
 
     @property
     def _arguments_at(self) -> int:
@@ -82,7 +84,7 @@ class Chain:
         """
         steps.enter("chain")
         helper, tracee = self._helper, self._helper.tracee
-        number = _free_signal(helper.pid)
+        number = _free_signal(self._status)
         if number is None:
             return False
         if self._laid_for != number:
@@ -138,7 +140,8 @@ def _ids(pid: int, tid: int) -> tuple[int, int]:
     return int(process.split()[-1]), int(thread.split()[-1])
 
 
-def _free_signal(pid: int) -> int | None:
+def _free_signal(status: Path) -> int | None:
     """A signal that does nothing in the process: ignored by default, and not handled."""
-    handled = int(procfs.status_of(pid).get("SigCgt", "f" * 16), 16)
+    # Asked before every chain, since a handler may be installed at any time.
+    handled = int(status.read_bytes().partition(b"\nSigCgt:")[2][:18] or b"f" * 16, 16)
     return next((int(number) for number in _SIGNALS if not handled >> (number - 1) & 1), None)
