@@ -105,8 +105,6 @@ class RamStream:
         """
         if self._error is not None:
             raise self._error
-        if self.done:
-            return 0
         with memoryview(data) as view:
             self._pieces.put(view)
             try:

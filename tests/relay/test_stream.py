@@ -142,7 +142,7 @@ def test_pieces_of_no_bytes_and_of_any_kind() -> None:
     assert parser.feed(piece) is None
     piece.clear()  # nothing holds on to it
     assert parser.feed(memoryview(whole)[100:]) == len(whole) - 100
-    assert parser.feed(TAIL) == 0
+    assert [parser.feed(TAIL), parser.feed(TAIL)] == [0, 0]
 
 
 @pytest.mark.parametrize("bits", [None, 10, 12, 14, 16])
@@ -214,6 +214,7 @@ UNSUPPORTED = {
         "migrate_set_capability x-ignore-shared off",
     ),
     "an unknown capability": (HEADER + configuration(capabilities("warp")), "warp", "warp off"),
+    "an escape": (HEADER + configuration(capabilities("\x1b[2J")), "\\x1b[2J", "\\x1b[2J off"),
     "an unknown subsection": (HEADER + configuration(subsection("x", b"")), "tion/x", "update"),
     "a newer subsection": (
         HEADER + configuration(subsection("uuid", b"", version=2)),
