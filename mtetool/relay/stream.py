@@ -1,7 +1,7 @@
 """Follow QEMU's migration stream as it passes: which pages it carries, and where RAM ends.
 
-The parser only looks at the bytes, which others forward. It understands the pre-copy stream of
-QEMU 8.0 to 11.1 over one connection (migration/savevm.c and ram.c), and refuses everything else.
+The parser only looks at the bytes, which others forward. It understands QEMU's pre-copy stream over
+one connection (migration/savevm.c and ram.c; tested with 10.0 and 11.1), and refuses all others.
 All numbers are big-endian:
 
     stream         "QEVM", u32 version 3, then records that begin with a byte for their type
@@ -105,8 +105,6 @@ class RamStream:
         """
         if self._error is not None:
             raise self._error
-        if self.done:
-            return 0
         with memoryview(data) as view:
             self._pieces.put(view)
             try:

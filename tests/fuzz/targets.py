@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import time
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from mtetool.backends.emu.file import read_header
 from mtetool.backends.emu.guest import create_emulated, open_emulated
-from mtetool.errors import MtetoolError, SnapshotError
+from mtetool.errors import (
+    MtetoolError,
+    SnapshotError,
+    StreamDamagedError,
+    StreamUnsupportedError,
+)
 from mtetool.flows.restore import RestoreOptions, restore
 from mtetool.guest import GuestOptions, Memslot, Missing
+from mtetool.relay.stream import RamStream
 from mtetool.snapshot.index import IndexedSnapshot
 from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.tags import as_array
 from mtetool.uapi import GRANULE_BYTES
+from tests.relay import streams
 from tests.snapshot import second_reader
 from tests.snapshot.forge import BASE, PAGE, random_tags
 
@@ -162,3 +170,29 @@ def read_emulated_guest(data: bytes) -> bool:
     finally:
         os.close(fd)
     return bool(described.memslots)
+
+
+def follow_stream(data: bytes) -> bool:
+    """Follow a migration stream, with changes that the input selects, whole and in pieces."""
+    rng = random.Random(data)  # noqa: S311
+    stream = streams.changed(streams.random_stream(rng), rng)
+    started = time.process_time()
+    whole = _followed(stream, len(stream))
+    if _followed(stream, rng.choice((1, 7, 100, 4096))) != whole:
+        raise FindingError("a stream ends differently in pieces")
+    if time.process_time() - started > _SECONDS:
+        raise FindingError(f"{time.process_time() - started:.1f} s for {len(stream)} bytes")
+    return isinstance(whole, tuple)
+
+
+def _followed(stream: bytes, piece_bytes: int) -> object:
+    parser = RamStream()
+    try:
+        for at in range(0, len(stream), piece_bytes):
+            held = parser.feed(stream[at : at + piece_bytes])
+            if held is not None:
+                break
+    except (StreamDamagedError, StreamUnsupportedError) as error:
+        return error.message
+    end = None if held is None else at + held
+    return end, parser.blocks, [marks.tobytes() for marks in parser.marks]

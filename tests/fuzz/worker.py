@@ -9,9 +9,15 @@ from pathlib import Path
 import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 with atheris.instrument_imports(
-    include=["mtetool.files", "mtetool.snapshot", "mtetool.sources", "mtetool.flows"]
+    include=[
+        "mtetool.files",
+        "mtetool.snapshot",
+        "mtetool.sources",
+        "mtetool.flows",
+        "mtetool.relay",
+    ]
 ):
-    from tests.fuzz.targets import Restorer, read_emulated_guest, read_snapshot
+    from tests.fuzz.targets import Restorer, follow_stream, read_emulated_guest, read_snapshot
 
 from tests.fuzz.mutate import mutate
 from tests.snapshot.forge import small_snapshot
@@ -19,7 +25,7 @@ from tests.snapshot.forge import small_snapshot
 _GOLDEN = Path(__file__).parents[1] / "snapshot" / "golden"
 _SOUND = [small_snapshot(), *(path.read_bytes() for path in sorted(_GOLDEN.glob("*")))]
 
-# A restore touches files, so only one in so many inputs is restored.
+# A restore touches files, so only one in so many inputs is restored; a stream is as slow.
 _RESTORE_EVERY = 16
 
 
@@ -46,6 +52,7 @@ def main() -> None:
             if _Counters.inputs % _RESTORE_EVERY == 0:
                 restorer(data)
                 read_emulated_guest(data)
+                follow_stream(data)
             if _Counters.inputs % 1000 == 0:
                 print(f"accepted={_Counters.accepted}", flush=True)
 

@@ -13,14 +13,14 @@ from typing import Any
 
 from tests.lab.images import emulator
 
-_SECONDS = 60.0
+_SECONDS = 30.0
 _PLAIN = ("-M", "virt", "-cpu", "max", "-m", "64M")
-# What the destination says on the return path when all is well: type 1 (SHUT), 4 bytes, 0.
+# What a destination says on the return path when all is well: type 1 (SHUT), 4 bytes, 0.
 _ALL_IS_WELL = bytes((0, 1, 0, 4, 0, 0, 0, 0))
 
 
 class Qemu:
-    """A QEMU whose vCPUs never run; its memory can be written to by its own monitor."""
+    """A QEMU whose vCPUs do not run until it is asked for that."""
 
     def __init__(self, directory: Path, process: subprocess.Popen[bytes]) -> None:
         self._directory = directory
@@ -36,8 +36,7 @@ class Qemu:
 
     def ask(self, command: str, **arguments: object) -> Any:
         """Ask the monitor; return its answer."""
-        request = {"execute": command, "arguments": arguments}
-        self._monitor.sendall(json.dumps(request).encode())
+        self.request(command, **arguments)
         while True:
             answer = json.loads(self._lines.readline())
             if "error" in answer:
@@ -45,10 +44,20 @@ class Qemu:
             if "return" in answer:
                 return answer["return"]
 
-    def monitor(self, line: str) -> str:
-        """Ask the monitor for people."""
-        answer: str = self.ask("human-monitor-command", **{"command-line": line})
-        return answer
+    def request(self, command: str, **arguments: object) -> None:
+        """Ask the monitor, and do not wait for its answer."""
+        request = {"execute": command, "arguments": arguments}
+        self._monitor.sendall(json.dumps(request).encode())
+
+    def wait_until_written(self, ipa: int) -> None:
+        """Wait until a word of the guest's memory is not 0."""
+        deadline = time.monotonic() + _SECONDS
+        while (
+            self.ask("human-monitor-command", **{"command-line": f"xp /1wd {ipa}"}).split()[1]
+            == "0"
+        ):
+            assert time.monotonic() < deadline, "the guest does not run"
+            time.sleep(0.01)
 
     def switch_on(self, *capabilities: str) -> None:
         """Switch on capabilities of migrations."""

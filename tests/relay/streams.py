@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -116,3 +117,26 @@ def stream(
     out += b"".join(map(part, running))
     out += command(11) if switchover else b""
     return out + end(stopped)
+
+
+def random_stream(rng: random.Random) -> bytes:
+    """A sound stream of a small guest."""
+    blocks = [(RAM, 16 * PAGE), ("virt.flash0", 4 * PAGE), ("/rom@etc/table-loader", PAGE)]
+    rounds: list[list[Record]] = []
+    for _ in range(rng.randint(1, 4)):
+        rounds.append([])
+        for _ in range(rng.randint(0, 12)):
+            block, size = rng.choice(blocks)
+            page, form = rng.randrange(size // PAGE), rng.choice((FULL, ZERO, XBZRLE))
+            rounds[-1].append(Record(block, page, form, rng.choice((0, 1, 20, PAGE))))
+    return stream(blocks, rounds, return_path=rng.random() < 0.5, switchover=rng.random() < 0.5)
+
+
+def changed(data: bytes, rng: random.Random) -> bytes:
+    """Change a stream in up to four places, most of them in heads of records."""
+    out = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(min(len(out), rng.choice((400, 1 << 20))))
+        some = (b"\xff", b"\0", b"\x10", bytes(8), bytes([rng.randrange(256)]), rng.randbytes(3))
+        out[at : at + rng.choice((0, 1, 1, 8))] = rng.choice(some)
+    return bytes(out)
