@@ -68,6 +68,7 @@ _ROOT_PACKAGES = (
     "python3-rich",
     "python3-xxhash",
     "python3-zstandard",
+    "socat",
 )
 _ROOT_BACKPORTS = ("qemu-system-arm",)  # the VMM inside: QEMU 11
 _LIBVIRT_PACKAGES = (

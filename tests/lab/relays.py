@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.lab.guests import Check, Qemu
+from tests.lab.guests import Check, Qemu, kill_vmms
 from tests.lab.machine import Machine
 
 _IN, _OUT, _BETWEEN = "/tmp/incoming", "/tmp/outgoing", "/tmp/between"
@@ -34,6 +34,7 @@ class Migration:
 
     def __post_init__(self) -> None:
         """Start both; the guest runs."""
+        kill_vmms(self.lab)
         self.lab.sh(f"rm -f {_IN} {_OUT} {_BETWEEN} /tmp/relay-*")
         self.source, self.target = self._qemu("source", ""), self.new_target()
         self.source.wait_for(b"TAGGER ready")
@@ -67,11 +68,16 @@ class Migration:
         rows = [{"capability": name, "state": on} for name, on in self.capabilities.items()]
         qemu.qmp("migrate-set-capabilities", json.dumps({"capabilities": rows}))
 
-    def start(self, *, relays: bool = True, to: str = "", options: str = "") -> None:
-        """Start the migration, through both relays, or through nothing that knows tags."""
-        if relays:
+    def start(self, way: str = "relays", to: str = "", options: str = "") -> None:
+        """Start the migration: through "relays", or "direct", or through "socat"."""
+        if way == "relays":
             self.start_relays(to, options)
-        uri = f"unix:{_OUT if relays else _IN}"
+        elif way == "socat":
+            self.lab.sh(
+                f"rm -f {_OUT}; socat UNIX-LISTEN:{_OUT} UNIX-CONNECT:{_IN} &"
+                f" until [ -S {_OUT} ]; do sleep 0.1; done"
+            )
+        uri = f"unix:{_IN if way == 'direct' else _OUT}"
         self.source.qmp("migrate", json.dumps({"uri": uri}))
 
     def start_relays(self, to: str = "", options: str = "") -> None:

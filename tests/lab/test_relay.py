@@ -24,7 +24,7 @@ def test_guest_moves_live_with_every_tag(lab: Machine) -> None:
 def test_without_relays_the_same_guest_finds_wrong_tags_at_once(lab: Machine) -> None:
     """The control."""
     migration = Migration(lab)
-    migration.start(relays=False)
+    migration.start("direct")
     assert migration.wait()["status"] == "completed"
     checks = migration.checks(1)
     assert checks[0].wrong > 1000
