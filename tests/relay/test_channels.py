@@ -218,6 +218,11 @@ def test_a_cancelled_read_loses_nothing(tmp_path: Path) -> None:
         await here.drain()
         await asyncio.gather(reading, return_exceptions=True)
         assert await there.read() == b"all"
+        reading = asyncio.create_task(there.read())  # waits, as the first one did
+        await asyncio.sleep(0.01)
+        here.write(b"of it")
+        await here.drain()
+        assert await reading == b"of it"
         here.abort()
         there.abort()
 
