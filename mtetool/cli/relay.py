@@ -158,7 +158,7 @@ def _relay(
 
 def _document(report: Report) -> dict[str, Any]:
     document = asdict(report)
-    for key in ("held_seconds", "elapsed_seconds"):
+    for key in ("copy_seconds", "held_seconds", "elapsed_seconds"):
         if document[key] is not None:
             document[key] = round(document[key], 4)
     return document

@@ -180,3 +180,4 @@ class DestinationRelay:
         if self._incoming is not None:
             self.report.tag_pages = self._incoming.applied.pages
             self.report.rounds = self._incoming.applied.frames
+            self.report.copy_seconds = self._incoming.applied.write_seconds

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtetool.errors import GuestError, errno_name
+from mtetool.extents import of_pages, pages_of
 from mtetool.relay import payload
-from mtetool.relay.outgoing import extents_of
 from mtetool.sources.around import raise_for_whole_vm
 from mtetool.uapi import GRANULE_BYTES
 
@@ -56,13 +56,13 @@ class Incoming:
         started = time.perf_counter()
         extents, tags = payload.unpack(received, self._peer_page_bytes)
         payload.check_inside(extents, self._memory)
-        pages = _pages_of(extents, self._peer_page_bytes)
+        pages = pages_of(extents, self._peer_page_bytes)
         n_pages = len(pages)
         page = self._guest.page_size_bytes
         if page > self._peer_page_bytes:
             pages, tags = self._widened(pages, tags)
         elif page < self._peer_page_bytes:
-            pages = _pages_of(extents, page)
+            pages = pages_of(extents, page)
         self._write(pages, tags)
         self.applied.frames += 1
         self.applied.pages += n_pages
@@ -104,7 +104,7 @@ class Incoming:
     def _copy(self, pages: NDArray[np.int64], tags: Tags, *, writing: bool) -> int:
         """Copy the tags of pages; return how many of them, at least one unless a write differs."""
         page = self._guest.page_size_bytes
-        extents = extents_of(pages, page)
+        extents = of_pages(pages, page)
         try:
             if writing:
                 return self._guest.write_scattered(extents, tags) // page
@@ -119,11 +119,3 @@ class Incoming:
                 errno=errno_name(number),
                 ipa=ipa,
             ) from error
-
-
-def _pages_of(extents: NDArray[np.uint64], page_bytes: int) -> NDArray[np.int64]:
-    """The numbers of the pages of extents, in their order."""
-    first = (extents[:, 0] // np.uint64(page_bytes)).astype(np.int64)
-    n_pages = (extents[:, 1] // np.uint64(page_bytes)).astype(np.int64)
-    before = np.repeat(np.cumsum(n_pages) - n_pages, n_pages)
-    return np.repeat(first, n_pages) + np.arange(int(n_pages.sum()), dtype=np.int64) - before

@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mtetool import loops
 from mtetool.attach.chain_room import MOST_CALLS
 from mtetool.errors import GuestError, errno_name
+from mtetool.extents import n_granules_of, of_pages, pages_of, parts
 from mtetool.relay import payload
 from mtetool.uapi import GRANULE_BYTES
 
@@ -22,9 +24,6 @@ if TYPE_CHECKING:
     from mtetool.guest import Guest
     from mtetool.relay.placing import Placed
 
-# No extent crosses a multiple of that many pages, so none is longer.
-_EXTENT_PAGES = 256
-
 
 @dataclass(slots=True)
 class Sent:
@@ -32,14 +31,14 @@ class Sent:
 
     read_pages: int = 0
     pages: int = 0
-    """Pages whose tags were sent, some of them several times."""
+    """Pages whose tags were sent, as often as they were."""
     bytes: int = 0
     """Bytes of TAGS frames."""
     read_seconds: float = 0.0
 
 
 class Outgoing:
-    """Reads tags and packs them, a group of pages at a time; one thread at a time may use it.
+    """Reads tags and packs them; one thread at a time may use it.
 
     Pages that have no tags and never had any are not sent: a guest that is about to be migrated to
     has none. `placed` says where the stream's blocks are, in pages of `stream_page_bytes`.
@@ -58,73 +57,72 @@ class Outgoing:
         n_pages = np.array([part.size_bytes // page for part in placed], np.int64)
         self._bases = np.cumsum(n_pages) - n_pages
         self._had_tags = np.zeros(int(n_pages.sum()), bool)
+        self._any_had_tags = False
         self._room = np.empty(payload.MOST_GRANULES, np.uint8)
 
-    def groups(self, marks: Sequence[NDArray[np.uint8]]) -> Iterator[NDArray[np.int64]]:
-        """The marked pages, by their numbers, in groups for `packed`; ascending."""
+    def round(self, marks: Sequence[NDArray[np.uint8]], emit: Callable[[bytes], object]) -> int:
+        """Read the tags of all marked pages; `emit` takes the payload of each frame that must go.
+
+        Returns how many pages were marked. Raises GuestError, for a page that cannot be read too.
+        """
         pages = np.concatenate([self._marked(part, marks[part.block]) for part in self._placed])
-        most = min(payload.MOST_GRANULES // self._page_granules, MOST_CALLS)
-        for first in range(0, len(pages), most):
-            yield pages[first : first + most]
+        for extents in parts(of_pages(pages, self._page_bytes), MOST_CALLS, payload.MOST_GRANULES):
+            packed = self._packed(extents)
+            if packed is not None:
+                emit(packed)
+        return len(pages)
 
     def _marked(self, part: Placed, marks: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """The numbers of this host's pages that are marked, wholly or in part."""
         unit, page = self._stream_page_bytes, self._page_bytes
-        # A block may end in the middle of a page of this host, and never begins in one.
         n_pages = part.size_bytes // page
-        here = marks[part.offset // unit :][: n_pages * max(page // unit, 1)]
+        here = marks[part.offset // unit :][: part.size_bytes // unit]
         found = np.flatnonzero(here.reshape(n_pages, -1).any(axis=1) if page > unit else here)
         if page < unit:
             found = (found[:, None] * (unit // page) + np.arange(unit // page)).ravel()
         return found.astype(np.int64) + part.ipa // page
 
-    def packed(self, pages: NDArray[np.int64]) -> bytes | None:
-        """Read the tags of a group; return the payload of a frame, None if none needs to go.
-
-        Raises GuestError, for a page that cannot be read too.
-        """
+    def _packed(self, extents: NDArray[np.uint64]) -> bytes | None:
         started = time.perf_counter()
-        tags = self._room[: len(pages) * self._page_granules]
-        self._read(pages, tags)
+        tags = self._room[: n_granules_of(extents)]
+        self._read(extents, tags)
+        n_pages = len(tags) // self._page_granules
         self.sent.read_seconds += time.perf_counter() - started
-        self.sent.read_pages += len(pages)
-        by_page = tags.reshape(len(pages), -1)
-        has_tags = by_page.any(axis=1)
+        self.sent.read_pages += n_pages
+        _, _, n_tagged, _ = loops.scan(tags, self._page_granules)
+        if not n_tagged and not self._any_had_tags:
+            return None  # as for most of a guest's memory
+        self._any_had_tags = True
+        pages = pages_of(extents, self._page_bytes)
         number = np.searchsorted(self._starts, pages, side="right") - 1
         number = pages - self._starts[number] + self._bases[number]
+        by_page = tags.reshape(n_pages, -1)
+        has_tags = by_page.any(axis=1)
         goes = has_tags | self._had_tags[number]
         self._had_tags[number] = has_tags
         if not goes.any():
             return None
-        pages = pages[goes]
-        found = payload.pack(extents_of(pages, self._page_bytes), by_page[goes].ravel())
-        self.sent.pages += len(pages)
+        sent = of_pages(pages[goes], self._page_bytes)
+        found = payload.pack(sent, by_page[goes].ravel())
+        self.sent.pages += int(goes.sum())
         self.sent.bytes += len(found)
         return found
 
-    def _read(self, pages: NDArray[np.int64], tags: NDArray[np.uint8]) -> None:
-        done = 0
-        while done < len(pages):
-            extents = extents_of(pages[done:], self._page_bytes)
-            try:
-                completed = self._guest.read_scattered(extents, tags[done * self._page_granules :])
-            except OSError as error:
-                number, ipa = error.errno or errno.EIO, int(extents[0, 0])
-                raise GuestError(
-                    f"the tags of the page at {ipa:#x} cannot be read: {os.strerror(number)}"
-                    f" ({errno_name(number)})",
-                    hint="the guest goes on at the source",
-                    errno=errno_name(number),
-                    ipa=ipa,
-                ) from error
-            done += completed // self._page_bytes
-
-
-def extents_of(pages: NDArray[np.int64], page_bytes: int) -> NDArray[np.uint64]:
-    """The extents of ascending pages, a row each: address, size in bytes."""
-    breaks = (np.diff(pages) != 1) | (pages[1:] % _EXTENT_PAGES == 0)
-    first = np.flatnonzero(np.concatenate(([True], breaks)))
-    n_pages = np.diff(np.concatenate((first, [len(pages)])))
-    extents = np.empty((len(first), 2), np.uint64)
-    extents[:, 0] = pages[first] * page_bytes
-    extents[:, 1] = n_pages * page_bytes
-    return extents
+    def _read(self, extents: NDArray[np.uint64], tags: NDArray[np.uint8]) -> None:
+        try:
+            done = self._guest.read_scattered(extents, tags)
+            if done == len(tags) * GRANULE_BYTES:
+                return
+            pages = pages_of(extents, self._page_bytes)[done // self._page_bytes :]
+            # What failed in a chain is asked again, and says why.
+            extents = of_pages(pages, self._page_bytes)
+            self._read(extents, tags[done // GRANULE_BYTES :])
+        except OSError as error:
+            number, ipa = error.errno or errno.EIO, int(extents[0, 0])
+            raise GuestError(
+                f"the tags of the page at {ipa:#x} cannot be read: {os.strerror(number)}"
+                f" ({errno_name(number)})",
+                hint="the guest goes on at the source",
+                errno=errno_name(number),
+                ipa=ipa,
+            ) from error

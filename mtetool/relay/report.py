@@ -30,6 +30,8 @@ class Report:
     """Bytes of tags between the relays, compressed."""
     rounds: int = 0
     """How often tags were read."""
+    copy_seconds: float = 0.0
+    """How long reading, or writing and reading back, took."""
     last_pages: int | None = None
     """Pages whose tags were still to be read when the guest had stopped."""
     held_seconds: float | None = None

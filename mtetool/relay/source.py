@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mtetool.errors import (
@@ -43,6 +45,9 @@ _READ_BYTES = 1 << 20
 # While the guest runs, pages are collected for so long before their tags are read: then fewer
 # chains of calls are needed.
 _COLLECTING_SECONDS = 0.05
+# So many pages may pass before their tags are read, and more in a large guest: looking for the
+# marks takes longer there.
+_LEAST_PASSED = 4096
 _NEWS_SECONDS = 0.5
 
 
@@ -55,8 +60,11 @@ class SourceRelay:
         self._news = news
         self._stream = RamStream()
         self._marked = asyncio.Event()
+        self._room = asyncio.Event()
+        self._passed_before = self._most_passed = 0
         self._in_place = asyncio.Event()
-        self._ram_ended = False
+        self._stopping = self._ram_ended = False
+        self._sending: Future[None] | None = None
         self._tail_sent = False
         self._qemu_ended = False
         self._outgoing: Outgoing | None = None
@@ -97,6 +105,10 @@ class SourceRelay:
                 await self._stay_paused(error)
             raise
         finally:
+            # The thread that reads tags must not wait for a relay that does not listen.
+            self._stopping = True
+            if self._sending is not None:
+                self._sending.cancel()
             telling.cancel()
             self._count()
             self._news.update(self.report)
@@ -112,6 +124,7 @@ class SourceRelay:
                 self._wire.send(Kind.DATA, data)
                 await self._wire.drain()
                 self._marked.set()
+                await self._wait_for_tags()
                 continue
             self._wire.send(Kind.DATA, memoryview(data)[:at])
             self._wire.send(Kind.END_OF_RAM)
@@ -129,6 +142,18 @@ class SourceRelay:
             "QEMU ended its stream before all memory had passed",
             hint="see why at the source: query-migrate, virsh domjobinfo; the guest goes on there",
         )
+
+    async def _wait_for_tags(self) -> None:
+        """Let the stream wait if tags fall behind: not all of them may be left for the end.
+
+        The guest goes on meanwhile. What has no contents passes much faster than tags are read.
+        """
+        if self._stream.blocks and not self._most_passed:
+            n_pages = sum(len(marks) for marks in self._stream.marks)
+            self._most_passed = max(_LEAST_PASSED, n_pages // 256)
+        while not self._stream.in_ram_end and self._n_passed() > self._most_passed:
+            self._room.clear()
+            await self._room.wait()
 
     async def _hold(self) -> None:
         started = time.monotonic()
@@ -171,10 +196,14 @@ class SourceRelay:
         await self._wire.drain()
 
     async def _next_marks(self) -> None:
+        """Wait for marks; while the guest runs, for more than a few."""
         await self._marked.wait()
         self._marked.clear()
-        if not self._ram_ended:
-            await asyncio.sleep(_COLLECTING_SECONDS)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_COLLECTING_SECONDS):
+                while not self._ram_ended and self._n_passed() < self._most_passed // 2:
+                    await self._marked.wait()
+                    self._marked.clear()
 
     async def _round(self, *, is_last: bool) -> None:
         """Send the tags of all pages that are marked now."""
@@ -183,17 +212,28 @@ class SourceRelay:
         for marks in self._stream.marks:
             taken.append(marks.copy())
             marks[:] = 0
+        self._passed_before = self._stream.n_records
+        self._room.set()
         self.report.rounds += 1
-        n_pages = 0
-        groups = self._outgoing.groups(taken)
-        while (pages := await self._worker.run(next, groups, None)) is not None:
-            n_pages += len(pages)
-            packed = await self._worker.run(self._outgoing.packed, pages)
-            if packed is not None:
-                self._wire.send(Kind.TAGS, packed)
-                await self._wire.drain()
+        loop = asyncio.get_running_loop()
+
+        def emit(packed: bytes) -> None:
+            if self._stopping:
+                raise asyncio.CancelledError
+            self._sending = asyncio.run_coroutine_threadsafe(self._send_tags(packed), loop)
+            self._sending.result()
+
+        n_pages = await self._worker.run(self._outgoing.round, taken, emit)
         if is_last:
             self.report.last_pages = n_pages
+
+    async def _send_tags(self, packed: bytes) -> None:
+        self._wire.send(Kind.TAGS, packed)
+        await self._wire.drain()
+
+    def _n_passed(self) -> int:
+        """How many records of pages have passed since marks were last taken."""
+        return self._stream.n_records - self._passed_before
 
     # --- from the destination ----------------------------------------------------------------
 
@@ -251,10 +291,11 @@ class SourceRelay:
     def _count(self) -> None:
         stream, report = self._stream, self.report
         report.machine = stream.machine
-        report.stream_pages = stream.n_pages + stream.n_zero_pages + stream.n_xbzrle_pages
+        report.stream_pages = stream.n_records
         total = sum(block.size_bytes for block in stream.blocks)
         report.memory_pages = total // stream.page_bytes if total else None
         if self._outgoing is not None:
             sent = self._outgoing.sent
             report.read_pages = sent.read_pages
             report.tag_pages, report.tag_bytes = sent.pages, sent.bytes
+            report.copy_seconds = sent.read_seconds

@@ -96,6 +96,11 @@ class RamStream:
         self._steps = self._stream()
         self._error: BaseException | None = None
 
+    @property
+    def n_records(self) -> int:
+        """How many records of pages have begun to pass, in any form."""
+        return self.n_pages + self.n_zero_pages + self.n_xbzrle_pages
+
     def feed(self, data: bytes | bytearray | memoryview) -> int | None:
         """Look at the next bytes; return where in them the rest after RAM begins, else None.
 

@@ -1,4 +1,4 @@
-"""`python -m tests.bench.relay [RUNS [MEMORY...]]`: what the relays cost a live migration, in the lab.
+"""`python -m tests.bench.relay [RUNS [MEMORY...]]`: what relays cost a live migration, in the lab.
 
 Each migration of one guest runs directly, through `socat`, and through both relays, by turns. All
 times are of an emulated CPU: compare them only with others of the same run.
@@ -33,7 +33,7 @@ def main() -> None:
     sizes = sys.argv[2:] or ["256M", "1G", "2G"]
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     print(f"{'guest':20} {'way':8} {'downtime ms':>12} {'total ms':>10} {'MB/s':>7} {'held ms':>8}")
-    with Machine(memory="6G") as lab:
+    with Machine(memory="8G", cpus=2) as lab:
         for memory in sizes:
             for name, options in _GUESTS.items():
                 rows: dict[Way, list[dict[str, Any]]] = {way: [] for way in _WAYS}

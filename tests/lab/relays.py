@@ -29,6 +29,7 @@ class Migration:
     extra: str = "-smp 2"
     capabilities: dict[str, bool] = field(default_factory=lambda: dict(CAPABILITIES))
     target_has_mte: bool = True
+    target_listens: bool = True
     source: Qemu = field(init=False)
     target: Qemu = field(init=False)
 
@@ -59,8 +60,9 @@ class Migration:
         self.lab.sh(f"rm -f {_IN} /tmp/target.*")
         wrapper = _EXEC if self.target_has_mte else "env"
         target = self._qemu("target", "-incoming defer", wrapper)
-        self.allow(target)
-        target.qmp("migrate-incoming", json.dumps({"uri": f"unix:{_IN}"}))
+        if self.target_listens:
+            self.allow(target)
+            target.qmp("migrate-incoming", json.dumps({"uri": f"unix:{_IN}"}))
         return target
 
     def allow(self, qemu: Qemu) -> None:
@@ -94,11 +96,15 @@ class Migration:
     def run_relay(self, role: str, incoming: str, outgoing: str, options: str = "") -> None:
         """Start one relay, in the background."""
         words = f"mtetool relay {role} --from {incoming} --to {shlex.quote(outgoing)} --json"
+        become = shlex.quote(f"echo $$ >/tmp/relay-{role}.pid; exec {words} {options}")
         self.lab.sh(
-            f"(echo $$ >/tmp/relay-{role}.pid;"
-            f" {words} {options} >/tmp/relay-{role}.out 2>/tmp/relay-{role}.err;"
+            f"(sh -c {become} >/tmp/relay-{role}.out 2>/tmp/relay-{role}.err;"
             f" echo $? >/tmp/relay-{role}.status) &"
         )
+
+    def kill_relay(self, role: str) -> None:
+        """Kill one relay."""
+        self.lab.sh(f"kill -KILL $(cat /tmp/relay-{role}.pid)")
 
     def state(self) -> dict[str, Any]:
         """Return what the source's QEMU says of the migration."""

@@ -8,16 +8,24 @@ from tests.lab.machine import Machine
 from tests.lab.relays import Migration
 
 
-def test_guest_moves_live_with_every_tag(lab: Machine) -> None:
-    migration = Migration(lab)
-    migration.start()
-    found = migration.wait()
-    reports = migration.reports()
-    print(found, reports, migration.relay_output().decode())
-    assert found["status"] == "completed"
-    checks = migration.checks()
-    assert {(check.wrong, check.data_wrong) for check in checks} == {(0, 0)}
-    assert reports["source"]["tag_pages"] == reports["destination"]["tag_pages"] > 1000
+def _wrong(migration: Migration, *, at_source: bool = False) -> set[tuple[int, int]]:
+    guest = migration.source if at_source else migration.target
+    return {(check.wrong, check.data_wrong) for check in guest.wait_for_checks(3)}
+
+
+def test_example_moves_a_guest_live_with_every_tag(lab: Machine) -> None:
+    """The example finds the guest by its socket, and starts the other relay by a command."""
+    migration = Migration(lab, target_listens=False)
+    words = [migration.source.qmp_path, "here", migration.target.qmp_path]
+    example = ["/opt/mtetool/examples/live-migrate.sh", *words]
+    environment = {"REMOTE": "", "SOCKET": "/tmp/incoming"}
+    result = lab.run(example, env=environment, timeout=400)
+    print(result.stdout.decode(), result.stderr.decode())
+    assert result.returncode == 0
+    assert b"tags in place" not in result.stdout
+    assert result.stdout.endswith(b"the guest is at here, with its tags; end QEMU at the source\n")
+    assert _wrong(migration) == {(0, 0)}
+    assert migration.state()["status"] == "completed"
 
 
 @pytest.mark.long
@@ -26,5 +34,39 @@ def test_without_relays_the_same_guest_finds_wrong_tags_at_once(lab: Machine) ->
     migration = Migration(lab)
     migration.start("direct")
     assert migration.wait()["status"] == "completed"
-    checks = migration.checks(1)
-    assert checks[0].wrong > 1000
+    assert migration.target.wait_for_checks(1)[0].wrong > 1000
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("role", ["source", "destination"])
+def test_relay_that_is_killed_leaves_the_guest_at_the_source(lab: Machine, role: str) -> None:
+    migration = Migration(lab)
+    migration.start()
+    migration.lab.sh("sleep 2")
+    migration.kill_relay(role)
+    assert migration.wait()["status"] == "failed"
+    assert _wrong(migration, at_source=True) == {(0, 0)}
+    # It can be tried again.
+    migration.lab.sh(f"kill -KILL {migration.target.pid} 2>/dev/null; true")
+    migration.target = migration.new_target()
+    migration.start()
+    assert migration.wait()["status"] == "completed"
+    assert migration.reports()["source"]["finished"]
+    assert _wrong(migration) == {(0, 0)}
+
+
+@pytest.mark.long
+def test_destination_without_mte_is_said_before_the_guest_is_touched(lab: Machine) -> None:
+    migration = Migration(lab, target_has_mte=False)
+    with pytest.raises(AssertionError, match="MTE is off"):
+        migration.start_relays()
+    assert _wrong(migration, at_source=True) == {(0, 0)}
+
+
+@pytest.mark.long
+def test_return_path_off_is_refused(lab: Machine) -> None:
+    migration = Migration(lab, capabilities={"return-path": False})
+    migration.start()
+    assert migration.wait()["status"] == "failed"
+    assert b"return-path is off" in migration.relay_output()
+    assert _wrong(migration, at_source=True) == {(0, 0)}

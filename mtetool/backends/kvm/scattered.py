@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mtetool import uapi
+from mtetool import loops, uapi
 from mtetool.attach import chain_room
 from mtetool.backends.kvm.transfer import COPY_GRANULES, UNREAD
+from mtetool.extents import n_granules_of, parts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,14 +29,17 @@ def read(transfer: Transfer, extents: NDArray[np.uint64], out: memoryview) -> in
     transfer.drain()
     session = transfer.session
     done = 0
-    for part in _parts(extents, chain_room.MOST_CALLS, COPY_GRANULES):
-        n_granules = int(part[:, 1].sum()) // uapi.GRANULE_BYTES
+    for part in parts(extents, chain_room.MOST_CALLS, COPY_GRANULES):
+        n_granules = n_granules_of(part)
         session.write_buffer(_unread(n_granules), 0)
         if not session.finish(transfer.chain(_arguments(transfer, part, 0, _READ).tobytes())):
             return None
         tags = out[done : done + n_granules]
         session.read_buffer(tags, 0)
-        good = _first(np.frombuffer(tags, np.uint8) > uapi.TAG_MAX, n_granules)
+        found = np.frombuffer(tags, np.uint8)
+        good = n_granules
+        if found.size and found.max() > uapi.TAG_MAX:
+            good = int((found > uapi.TAG_MAX).argmax())
         done += good
         if good < n_granules:
             break
@@ -51,8 +54,8 @@ def write(transfer: Transfer, extents: NDArray[np.uint64], tags: memoryview) -> 
     transfer.drain()
     session = transfer.session
     done = 0
-    for part in _parts(extents, chain_room.MOST_CALLS // 2, COPY_GRANULES // 2):
-        n_granules = int(part[:, 1].sum()) // uapi.GRANULE_BYTES
+    for part in parts(extents, chain_room.MOST_CALLS // 2, COPY_GRANULES // 2):
+        n_granules = n_granules_of(part)
         wanted = tags[done : done + n_granules]
         session.write_buffer(wanted, 0)
         session.write_buffer(_unread(n_granules), n_granules)
@@ -64,26 +67,11 @@ def write(transfer: Transfer, extents: NDArray[np.uint64], tags: memoryview) -> 
             return None
         found = memoryview(bytearray(n_granules))
         session.read_buffer(found, n_granules)
-        differ = np.frombuffer(found, np.uint8) != np.frombuffer(wanted, np.uint8)
-        good = _first(differ, n_granules)
+        good = loops.first_difference(found, wanted)
         done += good
         if good < n_granules:
             break
     return done
-
-
-def _parts(
-    extents: NDArray[np.uint64], most_calls: int, most_granules: int
-) -> Iterator[NDArray[np.uint64]]:
-    """Cut extents, each of at most `most_granules`, into parts that fit into one chain."""
-    sums = np.cumsum(extents[:, 1]) // np.uint64(uapi.GRANULE_BYTES)
-    first = 0
-    while first < len(extents):
-        before = sums[first - 1] if first else np.uint64(0)
-        fit = int(np.searchsorted(sums, before + np.uint64(most_granules), side="right"))
-        stop = min(max(fit, first + 1), first + most_calls)
-        yield extents[first:stop]
-        first = stop
 
 
 def _arguments(
@@ -105,7 +93,3 @@ _ALL_UNREAD = memoryview(bytearray([UNREAD]) * COPY_GRANULES)
 
 def _unread(n_granules: int) -> memoryview:
     return _ALL_UNREAD[:n_granules]
-
-
-def _first(wrong: NDArray[np.bool_], n_granules: int) -> int:
-    return int(wrong.argmax()) if wrong.any() else n_granules
