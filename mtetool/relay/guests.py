@@ -12,8 +12,8 @@ from mtetool.backends import open_guest
 from mtetool.errors import GuestError, LayoutError, RelayPeerError, SourceError
 from mtetool.guest import Extent, Guest, GuestOptions
 from mtetool.relay.frames import Frame, Kind
-from mtetool.sources.copying import tagged_layout
-from mtetool.sources.layout import hex_range, merged, without
+from mtetool.sources.copying import check_has_tags, check_mte_is_on
+from mtetool.sources.layout import hex_range, layout_of, merged, without
 from mtetool.uapi import PAGE_SIZES
 from mtetool.vmm import proc, socket_holders
 
@@ -100,7 +100,9 @@ def _only(holders: Sequence[int] | None) -> str:
 
 def ready(guest: Guest, name: str) -> Ready:
     """Attach to a guest. Raises MteOffError, LayoutUnknownError, GuestError."""
-    layout = tagged_layout(guest, name)
+    check_mte_is_on(guest)
+    layout = layout_of(guest)
+    check_has_tags(layout, name)
     return Ready(merged(layout.writable) or layout.taggable, guest.page_size_bytes)
 
 

@@ -12,6 +12,7 @@ from tests.lab.machine import Machine
 MIB = 1 << 20
 
 
+@pytest.mark.long  # the walk in test_libvirt_mte is confined, too
 def test_domain_is_as_confined_as_on_a_debian_host(lab: Machine) -> None:
     host = Libvirt(lab).start()
     guest = Domain(host, "web").start()

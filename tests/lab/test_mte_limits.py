@@ -67,6 +67,7 @@ def test_a_file_on_a_disk_is_no_obstacle_without_mte(lab: Machine) -> None:
     assert lab.get("/tmp/g.out") == b""
 
 
+@pytest.mark.long
 def test_a_file_in_tmpfs_keeps_tags(lab: Machine) -> None:
     guest = _qemu(lab, _IN_TMPFS)
     assert _start(guest) == ""

@@ -157,6 +157,7 @@ def test_a_process_that_protects_itself_from_its_user(lab: Machine) -> None:
     assert _save(lab, "", pid).returncode == 0
 
 
+@pytest.mark.long
 def test_where_nobody_may_until_the_next_boot() -> None:
     with Machine(cpus=1) as lab:
         pid = start_test_vmm(lab, _SLOT)

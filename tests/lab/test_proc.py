@@ -197,7 +197,9 @@ def test_freeze_stops_all_threads_and_lets_them_go(lab: Machine) -> None:
     program.unharmed()
 
 
-@pytest.mark.parametrize("step", ["thaw/detach", "visit/detach"])
+@pytest.mark.parametrize(
+    "step", ["thaw/detach", pytest.param("visit/detach", marks=pytest.mark.long)]
+)
 def test_nobody_waits_for_one_that_is_stopped(lab: Machine, step: str) -> None:
     """mtetool is killed if it gets SIGSTOP while it holds all threads or the one that copies."""
     program = Tagged(lab, "--threads 3")
@@ -419,6 +421,7 @@ def test_what_has_ended(lab: Machine, program: str, error: str, words: str) -> N
     assert words in told["message"]
 
 
+@pytest.mark.long
 def test_who_may_not(lab: Machine) -> None:
     program = Tagged(lab)
     refused = lab.run(as_user(lab, 1000, "mtetool", "dump", program.source, "--json"))

@@ -74,6 +74,7 @@ def test_words_show_what_the_scan_shows(lab: Machine, memory: str) -> None:
     assert (same.returncode, same.stdout) == (0, b""), same.stdout[:400]
 
 
+@pytest.mark.long
 def test_one_memslot_of_which_nobody_knows_where_it_is(lab: Machine) -> None:
     pid = start_test_vmm(lab, "--memfd", f"{BASE:#x}:0x4000000")
     guest = f"kvm:{pid}"
