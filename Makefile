@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/sh
 
-.PHONY: help deps venv lab demo check test test-fast migration lab-kernels torture interrupted bench bench-lab differential differential-full fuzz fuzz-short clean
+.PHONY: help deps venv lab demo check test test-fast migration relay-campaign lab-kernels torture interrupted bench bench-lab differential differential-full fuzz fuzz-short clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -50,6 +50,9 @@ test-fast: venv ## run the tests that need no lab
 
 migration: deps venv ## run the acceptance test: a guest moves between two QEMUs with its tags
 	$(BIN)/python -m pytest tests/lab -k migration
+
+relay-campaign: deps venv ## move a guest that hammers its tags live, ten times in a row (half an hour)
+	MTETOOL_MIGRATIONS=10 $(BIN)/python -m pytest -rP tests/lab/test_relay.py -k again_and_again -m long
 
 lab-kernels: deps venv ## run all tests of the lab, including the long ones, on each of its kernels
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/lab --lab-kernel 6.12

@@ -30,7 +30,7 @@ from mtetool.relay.frames import (
 from mtetool.words import printable, quoted
 
 ROLES = ("source", "destination")
-HELLO_SECONDS = 15.0
+HELLO_SECONDS = 60.0  # ssh may ask for a passphrase, and the other host may be slow
 _FAIL_SECONDS = 2.0
 _EXCERPT_BYTES = 80
 _EXCERPT_SECONDS = 0.3

@@ -30,6 +30,7 @@ class Migration:
     capabilities: dict[str, bool] = field(default_factory=lambda: dict(CAPABILITIES))
     target_has_mte: bool = True
     target_listens: bool = True
+    n_started: int = field(init=False, default=0)
     source: Qemu = field(init=False)
     target: Qemu = field(init=False)
 
@@ -37,15 +38,16 @@ class Migration:
         """Start both; the guest runs."""
         kill_vmms(self.lab)
         self.lab.sh(f"rm -f {_IN} {_OUT} {_BETWEEN} /tmp/relay-*")
-        self.source, self.target = self._qemu("source", ""), self.new_target()
+        self.source, self.target = self._qemu(""), self.new_target()
         self.source.wait_for(b"TAGGER ready")
         self.source.wait_for_checks(1)
         self.allow(self.source)
 
-    def _qemu(self, name: str, extra: str, wrapper: str = _EXEC) -> Qemu:
+    def _qemu(self, extra: str, wrapper: str = _EXEC) -> Qemu:
+        self.n_started += 1
         made = Qemu(
             self.lab,
-            name,
+            f"vm{self.n_started}",
             mte=False,
             memory=self.memory,
             guest_options=self.guest_options,
@@ -57,9 +59,9 @@ class Migration:
 
     def new_target(self) -> Qemu:
         """Start a QEMU that waits for the guest."""
-        self.lab.sh(f"rm -f {_IN} /tmp/target.*")
+        self.lab.sh(f"rm -f {_IN}")
         wrapper = _EXEC if self.target_has_mte else "env"
-        target = self._qemu("target", "-incoming defer", wrapper)
+        target = self._qemu("-incoming defer", wrapper)
         if self.target_listens:
             self.allow(target)
             target.qmp("migrate-incoming", json.dumps({"uri": f"unix:{_IN}"}))
@@ -101,6 +103,12 @@ class Migration:
             f"(sh -c {become} >/tmp/relay-{role}.out 2>/tmp/relay-{role}.err;"
             f" echo $? >/tmp/relay-{role}.status) &"
         )
+
+    def go_on(self) -> None:
+        """Make the destination the next source, and start another destination."""
+        self.lab.sh(f"kill -KILL {self.source.pid}")
+        self.source, self.target = self.target, self.new_target()
+        self.allow(self.source)
 
     def kill_relay(self, role: str) -> None:
         """Kill one relay."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.lab.machine import Machine
 from tests.lab.relays import Migration
+
+_MIGRATIONS = int(os.environ.get("MTETOOL_MIGRATIONS", "2"))
 
 
 def _wrong(migration: Migration, *, at_source: bool = False) -> set[tuple[int, int]]:
@@ -26,6 +30,21 @@ def test_example_moves_a_guest_live_with_every_tag(lab: Machine) -> None:
     assert result.stdout.endswith(b"the guest is at here, with its tags; end QEMU at the source\n")
     assert _wrong(migration) == {(0, 0)}
     assert migration.state()["status"] == "completed"
+
+
+@pytest.mark.long
+def test_guest_moves_again_and_again(lab: Machine) -> None:
+    """`make relay-campaign` lets it move ten times."""
+    migration = Migration(lab)
+    for number in range(_MIGRATIONS):
+        if number:
+            migration.go_on()
+        migration.start()
+        found, reports = migration.wait(), migration.reports()
+        print(found["status"], found.get("downtime"), reports, flush=True)
+        assert found["status"] == "completed"
+        assert reports["source"]["tag_pages"] == reports["destination"]["tag_pages"] > 1000
+        assert _wrong(migration) == {(0, 0)}
 
 
 @pytest.mark.long
