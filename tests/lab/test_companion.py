@@ -144,5 +144,6 @@ def test_death_before_every_step_is_harmless(lab: Machine, how: str) -> None:
     command = ["python3", "-m", "tests.lab.start_deaths", "service", how]
     result = lab.run(command, timeout=300, env=ENVIRONMENT, check=True)
     found = json.loads(result.stdout)
+    print(found["deaths"], "deaths")
     assert found["harmed"] == {}, found["plain"]
     assert found["deaths"] > enough(20)
