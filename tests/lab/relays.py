@@ -23,8 +23,8 @@ class Migration:
     """A guest in two QEMUs of one lab machine, the second of which waits for it."""
 
     lab: Machine
-    memory: str = "256M"
-    guest_options: str = "hammer.mib=4 hammer.pause=1"
+    memory: str = "128M"
+    guest_options: str = "hammer.mib=4 hammer.pause=5"
     initrd: str = "/lab/hammer.cpio"
     extra: str = "-smp 2"
     capabilities: dict[str, bool] = field(default_factory=lambda: dict(CAPABILITIES))
@@ -92,7 +92,8 @@ class Migration:
             self.run_relay("destination", f"listen:unix:{_BETWEEN}", f"unix:{_IN}")
         self.run_relay("source", f"listen:unix:{_OUT}", to, options)
         ready = f"until [ -S {_OUT} ] || [ -e /tmp/relay-source.status ]; do sleep 0.1; done"
-        if self.lab.sh(f"timeout 110 sh -c '{ready}'", check=False).returncode:
+        # Two starts of Python, and both attach, while the guest hammers the one CPU.
+        if self.lab.sh(f"timeout 300 sh -c '{ready}'", check=False, timeout=320).returncode:
             raise AssertionError(self.relay_output().decode())
 
     def run_relay(self, role: str, incoming: str, outgoing: str, options: str = "") -> None:
