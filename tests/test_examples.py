@@ -51,12 +51,17 @@ def test_rehearsal_recovers_from_each_failure(tmp_path: Path) -> None:
     assert "rolled back" in told[-2]
 
 
-def test_migration_script_explains_itself() -> None:
-    result = subprocess.run(
-        [_EXAMPLES / "migrate-qemu.sh"], capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("migrate-qemu.sh", "SOURCE_PID SOURCE_QMP TARGET_PID TARGET_QMP"),
+        ("live-migrate.sh", "SOURCE_QMP HOST TARGET_QMP"),
+    ],
+)
+def test_migration_script_explains_itself(script: str, words: str) -> None:
+    result = subprocess.run([_EXAMPLES / script], capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "SOURCE_PID SOURCE_QMP TARGET_PID TARGET_QMP" in result.stderr
+    assert words in result.stderr
 
 
 def test_emulated_kernel_meets_a_hole() -> None:
