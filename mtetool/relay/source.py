@@ -12,6 +12,7 @@ Nothing here waits for tags but the stream's end; reading them happens in a thre
 from __future__ import annotations
 
 import asyncio
+import select
 import time
 from concurrent.futures import Future
 from contextlib import suppress
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 from mtetool.errors import (
     GuestLostError,
     MtetoolError,
+    RelayLostError,
     RelayPeerError,
     StreamUnsupportedError,
 )
@@ -65,8 +67,7 @@ class SourceRelay:
         self._in_place = asyncio.Event()
         self._stopping = self._ram_ended = False
         self._sending: Future[None] | None = None
-        self._tail_sent = False
-        self._qemu_ended = False
+        self._all_sent = self._tail_sent = self._qemu_ended = False
         self._outgoing: Outgoing | None = None
         self._confirmation = Confirmation()
         self._worker = Worker("tags")
@@ -132,6 +133,7 @@ class SourceRelay:
             self._ram_ended = True
             self._marked.set()
             await self._hold()
+            self._check_qemu_waits()
             # From here on, the destination may start at any time.
             self._tail_sent = True
             self._wire.send(Kind.DATA, memoryview(data)[at:])
@@ -160,6 +162,21 @@ class SourceRelay:
         self._news.say("the guest has stopped; the end of the stream waits for the last tags")
         await self._in_place.wait()
         self.report.held_seconds = time.monotonic() - started
+
+    def _check_qemu_waits(self) -> None:
+        """Check that QEMU did not close the connection while it was not read.
+
+        If the migration was cancelled meanwhile, the guest runs at the source, and the end of the
+        stream, which QEMU had written before, must not start it at the destination.
+        """
+        poll = select.poll()
+        if self._qemu.peer_socket is not None:
+            poll.register(self._qemu.peer_socket, select.POLLRDHUP)
+        if poll.poll(0):
+            raise GuestLostError(
+                "QEMU ended the migration while the end of its stream waited for tags",
+                hint="it was probably cancelled; the guest goes on at the source",
+            )
 
     async def _forward_tail(self) -> None:
         while data := await self._qemu.read(_READ_BYTES):
@@ -192,6 +209,7 @@ class SourceRelay:
             if is_last:
                 break
             await self._next_marks()
+        self._all_sent = True
         self._wire.send_map(Kind.ALL_TAGS, {"pages": self._outgoing.sent.pages})
         await self._wire.drain()
 
@@ -243,11 +261,12 @@ class SourceRelay:
             if frame.kind is Kind.BACK:
                 self.report.back_bytes += len(frame.payload)
                 self._confirmation.take(frame.payload)
-                self._qemu.write(frame.payload)
-                await self._qemu.drain()
+                with suppress(RelayLostError):  # QEMU may have what it needs, and be gone
+                    self._qemu.write(frame.payload)
+                    await self._qemu.drain()
             elif frame.kind is Kind.EOF_BACK:
                 await self._qemu.half_close()
-            elif frame.kind is Kind.APPLIED:
+            elif frame.kind is Kind.APPLIED and self._all_sent:
                 self._check_applied(frame)
                 self._in_place.set()
             elif frame.kind is Kind.BYE:
@@ -275,7 +294,7 @@ class SourceRelay:
             f"{error.message}, after the end of the stream was sent: the guest may run at the"
             " destination, so it stays paused here. If it runs there, end QEMU at the source; if"
             " not, cancel the migration at the source (migrate_cancel, virsh domjobabort), and it"
-            " goes on there. This relay ends with the migration"
+            " goes on there. Do not end this relay before: it ends with the migration"
         )
         while await self._qemu.read(_READ_BYTES):
             pass

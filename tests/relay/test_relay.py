@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from mtetool.errors import (
     StreamDamagedError,
     StreamUnsupportedError,
 )
+from mtetool.relay.incoming import Incoming
 from tests.relay import streams
 from tests.relay.migrating import (
     N_PAGES,
@@ -173,13 +177,34 @@ def test_lost_destination_after_the_end_leaves_the_source_paused(tmp_path: Path)
             while not any("stays paused" in said for said in made.source.said):
                 assert made.source.task
                 assert not made.source.task.done()
-                import asyncio
-
                 await asyncio.sleep(0.01)
             assert made.source.task
             assert not made.source.task.done()
             made.out.close()
             assert isinstance(await made.source.error(), RelayLostError)
+
+    run(test())
+
+
+def test_migration_that_is_cancelled_while_its_end_waits(tmp_path: Path) -> None:
+    """QEMU has written the end, and the guest runs at the source: it must not start elsewhere."""
+    may_apply = threading.Event()
+    apply = Incoming.apply
+
+    def late(self: Incoming, received: bytes) -> None:
+        may_apply.wait(20)
+        apply(self, received)
+
+    async def test() -> None:
+        with patch.object(Incoming, "apply", late):
+            async with scene(tmp_path) as made:
+                await _all_but_the_end(made)
+                made.out.close()
+                may_apply.set()
+                assert isinstance(error := await made.source.error(), GuestLostError)
+                assert "cancelled" in (error.hint or "")
+                assert isinstance(await made.destination.error(), RelayFailedError)
+                assert await made.arrived() == b""
 
     run(test())
 
