@@ -206,7 +206,8 @@ class KvmGuest(LiveGuest):
         from mtetool.backends.kvm import scattered
 
         self.vm.need_mte()
-        done = scattered.write(self.vm.transfer, extents, as_bytes(tags))
+        page = self.page_size_bytes // uapi.GRANULE_BYTES
+        done = scattered.write(self.vm.transfer, extents, as_bytes(tags), page)
         return done * uapi.GRANULE_BYTES if done else super().write_scattered(extents, tags)
 
     def _begin(self, ipa: int, tags: memoryview, flags: int) -> Pending:

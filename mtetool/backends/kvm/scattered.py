@@ -46,10 +46,13 @@ def read(transfer: Transfer, extents: NDArray[np.uint64], out: memoryview) -> in
     return done
 
 
-def write(transfer: Transfer, extents: NDArray[np.uint64], tags: memoryview) -> int | None:
+def write(
+    transfer: Transfer, extents: NDArray[np.uint64], tags: memoryview, page_granules: int
+) -> int | None:
     """Write the tags of extents, and read them back.
 
-    Returns how many granules were found equal before the first that was not; None as for `read`.
+    Returns how many granules were found equal before the first page that was not; None as for
+    `read`.
     """
     transfer.drain()
     session = transfer.session
@@ -68,7 +71,7 @@ def write(transfer: Transfer, extents: NDArray[np.uint64], tags: memoryview) -> 
         found = memoryview(bytearray(n_granules))
         session.read_buffer(found, n_granules)
         good = loops.first_difference(found, wanted)
-        done += good
+        done += good // page_granules * page_granules
         if good < n_granules:
             break
     return done
