@@ -190,6 +190,7 @@ def test_frozen_vcpus_stand_still_and_run_on(lab: Machine, load: int) -> None:
     assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]
 
 
+@pytest.mark.long
 def test_save_freeze_of_a_running_guest_is_consistent(lab: Machine) -> None:
     guest = Qemu(lab, "g", extra="-smp 2").start()
     guest.wait_for_checks()

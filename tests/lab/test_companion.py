@@ -49,6 +49,7 @@ def _user(lab: Machine, uid: int, script: str) -> tuple[int, str, str]:
     return result.returncode, result.stdout.decode(), result.stderr.decode()
 
 
+@pytest.mark.long
 def test_a_sandboxed_vmm_of_another_user_gets_mte(lab: Machine, service: int, wrapper: str) -> None:
     guest = Qemu(lab, "g", mte=False, uid=_USER, program=wrapper, extra=_SANDBOX).start()
     assert [check.wrong for check in guest.wait_for_checks()] == [0, 0]

@@ -234,6 +234,7 @@ def test_a_stopped_process_stays_stopped(lab: Machine) -> None:
     program.unharmed()
 
 
+@pytest.mark.long
 def test_another_process_takes_the_tags_at_its_own_addresses(lab: Machine) -> None:
     old, new = Tagged(lab, name="old"), Tagged(lab, name="new")
     vm = start_test_vmm(lab, "0x40000000:0x100000")
