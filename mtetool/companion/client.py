@@ -90,9 +90,28 @@ def _environment() -> dict[bytes, bytes]:
     return {name: value for name, equals, value in pairs if name and equals}
 
 
+def may_use_kvm(words: list[str]) -> bool:
+    """Whether QEMU may create a VM of KVM's with these arguments: where they do not say, it may.
+
+    libvirt probes an emulator without KVM too; watching all of that would slow it for nothing.
+    """
+    said = []
+    for option, value in zip(words, words[1:]):  # noqa: B905, RUF007 - itertools takes time to load
+        option = option.lstrip("-")
+        if option == "readconfig":
+            return True
+        if option in ("machine", "M"):
+            said += [word for word in value.split(",") if word.startswith("accel=")]
+        elif option == "accel":
+            said.append(value)
+    return not said or any("kvm" in accelerator for accelerator in said)
+
+
 def main() -> None:
     """Become QEMU with the same arguments, in this process."""
-    why = ask(SOCKET, request(1, 60.0, required=REQUIRE, every_call=False))
+    why = None
+    if may_use_kvm(sys.argv[1:]):
+        why = ask(SOCKET, request(1, 60.0, required=REQUIRE, every_call=False))
     if why is not None:
         end = "so it is not started" if REQUIRE else "so this VM has no MTE"
         _say(f"{why}, {end}")

@@ -235,6 +235,23 @@ def test_the_wrapper_becomes_its_program_as_if_it_had_not_been(path: Path, tmp_p
     assert wrapped[1].count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("line", "asks"),
+    [
+        ("-S -machine none,accel=kvm:tcg -daemonize", True),
+        ("-S -machine none,accel=tcg -daemonize", False),
+        ("-M virt -accel tcg,thread=multi", False),
+        ("-M virt,accel=tcg -accel kvm", True),
+        ("-machine virt -name accel=tcg", True),
+        ("-readconfig /etc/vm.cfg -accel tcg", True),
+        ("--accel tcg -accel", False),
+        ("", True),
+    ],
+)
+def test_the_wrapper_asks_for_vms_of_kvm_only(line: str, asks: bool) -> None:
+    assert client.may_use_kvm(line.split()) is asks
+
+
 def test_a_wrapper_without_its_program(tmp_path: Path) -> None:
     wrapper = tmp_path / "wrapper"
     text = Path(client.__file__).read_text()
