@@ -42,7 +42,7 @@ class Kind(IntEnum):
     TAGS = 4
     """Tags of pages."""
     END_OF_RAM = 5
-    """The stream is right behind the memory's last section."""
+    """The memory's last section has just passed."""
     ALL_TAGS = 6
     """No more tags follow: a map."""
     APPLIED = 7
