@@ -35,7 +35,7 @@ _CONNECT_SECONDS = 60.0
 _UNIT = 4096  # the bar counts bytes, and QEMU pages of that size
 
 
-@click.group("relay")
+@click.group("relay", no_args_is_help=False)
 def command() -> None:
     """Relay a live migration of QEMU from host to host, with its tags.
 
