@@ -18,9 +18,9 @@ only its arguments.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,6 +39,7 @@ _NR_IOCTL, _NR_TGKILL = 29, 131
 # Ignored by default (signal(7)), and hardly ever handled.
 _SIGNALS = (signal.SIGURG, signal.SIGWINCH)
 _X2, _SP = 2, 31
+_STATUS_BYTES = 16384  # all of /proc/PID/status, however long its lists of groups and CPUs are
 _ARGUMENT = 2
 """The argument of ioctl(2) that differs from call to call."""
 
@@ -51,7 +52,7 @@ class Chain:
         self._call = (fd, request)
         self._laid_for: int | None = None
         self._tgid, self._tid = _ids(helper.pid, helper.tracee.tid)
-        self._status = Path(f"/proc/{helper.pid}/status")
+        self._status = f"/proc/{helper.pid}/status"
 
     @property
     def _arguments_at(self) -> int:
@@ -140,8 +141,14 @@ def _ids(pid: int, tid: int) -> tuple[int, int]:
     return int(process.split()[-1]), int(thread.split()[-1])
 
 
-def _free_signal(status: Path) -> int | None:
+def _free_signal(status: str) -> int | None:
     """A signal that does nothing in the process: ignored by default, and not handled."""
-    # Asked before every chain, since a handler may be installed at any time.
-    handled = int(status.read_bytes().partition(b"\nSigCgt:")[2][:18] or b"f" * 16, 16)
+    # Asked before every chain, since a handler may be installed at any time; so without Python's
+    # layers of files.
+    fd = os.open(status, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = os.read(fd, _STATUS_BYTES)
+    finally:
+        os.close(fd)
+    handled = int(text.partition(b"\nSigCgt:")[2][:18] or b"f" * 16, 16)
     return next((int(number) for number in _SIGNALS if not handled >> (number - 1) & 1), None)

@@ -13,6 +13,7 @@ import fcntl
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Self
 
@@ -38,10 +39,14 @@ _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("bytes", 1))
 
 
 class Bar:
-    """The bar of one task on standard error, which is a terminal; it is erased at the end."""
+    """The bar of one task on standard error, which is a terminal; it is erased at the end.
 
-    def __init__(self, label: str) -> None:
+    `stage` returns what is being done now, if there is more to say than the label.
+    """
+
+    def __init__(self, label: str, stage: Callable[[], str] = str) -> None:
         self._label = printable(label)
+        self._stage = stage
         self._started = time.monotonic()
         self._due = 0.0
         self._drawn_columns = 0
@@ -71,7 +76,9 @@ class Bar:
         self._due = now + _INTERVAL_SECONDS
         # The last column stays free: some terminals wrap the line after it.
         columns = (os.get_terminal_size(self._fd).columns or _COLUMNS) - 1
-        text = line(self._label, done_bytes, total_bytes, now - self._started, columns)
+        stage = self._stage()
+        label = f"{self._label}: {stage}" if stage else self._label
+        text = line(label, done_bytes, total_bytes, now - self._started, columns)
         drawn = cell_len(text)
         rest = " " * min(self._drawn_columns - drawn, columns - drawn)
         self._write(f"\r{self._coloured(text)}{rest}")

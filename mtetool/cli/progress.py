@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from mtetool.cli.latest import never_waiting, write_line
 
 Advance = Callable[[int], None]
 """Called with the bytes of guest memory that were done since the last call."""
+
+Details = Callable[[], Mapping[str, object]]
+"""What else is to be shown, as keys and values of the JSON; "stage" goes into the bar."""
 
 _INTERVAL_SECONDS = 1.0
 
@@ -35,23 +38,26 @@ def progress(total_bytes: int | None, label: str, mode: str) -> Iterator[Advance
 
 
 @contextmanager
-def shown(label: str, mode: str) -> Iterator[Callable[[int, int | None], None]]:
+def shown(
+    label: str, mode: str, details: Details = dict
+) -> Iterator[Callable[[int, int | None], None]]:
     """As `progress`, for callers that count: they pass the bytes done and the total.
 
-    The function yielded does not wait for the reader of standard error; the end does.
+    `details` is called in another thread, whenever progress is shown. The function yielded does
+    not wait for the reader of standard error; the end does.
     """
     if mode == "json":
-        with _lines(label) as update, never_waiting(update) as latest:
+        with _lines(label, details) as update, never_waiting(update) as latest:
             yield latest
     elif mode == "auto" and sys.stderr is not None and sys.stderr.isatty():
-        with _bar(label) as update, never_waiting(update) as latest:
+        with _bar(label, details) as update, never_waiting(update) as latest:
             yield latest
     else:
         yield lambda done_bytes, total_bytes: None
 
 
 @contextmanager
-def _lines(label: str) -> Iterator[Callable[[int, int | None], None]]:
+def _lines(label: str, details: Details) -> Iterator[Callable[[int, int | None], None]]:
     started = time.monotonic()
     state: tuple[int, int | None] = (0, None)
     due = started + _INTERVAL_SECONDS
@@ -70,6 +76,7 @@ def _lines(label: str) -> Iterator[Callable[[int, int | None], None]]:
             "elapsed_seconds": round(now - started, 3),
             "bytes_per_second": round(rate),
             "remaining_seconds": round(left / rate, 1) if rate and left is not None else None,
+            **details(),
         }
         write_line(json.dumps(document))
 
@@ -87,8 +94,8 @@ def _lines(label: str) -> Iterator[Callable[[int, int | None], None]]:
 
 
 @contextmanager
-def _bar(label: str) -> Iterator[Callable[[int, int | None], None]]:
+def _bar(label: str, details: Details) -> Iterator[Callable[[int, int | None], None]]:
     from mtetool.cli.bar import Bar
 
-    with Bar(label) as bar:
+    with Bar(label, lambda: str(details().get("stage", ""))) as bar:
         yield bar.update

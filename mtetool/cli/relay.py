@@ -128,11 +128,15 @@ def _relay(
 
     wanted = Wanted(guest, guest_options)
     wanted.check()
-    with shown("relaying", progress) as update:
+    latest: list[Report] = []
+    with shown("relaying", progress, lambda: _details(latest)) as update:
 
         def count(report: Report) -> None:
+            latest[:] = [report]
             if report.stream_pages is not None and report.memory_pages:
                 update(report.stream_pages * _UNIT, report.memory_pages * _UNIT)
+            else:
+                update(report.stream_bytes, None)
 
         news = News(note if not quiet else lambda text: None, count)
         opening = Opening(
@@ -156,8 +160,18 @@ def _relay(
     return 0
 
 
+def _details(latest: list[Report]) -> dict[str, object]:
+    """What progress shows besides the memory that has passed."""
+    if not latest:
+        return {"stage": ""}
+    report = latest[0]
+    keys = ("stream_bytes", "rounds", "tag_pages", "tag_bytes")
+    return {"stage": report.stage, **{key: getattr(report, key) for key in keys}}
+
+
 def _document(report: Report) -> dict[str, Any]:
     document = asdict(report)
+    del document["stage"]
     for key in ("copy_seconds", "held_seconds", "elapsed_seconds"):
         if document[key] is not None:
             document[key] = round(document[key], 4)

@@ -141,6 +141,9 @@ class DestinationRelay:
 
     async def _tags(self) -> None:
         assert self._incoming
+        n_cleared = await self._worker.run(self._incoming.clear)
+        if n_cleared:
+            self._news.say(f"cleared the tags of {counted(n_cleared, 'page')} that had some before")
         while (received := await self._waiting.get()) is not None:
             await self._worker.run(self._incoming.apply, received)
             self._waiting.task_done()
@@ -177,6 +180,8 @@ class DestinationRelay:
             await asyncio.sleep(_NEWS_SECONDS)
 
     def _count(self) -> None:
+        ending = "the last tags are put in place" if self._ram_ended else "taking memory"
+        self.report.stage = "the guest may start" if self._in_place else ending
         if self._incoming is not None:
             self.report.tag_pages = self._incoming.applied.pages
             self.report.rounds = self._incoming.applied.frames

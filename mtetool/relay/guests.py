@@ -101,6 +101,7 @@ def _only(holders: Sequence[int] | None) -> str:
 def ready(guest: Guest, name: str) -> Ready:
     """Attach to a guest. Raises MteOffError, LayoutUnknownError, GuestError."""
     check_mte_is_on(guest)
+    guest.prepare()
     layout = layout_of(guest)
     check_has_tags(layout, name)
     return Ready(merged(layout.writable) or layout.taggable, guest.page_size_bytes)

@@ -14,6 +14,8 @@ from mtetool.errors import GuestError, errno_name
 from mtetool.extents import of_pages, pages_of
 from mtetool.relay import payload
 from mtetool.sources.around import raise_for_whole_vm
+from mtetool.sources.copying import Copied, TagReader
+from mtetool.sources.layout import Layout
 from mtetool.uapi import GRANULE_BYTES
 
 if TYPE_CHECKING:
@@ -46,6 +48,26 @@ class Incoming:
         self._memory = memory
         self._peer_page_bytes = peer_page_bytes
         self.applied = Applied()
+
+    def clear(self) -> int:
+        """Take away all tags that are there before the first frame; return of how many pages.
+
+        A source does not send pages that never had tags, and a QEMU that survived a failed attempt
+        has the tags of that one. Raises GuestError.
+        """
+        page = self._guest.page_size_bytes
+        granules = page // GRANULE_BYTES
+        reader = TagReader(
+            self._guest, Layout((), page), chunk_granules=max(payload.MOST_GRANULES, granules)
+        )
+        n_cleared = 0
+        for step in reader.read(self._memory):
+            if isinstance(step, Copied):
+                tags = np.frombuffer(step.tags, np.uint8).reshape(-1, granules)
+                tagged = np.flatnonzero(tags.any(axis=1)).astype(np.int64) + step.ipa // page
+                self._write(tagged, np.zeros(len(tagged) * granules, np.uint8))
+                n_cleared += len(tagged)
+        return n_cleared
 
     def apply(self, received: bytes | bytearray) -> None:
         """Write the tags of a TAGS frame, and read them back.

@@ -15,6 +15,7 @@ from mtetool import loops
 from mtetool.attach.chain_room import MOST_CALLS
 from mtetool.errors import GuestError, errno_name
 from mtetool.extents import n_granules_of, of_pages, pages_of, parts
+from mtetool.guest import Extent
 from mtetool.relay import payload
 from mtetool.uapi import GRANULE_BYTES
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
     from mtetool.guest import Guest
     from mtetool.relay.placing import Placed
+
+# Of shorter runs of pages, reading the tags takes no longer than asking whether there are any.
+_WORTH_ASKING_PAGES = 64
 
 
 @dataclass(slots=True)
@@ -66,11 +70,34 @@ class Outgoing:
         Returns how many pages were marked. Raises GuestError, for a page that cannot be read too.
         """
         pages = np.concatenate([self._marked(part, marks[part.block]) for part in self._placed])
-        for extents in parts(of_pages(pages, self._page_bytes), MOST_CALLS, payload.MOST_GRANULES):
-            packed = self._packed(extents)
-            if packed is not None:
-                emit(packed)
+        may_have = self._may_have_tags(pages)
+        known, read = pages[~may_have], pages[may_have]
+        for pack, some in ((self._pack_untagged, known), (self._pack_read, read)):
+            extents = of_pages(some, self._page_bytes)
+            for part in parts(extents, MOST_CALLS, payload.MOST_GRANULES):
+                packed = pack(part)
+                if packed is not None:
+                    emit(packed)
         return len(pages)
+
+    def _may_have_tags(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the pages may have tags.
+
+        Most of a guest's memory was often never touched, and QEMU sends it as zeros. A page that
+        comes to have tags after this passes again in the stream.
+        """
+        may_have = np.ones(len(pages), bool)
+        starts = np.flatnonzero(np.diff(pages, prepend=-2) != 1)
+        lengths = np.diff(starts, append=len(pages))
+        for run in np.flatnonzero(lengths >= _WORTH_ASKING_PAGES):
+            start, n_pages = int(starts[run]), int(lengths[run])
+            here = may_have[start : start + n_pages]
+            here[:] = False
+            ipa = int(pages[start]) * self._page_bytes
+            for found in self._guest.may_be_tagged(Extent(ipa, n_pages * self._page_bytes)):
+                first = (found.ipa - ipa) // self._page_bytes
+                here[first : first + found.size_bytes // self._page_bytes] = True
+        return may_have
 
     def _marked(self, part: Placed, marks: NDArray[np.uint8]) -> NDArray[np.int64]:
         """The numbers of this host's pages that are marked, wholly or in part."""
@@ -82,7 +109,16 @@ class Outgoing:
             found = (found[:, None] * (unit // page) + np.arange(unit // page)).ravel()
         return found.astype(np.int64) + part.ipa // page
 
-    def _packed(self, extents: NDArray[np.uint64]) -> bytes | None:
+    def _pack_untagged(self, extents: NDArray[np.uint64]) -> bytes | None:
+        """The payload of pages known to have no tags: of those that had some before."""
+        if not self._any_had_tags:
+            return None
+        tags = self._room[: n_granules_of(extents)]
+        tags[:] = 0
+        return self._pack(extents, tags)
+
+    def _pack_read(self, extents: NDArray[np.uint64]) -> bytes | None:
+        """The payload of pages whose tags are read now."""
         started = time.perf_counter()
         tags = self._room[: n_granules_of(extents)]
         self._read(extents, tags)
@@ -93,10 +129,13 @@ class Outgoing:
         if not n_tagged and not self._any_had_tags:
             return None  # as for most of a guest's memory
         self._any_had_tags = True
+        return self._pack(extents, tags)
+
+    def _pack(self, extents: NDArray[np.uint64], tags: NDArray[np.uint8]) -> bytes | None:
         pages = pages_of(extents, self._page_bytes)
         number = np.searchsorted(self._starts, pages, side="right") - 1
         number = pages - self._starts[number] + self._bases[number]
-        by_page = tags.reshape(n_pages, -1)
+        by_page = tags.reshape(len(pages), -1)
         has_tags = by_page.any(axis=1)
         goes = has_tags | self._had_tags[number]
         self._had_tags[number] = has_tags

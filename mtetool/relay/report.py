@@ -38,6 +38,8 @@ class Report:
     """How long the end of the stream was held back for tags."""
     elapsed_seconds: float = 0.0
     finished: bool = False
+    stage: str = ""
+    """What it does now, for progress."""
 
 
 @dataclass(slots=True)

@@ -307,8 +307,16 @@ class SourceRelay:
             self._news.update(self.report)
             await asyncio.sleep(_NEWS_SECONDS)
 
+    def _stage(self) -> str:
+        if self._tail_sent:
+            return "the guest is handed over"
+        if self._ram_ended:
+            return "the guest has stopped, its last tags are on their way"
+        return f"round {self.report.rounds}"
+
     def _count(self) -> None:
         stream, report = self._stream, self.report
+        report.stage = self._stage()
         report.machine = stream.machine
         report.stream_pages = stream.n_records
         total = sum(block.size_bytes for block in stream.blocks)

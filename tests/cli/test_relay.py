@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from mtetool.cli import relay
+from mtetool.cli.progress import shown
+from mtetool.relay.report import Report
 from tests.cli.running import run
 
 _FROM = ("relay", "source", "--from", "listen:unix:/nonexistent/out")
@@ -25,3 +30,13 @@ def test_what_cannot_work(words: tuple[str, ...], status: int, said: str) -> Non
     outcome = run(*words)
     assert (outcome.status, outcome.out) == (status, "")
     assert said in outcome.err
+
+
+def test_progress_says_what_is_held_back(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("source", stream_bytes=9, rounds=4, tag_pages=2, tag_bytes=70, stage="held")
+    with shown("relaying", "json", lambda: relay._details([report])) as update:
+        update(4096, 8192)
+    line = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert line["schema"] == "mtetool.progress/1"
+    assert (line["done_bytes"], line["stage"]) == (4096, "held")
+    assert (line["stream_bytes"], line["rounds"], line["tag_pages"]) == (9, 4, 2)

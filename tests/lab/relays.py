@@ -37,7 +37,7 @@ class Migration:
     def __post_init__(self) -> None:
         """Start both; the guest runs."""
         kill_vmms(self.lab)
-        self.lab.sh(f"rm -f {_IN} {_OUT} {_BETWEEN} /tmp/relay-*")
+        self.lab.sh(f"rm -f {_IN} {_OUT} {_BETWEEN} /tmp/relay-* /tmp/vm*.qmp")
         self.source, self.target = self._qemu(""), self.new_target()
         self.source.wait_for(b"TAGGER ready")
         self.source.wait_for_checks(1)

@@ -1,0 +1,112 @@
+"""The source's half of the tags, over a guest that says where it may have some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtetool.buffers import TagBuffer, as_bytes
+from mtetool.extents import pages_of
+from mtetool.guest import Extent, Guest, GuestInfo
+from mtetool.relay import payload
+from mtetool.relay.outgoing import Outgoing
+from mtetool.relay.placing import Placed
+
+_PAGE, _N_PAGES, _BASE = 4096, 512, 0x4000_0000
+
+
+class _Guest(Guest):
+    """A guest whose pages exist or not; those that do not are not to be read in long runs."""
+
+    page_size_bytes = _PAGE
+
+    def __init__(self) -> None:
+        self.tags = np.zeros((_N_PAGES, 256), np.uint8)
+        self.exists = np.zeros(_N_PAGES, bool)
+        self.n_read = 0
+
+    def info(self) -> GuestInfo:
+        raise NotImplementedError
+
+    def read_tags(self, ipa: int, out: TagBuffer) -> int:
+        room = np.frombuffer(as_bytes(out), np.uint8)
+        first, n_pages = (ipa - _BASE) // _PAGE, len(room) // 256
+        room[:] = self.tags[first : first + n_pages].ravel()
+        self.n_read += n_pages
+        return len(room) * 16
+
+    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
+        raise NotImplementedError
+
+    def freeze(self) -> None:
+        raise NotImplementedError
+
+    def thaw(self) -> float:
+        raise NotImplementedError
+
+    def enable_mte(self) -> bool:
+        raise NotImplementedError
+
+    def may_be_tagged(self, extent: Extent) -> Iterator[Extent]:
+        first = (extent.ipa - _BASE) // _PAGE
+        here = np.flatnonzero(self.exists[first : first + extent.size_bytes // _PAGE]) + first
+        if len(here):
+            for run in np.split(here, np.flatnonzero(np.diff(here) != 1) + 1):
+                yield Extent(_BASE + int(run[0]) * _PAGE, len(run) * _PAGE)
+
+    def touch(self, first: int, n_pages: int, seed: int) -> None:
+        """Make pages, and tag about half of them."""
+        random = np.random.default_rng(seed)
+        some = slice(first, first + n_pages)
+        self.exists[some] = True
+        made = self.tags[some]
+        made[:] = random.integers(0, 16, made.shape) * random.integers(0, 2, (len(made), 1))
+
+    def discard(self, first: int, n_pages: int) -> None:
+        """Give pages back, as a balloon does."""
+        self.exists[first : first + n_pages] = False
+        self.tags[first : first + n_pages] = 0
+
+
+def _outgoing(guest: Guest) -> Outgoing:
+    return Outgoing(guest, [Placed(0, 0, _BASE, _N_PAGES * _PAGE)], _PAGE)
+
+
+_SPANS = st.tuples(st.integers(0, _N_PAGES - 1), st.integers(1, _N_PAGES))
+_ACTIONS = st.tuples(st.booleans(), _SPANS, st.integers(0, 99))
+
+
+@given(st.lists(st.lists(_ACTIONS, max_size=4), min_size=1, max_size=5))
+def test_what_goes_over_is_what_the_guest_has(
+    rounds: list[list[tuple[bool, tuple[int, int], int]]],
+) -> None:
+    guest = _Guest()
+    outgoing = _outgoing(guest)
+    there = np.zeros_like(guest.tags)
+    marks = np.ones(_N_PAGES, np.uint8)
+
+    def arrive(packed: bytes) -> None:
+        extents, tags = payload.unpack(packed, _PAGE)
+        there[pages_of(extents, _PAGE) - _BASE // _PAGE] = tags.reshape(-1, 256)
+
+    for actions in rounds:
+        for touches, (first, n_pages), seed in actions:
+            if touches:
+                guest.touch(first, n_pages, seed)
+            else:
+                guest.discard(first, n_pages)
+            marks[first : first + n_pages] = 1
+        outgoing.round([marks], arrive)
+        marks[:] = 0
+        assert np.array_equal(there, guest.tags)
+
+
+def test_memory_that_was_never_touched_is_not_read() -> None:
+    guest = _Guest()
+    guest.touch(200, 100, 1)
+    outgoing = _outgoing(guest)
+    outgoing.round([np.ones(_N_PAGES, np.uint8)], lambda packed: None)
+    assert guest.n_read == outgoing.sent.read_pages == 100
