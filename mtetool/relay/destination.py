@@ -80,7 +80,12 @@ class DestinationRelay:
         self._incoming = Incoming(guest, here.memory, there.page_size_bytes)
         telling = asyncio.create_task(self._tell())
         try:
-            await all_of(self._forward(), self._backward(), self._tags())
+            await all_of(
+                self._forward(),
+                self._backward(),
+                self._tags(),
+                beside=self._wire.stay_alive(),
+            )
         finally:
             telling.cancel()
             self._count()

@@ -47,8 +47,8 @@ class Kind(IntEnum):
     """No more tags follow: a map."""
     APPLIED = 7
     """How much is in place and was read back: a map."""
-    PROGRESS = 8
-    """How far a side is: a map."""
+    ALIVE = 8
+    """The sender is still there; see `Wire.stay_alive`."""
     FAIL = 9
     """Why the sender gives up: a map."""
     EOF_DATA = 10
@@ -63,10 +63,8 @@ class Kind(IntEnum):
 
 _MOST_BYTES = {
     **dict.fromkeys((Kind.DATA, Kind.BACK, Kind.TAGS), _BULK_BYTES),
-    **dict.fromkeys(
-        (Kind.HELLO, Kind.ALL_TAGS, Kind.APPLIED, Kind.PROGRESS, Kind.FAIL, Kind.READY), _MAP_BYTES
-    ),
-    **dict.fromkeys((Kind.END_OF_RAM, Kind.EOF_DATA, Kind.EOF_BACK, Kind.BYE), 0),
+    **dict.fromkeys((Kind.HELLO, Kind.ALL_TAGS, Kind.APPLIED, Kind.FAIL, Kind.READY), _MAP_BYTES),
+    **dict.fromkeys((Kind.ALIVE, Kind.END_OF_RAM, Kind.EOF_DATA, Kind.EOF_BACK, Kind.BYE), 0),
 }
 
 _UPDATE = "install the same version of mtetool on both hosts"

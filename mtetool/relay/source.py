@@ -99,7 +99,12 @@ class SourceRelay:
     async def _relay(self, guest: Guest, memory: list[Extent]) -> None:
         telling = asyncio.create_task(self._tell())
         try:
-            await all_of(self._forward(), self._backward(), self._tags(guest, memory))
+            await all_of(
+                self._forward(),
+                self._backward(),
+                self._tags(guest, memory),
+                beside=self._wire.stay_alive(),
+            )
             self._confirmation.check()
         except MtetoolError as error:
             if self._tail_sent and not self._qemu_ended:

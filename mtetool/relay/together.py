@@ -13,15 +13,20 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-async def all_of(*coroutines: Coroutine[Any, Any, None]) -> None:
+async def all_of(
+    *coroutines: Coroutine[Any, Any, object], beside: Coroutine[Any, Any, None]
+) -> None:
     """Run them at the same time until all are done; if one fails, the others are cancelled.
 
-    Raises the error that says the most: a lost connection is often only what followed from another.
+    `beside` has no end of its own: it is cancelled when the others are done. Raises the error that
+    says the most: a lost connection is often only what followed from another.
     """
     try:
         async with asyncio.TaskGroup() as group:
-            for coroutine in coroutines:
-                group.create_task(coroutine)
+            endless = group.create_task(beside)
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+            await asyncio.wait(tasks)
+            endless.cancel()
     except BaseExceptionGroup as errors:
         raise min(_leaves(errors), key=_rank) from None
 

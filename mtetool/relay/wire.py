@@ -32,6 +32,9 @@ from mtetool.words import printable, quoted
 ROLES = ("source", "destination")
 HELLO_SECONDS = 60.0  # ssh may ask for a passphrase, and the other host may be slow
 _FAIL_SECONDS = 2.0
+_BEAT_SECONDS = 1.0
+SILENCE_SECONDS = 20.0
+"""So long a silence of the other relay ends the migration; its guest may be stopped meanwhile."""
 _EXCERPT_BYTES = 80
 _EXCERPT_SECONDS = 0.3
 _MAX_PAGE_BYTES = 1 << 20
@@ -72,6 +75,7 @@ class Wire:
         self._head: Header | None = None
         self._arrived = bytearray(HEADER.size)
         self._filled = 0
+        self._waiting_since: float | None = None
 
     # --- sending
 
@@ -87,6 +91,37 @@ class Wire:
     async def drain(self) -> None:
         """Give all queued frames to the kernel; waits while the other relay is slower."""
         await self.channel.drain()
+
+    async def stay_alive(self) -> None:
+        """Until cancelled, give signs of life, and look for those of the other relay.
+
+        A network that drops everything ends no connection for minutes, and the guest may be waiting
+        for what the other relay says. Raises RelayLostError.
+        """
+        async with asyncio.TaskGroup() as group:
+            beating = group.create_task(self._beat())
+            try:
+                await self._watch()
+            finally:
+                beating.cancel()
+
+    async def _beat(self) -> None:
+        while True:
+            self.send(Kind.ALIVE)
+            await self.drain()
+            await asyncio.sleep(_BEAT_SECONDS)
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_BEAT_SECONDS)
+            since = self._waiting_since
+            if since is not None and loop.time() - since > SILENCE_SECONDS:
+                raise RelayLostError(
+                    f"{self._whose} ({self.channel.name}) has said nothing for"
+                    f" {SILENCE_SECONDS:.0f} seconds",
+                    hint="check the network between the hosts, and whether that relay still runs",
+                )
 
     async def fail(self, error: MtetoolError) -> None:
         """Report our error to the other relay, if it listens, and close. Raises nothing."""
@@ -112,11 +147,16 @@ class Wire:
     # --- receiving
 
     async def receive(self) -> Frame:
-        """Return the next frame; may be cancelled, and called again.
+        """Return the next frame but signs of life; may be cancelled, and called again.
 
         Raises RelayPeerError (no frame of a relay), RelayLostError (the connection ended),
         RelayFailedError (the other relay reports its error).
         """
+        while (frame := await self._next()).kind is Kind.ALIVE:
+            pass
+        return frame
+
+    async def _next(self) -> Frame:
         if self._head is None:
             await self._fill()
             self._head = parse_header(self._arrived)
@@ -137,8 +177,13 @@ class Wire:
 
     async def _fill(self) -> None:
         view = memoryview(self._arrived)
+        loop = asyncio.get_running_loop()
         while self._filled < len(view):
-            n = await self.channel.read_into(view[self._filled :])
+            self._waiting_since = loop.time()
+            try:
+                n = await self.channel.read_into(view[self._filled :])
+            finally:
+                self._waiting_since = None
             if not n:
                 within = self._head is not None or self._filled
                 where = "within a frame" if within else "between two frames"

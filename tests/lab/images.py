@@ -94,7 +94,7 @@ _SUFFIXES = (".c", ".h", ".s")
 # The 32-bit program is in assembly language: it needs an assembler and a linker, no compiler.
 _ARM = "arm-linux-gnueabihf"
 # Modules that a machine needs before it has its root, unless they are built in.
-_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4")
+_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "virtio_net")
 _KERNEL_PARTS = ("linux-base-", "linux-binary-", "linux-modules-")
 
 

@@ -23,6 +23,7 @@ from mtetool.files.fields import pack_map
 from mtetool.relay.address import Side
 from mtetool.relay.channel import of_socket
 from mtetool.relay.frames import HEADER, MAGIC, MAX_BULK_BYTES, PROLOGUE, VERSION, Kind, header
+from mtetool.relay.together import all_of as all_tasks
 from mtetool.relay.wire import Hello, Wire
 from tests.relay.opening import opened, run
 
@@ -385,5 +386,46 @@ def test_commands_are_relays_too() -> None:
         with pytest.raises(RelayPeerError, match="both relays are the source's"):
             await wire.hello(_SOURCE)
         await wire.close()
+
+    run(test())
+
+
+def _brisk(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setattr("mtetool.relay.wire._BEAT_SECONDS", 0.02)
+    monkeypatch.setattr("mtetool.relay.wire.SILENCE_SECONDS", seconds)
+
+
+def test_silence_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing says that the network drops everything: the kernel would try for a quarter hour."""
+    _brisk(monkeypatch, 0.3)
+
+    async def test() -> None:
+        ours, theirs = socket.socketpair()
+        wire = Wire(of_socket(ours, "theirs"))
+        with theirs, pytest.raises(RelayLostError, match="has said nothing for"):
+            await all_tasks(wire.receive(), beside=wire.stay_alive())
+
+    run(test())
+
+
+def test_signs_of_life_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    _brisk(monkeypatch, 1.5)
+
+    async def test() -> None:
+        one, other = _wires()
+        beating = asyncio.create_task(other.stay_alive())
+        hearing = asyncio.create_task(other.receive())
+
+        async def wait_long() -> None:
+            receiving = asyncio.create_task(one.receive())
+            await asyncio.sleep(2.5)
+            assert not receiving.done()
+            other.send(Kind.BYE)
+            await other.drain()
+            assert (await receiving).kind is Kind.BYE
+
+        await all_tasks(wait_long(), beside=one.stay_alive())
+        beating.cancel()
+        hearing.cancel()
 
     run(test())
