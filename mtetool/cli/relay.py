@@ -82,6 +82,19 @@ def _options(function: _F) -> _F:
 @click.option(
     "--to", "outgoing", required=True, metavar="ADDRESS", help="Where the other relay is."
 )
+@click.option(
+    "--listen-first",
+    is_flag=True,
+    help="Let QEMU connect before the destination is ready, as libvirt needs it.",
+)
+@click.option(
+    "--show",
+    type=click.Choice(("service", "socket", "tmpfiles", "apparmor")),
+    is_eager=True,
+    expose_value=False,
+    callback=show,
+    help="Print a file to install on a host with libvirt, and end.",
+)
 @_options
 def source(incoming: str, outgoing: str, **options: Any) -> int:
     """Relay QEMU's migration to the destination, with the tags of all pages that pass."""
@@ -119,6 +132,7 @@ def _relay(
     quiet: bool,
     progress: str,
     output: str,
+    listen_first: bool = False,
 ) -> int:
     from mtetool.relay.address import StandardStreams
     from mtetool.relay.channels import Opening
@@ -146,7 +160,7 @@ def _relay(
             on_listening=lambda name: news.say(f"waiting at {name}"),
             on_refused=lambda error: news.say(error.message),
         )
-        report = Relay(role, qemu, peer, wanted, opening, news).run()
+        report = Relay(role, qemu, peer, wanted, opening, news, listen_first).run()
     # Standard output may be the way to the other relay.
     beside = isinstance(peer, StandardStreams)
     with (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import socket
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -25,7 +25,12 @@ Role = Literal["source", "destination"]
 
 @dataclass(frozen=True, slots=True)
 class Relay:
-    """A relay that is to run: its role, QEMU's address and the other relay's, and its guest."""
+    """A relay that is to run: its role, QEMU's address and the other relay's, and its guest.
+
+    The source's lets QEMU connect only when the destination is ready, so that nothing is started
+    that cannot end well; with `listens_first`, before all else: libvirt starts the destination's
+    QEMU itself, in the middle of a migration.
+    """
 
     role: Role
     qemu: Address
@@ -33,6 +38,7 @@ class Relay:
     wanted: guests.Wanted
     opening: Opening
     news: News
+    listens_first: bool = False
 
     def run(self) -> Report:
         """Relay one migration. Raises MtetoolError."""
@@ -40,12 +46,24 @@ class Relay:
 
     async def open_and_run(self) -> Report:
         """As `run`, in a loop that runs already."""
+        if not self.listens_first:
+            return await self._with_qemu(lambda: open_channel(self.qemu, self.opening))
+        opened = asyncio.ensure_future(open_channel(self.qemu, self.opening))
+        try:
+            await asyncio.sleep(0)  # it listens now, or has failed
+            return await self._with_qemu(lambda: opened)
+        finally:
+            opened.cancel()
+            with suppress(asyncio.CancelledError, MtetoolError):
+                (await opened).abort()
+
+    async def _with_qemu(self, opening: Callable[[], Awaitable[Channel]]) -> Report:
         wire = Wire(await open_channel(self.peer, self.opening))
         try:
             hello = Hello(self.role, mmap.PAGESIZE, socket.gethostname())
             there = await wire.hello(hello)
             work = self._source if self.role == "source" else self._destination
-            report = await work(wire)
+            report = await work(wire, opening)
             report.peer = there.host
         except MtetoolError as error:
             await wire.fail(error)
@@ -56,15 +74,15 @@ class Relay:
         await wire.close()
         return report
 
-    async def _source(self, wire: Wire) -> Report:
+    async def _source(self, wire: Wire, opening: Callable[[], Awaitable[Channel]]) -> Report:
         # Only when the destination is ready is there a socket for QEMU.
         there = guests.Ready.of(await wire.receive())
         self.news.say("the destination is ready")
-        qemu = await _while_connected(wire, open_channel(self.qemu, self.opening))
+        qemu = await _while_connected(wire, opening())
         return await SourceRelay(wire, qemu, self.news).run(self.wanted, there)
 
-    async def _destination(self, wire: Wire) -> Report:
-        qemu = await _while_connected(wire, open_channel(self.qemu, self.opening))
+    async def _destination(self, wire: Wire, opening: Callable[[], Awaitable[Channel]]) -> Report:
+        qemu = await _while_connected(wire, opening())
         return await DestinationRelay(wire, qemu, self.news).run(self.wanted)
 
 

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -48,10 +49,36 @@ class CommandTimeoutError(Exception):
     """A command exceeded its timeout; it was killed, and the machine goes on."""
 
 
+@dataclass(frozen=True, slots=True)
+class Cable:
+    """One of the two ends, 1 and 2, of a network between two machines.
+
+    `directory` is for both; it holds the sockets that their Ethernet frames go through.
+    """
+
+    directory: Path
+    end: int
+
+    @property
+    def address(self) -> str:
+        """The address of the machine at this end, on its eth0."""
+        return f"10.0.0.{self.end}"
+
+    def words(self) -> list[str]:
+        """The emulator's options."""
+        ways = [
+            f"{side}.type=unix,{side}.path={self.directory / f'end{end}'}"
+            for side, end in (("local", self.end), ("remote", 3 - self.end))
+        ]
+        device = f"virtio-net-pci,netdev=cable,mac=52:54:00:00:00:0{self.end},romfile="
+        return ["-netdev", f"dgram,id=cable,{','.join(ways)}", "-device", device]
+
+
 class Machine:
     """A booted lab machine; a context manager. `boot_seconds` is until it took commands.
 
-    `with_dir` appears as /with; `keep_writes` makes changes of the root disk permanent.
+    `with_dir` appears as /with; `cable` connects it to another machine; `keep_writes` makes changes
+    of the root disk permanent.
     Raises LabUnavailableError, MachineLostError.
     """
 
@@ -63,6 +90,7 @@ class Machine:
         memory: str = "4G",
         cpus: int = 2,
         with_dir: Path | None = None,
+        cable: Cable | None = None,
         images: Images | None = None,
         keep_writes: bool = False,
     ) -> None:
@@ -70,6 +98,7 @@ class Machine:
         self._memory = memory
         self._cpus = cpus
         self._with_dir = with_dir
+        self.cable = cable
         self._keep_writes = keep_writes
         self.boot_seconds = 0.0
 
@@ -77,6 +106,8 @@ class Machine:
         self._scratch = tempfile.TemporaryDirectory(prefix="mtetool-lab-")
         try:
             self._start()
+            if self.cable is not None:
+                self.sh(f"ifconfig eth0 {self.cable.address} netmask 255.255.255.0 up")
         except BaseException:
             self._stop()
             raise
@@ -215,6 +246,7 @@ class Machine:
             *("-device", "virtio-serial-pci"),
             *("-chardev", f"socket,id=agent,path={port},server=on,wait=off"),
             *("-device", "virtserialport,chardev=agent,name=agent"),
+            *(self.cable.words() if self.cable is not None else ()),
         ]
         log = (directory / "emulator.log").open("wb")
         with log:

@@ -11,7 +11,7 @@ from typing import Any
 from tests.lab.guests import Check, Qemu, kill_vmms
 from tests.lab.machine import Machine
 
-_IN, _OUT, _BETWEEN = "/tmp/incoming", "/tmp/outgoing", "/tmp/between"
+INCOMING, OUTGOING, _BETWEEN = "/tmp/incoming", "/tmp/outgoing", "/tmp/between"
 _EXEC = "mtetool exec --"
 _ENDED = ("completed", "failed", "cancelled")
 _PATIENCE_SECONDS = 400.0
@@ -20,9 +20,11 @@ CAPABILITIES = {"return-path": True}
 
 @dataclass
 class Migration:
-    """A guest in two QEMUs of one lab machine, the second of which waits for it."""
+    """A guest in a QEMU, and another QEMU that waits for it: in one lab machine, or in two."""
 
     lab: Machine
+    other_lab: Machine | None = None
+    """The destination's, if it is another."""
     memory: str = "128M"
     guest_options: str = "hammer.mib=4 hammer.pause=5"
     initrd: str = "/lab/hammer.cpio"
@@ -36,17 +38,23 @@ class Migration:
 
     def __post_init__(self) -> None:
         """Start both; the guest runs."""
-        kill_vmms(self.lab)
-        self.lab.sh(f"rm -f {_IN} {_OUT} {_BETWEEN} /tmp/relay-* /tmp/vm*.qmp")
-        self.source, self.target = self._qemu(""), self.new_target()
+        for lab in (self.lab, self.target_lab):
+            kill_vmms(lab)
+            lab.sh(f"rm -f {INCOMING} {OUTGOING} {_BETWEEN} /tmp/relay-* /tmp/vm*.qmp")
+        self.source, self.target = self._qemu(self.lab, ""), self.new_target()
         self.source.wait_for(b"TAGGER ready")
         self.source.wait_for_checks(1)
         self.allow(self.source)
 
-    def _qemu(self, extra: str, wrapper: str = _EXEC) -> Qemu:
+    @property
+    def target_lab(self) -> Machine:
+        """The machine of the destination."""
+        return self.other_lab or self.lab
+
+    def _qemu(self, lab: Machine, extra: str, wrapper: str = _EXEC) -> Qemu:
         self.n_started += 1
         made = Qemu(
-            self.lab,
+            lab,
             f"vm{self.n_started}",
             mte=False,
             memory=self.memory,
@@ -59,12 +67,12 @@ class Migration:
 
     def new_target(self) -> Qemu:
         """Start a QEMU that waits for the guest."""
-        self.lab.sh(f"rm -f {_IN}")
+        self.target_lab.sh(f"rm -f {INCOMING}")
         wrapper = _EXEC if self.target_has_mte else "env"
-        target = self._qemu("-incoming defer", wrapper)
+        target = self._qemu(self.target_lab, "-incoming defer", wrapper)
         if self.target_listens:
             self.allow(target)
-            target.qmp("migrate-incoming", json.dumps({"uri": f"unix:{_IN}"}))
+            target.qmp("migrate-incoming", json.dumps({"uri": f"unix:{INCOMING}"}))
         return target
 
     def allow(self, qemu: Qemu) -> None:
@@ -78,20 +86,24 @@ class Migration:
             self.start_relays(to, options)
         elif way == "socat":
             self.lab.sh(
-                f"rm -f {_OUT}; socat UNIX-LISTEN:{_OUT} UNIX-CONNECT:{_IN} &"
-                f" until [ -S {_OUT} ]; do sleep 0.1; done"
+                f"rm -f {OUTGOING}; socat UNIX-LISTEN:{OUTGOING} UNIX-CONNECT:{INCOMING} &"
+                f" until [ -S {OUTGOING} ]; do sleep 0.1; done"
             )
-        uri = f"unix:{_IN if way == 'direct' else _OUT}"
-        self.source.qmp("migrate", json.dumps({"uri": uri}))
+        self.migrate(INCOMING if way == "direct" else OUTGOING)
+
+    def migrate(self, path: str = OUTGOING) -> None:
+        """Let QEMU migrate to the relay, or to another unix socket."""
+        self.source.qmp("migrate", json.dumps({"uri": f"unix:{path}"}))
 
     def start_relays(self, to: str = "", options: str = "") -> None:
-        """Start both relays, and wait until QEMU can connect."""
-        self.lab.sh("rm -f /tmp/relay-*")
+        """Start both relays, and wait until QEMU can connect.
+
+        The source's starts the other one, or finds it, at `to`; by default at a unix socket.
+        """
         if not to:
-            to = f"unix:{_BETWEEN}"
-            self.run_relay("destination", f"listen:unix:{_BETWEEN}", f"unix:{_IN}")
-        self.run_relay("source", f"listen:unix:{_OUT}", to, options)
-        ready = f"until [ -S {_OUT} ] || [ -e /tmp/relay-source.status ]; do sleep 0.1; done"
+            self.run_relay("destination", f"listen:unix:{_BETWEEN}", f"unix:{INCOMING}")
+        self.run_relay("source", f"listen:unix:{OUTGOING}", to or f"unix:{_BETWEEN}", options)
+        ready = f"until [ -S {OUTGOING} ] || [ -e /tmp/relay-source.status ]; do sleep 0.1; done"
         # Two starts of Python, and both attach, while the guest hammers the one CPU.
         if self.lab.sh(f"timeout 300 sh -c '{ready}'", check=False, timeout=320).returncode:
             raise AssertionError(self.relay_output().decode())
@@ -100,20 +112,25 @@ class Migration:
         """Start one relay, in the background."""
         words = f"mtetool relay {role} --from {incoming} --to {shlex.quote(outgoing)} --json"
         become = shlex.quote(f"echo $$ >/tmp/relay-{role}.pid; exec {words} {options}")
-        self.lab.sh(
-            f"(sh -c {become} >/tmp/relay-{role}.out 2>/tmp/relay-{role}.err;"
+        self._lab_of(role).sh(
+            f"rm -f /tmp/relay-{role}.*;"
+            f" (sh -c {become} >/tmp/relay-{role}.out 2>/tmp/relay-{role}.err;"
             f" echo $? >/tmp/relay-{role}.status) &"
         )
 
     def go_on(self) -> None:
         """Make the destination the next source, and start another destination."""
+        assert self.other_lab is None
         self.lab.sh(f"kill -KILL {self.source.pid}")
         self.source, self.target = self.target, self.new_target()
         self.allow(self.source)
 
     def kill_relay(self, role: str) -> None:
         """Kill one relay."""
-        self.lab.sh(f"kill -KILL $(cat /tmp/relay-{role}.pid)")
+        self._lab_of(role).sh(f"kill -KILL $(cat /tmp/relay-{role}.pid)")
+
+    def _lab_of(self, role: str) -> Machine:
+        return self.lab if role == "source" else self.target_lab
 
     def state(self) -> dict[str, Any]:
         """Return what the source's QEMU says of the migration."""
@@ -130,17 +147,25 @@ class Migration:
 
     def reports(self) -> dict[str, dict[str, Any]]:
         """Wait until both relays have ended; return their reports."""
-        script = "until [ -s /tmp/relay-source.status ] && [ -s /tmp/relay-destination.status ]"
-        self.lab.sh(f"{script}; do sleep 0.1; done", timeout=_PATIENCE_SECONDS)
-        found = {}
-        for role in ("source", "destination"):
-            assert self.lab.get(f"/tmp/relay-{role}.status") == b"0\n", self.relay_output()
-            found[role] = json.loads(self.lab.get(f"/tmp/relay-{role}.out"))
-        return found
+        return {role: self.report(role) for role in ("source", "destination")}
+
+    def report(self, role: str) -> dict[str, Any]:
+        """Wait until one relay has ended; return its report."""
+        assert self.status(role) == 0, self.relay_output()
+        report: dict[str, Any] = json.loads(self._lab_of(role).get(f"/tmp/relay-{role}.out"))
+        return report
+
+    def status(self, role: str) -> int:
+        """Wait until one relay has ended; return its exit status."""
+        script = f"until [ -s /tmp/relay-{role}.status ]; do sleep 0.1; done"
+        lab = self._lab_of(role)
+        lab.sh(script, timeout=_PATIENCE_SECONDS)
+        return int(lab.get(f"/tmp/relay-{role}.status"))
 
     def relay_output(self) -> bytes:
         """Return what the relays wrote to their standard errors."""
-        return self.lab.sh("tail -n 20 /tmp/relay-*").stdout
+        labs = dict.fromkeys((self.lab, self.target_lab))
+        return b"".join(lab.sh("tail -n 20 /tmp/relay-* || true").stdout for lab in labs)
 
     def checks(self, count: int = 3) -> list[Check]:
         """Wait for checks of the guest at the destination; return them."""

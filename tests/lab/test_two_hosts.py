@@ -1,0 +1,146 @@
+"""A live guest moves between two hosts with a network between them, or stays where it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.lab.relays import INCOMING, Migration
+from tests.lab.two_hosts import THERE, TwoHosts, two_hosts
+
+_CUTS = int(os.environ.get("MTETOOL_CUTS", "4"))
+# Otherwise QEMU gives its guest a page for stolen time, as large as the host's pages.
+_ANY_PAGES = "-smp 2 -cpu host,kvm-steal-time=off"
+
+
+def _wrong(migration: Migration, *, at_source: bool = False) -> set[tuple[int, int]]:
+    guest = migration.source if at_source else migration.target
+    return {(check.wrong, check.data_wrong) for check in guest.wait_for_checks(3)}
+
+
+def _runs(migration: Migration, *, at_source: bool = False) -> bool:
+    """Whether the guest runs in one of the QEMUs, by QEMU's own word."""
+    qemu = migration.source if at_source else migration.target
+    if qemu.lab.sh(f"kill -0 {qemu.pid}", check=False).returncode:
+        return False
+    return json.loads(qemu.qmp("query-status"))["running"] is True
+
+
+def _start_by_tls(migration: Migration) -> None:
+    migration.run_relay("destination", "listen:tls:7000", f"unix:{INCOMING}")
+    migration.start_relays(f"tls:{THERE}:7000")
+
+
+def test_example_moves_a_guest_over_ssh_with_every_tag() -> None:
+    """It finds the guest by its socket, and starts the other relay by a command."""
+    with two_hosts() as hosts:
+        migration = Migration(hosts.here, hosts.there, target_listens=False)
+        hosts.allow_ssh()
+        words = [migration.source.qmp_path, "there", migration.target.qmp_path]
+        example = ["/opt/mtetool/examples/live-migrate.sh", *words]
+        result = hosts.here.run(example, timeout=400)
+        print(result.stdout.decode(), result.stderr.decode())
+        assert result.returncode == 0
+        assert b"tags in place" not in result.stdout
+        end = b"the guest is at there, with its tags; end QEMU at the source\n"
+        assert result.stdout.endswith(end)
+        assert _wrong(migration) == {(0, 0)}
+        assert migration.state()["status"] == "completed"
+        assert not _runs(migration, at_source=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("here", "there"), [("6.12", "6.12-16k"), ("6.12-16k", "6.12"), ("6.12", "7.3")]
+)
+def test_every_tag_over_tls_between_kernels(tmp_path: Path, here: str, there: str) -> None:
+    with two_hosts(here, there) as hosts:
+        hosts.give_certificates(tmp_path)
+        migration = Migration(hosts.here, hosts.there, extra=_ANY_PAGES)
+        _start_by_tls(migration)
+        migration.migrate()
+        assert migration.wait()["status"] == "completed", migration.relay_output()
+        reports = migration.reports()
+        print(reports)
+        assert reports["destination"]["tag_pages"] > 100
+        assert _wrong(migration) == {(0, 0)}
+        assert not _runs(migration, at_source=True)
+
+
+# What a relay says when the last tags are on their way, and when they are in place.
+_MOMENTS = {
+    "held": ("source", "the guest has stopped"),
+    "in place": ("destination", "all tags are in place"),
+}
+
+
+def _cut_at(hosts: TwoHosts, moment: str, seconds: float) -> None:
+    """Cut the network at a moment: after some time, or as soon as a relay says something."""
+    if moment in _MOMENTS:
+        role, said = _MOMENTS[moment]
+        lab = hosts.here if role == "source" else hosts.there
+        lab.sh(
+            f"until grep -q '{said}' /tmp/relay-{role}.err || [ -s /tmp/relay-{role}.status ];"
+            " do sleep 0.02; done; ifconfig eth0 down",
+            timeout=300,
+        )
+    else:
+        hosts.here.sh(f"sleep {seconds:.2f}; ifconfig eth0 down")
+
+
+@pytest.mark.long
+def test_lost_network_never_leaves_two_guests_nor_wrong_tags(tmp_path: Path) -> None:
+    """It drops everything at some moment: the guest goes on at one of the hosts, or waits."""
+    chance = random.Random(1)  # noqa: S311
+    moments = [*_MOMENTS, *["time"] * _CUTS]
+    found = []
+    with two_hosts() as hosts:
+        hosts.give_certificates(tmp_path)
+        migration = Migration(hosts.here, hosts.there)
+        for moment in moments:
+            _start_by_tls(migration)
+            migration.migrate()
+            _cut_at(hosts, moment, chance.uniform(0, 12))
+            found.append((moment, _what_became_of_it(hosts, migration)))
+            print(found[-1], flush=True)
+            if found[-1][1] != "moved":
+                # It can be tried again, with a QEMU that waits.
+                hosts.there.sh(f"kill -KILL {migration.target.pid} 2>/dev/null; true")
+                migration.target = migration.new_target()
+            else:
+                migration = Migration(hosts.here, hosts.there)
+    assert "stayed" in dict(found).values()
+
+
+def _what_became_of_it(hosts: TwoHosts, migration: Migration) -> str:
+    """Whether the guest stayed, moved, or waits at the source until somebody decides."""
+    migration.status("destination")
+    is_there = _runs(migration)
+    if not is_there:
+        # At last the source's relay has noticed, too, unless it holds the guest on purpose.
+        hosts.here.sh(
+            "until [ -s /tmp/relay-source.status ] || grep -q 'stays paused' /tmp/relay-source.err;"
+            " do sleep 0.1; done",
+            timeout=120,
+        )
+    said = hosts.here.get("/tmp/relay-source.err")
+    is_here = _runs(migration, at_source=True)
+    assert not (is_here and is_there), migration.relay_output()
+    if is_there:
+        assert _wrong(migration) == {(0, 0)}
+    hosts.mend()
+    if is_there:
+        return "moved"
+    if not is_here:
+        # The source's end was sent: the guest waits, and an operator who sees that it does not run
+        # at the destination lets it go on.
+        assert b"stays paused here" in said
+        migration.source.qmp("migrate_cancel")
+        migration.status("source")
+    assert migration.wait()["status"] in ("failed", "cancelled")
+    assert _wrong(migration, at_source=True) == {(0, 0)}
+    return "stayed" if is_here else "waited"
