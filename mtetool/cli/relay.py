@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
+from mtetool.cli import relay_file
 from mtetool.cli.options import (
     NAME,
     Parsed,
@@ -42,6 +42,11 @@ def command() -> None:
     One relay runs on each host. QEMU migrates to the source's, and the destination's QEMU waits
     for its own. The guest runs meanwhile, and starts at the destination with every tag.
     """
+
+
+command.add_command(relay_file.save)
+command.add_command(relay_file.load)
+command.add_command(relay_file.stand_in)
 
 
 def _options(function: _F) -> _F:
@@ -150,18 +155,10 @@ def _relay(
         printing("the migration is complete"),
     ):
         if output == "json":
-            print_json({"schema": "mtetool.relay/1", **_document(report)})
+            print_json({"schema": "mtetool.relay/1", **relay_file.document(report)})
         elif not quiet:
             _tell(report)
     return 0
-
-
-def _document(report: Report) -> dict[str, Any]:
-    document = asdict(report)
-    for key in ("copy_seconds", "held_seconds", "elapsed_seconds"):
-        if document[key] is not None:
-            document[key] = round(document[key], 4)
-    return document
 
 
 def _tell(report: Report) -> None:

@@ -68,6 +68,14 @@ class Incoming:
         self.applied.pages += n_pages
         self.applied.write_seconds += time.perf_counter() - started
 
+    def clear(self, pages: NDArray[np.int64]) -> None:
+        """Write tags of 0 to this host's pages with these numbers, and read them back.
+
+        Raises GuestError.
+        """
+        granules = self._guest.page_size_bytes // GRANULE_BYTES
+        self._write(pages, np.zeros(len(pages) * granules, np.uint8))
+
     def _widened(self, pages: NDArray[np.int64], tags: Tags) -> tuple[NDArray[np.int64], Tags]:
         """The larger pages of this host around them, with the tags that it has for the rest."""
         ratio = self._guest.page_size_bytes // self._peer_page_bytes
