@@ -38,13 +38,22 @@ class Applied:
 class Incoming:
     """Writes the tags of one frame after another; one thread at a time may use it.
 
-    The sender's pages have `peer_page_bytes`. Nothing outside of `memory` is written.
+    The sender's pages have `peer_page_bytes`. Nothing outside of `memory` is written. `otherwise`
+    says what a failure means for the guest.
     """
 
-    def __init__(self, guest: Guest, memory: Sequence[Extent], peer_page_bytes: int) -> None:
+    def __init__(
+        self,
+        guest: Guest,
+        memory: Sequence[Extent],
+        peer_page_bytes: int,
+        *,
+        otherwise: str = "the guest goes on at the source",
+    ) -> None:
         self._guest = guest
         self._memory = memory
         self._peer_page_bytes = peer_page_bytes
+        self._otherwise = otherwise
         self.applied = Applied()
 
     def apply(self, received: bytes | bytearray) -> None:
@@ -123,7 +132,7 @@ class Incoming:
             raise GuestError(
                 f"the tags of the page at {ipa:#x} cannot be {'written' if writing else 'read'} at"
                 f" the destination: {os.strerror(number)} ({errno_name(number)})",
-                hint="the guest goes on at the source",
+                hint=self._otherwise,
                 errno=errno_name(number),
                 ipa=ipa,
             ) from error

@@ -18,13 +18,21 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from mtetool.errors import GuestError, GuestLostError, RelayPeerError, host_error
+from mtetool.errors import (
+    GuestError,
+    GuestLostError,
+    RelayPeerError,
+    StreamDamagedError,
+    StreamUnsupportedError,
+    host_error,
+)
 from mtetool.guest import Guest, Missing
 from mtetool.relay import guests
 from mtetool.relay.frames import Frame, Kind
 from mtetool.relay.incoming import Incoming
 from mtetool.relay.report import News, Report
 from mtetool.relay.saved import PIECE_BYTES, SavedReader
+from mtetool.relay.stream import RamStream
 from mtetool.sources.copying import Copied, Fill, TagReader
 from mtetool.sources.layout import layout_of
 from mtetool.uapi import GRANULE_BYTES
@@ -93,14 +101,26 @@ class _Loading:
         fields.end()
 
     def _memory(self, record: Frame) -> None:
-        """Pass everything up to the end of RAM on."""
+        """Pass everything up to the end of RAM on, and nothing beyond, whatever the file says."""
+        stream = RamStream()
         while record.kind is not Kind.END_OF_RAM:
             self._reader.check_kind(record, Kind.DATA)
-            self._pass_on(self._reader.data(record))
+            data = self._reader.data(record)
+            try:
+                at = stream.feed(data)
+            except (StreamDamagedError, StreamUnsupportedError) as error:
+                raise self._reader.damaged(error.message) from error
+            if at not in (None, len(data)):
+                raise self._reader.damaged("a DATA record that goes beyond the end of RAM")
+            self._pass_on(data)
             if time.monotonic() - self._told > _NEWS_SECONDS:
                 self._told = time.monotonic()
                 self._update()
             record = self._reader.record()
+        if not stream.done:
+            raise self._reader.damaged("its memory is not whole")
+        self.report.machine = stream.machine
+        self.report.stream_pages = stream.n_records
 
     def _pass_on(self, data: bytes) -> None:
         self.report.stream_bytes += len(data)
@@ -133,7 +153,7 @@ class _Loading:
             here = guests.ready(guest, name)
             guests.check_same_memory(there.memory, here.memory)
             started = time.monotonic()
-            incoming = Incoming(guest, here.memory, there.page_size_bytes)
+            incoming = Incoming(guest, here.memory, there.page_size_bytes, otherwise=_NOT_STARTED)
             _clear(guest, here, incoming)
             while record.kind is Kind.TAGS:
                 self._apply(incoming, record)
@@ -179,6 +199,8 @@ class _Loading:
         reader = self._reader
         while (record := reader.record()).kind is Kind.DATA:
             self._spool(tail, reader.data(record))
+        if not tail.tell():
+            raise reader.damaged("it has no state of devices")
         for kind in (Kind.EOF_DATA, Kind.BYE):
             reader.check_kind(record, kind)
             if kind is Kind.EOF_DATA:

@@ -118,12 +118,12 @@ class _Saving:
             if time.monotonic() - self._told > _NEWS_SECONDS:
                 self._count()
                 self._told = time.monotonic()
-        raise GuestLostError(
-            "QEMU ended its stream before all memory had passed",
-            hint="see why: query-migrate, virsh domjobinfo; the guest goes on",
-        )
+        raise _ended("all memory")
 
     def _tail(self, piece: bytes) -> None:
+        piece = piece or self._read()
+        if not piece:
+            raise _ended("the state of the devices")
         while piece:
             self._keep(piece)
             piece = self._read()
@@ -164,6 +164,13 @@ class _Saving:
         report.memory_pages = total // stream.page_bytes if total else None
         report.file_bytes = self._writer.written_bytes
         self._news.update(report)
+
+
+def _ended(what: str) -> GuestLostError:
+    return GuestLostError(
+        f"QEMU ended its stream before {what} had passed",
+        hint="see why: query-migrate, virsh domjobinfo, QEMU's log",
+    )
 
 
 def _all_tags(

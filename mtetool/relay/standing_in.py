@@ -2,7 +2,8 @@
 
 libvirt saves a domain through a program of its PATH (`zstd -c`), and restores it through
 `zstd -dc`. A stand-in of that name, which libvirt's daemon finds first, is told by its arguments
-which of both it is. In doubt whether a guest has tags, it fails: then the save fails, and the domain goes on.
+which of both it is. In doubt whether a guest has tags, it fails: then the save fails, and the
+domain goes on.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def tagged_source(fd: int, wanted: guests.Wanted) -> Source | None:
     if not stat.S_ISFIFO(os.fstat(fd).st_mode) or not wait_for_stream(fd):
         return None
     if wanted.name is None:
-        if host_facts().mte is False:
+        if _host_has_no_mte():
             return None
         writers = pipe_holders(fd, writers=True)
         if not writers:
@@ -115,6 +116,11 @@ def tagged_source(fd: int, wanted: guests.Wanted) -> Source | None:
         source.guest.close()
         return None
     return source
+
+
+def _host_has_no_mte() -> bool:
+    facts = host_facts()
+    return facts.mte is False or facts.machine != "aarch64"
 
 
 def begins_with_tags(fd: int) -> tuple[bool, bytes]:
