@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from mtetool.guest import Memslot
@@ -36,13 +35,13 @@ def _exec(*words: str | Path, then: str) -> str:
     return f"exec:{env} {shlex.join(command('relay', *words))} {then}"
 
 
-def _ended(vmm: Qemu, command: str = "query-migrate", wait_for: str = "completed") -> str:
+def _ended(vmm: Qemu) -> str:
     deadline = time.monotonic() + _SECONDS
     status = ""
-    while status not in ("completed", "failed", wait_for):
+    while status not in ("completed", "failed"):
         assert time.monotonic() < deadline, status
         time.sleep(0.02)
-        status = vmm.ask(command).get("status", "")
+        status = vmm.ask("query-migrate").get("status", "")
     return status
 
 
@@ -57,7 +56,7 @@ def test_qemu_comes_back_with_its_tags(tmp_path: Path, source: Qemu) -> None:
     (tmp_path / "2").mkdir()
     with qemu(tmp_path / "2", "sid", *_PLAIN, "-incoming", load) as target:
         assert _ended(target) == "completed", log.read_text()
-        assert _ended(target, "query-status", "paused") == "paused"
+        assert target.ask("query-status")["status"] == "prelaunch"  # as the source was
     assert same_tags(tmp_path / "source", tmp_path / "target", (_SLOT,))
     # Damaged, it starts no guest, although QEMU has all memory by then.
     data = bytearray(file.read_bytes())
@@ -76,4 +75,4 @@ def test_output_that_takes_no_more_fails_the_migration(source: Qemu, then: str) 
     save = _exec("save", f"emu:{_TREE}", then=then)
     source.ask("migrate", uri=save)
     assert _ended(source) == "failed"
-    assert np.isin(source.ask("query-status")["status"], ["prelaunch", "postmigrate", "paused"])
+    assert source.ask("query-status")["status"] == "prelaunch"  # it can go on
