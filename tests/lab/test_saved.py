@@ -95,7 +95,8 @@ def test_save_that_fails_leaves_the_guest_running(lab: Machine, how: str) -> Non
     source = _running(lab)
     if how == "full":
         lab.sh(
-            f"mkdir -p /tmp/full; mount -t tmpfs -o size=2M full /tmp/full; ln -s /tmp/full/x {_FILE}"
+            "mkdir -p /tmp/full; mount -t tmpfs -o size=2M full /tmp/full;"
+            f" ln -s /tmp/full/x {_FILE}"
         )
     else:
         lab.sh(
