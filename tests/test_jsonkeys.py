@@ -18,8 +18,9 @@ from mtetool.backends.kvm import listing
 from mtetool.backends.kvm.listing import ListedVm, Listing
 from mtetool.errors import DETAIL_KEYS, AttachRefusedError, MtetoolError
 from mtetool.guest import GuestInfo, Memslot
-from tests.cli.running import BASE, KIB, make_guest, run, set_tag
+from tests.cli.running import BASE, KIB, make_guest, run, set_tag, spawn
 from tests.jsonkeys import check_keys, documented, paths
+from tests.relay.saving import STREAM
 
 _SOURCES = sorted(Path(mtetool.__file__).parent.rglob("*.py"))
 
@@ -76,6 +77,9 @@ def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield run("list", "--json", "--quiet").json
     for line in run("verify", first, "--progress", "json", "--json").err.splitlines():
         yield json.loads(line)
+    with spawn("relay", "save", guest, "--json", stdin=-1, stdout=-1, stderr=-1) as saving:
+        _, said = saving.communicate(STREAM)
+        yield json.loads(said.splitlines()[-1])
     yield from failures(tmp_path, first)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
+from mtetool.cli import relay_file
 from mtetool.cli.options import (
     NAME,
     Parsed,
@@ -22,7 +22,7 @@ from mtetool.cli.options import (
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import shown
 from mtetool.cli.ranges import size
-from mtetool.cli.render import note, print_json, printing, say
+from mtetool.cli.render import note, print_json, printing, put, say
 from mtetool.guest import GuestOptions
 from mtetool.words import counted
 
@@ -32,7 +32,22 @@ if TYPE_CHECKING:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _CONNECT_SECONDS = 60.0
+_INSTALLED = {
+    "service": "mtetool-relay@.service",
+    "socket": "mtetool-relay@.socket",
+    "tmpfiles": "tmpfiles",
+    "apparmor": "domains",
+}
 _UNIT = 4096  # the bar counts bytes, and QEMU pages of that size
+
+
+def _show(context: click.Context, _: click.Parameter, name: str | None) -> None:
+    """Print a file to install, and end."""
+    if name is not None:
+        from mtetool.files.installed import installed
+
+        put(installed("mtetool.relay", _INSTALLED[name]))
+        context.exit()
 
 
 @click.group("relay", no_args_is_help=False)
@@ -42,6 +57,11 @@ def command() -> None:
     One relay runs on each host. QEMU migrates to the source's, and the destination's QEMU waits
     for its own. The guest runs meanwhile, and starts at the destination with every tag.
     """
+
+
+command.add_command(relay_file.save)
+command.add_command(relay_file.load)
+command.add_command(relay_file.stand_in)
 
 
 def _options(function: _F) -> _F:
@@ -89,10 +109,10 @@ def _options(function: _F) -> _F:
 )
 @click.option(
     "--show",
-    type=click.Choice(("service", "socket", "tmpfiles", "apparmor")),
+    type=click.Choice(tuple(_INSTALLED)),
     is_eager=True,
     expose_value=False,
-    callback=show,
+    callback=_show,
     help="Print a file to install on a host with libvirt, and end.",
 )
 @_options
@@ -168,7 +188,7 @@ def _relay(
         printing("the migration is complete"),
     ):
         if output == "json":
-            print_json({"schema": "mtetool.relay/1", **_document(report)})
+            print_json({"schema": "mtetool.relay/1", **relay_file.document(report)})
         elif not quiet:
             _tell(report)
     return 0
@@ -181,15 +201,6 @@ def _details(latest: list[Report]) -> dict[str, object]:
     report = latest[0]
     keys = ("stream_bytes", "rounds", "tag_pages", "tag_bytes")
     return {"stage": report.stage, **{key: getattr(report, key) for key in keys}}
-
-
-def _document(report: Report) -> dict[str, Any]:
-    document = asdict(report)
-    del document["stage"]
-    for key in ("copy_seconds", "held_seconds", "elapsed_seconds"):
-        if document[key] is not None:
-            document[key] = round(document[key], 4)
-    return document
 
 
 def _tell(report: Report) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
-import shutil
-import sys
 from importlib import resources
-from pathlib import Path
+
+from mtetool.files.installed import installed
 
 _SHEBANG = "#!/usr/bin/python3 -IS\n"
 _UNITS = {"socket": "mtetool-companion.socket", "service": "mtetool-companion.service"}
@@ -16,16 +14,6 @@ NAMES = ("wrapper", *_UNITS, "apparmor")
 
 def text_of(name: str) -> str:
     """Return the content of one of NAMES. Raises OSError."""
-    package = resources.files("mtetool.companion")
     if name == "wrapper":
-        return _SHEBANG + (package / "client.py").read_text()
-    text = (package / "installed" / _UNITS.get(name, name)).read_text()
-    return text.replace("@MTETOOL@", _command())
-
-
-def _command() -> str:
-    """The command line that starts this mtetool, as ExecStart= wants it."""
-    called = shutil.which(sys.argv[0])
-    if called is None or Path(called).name == "__main__.py":
-        return f"{shlex.quote(sys.executable)} -m mtetool"
-    return shlex.quote(str(Path(called).resolve().absolute()))
+        return _SHEBANG + (resources.files("mtetool.companion") / "client.py").read_text()
+    return installed("mtetool.companion", _UNITS.get(name, name))

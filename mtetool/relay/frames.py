@@ -139,4 +139,5 @@ def broken(what: str) -> RelayPeerError:
     return RelayPeerError(
         f"the other relay sent {what}",
         hint=f"something on the way changes the bytes; or {_UPDATE}",
+        reason=what,
     )

@@ -1,12 +1,14 @@
-"""The guest of a relay: named by the user, or found by QEMU's socket, and checked."""
+"""The guest of a relay: named by the user, or found by QEMU's socket or pipe, and checked."""
 
 from __future__ import annotations
 
+import os
 import socket
+import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from struct import Struct
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from mtetool.backends import open_guest
 from mtetool.errors import GuestError, LayoutError, RelayPeerError, SourceError
@@ -16,10 +18,12 @@ from mtetool.sources.copying import check_has_tags, check_mte_is_on
 from mtetool.sources.layout import hex_range, layout_of, merged, without
 from mtetool.uapi import PAGE_SIZES
 from mtetool.vmm import proc, socket_holders
+from mtetool.vmm.descriptors import pipe_holders
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mtetool.files.fields import Fields
     from mtetool.relay.channel import Channel
 
 _KINDS = ("kvm", "libvirt", "emu")
@@ -39,7 +43,7 @@ class Wanted:
         if self.name is not None and self.name.partition(":")[0] not in _KINDS:
             raise SourceError(
                 f"{self.name} is not a guest that QEMU migrates",
-                hint="name it as kvm:PID or libvirt:DOMAIN, or leave it out: its socket shows it",
+                hint="name it as kvm:PID or libvirt:DOMAIN, or leave it out: QEMU's end shows it",
             )
 
 
@@ -48,27 +52,47 @@ def open_for(wanted: Wanted, qemu: Channel) -> tuple[str, Guest]:
 
     Raises GuestError.
     """
-    holders = None if qemu.peer_socket is None else _vmms(qemu.peer_socket)
+    connected = qemu.peer_socket
+    if connected is None:
+        return _open(wanted, None, qemu.name, "socket")
+    # Where the kernel has no diagnosis of unix sockets, it still knows who connected or listened.
+    holders = socket_holders.holders(connected) or _maker(connected)
+    return _open(wanted, vmms(holders), qemu.name, "socket")
+
+
+def open_at_pipe(wanted: Wanted, fd: int, *, writes: bool) -> tuple[str, Guest]:
+    """As `open_for`, for the QEMU that writes to a pipe of ours, or reads from it.
+
+    Raises GuestError.
+    """
+    is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
+    holders = vmms(pipe_holders(fd, writers=writes)) if is_pipe else None
+    return _open(wanted, holders, f"standard {'input' if writes else 'output'}", "pipe")
+
+
+def _open(
+    wanted: Wanted, holders: list[int] | None, end: str, kind: Literal["socket", "pipe"]
+) -> tuple[str, Guest]:
+    """Open the guest; `holders` are the VMMs at the other end, None if nobody can know."""
     name = wanted.name
     if name is None:
-        name = _only(holders)
+        name = _only(holders, kind)
     guest = open_guest(name, wanted.options)
     pid = guest.info().pid if holders is not None else None
     if holders and pid is not None and pid not in holders:
         guest.close()
         raise GuestError(
-            f"{name} does not hold the other end of {qemu.name}: process {holders[0]} does",
-            hint="leave out --guest: the socket shows whose stream it is",
+            f"{name} does not hold the other end of {end}: process {holders[0]} does",
+            hint=f"name no guest: the {kind} shows whose stream it is",
             pid=pid,
         )
     return name, guest
 
 
-def _vmms(connected: socket.socket) -> list[int]:
-    """The VMMs among the processes that hold the other end: libvirt may hold it as well."""
+def vmms(pids: Sequence[int]) -> list[int]:
+    """The VMMs with a VM among processes that hold the other end: libvirt may hold it as well."""
     found = []
-    # Where the kernel has no diagnosis of unix sockets, it still knows who connected or listened.
-    for pid in socket_holders.holders(connected) or _maker(connected):
+    for pid in pids:
         with suppress(GuestError):
             if proc.find(pid).vm_fds:
                 found.append(pid)
@@ -83,18 +107,19 @@ def _maker(connected: socket.socket) -> list[int]:
     return [pid] if pid > 0 else []
 
 
-def _only(holders: Sequence[int] | None) -> str:
+def _only(holders: Sequence[int] | None, kind: Literal["socket", "pipe"]) -> str:
     if holders and len(holders) == 1:
         return f"kvm:{holders[0]}"
+    option = "--guest " if kind == "socket" else ""
     if not holders:
         raise GuestError(
-            "no VMM of this host is seen at the other end of QEMU's socket",
-            hint="name the guest: --guest kvm:PID or --guest libvirt:DOMAIN; run the relay as root",
+            f"no VMM of this host is seen at the other end of QEMU's {kind}",
+            hint=f"name the guest: {option}kvm:PID or {option}libvirt:DOMAIN; run mtetool as root",
         )
     pids = ", ".join(map(str, holders[:8]))
     raise GuestError(
-        f"several VMMs hold the other end of QEMU's socket: {pids}",
-        hint="name the guest: --guest kvm:PID",
+        f"several VMMs hold the other end of QEMU's {kind}: {pids}",
+        hint=f"name the guest: {option}kvm:PID",
     )
 
 
@@ -126,10 +151,15 @@ class Ready:
         if frame.kind is not Kind.READY:
             raise unexpected(frame)
         with frame.fields() as fields:
-            page = fields.integer("page_size_bytes", min(PAGE_SIZES), max(PAGE_SIZES))
-            memory = [_extent(row) for row in fields.array("memory")]
-            if page not in PAGE_SIZES or not memory or None in memory:
-                raise fields.wrong("its memory makes no sense")
+            return cls.read(fields)
+
+    @classmethod
+    def read(cls, fields: Fields) -> Self:
+        """What a map says that `fields` made. Raises DamagedError."""
+        page = fields.integer("page_size_bytes", min(PAGE_SIZES), max(PAGE_SIZES))
+        memory = [_extent(row) for row in fields.array("memory")]
+        if page not in PAGE_SIZES or not memory or None in memory:
+            raise fields.wrong("its memory makes no sense")
         return cls(merged(extent for extent in memory if extent), page)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from mtetool.errors import GuestError, errno_name
 from mtetool.extents import of_pages, pages_of
+from mtetool.guest import Missing
 from mtetool.relay import payload
 from mtetool.sources.around import raise_for_whole_vm
 from mtetool.sources.copying import Copied, TagReader
@@ -40,13 +41,22 @@ class Applied:
 class Incoming:
     """Writes the tags of one frame after another; one thread at a time may use it.
 
-    The sender's pages have `peer_page_bytes`. Nothing outside of `memory` is written.
+    The sender's pages have `peer_page_bytes`. Nothing outside of `memory` is written. `otherwise`
+    says what a failure means for the guest.
     """
 
-    def __init__(self, guest: Guest, memory: Sequence[Extent], peer_page_bytes: int) -> None:
+    def __init__(
+        self,
+        guest: Guest,
+        memory: Sequence[Extent],
+        peer_page_bytes: int,
+        *,
+        otherwise: str = "the guest goes on at the source",
+    ) -> None:
         self._guest = guest
         self._memory = memory
         self._peer_page_bytes = peer_page_bytes
+        self._otherwise = otherwise
         self.applied = Applied()
 
     def clear(self) -> int:
@@ -62,6 +72,12 @@ class Incoming:
         )
         n_cleared = 0
         for step in reader.read(self._memory):
+            if isinstance(step, Missing):
+                raise GuestError(
+                    f"the tags of the page at {step.ipa:#x} cannot be read: {step.reason}",
+                    hint=self._otherwise,
+                    ipa=step.ipa,
+                )
             if isinstance(step, Copied):
                 tags = np.frombuffer(step.tags, np.uint8).reshape(-1, granules)
                 tagged = np.flatnonzero(tags.any(axis=1)).astype(np.int64) + step.ipa // page
@@ -137,7 +153,7 @@ class Incoming:
             raise GuestError(
                 f"the tags of the page at {ipa:#x} cannot be {'written' if writing else 'read'} at"
                 f" the destination: {os.strerror(number)} ({errno_name(number)})",
-                hint="the guest goes on at the source",
+                hint=self._otherwise,
                 errno=errno_name(number),
                 ipa=ipa,
             ) from error

@@ -82,4 +82,5 @@ def _wrong(what: str) -> RelayPeerError:
     return RelayPeerError(
         f"the other relay sent tags that make no sense: {what}",
         hint="install the same version of mtetool on both hosts",
+        reason=f"tags that make no sense: {what}",
     )

@@ -36,6 +36,8 @@ class Report:
     """Pages whose tags were still to be read when the guest had stopped."""
     held_seconds: float | None = None
     """How long the end of the stream was held back for tags."""
+    file_bytes: int | None = None
+    """Bytes of the file with stream and tags."""
     elapsed_seconds: float = 0.0
     finished: bool = False
     stage: str = ""

@@ -13,11 +13,12 @@ import re
 import socket
 import struct
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from mtetool.vmm.descriptors import who_has
 
 # include/uapi/linux/sock_diag.h, unix_diag.h, netlink.h
 _NETLINK_SOCK_DIAG = 4
@@ -33,9 +34,8 @@ _ANY_COOKIE = 0xFFFF_FFFF
 _ANSWER_BYTES = 4096
 _ANSWER_SECONDS = 1.0
 
-# Tables of other people's making: longer ones are not read to their end.
+# A table of other people's making: a longer one is not read to its end.
 _MOST_ROWS = 1 << 20
-_MOST_FDS = 1 << 16
 _TCP_ROW = re.compile(
     rb"\s*\d+: ([0-9A-F]{8}|[0-9A-F]{32}):([0-9A-F]{4}) ([0-9A-F]{8}|[0-9A-F]{32}):([0-9A-F]{4})"
     rb" [0-9A-F]{2} \S+ \S+ \S+\s+\d+\s+\d+ (\d{1,10}) "
@@ -58,7 +58,7 @@ def holders(connection: socket.socket, proc: Path = Path("/proc")) -> list[int]:
             inode = _tcp_peer(connection, proc)
     except (OSError, ValueError):
         return []
-    return _who_has(f"socket:[{inode}]", proc) if inode else []
+    return who_has(f"socket:[{inode}]", proc) if inode else []
 
 
 def _unix_peer(inode: int) -> int:
@@ -117,16 +117,3 @@ def _plain(
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
         return address.ipv4_mapped
     return address
-
-
-def _who_has(link: str, proc: Path) -> list[int]:
-    pids = (int(path.name) for path in proc.iterdir() if path.name.isdecimal())
-    return sorted(pid for pid in pids if link in _links(proc / str(pid) / "fd"))
-
-
-def _links(directory: Path) -> Iterator[str]:
-    """What the descriptors of a process lead to; nothing where it may not be seen, or has ended."""
-    with suppress(OSError), os.scandir(directory) as entries:
-        for entry in islice(entries, _MOST_FDS):
-            with suppress(OSError):
-                yield str(Path(entry.path).readlink())

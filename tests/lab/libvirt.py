@@ -95,6 +95,7 @@ apparmor_parser --replace --write-cache usr.sbin.libvirtd usr.lib.libvirt.virt-a
 cd /
 """
 _LOCAL_RULES = "etc/apparmor.d/local/abstractions/libvirt-qemu"
+_DAEMON_RULES = "etc/apparmor.d/local/usr.sbin.libvirtd"
 
 # A daemon goes into the background when it has its sockets, and answers when it is ready.
 _START = """
@@ -153,12 +154,15 @@ _DOMAIN = """\
 class Libvirt:
     """The libvirt daemon of a lab machine, with AppArmor's profiles enforced.
 
-    `settings` are added to qemu.conf, `rules` to what AppArmor allows each domain.
+    `settings` are added to qemu.conf, `rules` to what AppArmor allows each domain, `daemon_rules`
+    to what it allows the daemon, which has `environment` besides its own (`PATH=...`).
     """
 
     lab: Machine
     settings: Mapping[str, str] = field(default_factory=dict)
     rules: str = ""
+    daemon_rules: str = ""
+    environment: str = ""
     pid: int = field(init=False)
 
     @property
@@ -182,7 +186,10 @@ class Libvirt:
 
     def _script(self) -> str:
         rules = f"printf %s {quote(self.rules)} >{_LOCAL_RULES}\n" if self.rules else ""
-        return _RESTORE + _append("qemu.conf", self.settings) + rules + _CONFINE + _START
+        # Without any of a test before, which a profile in the cache may have.
+        rules += f"printf %s {quote(self.daemon_rules)} >{_DAEMON_RULES}\n"
+        start = _START.replace("\nlibvirtd ", f"\n{self.environment} libvirtd ")
+        return _RESTORE + _append("qemu.conf", self.settings) + rules + _CONFINE + start
 
     def stop(self) -> None:
         """End the daemon; its domains go on."""
