@@ -56,6 +56,7 @@ def test_rehearsal_recovers_from_each_failure(tmp_path: Path) -> None:
     [
         ("migrate-qemu.sh", "SOURCE_PID SOURCE_QMP TARGET_PID TARGET_QMP"),
         ("live-migrate.sh", "SOURCE_QMP HOST TARGET_QMP"),
+        ("virsh-migrate.sh", "DOMAIN HOST [OPTION OF virsh migrate]..."),
     ],
 )
 def test_migration_script_explains_itself(script: str, words: str) -> None:

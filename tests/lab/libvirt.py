@@ -43,7 +43,6 @@ set -e
 chgrp kvm /dev/kvm
 chmod 660 /dev/kvm
 chmod 1777 /tmp /dev/shm
-hostname lab
 # The kernel's log must have every denial.
 echo 0 >/proc/sys/kernel/printk_ratelimit
 echo '<5>{_MARK}' >/dev/kmsg
@@ -163,6 +162,7 @@ class Libvirt:
     rules: str = ""
     daemon_rules: str = ""
     environment: str = ""
+    hostname: str = "lab"
     pid: int = field(init=False)
 
     @property
@@ -180,7 +180,7 @@ class Libvirt:
 
     def start(self) -> Self:
         """Start the daemon as the packages configure it, and wait until it answers."""
-        script = _PREPARE + _KEEP + _FORGET + self._script()
+        script = _PREPARE + f"hostname {self.hostname}\n" + _KEEP + _FORGET + self._script()
         self.pid = int(self.lab.sh(script, timeout=_SECONDS).stdout)
         return self
 
@@ -189,7 +189,10 @@ class Libvirt:
         # Without any of a test before, which a profile in the cache may have.
         rules += f"printf %s {quote(self.daemon_rules)} >{_DAEMON_RULES}\n"
         start = _START.replace("\nlibvirtd ", f"\n{self.environment} libvirtd ")
-        return _RESTORE + _append("qemu.conf", self.settings) + rules + _CONFINE + start
+        # By default it comes from the machine, and they are all alike.
+        identity = _append("libvirtd.conf", {"host_uuid": f'"{uuid4()}"'})
+        settings = _append("qemu.conf", self.settings)
+        return _RESTORE + identity + settings + rules + _CONFINE + start
 
     def stop(self) -> None:
         """End the daemon; its domains go on."""

@@ -17,17 +17,20 @@ _GZIP = "[ -e /usr/bin/gzip ] || ln -s busybox /usr/bin/gzip"
 _SOCKET = "/run/mtetool/companion.sock"
 
 
-def mte_host(lab: Machine) -> Libvirt:
-    """Start libvirt and the companion service, with the wrapper and AppArmor's rules for it."""
+def mte_host(lab: Machine, *, rules: str = "", hostname: str = "lab") -> Libvirt:
+    """Start libvirt and the companion service, with the wrapper and AppArmor's rules for it.
+
+    `rules` are more of these.
+    """
     _install_wrapper(lab)
     lab.sh(_service("/tmp/companion.log"))
-    return debian_host(lab, text_of("apparmor"))
+    return debian_host(lab, text_of("apparmor") + rules, hostname)
 
 
-def debian_host(lab: Machine, rules: str = "") -> Libvirt:
+def debian_host(lab: Machine, rules: str = "", hostname: str = "lab") -> Libvirt:
     """Start libvirt, so that `virsh save` and `virsh restore` work."""
     lab.sh(_GZIP)
-    return Libvirt(lab, settings=SETTINGS, rules=rules).start()
+    return Libvirt(lab, settings=SETTINGS, rules=rules, hostname=hostname).start()
 
 
 def two_mte_hosts(lab: Machine) -> tuple[Host, Host]:

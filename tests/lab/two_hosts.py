@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -64,12 +65,21 @@ class TwoHosts(NamedTuple):
 
 
 @contextmanager
-def two_hosts(here: str = DEFAULT_KERNEL, there: str = DEFAULT_KERNEL) -> Iterator[TwoHosts]:
+def two_hosts(
+    here: str = DEFAULT_KERNEL, there: str = DEFAULT_KERNEL, *, memory: str = "2G"
+) -> Iterator[TwoHosts]:
     """Boot two machines with these kernels. Raises LabUnavailableError, MachineLostError."""
     with tempfile.TemporaryDirectory(prefix="mtetool-cable-") as name:
         ends = [Cable(Path(name), number) for number in (1, 2)]
         with (
-            Machine(kernel=here, cpus=1, memory="2G", cable=ends[0]) as one,
-            Machine(kernel=there, cpus=1, memory="2G", cable=ends[1]) as other,
+            Machine(kernel=here, cpus=1, memory=memory, cable=ends[0]) as one,
+            Machine(kernel=there, cpus=1, memory=memory, cable=ends[1]) as other,
         ):
+            # A relay that another host starts is not forked from a process that has loaded all.
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(_compile, (one, other)))
             yield TwoHosts(one, other)
+
+
+def _compile(machine: Machine) -> None:
+    machine.sh("python3 -m compileall -q /opt/mtetool/mtetool", timeout=300)
