@@ -103,6 +103,8 @@ libvirtd --daemon --pid-file /run/libvirt/libvirtd.pid
 virsh -c qemu:///system version >&2 || { cat /var/log/libvirt/*.log >&2; exit 1; }
 cat /run/libvirt/libvirtd.pid
 """
+# Its log daemon stays.
+_RESTART = "".join(line for line in _START.splitlines(True) if "virtlogd" not in line)
 
 # What an administrator sets up once, so that root of one host may log in to the other.
 _SSH = """
@@ -197,6 +199,11 @@ class Libvirt:
     def stop(self) -> None:
         """End the daemon; its domains go on."""
         self.lab.sh(f"kill {self.pid}; while kill -0 {self.pid} 2>/dev/null; do sleep 0.1; done")
+
+    def restart(self) -> None:
+        """End the daemon and start it again, as an upgrade of its package does."""
+        self.stop()
+        self.pid = int(self.lab.sh(_RESTART, timeout=_SECONDS).stdout)
 
     def virsh(
         self, *words: str, check: bool = True, timeout: float = _SECONDS

@@ -7,7 +7,7 @@ import pytest
 from tests.lab.libvirt import Domain
 from tests.lab.machine import Machine
 from tests.lab.mte_hosts import WRAPPER, debian_host, list_vms, mte_host
-from tests.lab.walk import APT, SYSTEMCTL, sections
+from tests.lab.walk import sections, stand_in
 
 _CACHE = "/var/cache/libvirt/qemu/capabilities"
 _ON_DISK = """<memoryBacking><source type='file'/><access mode='shared'/></memoryBacking>"""
@@ -18,7 +18,7 @@ def _check(guest: Domain) -> None:
 
 
 def test_the_walk_of_the_manual_page(lab: Machine) -> None:
-    """All its commands, in its order; the last but one section's are in test_libvirt_move."""
+    """All its commands, in its order; the last but one section's are in test_libvirt_live."""
     page = sections()
     assert list(page) == [
         "INSTALL (ON EACH HOST)",
@@ -28,9 +28,8 @@ def test_the_walk_of_the_manual_page(lab: Machine) -> None:
         "UPGRADES OF QEMU",
     ]
     install, switch, look, _, upgrade = page.values()
-    lab.sh(f"rm -f {WRAPPER} /run/mtetool/companion.sock; mkdir -p /etc/systemd/system")
-    lab.put("/usr/local/bin/apt", APT.encode(), 0o755)
-    lab.put("/usr/local/bin/systemctl", SYSTEMCTL.encode(), 0o755)
+    lab.sh(f"rm -f {WRAPPER} /run/mtetool/companion.sock")
+    stand_in(lab)
     host = debian_host(lab)
     _run(lab, install)
     guest = Domain(host, "web").define()
