@@ -13,11 +13,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from pathlib import Path
 
 from tests.lab import cpio
@@ -95,6 +97,9 @@ _SUFFIXES = (".c", ".h", ".s")
 _ARM = "arm-linux-gnueabihf"
 # Modules that a machine needs before it has its root, unless they are built in.
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "virtio_net")
+# What runs in the lab.
+_COMPILED = ("mtetool", "tests/conformance", "tests/differential", "tests/interrupted", "tests/lab")
+_KEPT = 8
 _KERNEL_PARTS = ("linux-base-", "linux-binary-", "linux-modules-")
 
 
@@ -108,6 +113,8 @@ class Images:
     initramfs: Path
     programs: Path
     extension: Path
+    bytecode: Path | None = None
+    """The modules of the checkout, compiled by the lab's Python."""
 
 
 def images(
@@ -130,6 +137,8 @@ def images(
     image = kernel_dir / "Image"
     found = Images(own, root / "root.img", image, initramfs, programs, extension)
     _warm(found)
+    with _locked():
+        found = replace(found, bytecode=_bytecode(found))
     if emulator is None:
         return found
     with _locked():
@@ -330,6 +339,43 @@ def _headers() -> Path:
         shutil.rmtree(into / "usr" / "lib")
 
     return _cached("headers", {"release": _RELEASE}, build)
+
+
+def _bytecode(found: Images) -> Path:
+    """The compiled modules of the checkout, so that not every machine has to compile them.
+
+    Under emulation that takes half a minute. They are used unchecked: this is their sources' own.
+    """
+    from tests.lab.machine import Machine
+
+    checkout = _HERE.parents[1]
+    sources = sorted(path for part in _COMPILED for path in (checkout / part).rglob("*.py"))
+    recipe = {
+        "release": _RELEASE,
+        **{str(path.relative_to(checkout)): path.read_text() for path in sources},
+    }
+
+    def build(into: Path) -> None:
+        compiler = (
+            f"python3 -m compileall -q --invalidation-mode unchecked-hash {' '.join(_COMPILED)}"
+        )
+        with Machine(images=found) as machine:
+            made = machine.sh(
+                f"cd /opt/mtetool; {compiler} >&2; find . -name '*.pyc' | tar -c -f - -T -",
+                timeout=600,
+            ).stdout
+        with tarfile.open(fileobj=BytesIO(made)) as archive:
+            archive.extractall(into, filter="data")
+        _forget_old("bytecode")
+
+    return _cached("bytecode", recipe, build)
+
+
+def _forget_old(name: str) -> None:
+    """Remove all but the newest directories of that name: each change of the sources makes one."""
+    made = sorted(cache().glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
+    for old in made[:-_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _warm(found: Images) -> None:

@@ -272,6 +272,8 @@ class Machine:
                 shutil.copytree(_CHECKOUT / name, tree / "checkout" / name, ignore=_IGNORED)
         shutil.copy(_CHECKOUT / "pyproject.toml", tree / "checkout")
         shutil.copy(self._images.extension, tree / "checkout" / "mtetool")
+        if self._images.bytecode is not None:
+            shutil.copytree(self._images.bytecode, tree / "checkout", dirs_exist_ok=True)
         shutil.copytree(Path(__file__).parent / "inside", tree / "inside", ignore=_IGNORED)
         for program in (tree / "inside").iterdir():
             program.chmod(0o755)

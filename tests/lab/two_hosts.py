@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -75,11 +74,4 @@ def two_hosts(
             Machine(kernel=here, cpus=1, memory=memory, cable=ends[0]) as one,
             Machine(kernel=there, cpus=1, memory=memory, cable=ends[1]) as other,
         ):
-            # A relay that another host starts is not forked from a process that has loaded all.
-            with ThreadPoolExecutor(2) as pool:
-                list(pool.map(_compile, (one, other)))
             yield TwoHosts(one, other)
-
-
-def _compile(machine: Machine) -> None:
-    machine.sh("python3 -m compileall -q /opt/mtetool/mtetool", timeout=300)
