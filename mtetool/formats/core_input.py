@@ -28,6 +28,8 @@ from mtetool.uapi import GRANULE_BYTES, PAGE_SIZES
 
 _PACKED_BYTES = 2 * GRANULE_BYTES
 _ADDRESS_LIMIT = 1 << 64
+# The addresses of a process have 52 bits at most.
+_MOST_BYTES = 1 << 52
 _AT_PAGESZ = 6
 _AUXV_PAIR = struct.Struct("<QQ")
 # struct elf_prpsinfo of 64 bits: the name of the program, 16 bytes.
@@ -66,6 +68,9 @@ def _check(segments: list[Segment], page_bytes: int, name: str) -> None:
         if segment.file_bytes > segment.memory_bytes // _PACKED_BYTES:
             raise BadFormatError(f"{where} has {segment.file_bytes:,} bytes of tags: too many")
         end = segment.end
+    total = sum(segment.memory_bytes for segment in segments)
+    if total > _MOST_BYTES:
+        raise BadFormatError(f"{name} says that a process had {total:,} bytes of tagged memory")
 
 
 def _parts(segment: Segment, elf: Elf) -> Iterator[Part]:

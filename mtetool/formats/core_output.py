@@ -217,11 +217,11 @@ def _notes(page_bytes: int, dump: Elf | None) -> bytes:
     auxv = struct.pack("<6Q", _AT_HWCAP2, _HWCAP2_MTE, _AT_PAGESZ, page_bytes, 0, 0)
     control = struct.pack("<Q", _PR_TAGGED_ADDR_ENABLE)
     ours = [Note(b"CORE", NT_AUXV, auxv)]
-    if dump is not None and any(note.kind == NT_PRSTATUS for note in dump.notes()):
-        notes = list(dump.notes())
-    else:
+    # Of two notes NT_AUXV, debuggers believe the first.
+    notes = [note for note in dump.notes() if note.kind != NT_AUXV] if dump is not None else []
+    if not any(note.kind == NT_PRSTATUS for note in notes):
         status = bytearray(_PRSTATUS_BYTES)
         struct.pack_into("<i", status, _PID_AT, 1)
-        notes = [Note(b"CORE", NT_PRSTATUS, bytes(status))]
+        notes.insert(0, Note(b"CORE", NT_PRSTATUS, bytes(status)))
     ours.append(Note(b"LINUX", NT_ARM_TAGGED_ADDR_CTRL, control))
     return encode_notes([*notes, *ours])

@@ -4,55 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from mtetool.buffers import as_bytes
-from mtetool.formats.parts import RAW_MISSING
 from mtetool.guest import Extent, Missing
-from mtetool.sources.copying import Copied, Step
+from mtetool.sources.copying import Copied, Fill, Step, cut
 from mtetool.sources.source import TagSource
-from mtetool.tags import as_array, runs
 from mtetool.uapi import GRANULE_BYTES
-
-_WINDOW_BYTES = 64 << 20
 
 
 def whole_pages(source: TagSource, extents: Sequence[Extent], page_bytes: int) -> Iterator[Step]:
     """Read ascending extents of whole pages; a page with a gap is missing as a whole.
 
-    Each piece of tags has a buffer of its own.
+    Tags stay valid as long as those of the source do, or have a buffer of their own.
     """
-    for extent in extents:
-        for ipa in range(extent.ipa, extent.end, _WINDOW_BYTES):
-            window = Extent(ipa, min(_WINDOW_BYTES, extent.end - ipa))
-            yield from _window(source, window, page_bytes)
+    page = _Page(page_bytes)
+    for step in source.read(extents):
+        end = step.ipa + step.size_bytes
+        # Up to the page's end, whole pages, and the beginning of the next page.
+        first = min(-(-step.ipa // page_bytes) * page_bytes, end)
+        last = max(end // page_bytes * page_bytes, first)
+        if first > step.ipa:
+            yield from page.add(cut(step, step.ipa, first - step.ipa))
+        if last > first:
+            yield cut(step, first, last - first)
+        if end > last:
+            yield from page.add(cut(step, last, end - last))
 
 
-def _window(source: TagSource, window: Extent, page_bytes: int) -> Iterator[Step]:
-    tags = np.empty(window.size_bytes // GRANULE_BYTES, dtype=np.uint8)
-    reason = ""
-    number: int | None = None
-    for step in source.read([window]):
-        if not isinstance(step, Copied) and step.size_bytes == window.size_bytes:
-            yield step
+class _Page:
+    """A page that comes in parts, of which none is whole."""
+
+    def __init__(self, page_bytes: int) -> None:
+        self._n_granules = page_bytes // GRANULE_BYTES
+        self._tags = bytearray()
+        self._gap: Missing | None = None
+
+    def add(self, part: Step) -> Iterator[Step]:
+        """Add the next part; yield the page if that completes it."""
+        n_granules = part.size_bytes // GRANULE_BYTES
+        if isinstance(part, Copied):
+            self._tags += part.tags
+        else:
+            self._tags += bytes([part.tag if isinstance(part, Fill) else 0]) * n_granules
+            self._gap = part if isinstance(part, Missing) else self._gap
+        if len(self._tags) < self._n_granules:
             return
-        first = (step.ipa - window.ipa) // GRANULE_BYTES
-        part = tags[first : first + step.size_bytes // GRANULE_BYTES]
-        if isinstance(step, Copied):
-            part[:] = as_array(step.tags)
-        elif isinstance(step, Missing):
-            part[:] = RAW_MISSING
-            reason, number = step.reason, step.errno
+        size_bytes = self._n_granules * GRANULE_BYTES
+        ipa = part.ipa + part.size_bytes - size_bytes
+        if self._gap is None:
+            yield Copied(ipa, memoryview(self._tags))
         else:
-            part[:] = step.tag
-    pages = tags.reshape(-1, page_bytes // GRANULE_BYTES)
-    gone = (pages == RAW_MISSING).any(axis=1).astype(np.uint8)
-    starts, lengths, kinds = runs(gone)
-    for start, length, is_gone in zip(
-        starts.tolist(), lengths.tolist(), kinds.tolist(), strict=True
-    ):
-        ipa = window.ipa + start * page_bytes
-        if is_gone:
-            yield Missing(ipa, length * page_bytes, number, reason)
-        else:
-            yield Copied(ipa, as_bytes(pages[start : start + length].reshape(-1)))
+            yield Missing(ipa, size_bytes, self._gap.errno, self._gap.reason)
+        self._tags, self._gap = bytearray(), None
