@@ -1,4 +1,4 @@
-"""Tags of guests that QEMU emulates, and of a process that crashed: files made by QEMU and Linux."""
+"""Tags of guests that QEMU emulates, and of a process that crashed: files of QEMU and Linux."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import pytest
 
 from tests.cli.running import run
 from tests.formats.test_debuggers import gdb, lldb
-from tests.lab.images import emulator
+from tests.lab import cpio
+from tests.lab.images import emulator, emulator_words, images
 
 _PROGRAMS = Path(__file__).parent / "programs"
 _BASE, _TAGGED, _LAST = 0x4000_0000, 0x4020_0000, 0x44FF_F000
@@ -29,7 +30,7 @@ class Emulated:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         guest = directory / "guest.elf"
-        flags = "-nostdlib -static -Wl,-Ttext=0x40080000 -Wl,--build-id=none".split()
+        flags = ["-nostdlib", "-static", "-Wl,-Ttext=0x40080000", "-Wl,--build-id=none"]
         compiler = ["aarch64-linux-gnu-gcc", *flags, "-o", str(guest)]
         subprocess.run([*compiler, str(_PROGRAMS / "emulated.S")], check=True)
         words = f"-M virt,mte=on -cpu max -accel tcg -m {_SIZE >> 20}M -display none -nodefaults"
@@ -136,3 +137,34 @@ def test_a_migrations_tags_and_a_dumps_memory(emulated: Emulated, tmp_path: Path
     assert "match (0x7)" in text
     text = lldb(core, f"memory tag read {_TAGGED:#x} {_TAGGED + 256:#x}")
     assert re.findall(r"\): 0x(.)", text) == [f"{n:x}" for n in range(16)]
+
+
+def test_the_core_of_a_process_that_crashed(tmp_path: Path) -> None:
+    """Linux writes it; a mapping that is not dumped has a segment without tags."""
+    flags = ["-O2", "-Wall", "-Werror", "-Wno-unused-result", "-static", "-march=armv8.5-a+memtag"]
+    program = tmp_path / "crash"
+    source = str(_PROGRAMS.parent / "crash.c")
+    subprocess.run(["aarch64-linux-gnu-gcc", *flags, "-o", str(program), source], check=True)
+    directories = [cpio.Entry.directory(name) for name in ("dev", "proc")]
+    init = cpio.Entry.program("init", program.read_bytes())
+    (tmp_path / "root.cpio").write_bytes(cpio.archive([*directories, init]))
+    parts = images()
+    words = "-M virt,mte=on -cpu max,pauth=off -m 256M -display none -nodefaults -no-reboot"
+    words += f" -serial file:{tmp_path}/console -kernel {parts.kernel} -initrd {tmp_path}/root.cpio"
+    command = [*emulator_words(parts.emulator), *words.split(), "-append", "console=ttyAMA0 quiet"]
+    subprocess.run(command, check=True, timeout=300)
+    console = (tmp_path / "console").read_bytes()
+    core = bytes.fromhex(console.partition(b"BEGIN")[2].partition(b"END")[0].decode())
+    (tmp_path / "core").write_bytes(core)
+    done = run("convert", tmp_path / "core", "-o", tmp_path / "s", "--json")
+    tagged, undumped = 0x5000_0000_0000, 0x5000_0001_0000
+    missing = [(item["ipa"], item["size_bytes"]) for item in done.json["missing"]]
+    assert (done.status, missing) == (3, [(undumped, 4096)])
+    raw = run("dump", tmp_path / "s", "--output", "raw", "--range", f"{tagged:#x}:8K").raw
+    assert raw == bytes(n * 3 % 16 for n in range(512))
+    # gdb reads the same from the core itself.
+    text = gdb(
+        tmp_path / "core",
+        *(f"memory-tag print-allocation-tag {tagged + 16 * n:#x}" for n in range(16)),
+    )
+    assert [int(tag, 16) for tag in re.findall(r"\$\d+ = 0x(.)", text)] == list(raw[:16])
