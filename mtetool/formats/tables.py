@@ -107,6 +107,17 @@ class _Rows:
             return False
         return int(self.ipas[-1][-1]) + int(self.sizes[-1][-1]) == ipa
 
+    def all_but_last(self) -> _Rows:
+        """Take the rows that cannot grow any more, and keep the last."""
+        taken = _Rows(self.slots, self.ipas, self.sizes, self.tags, self.count - 1)
+        self.slots = self.slots[-1:]
+        for name in ("ipas", "sizes", "tags"):
+            parts = getattr(taken, name)
+            setattr(self, name, [parts[-1][-1:].copy()])
+            setattr(taken, name, [*parts[:-1], parts[-1][:-1]])
+        self.count = 1
+        return taken
+
     def columns(self) -> tuple[Any, Any, Any, Any]:
         """The rows as columns: slots, addresses, sizes, tags."""
         lengths = [len(part) for part in self.ipas]
@@ -175,9 +186,8 @@ class TableWriter:
                     missing.add(step)
                 for ipa, starts, lengths, tags in _runs(step):
                     rows.add(slot, ipa, starts, lengths, tags)
-                    if rows.count >= ROW_GROUP_ROWS:
-                        self._write(rows, saved)
-                        rows = _Rows()
+                    if rows.count > ROW_GROUP_ROWS:
+                        self._write(rows.all_but_last(), saved)
                 done += step.size_bytes
                 progress(done, total)
         if rows.count:
