@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("mtetool.cli.convert", "Convert tags to and from the forms of other programs."),
     "dump": ("mtetool.cli.dump", "Print tags, in runs of equal ones or one by one."),
     "diff": ("mtetool.cli.diff", "Show where the tags of two sources differ."),
+    "report": ("mtetool.cli.report", "Write a page about tags: layout, statistics, a map."),
     "list": ("mtetool.cli.listing", "List the VMs of this host, and whether they have tags."),
     "enable": ("mtetool.cli.enable", "Turn MTE on for a guest, before its first vCPU."),
     "exec": ("mtetool.cli.exec", "Start a VMM whose VM has MTE, in this process."),
