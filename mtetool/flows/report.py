@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mtetool.flows.diff import Difference, diff
 from mtetool.formats.opening import Opened
@@ -35,9 +36,7 @@ def report(
     return page(made), int(found.histogram()[MISSING]) * GRANULE_BYTES
 
 
-def _changed(
-    found: TagMap, opened: Opened, against: Opened
-) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _changed(found: TagMap, opened: Opened, against: Opened) -> NDArray[np.int64]:
     """For each cell the granules that differ. What only the other side has is in no cell."""
     changed = np.zeros(found.n_cells, dtype=np.int64)
     for difference in diff(opened.tags, against.tags, found.extents):
