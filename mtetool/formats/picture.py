@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from mtetool.errors import UsageError
 from mtetool.formats.tagmap import MISSING, SHADES, TagMap
 from mtetool.uapi import GRANULE_BYTES, TAG_MAX
+from mtetool.words import counted
 
 WIDTH_CELLS = 256
 MOST_CELLS = 1 << 18
@@ -202,4 +203,4 @@ def _short(n_bytes: int) -> str:
         n_bytes //= 1024
         if n_bytes < 1024 or unit == "TiB":
             break
-    return f"{n_bytes} {unit} ({granules:,} granules)"
+    return f"{n_bytes} {unit} ({counted(granules, 'granule')})"

@@ -199,7 +199,7 @@ class TableWriter:
         slots, ipas, sizes, tags = rows.columns()
         columns = [
             self._constant(saved.snapshot, len(ipas)),
-            arrow.array([saved.saved] * len(ipas), type=arrow.timestamp("s", tz="UTC")),
+            arrow.repeat(arrow.scalar(saved.saved, arrow.timestamp("s", tz="UTC")), len(ipas)),
             arrow.array(slots, mask=slots < 0),
             arrow.array(ipas),
             arrow.array(sizes),
