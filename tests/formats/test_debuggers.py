@@ -23,7 +23,11 @@ def gdb(path: Path, *commands: str) -> str:
     """What gdb prints for commands on a core."""
     words = [word for command in (f"core {path}", *commands) for word in ("-ex", command)]
     done = subprocess.run(
-        ["gdb-multiarch", "-nx", "-batch", *words], capture_output=True, text=True, check=False
+        ["gdb-multiarch", "-nx", "-batch", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=path.parent,  # where it may leave a core of its own
     )
     return done.stdout + done.stderr
 
