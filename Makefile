@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/sh
 
-.PHONY: help deps venv lab demo check test test-fast migration relay-campaign lab-kernels torture interrupted bench bench-lab differential differential-full fuzz fuzz-short clean
+.PHONY: help deps venv lab demo check test test-fast migration relay-campaign lab-kernels torture interrupted bench bench-lab differential differential-full browser spark fuzz fuzz-short clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -76,6 +76,13 @@ differential: deps venv ## compare two thousand calls on real kernels with the e
 
 differential-full: deps venv ## the same with 100,000 calls on each kernel, and a new seed each time
 	$(BIN)/python -m tests.differential --calls 100000
+
+browser: venv ## use a report in a real browser (needs Debian's chromium), by keyboard, light and dark
+	$(BIN)/python -m tests.formats.browser
+
+spark: venv ## run the example's queries in Spark too (PySpark, half a gigabyte, needs Java)
+	$(BIN)/pip install --quiet --disable-pip-version-check pyspark
+	$(BIN)/python -m tests.formats.spark
 
 fuzz: venv ## try two million hostile snapshots, guided by coverage (about twenty minutes)
 	$(BIN)/python -m tests.fuzz --executions 2000000

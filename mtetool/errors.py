@@ -375,6 +375,12 @@ class UnknownVersionError(SnapshotError):
     id = "unknown-version"
 
 
+class BadFormatError(SnapshotError):
+    """A file of another program is not what it should be, is damaged, or is of no known form."""
+
+    id = "bad-format"
+
+
 # --- status 6: this host -----------------------------------------------------------------
 
 

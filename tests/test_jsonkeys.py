@@ -52,6 +52,7 @@ def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield run("verify", first, "--against", target, "--json").json
     yield run("verify", first, "--against", broken, "--json").json
     yield run("verify", delta, "--base", first, "--against", guest, "--json").json
+    yield run("convert", partial, "--to", "core", "-o", tmp_path / "core", "--json").json
     yield run("merge", first, delta, "-o", second, "--json").json
     yield run("merge", partial, "-o", second, "--force", "--json").json
     for source in (guest, broken, first, partial):

@@ -20,8 +20,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("mtetool.cli.info", "Show what a snapshot holds, without reading its tags."),
     "verify": ("mtetool.cli.verify", "Check a snapshot, and compare it with a guest."),
     "merge": ("mtetool.cli.merge", "Make one snapshot of a base and its deltas."),
+    "convert": ("mtetool.cli.convert", "Convert tags to and from the forms of other programs."),
     "dump": ("mtetool.cli.dump", "Print tags, in runs of equal ones or one by one."),
     "diff": ("mtetool.cli.diff", "Show where the tags of two sources differ."),
+    "report": ("mtetool.cli.report", "Write a page about tags: layout, statistics, a map."),
     "list": ("mtetool.cli.listing", "List the VMs of this host, and whether they have tags."),
     "enable": ("mtetool.cli.enable", "Turn MTE on for a guest, before its first vCPU."),
     "exec": ("mtetool.cli.exec", "Start a VMM whose VM has MTE, in this process."),
@@ -74,6 +76,11 @@ class LazyGroup(click.Group):
         command = cast(click.Command, import_module(COMMANDS[cmd_name][0]).command)
         _name_page(command, f"mtetool-{cmd_name}(1)")
         return command
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options in one line, to leave the screen to the commands."""
+        formatter.write("\nOptions: --version (show it), -h, --help (this text).\n")
+        self.format_commands(ctx, formatter)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands in the help; click's own method would load them all."""

@@ -44,7 +44,7 @@ _BATCH_ROWS = 4096
 @EVERY_PAGE_OPTION
 @with_guest_options
 @quiet_option
-@output_option("raw")
+@output_option("raw", "png", "svg")
 def command(
     source: str,
     each: bool,
@@ -56,25 +56,31 @@ def command(
 ) -> int:
     """Print the tags of SOURCE (a guest, a snapshot, or -), in runs of equal ones.
 
-    raw is one byte per granule, slots in order of address, and 0xff for what cannot be read.
+    raw is one byte per granule, slots in order of address, and 0xff for what cannot be read; png
+    and svg are a map of memory, at a scale that is chosen to fit.
     Status 3 when some tags could not be read.
     """
     from mtetool.files.output import output_file
     from mtetool.flows.dump import granules, tag_runs, write_raw
     from mtetool.sources.source import asked, open_source
 
-    if output == "raw" and sys.stdout.isatty():
-        raise UsageError(
-            "raw tags are not for a terminal", hint="write to a pipe, or to a file: > FILE"
-        )
+    if output in ("raw", "png") and sys.stdout.isatty():
+        what = "raw tags are" if output == "raw" else "a picture is"
+        raise UsageError(f"{what} not for a terminal", hint="write to a pipe, or to a file: > FILE")
     if output == "raw" and each:
         raise UsageError("--granules is for text and json: raw has one byte per granule anyway")
+    if output in ("png", "svg") and each:
+        raise UsageError("--granules is for text and json: a cell of a picture has many granules")
     check_inputs(sources=[source])
     with open_source(source, guest_options, every_page=every_page) as opened:
         extents = asked(opened, list(ranges))
         if output == "raw":
             with output_file("-", force=False) as out:
                 missing = write_raw(opened, extents, out)
+        elif output in ("png", "svg"):
+            from mtetool.cli.picture import draw
+
+            missing = draw(opened, extents, output)
         else:
             rows = granules(opened, extents) if each else tag_runs(opened, extents)
             if output == "json":

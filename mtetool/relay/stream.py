@@ -23,6 +23,7 @@ stops after RAM's end, and why a device that sends its state earlier is refused.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,10 @@ _MOST_CAPABILITIES = 1024
 _MOST_BLOCKS = 4096
 
 
+Keep = Callable[[int, bytes], None]
+"""Called with the offset of a page in its block, and with its contents."""
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """Memory of the guest under one name, such as `mach-virt.ram`."""
@@ -73,9 +78,16 @@ class RamStream:
     becomes 1 when a record of that page begins to pass, whether the page comes in full, as zeros or
     by XBZRLE; whoever uses the marks clears them. Both are empty until the list of blocks has
     passed. `n_pages` counts pages in full, the other counters those that came in other forms.
+    `keep` gets the contents of each page of the block with the name `kept`.
     """
 
-    def __init__(self, most_memory_bytes: int = MOST_MEMORY_BYTES) -> None:
+    def __init__(
+        self,
+        most_memory_bytes: int = MOST_MEMORY_BYTES,
+        *,
+        kept: str | None = None,
+        keep: Keep | None = None,
+    ) -> None:
         self.machine = ""
         self.capabilities: frozenset[str] = frozenset()
         self.page_bytes = 1 << _DEFAULT_PAGE_BITS
@@ -86,6 +98,7 @@ class RamStream:
         self.in_ram_end = False
         self.done = False
         self._most_memory_bytes = most_memory_bytes
+        self._kept, self._keep = kept, keep
         self._page_bits = _DEFAULT_PAGE_BITS
         self._ram_id: int | None = None
         self._listed = False
@@ -256,7 +269,7 @@ class RamStream:
 
     def _ram(self) -> Steps[None]:
         while True:
-            if self._block is not None:
+            if self._block is not None and not self._is_kept(self._block):
                 yield from self._many_pages(self._block)
             self._begin = self._pieces.position
             word = yield from self._pieces.number(8)
@@ -294,18 +307,30 @@ class RamStream:
             place = f"a page at {offset:#x} of {quoted(block.name)}"
             raise self._damaged(f"{place}, which has {block.size_bytes:#x} bytes")
         self.marks[self._block][offset >> self._page_bits] = 1
-        yield from self._contents(flags & ~_SAME_BLOCK)
+        keep = self._keep if self._is_kept(self._block) else None
+        yield from self._contents(flags & ~_SAME_BLOCK, offset, keep)
 
-    def _contents(self, form: int) -> Steps[None]:
+    def _is_kept(self, block: int) -> bool:
+        return self.blocks[block].name == self._kept
+
+    def _contents(self, form: int, offset: int, keep: Keep | None) -> Steps[None]:
         if form == _PAGE:
             self.n_pages += 1
-            yield from self._pieces.skip(self.page_bytes)
+            if keep is None:
+                yield from self._pieces.skip(self.page_bytes)
+            else:
+                page = yield from self._pieces.take(self.page_bytes)
+                keep(offset, page)
         elif form == _ZERO:
             fill = yield from self._pieces.number(1)
             if fill:
                 raise self._damaged(f"a page filled with {fill:#04x}, not with zeros")
             self.n_zero_pages += 1
+            if keep is not None:
+                keep(offset, bytes(self.page_bytes))
         else:
+            if keep is not None:
+                raise refusing.capability(self._begin, "xbzrle")
             encoding = yield from self._pieces.number(1)
             length = yield from self._pieces.number(2)
             if encoding != _XBZRLE_ENCODING or length > self.page_bytes:

@@ -80,8 +80,15 @@ def open_source(
         with open_guest(source, options) as guest:
             yield GuestSource(guest, source, every_page=every_page)
         return
+    with opened(source) as stream, snapshot_source(stream, source) as snapshot:
+        yield snapshot
+
+
+@contextmanager
+def snapshot_source(stream: BinaryIO, source: str) -> Iterator[SnapshotSource]:
+    """The tags of a snapshot in an open file or pipe. Raises SnapshotError, BaseNeededError."""
     name = display_name(source)
-    with opened(source) as stream, seekable_stream(stream, name) as seekable:
+    with seekable_stream(stream, name) as seekable:
         snapshot = IndexedSnapshot.of(seekable, name)
         base_id = snapshot.header.base_id
         if base_id is not None:
@@ -132,6 +139,7 @@ class SnapshotSource:
 
     def __init__(self, snapshot: IndexedSnapshot, name: str) -> None:
         self.name = name
+        self.header = snapshot.header
         self.page_size_bytes = snapshot.header.page_size_bytes
         self._snapshot = snapshot
         self._entries = list(_in_force(snapshot.entries()))

@@ -99,6 +99,16 @@ _ARM = "arm-linux-gnueabihf"
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "virtio_net")
 # What runs in the lab.
 _COMPILED = ("mtetool", "tests/conformance", "tests/differential", "tests/interrupted", "tests/lab")
+_COMPILE = """
+import compileall, os, pathlib, py_compile, sys, tarfile
+os.chdir("/opt/mtetool")
+unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+for name in sys.argv[1:]:
+    assert compileall.compile_dir(name, quiet=2, invalidation_mode=unchecked), name
+with tarfile.open(fileobj=sys.stdout.buffer, mode="w|") as archive:
+    for path in pathlib.Path().rglob("*.pyc"):
+        archive.add(path)
+"""
 _KEPT = 8
 _KERNEL_PARTS = ("linux-base-", "linux-binary-", "linux-modules-")
 
@@ -356,14 +366,9 @@ def _bytecode(found: Images) -> Path:
     }
 
     def build(into: Path) -> None:
-        compiler = (
-            f"python3 -m compileall -q --invalidation-mode unchecked-hash {' '.join(_COMPILED)}"
-        )
         with Machine(images=found) as machine:
-            made = machine.sh(
-                f"cd /opt/mtetool; {compiler} >&2; find . -name '*.pyc' | tar -c -f - -T -",
-                timeout=600,
-            ).stdout
+            compiler = ["python3", "-c", _COMPILE, *_COMPILED]
+            made = machine.run(compiler, timeout=600, check=True).stdout
         with tarfile.open(fileobj=BytesIO(made)) as archive:
             archive.extractall(into, filter="data")
         _forget_old("bytecode")

@@ -1,0 +1,1 @@
+"""Tags in the forms of other programs, and those programs."""
