@@ -55,7 +55,7 @@ def command(
     (absent). Status 0 when they are the same, 1 when they differ.
     """
     from mtetool.flows.diff import check_ranges, diff
-    from mtetool.sources.source import open_source
+    from mtetool.sources.opening import open_source
 
     check_inputs(sources=[a, b])
     asked = list(ranges)

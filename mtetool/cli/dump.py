@@ -61,7 +61,8 @@ def command(
     """
     from mtetool.files.output import output_file
     from mtetool.flows.dump import granules, tag_runs, write_raw
-    from mtetool.sources.source import asked, open_source
+    from mtetool.sources.opening import open_source
+    from mtetool.sources.source import asked
 
     if output == "raw" and sys.stdout.isatty():
         raise UsageError(

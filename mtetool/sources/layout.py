@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from mtetool.errors import LayoutUnknownError, MisalignedError, RangeError
+from mtetool.errors import LayoutUnknownError, MisalignedError, RangeError, UsageError
 from mtetool.guest import Extent, Guest, Memslot
 from mtetool.snapshot.model import Header
 
@@ -74,6 +74,25 @@ def slots_of(header: Header) -> tuple[Memslot, ...]:
         return header.memslots
     scope = enumerate(merged(header.scope))
     return tuple(Memslot(n, extent.ipa, extent.size_bytes, None) for n, extent in scope)
+
+
+def slot_extents(slots: Sequence[Memslot], ids: Iterable[int], whose: str) -> list[Extent]:
+    """The memory of the slots with these ids, in order of address.
+
+    Raises UsageError for one that is not there, or whose tags cannot be reached.
+    """
+    by_id = {slot.id: slot for slot in slots}
+    for slot_id in ids:
+        if slot_id not in by_id:
+            known = ", ".join(str(slot.id) for slot in slots[:16]) or "none"
+            more = ", …" if len(slots) > 16 else ""
+            raise UsageError(f"{whose} has no slot {slot_id}", hint=f"its slots: {known}{more}")
+        if by_id[slot_id].kind == "device":
+            raise UsageError(f"the tags of slot {slot_id} cannot be reached: {UNREACHABLE}")
+    chosen = [by_id[slot_id] for slot_id in set(ids)]
+    return sorted(
+        (Extent(slot.ipa, slot.size_bytes) for slot in chosen), key=lambda extent: extent.ipa
+    )
 
 
 def merged(extents: Iterable[Extent]) -> list[Extent]:
