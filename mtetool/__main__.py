@@ -206,7 +206,9 @@ def wants_json(arguments: Sequence[str]) -> bool:
     """
     words = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     outputs = [after for word, after in pairwise(words) if word == "--output"]
-    return "--json" in words or "--output=json" in words or "json" in outputs
+    forms = {"json", "jsonl"}
+    outputs += [word.removeprefix("--output=") for word in words if word.startswith("--output=")]
+    return "--json" in words or bool(forms & set(outputs))
 
 
 def _flushed(status: int) -> int:

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("mtetool.cli.merge", "Make one snapshot of a base and its deltas."),
     "dump": ("mtetool.cli.dump", "Print tags, in runs of equal ones or one by one."),
     "diff": ("mtetool.cli.diff", "Show where the tags of two sources differ."),
+    "stats": ("mtetool.cli.stats", "Count tags: how many, how long their runs, how random."),
     "list": ("mtetool.cli.listing", "List the VMs of this host, and whether they have tags."),
     "enable": ("mtetool.cli.enable", "Turn MTE on for a guest, before its first vCPU."),
     "exec": ("mtetool.cli.exec", "Start a VMM whose VM has MTE, in this process."),
@@ -74,6 +75,12 @@ class LazyGroup(click.Group):
         command = cast(click.Command, import_module(COMMANDS[cmd_name][0]).command)
         _name_page(command, f"mtetool-{cmd_name}(1)")
         return command
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options in one line: the list of commands needs the screen."""
+        names = [", ".join(option.opts) for option in self.get_params(ctx)]
+        formatter.write(f"\nOptions: {'; '.join(names)}\n")
+        self.format_commands(ctx, formatter)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands in the help; click's own method would load them all."""

@@ -47,7 +47,7 @@ class Line(NamedTuple):
 
     ipa: int
     cells: bytes
-    count: int = 1
+    n_lines: int = 1
 
 
 def wanted_tags(tags: Sequence[int], *, only_tagged: bool) -> Wanted | None:
@@ -138,13 +138,13 @@ def lines(
             stop = min(start + length_bytes, end)
             open_line.put(at, _cells(step, at, stop))
             at = stop
-            count = (end - at) // length_bytes
-            if count and at == start + length_bytes and not isinstance(step, Copied):
+            n_lines = (end - at) // length_bytes
+            if n_lines and at == start + length_bytes and not isinstance(step, Copied):
                 # A range with one tag can be a terabyte long.
                 yield open_line.line()
                 open_line = None
-                yield Line(at, _cells(step, at, at + length_bytes), count)
-                at += count * length_bytes
+                yield Line(at, _cells(step, at, at + length_bytes), n_lines)
+                at += n_lines * length_bytes
     if open_line is not None:
         yield open_line.line()
 
