@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from mtetool.cli.ranges import size
 from mtetool.uapi import GRANULE_BYTES
-from mtetool.words import counted
 
 if TYPE_CHECKING:
     from mtetool.cli.screen import Screen
@@ -61,9 +60,8 @@ def head_lines(counts: TagCounts) -> Iterator[str]:
         yield f"unread   {size(counts.missing_bytes)}"
     tagged = size(counts.tagged_granules * GRANULE_BYTES)
     yield f"tagged   {tagged}, {_percent(counts.tagged_share)}"
-    n_runs = counted(int(counts.runs.sum()), "run")
     longest = f"; the longest has {size(counts.longest * GRANULE_BYTES)}" if counts.longest else ""
-    yield f"runs     {n_runs}, {counted(counts.tagged_runs, 'tagged one')}{longest}"
+    yield f"runs     {int(counts.runs.sum()):,}, of which {counts.tagged_runs:,} tagged{longest}"
 
 
 def tag_lines(counts: TagCounts, screen: Screen) -> Iterator[str]:

@@ -47,25 +47,25 @@ _MOST_CONTEXT = 1 << 16
     type=Parsed("address", parse_number),
     multiple=True,
     metavar="ADDR",
-    help="What is at this address, or at this tagged pointer (repeatable).",
+    help="What is at an address or tagged pointer.",
 )
 @click.option(
     "--context",
     type=click.IntRange(0, _MOST_CONTEXT),
     metavar="N",
-    help="Show N granules before and after --at (32).",
+    help="Granules around --at (32).",
 )
 @click.option("--only-tagged", is_flag=True, help="Leave out the tag 0.")
 @click.option("--tag", "tags", type=TAG, multiple=True, metavar="N", help="Only this tag.")
 @RANGE_OPTION
 @SLOT_OPTION
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N rows.")
-@click.option("--follow", is_flag=True, help="Read a guest again and again; print what changed.")
+@click.option("--follow", is_flag=True, help="Read a guest repeatedly; print changes.")
 @click.option(
     "--interval",
     type=click.FloatRange(0.05, 86400),
     metavar="SECONDS",
-    help="From one read to the next (1).",
+    help="From read to read (1).",
 )
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N reads.")
 @BASE_OPTION
@@ -95,8 +95,7 @@ def command(
 ) -> int:
     """Print the tags of SOURCE (a guest, a snapshot, or -), in runs of equal ones.
 
-    raw is one byte per granule, slots in order of address, and 0xff for what cannot be read.
-    Status 3 when some tags could not be read, 1 when a pointer has another tag than its memory.
+    Status 3 when some tags could not be read, 1 when a pointer's tag is not its memory's.
     """
     given = {
         "--granules": each,
@@ -205,15 +204,15 @@ def _print(
     to = screen()
     if output == "text" and to.is_terminal:
         return views.rows_on_terminal(source, extents, choice, to, progress)
-    # A bar between the lines on the same terminal would only disturb them; a map comes at the end.
-    mode = "none" if to.is_terminal and progress == "auto" and output != "map" else progress
+    if output == "map":
+        return views.print_map(source, extents, to, progress)
+    # A bar between the lines on the same terminal would only disturb them.
+    mode = "none" if to.is_terminal and progress == "auto" else progress
     with shown_progress(total_bytes(extents), f"dumping {source.name}", mode) as advance:
         watched = Watched(source, advance)
         if output == "raw":
             with output_file("-", force=False) as out:
                 return write_raw(watched, extents, out)
-        if output == "map":
-            return views.print_map(watched, extents, to)
         if output == "grid":
             return views.print_grid(watched, extents, to)
         if output == "json":

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from mtetool.backends import is_guest, open_guest
 from mtetool.cli.ranges import columns, extent_rows, size
 from mtetool.cli.render import note, put, warn
 from mtetool.cli.rows import write_batches
 from mtetool.cli.screen import Screen, screen
+from mtetool.errors import STATUS_OK, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,10 +41,11 @@ def follow_guest(
     """Print what changed from each read of a guest to the next, until a signal ends it."""
     from mtetool.flows.following import follow
 
+    if not is_guest(source):
+        raise UsageError(f"--follow reads a live guest, and {source} is not one")
     to = screen()
     rounds = follow(
-        source,
-        options,
+        partial(open_guest, source, options),
         ranges=ranges,
         slots=slots,
         every_page=every_page,
@@ -64,15 +69,8 @@ def follow_guest(
         left = sum(1 for _ in lines)
         if left and not quiet:
             note(f"{left:,} more changes were not printed (--limit)")
-        flush()
-    return 0
-
-
-def flush() -> None:
-    """Let the reader of a pipe see a round at once."""
-    import sys
-
-    sys.stdout.flush()
+        sys.stdout.flush()  # so that the reader of a pipe sees each round at once
+    return STATUS_OK
 
 
 def _say_first(source: str, first: Round, interval_seconds: float) -> None:

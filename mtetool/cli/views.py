@@ -80,15 +80,19 @@ def _print_summary(
     return found.missing
 
 
-def print_map(source: TagSource, extents: list[Extent], screen: Screen) -> Tally[Missing]:
+def print_map(
+    source: TagSource, extents: list[Extent], screen: Screen, progress: str
+) -> Tally[Missing]:
     """Print a map of memory, a character for each cell."""
     missing: Tally[Missing] = Tally()
-    lines_here = max(screen.lines - 4, 4) if screen.is_terminal else _MAP_LINES
-    drawn = _new_map(source, extents, screen, lines_here)
-    for step in source.read(extents):
-        if isinstance(step, Missing):
-            missing.add(step)
-        drawn.add(step)
+    n_lines = max(screen.lines - 4, 4) if screen.is_terminal else _MAP_LINES
+    drawn = _new_map(source, extents, screen, n_lines)
+    with shown_progress(total_bytes(extents), f"reading {source.name}", progress) as advance:
+        for step in source.read(extents):
+            if isinstance(step, Missing):
+                missing.add(step)
+            drawn.add(step)
+            advance(step.size_bytes)
     _print_drawn(drawn, screen)
     return missing
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
-from mtetool.backends import is_guest, open_guest
-from mtetool.errors import UsageError, host_error
+from mtetool.errors import host_error
 from mtetool.flows.diff import Difference, diff
 from mtetool.flows.save import SaveOptions, save
-from mtetool.guest import Extent, Guest, GuestOptions
+from mtetool.guest import Extent, Guest
 from mtetool.snapshot.index import IndexedSnapshot
 from mtetool.sources.layout import check_aligned
 from mtetool.sources.source import SnapshotSource
@@ -35,8 +34,7 @@ class Round:
 
 
 def follow(
-    name: str,
-    options: GuestOptions | None,
+    opening: Callable[[], AbstractContextManager[Guest]],
     *,
     ranges: Sequence[Extent] = (),
     slots: Sequence[int] = (),
@@ -46,19 +44,17 @@ def follow(
 ) -> Iterator[Round]:
     """Read a guest `count` times (None: for ever), and yield each round; the first has no changes.
 
-    Each read opens the guest anew and leaves it at its end, so that nothing is held in between. The
-    last tags are kept in a file without a name, compressed: memory is bounded. Raises UsageError
-    for what is not a guest, and what saving raises.
+    Each read opens the guest anew, by `opening`, and leaves it at its end, so that nothing is held
+    in between. The last tags are kept in a file without a name, compressed: memory is bounded.
+    Raises what opening and saving raise.
     """
-    if not is_guest(name):
-        raise UsageError(f"--follow reads a live guest, and {name} is not one")
     check_aligned(ranges, GRANULE_BYTES, "granule")
     last: _Read | None = None
     n = 0
     try:
         while count is None or n < count:
             started, now = time.monotonic(), time.time()
-            current = _read(name, options, ranges, slots, every_page=every_page)
+            current = _read(opening, ranges, slots, every_page=every_page)
             changes = _changes(last, current, ranges) if last is not None else iter(())
             yield Round(now, current.extents, current.missing_bytes, changes)
             if last is not None:
@@ -89,8 +85,7 @@ class _Read:
 
 
 def _read(
-    name: str,
-    options: GuestOptions | None,
+    opening: Callable[[], AbstractContextManager[Guest]],
     ranges: Sequence[Extent],
     slots: Sequence[int],
     *,
@@ -101,7 +96,7 @@ def _read(
     except OSError as error:
         raise _about_spool(error) from error
     try:
-        with open_guest(name, options) as guest:
+        with opening() as guest:
             pages = tuple(_whole_pages(guest, ranges))
             wanted = SaveOptions(ranges=pages, slots=tuple(slots), every_page=every_page)
             result = save(guest, stream, wanted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mtetool.guest import Extent, Memslot, Missing
 from mtetool.sources.copying import Fill, Step
-from mtetool.sources.layout import common, total_bytes, without
+from mtetool.sources.layout import by_slot, total_bytes
 from mtetool.sources.pieces import Progress, no_progress
 from mtetool.sources.source import TagSource
 from mtetool.sources.tally import Tally
@@ -168,7 +168,7 @@ def statistics(
     result = Statistics(TagCounts(), [], Tally())
     done, total = 0, total_bytes(extents)
     progress(0, total)
-    for slot, parts in _by_slot(source.memslots, extents):
+    for slot, parts in by_slot(source.memslots, extents):
         counter = _Counter()
         for step in source.read(parts):
             counter.add(step)
@@ -183,18 +183,6 @@ def statistics(
         if slot is not None:
             result.slots.append((slot, counter.counts))
     return result
-
-
-def _by_slot(
-    slots: Sequence[Memslot], extents: Sequence[Extent]
-) -> Iterator[tuple[Memslot | None, list[Extent]]]:
-    """The parts of extents in each slot, and between slots, in order of address."""
-    whole = [Extent(slot.ipa, slot.size_bytes) for slot in slots]
-    parts: list[tuple[Memslot | None, list[Extent]]] = [
-        (slot, common(extents, [extent])) for slot, extent in zip(slots, whole, strict=True)
-    ]
-    parts += [(None, [part]) for part in without(extents, whole)]
-    yield from sorted((part for part in parts if part[1]), key=lambda part: part[1][0].ipa)
 
 
 class _Counter:

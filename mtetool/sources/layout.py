@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mtetool.errors import LayoutUnknownError, MisalignedError, RangeError, UsageError
@@ -143,6 +143,18 @@ def without(a: Iterable[Extent], b: Iterable[Extent]) -> list[Extent]:
         if at < stop:
             result.append(Extent(at, stop - at))
     return result
+
+
+def by_slot(
+    slots: Sequence[Memslot], extents: Sequence[Extent]
+) -> Iterator[tuple[Memslot | None, list[Extent]]]:
+    """The parts of extents in each slot, and between slots, in order of address."""
+    whole = [Extent(slot.ipa, slot.size_bytes) for slot in slots]
+    parts: list[tuple[Memslot | None, list[Extent]]] = [
+        (slot, common(extents, [extent])) for slot, extent in zip(slots, whole, strict=True)
+    ]
+    parts += [(None, [part]) for part in without(extents, whole)]
+    yield from sorted((part for part in parts if part[1]), key=lambda part: part[1][0].ipa)
 
 
 def total_bytes(extents: Iterable[Extent]) -> int:
