@@ -77,6 +77,16 @@ class Relocation:
                 )
 
 
+def moved_slots(slots: Iterable[Memslot], relocation: Relocation) -> tuple[Memslot, ...]:
+    """Slots at their new addresses, in the order of these."""
+    moved = [
+        replace(slot, ipa=target.ipa)
+        for slot in slots
+        for _, target in relocation(Extent(slot.ipa, slot.size_bytes))
+    ]
+    return tuple(sorted(moved, key=lambda slot: slot.ipa))
+
+
 class MovedSource:
     """Another source, whose slots are at other addresses now; a `TagSource`."""
 
@@ -93,16 +103,7 @@ class MovedSource:
             for extent in held
             for offset, target in relocation(extent)
         )
-        self.memslots = tuple(
-            sorted(
-                (
-                    replace(slot, ipa=target.ipa)
-                    for slot in source.memslots
-                    for _, target in relocation(Extent(slot.ipa, slot.size_bytes))
-                ),
-                key=lambda slot: slot.ipa,
-            )
-        )
+        self.memslots = moved_slots(source.memslots, relocation)
 
     def extents(self) -> list[Extent]:
         """See `TagSource.extents`."""

@@ -213,7 +213,8 @@ def _check_on(below: Header, below_name: str, above: Header, name: str) -> None:
     if above.base_id is None:
         raise UsageError(
             f"{name} is a whole snapshot, not a delta to {below_name}",
-            hint="name the base first, and only deltas after it",
+            hint="name the base first, and only deltas after it; to take from it what is missing:"
+            f" --fill {name}",
         )
     if above.base_id != below.snapshot_id:
         raise BaseNeededError(
