@@ -72,8 +72,8 @@ def command(
 ) -> int:
     """Make one snapshot of BASE and the DELTAs to it, in the order in which they were saved.
 
-    Deltas alone give a delta to the same base; BASE alone gives the same snapshot, written
-    again. With --fill, gaps of a partial snapshot come from others. Status 3 when some ranges are missing.
+    Deltas alone give a delta to the same base; BASE alone gives the same snapshot, rewritten.
+    With --fill, gaps of a partial snapshot come from others. Status 3 when ranges are missing.
     """
     from mtetool.files.output import output_file
     from mtetool.flows.merge import merge

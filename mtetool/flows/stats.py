@@ -9,66 +9,71 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mtetool import loops
 from mtetool.guest import Extent, Memslot, Missing
 from mtetool.sources.copying import Fill, Step
 from mtetool.sources.layout import by_slot, total_bytes
 from mtetool.sources.pieces import Progress, no_progress
 from mtetool.sources.source import TagSource
 from mtetool.sources.tally import Tally
-from mtetool.tags import as_array, runs
 from mtetool.uapi import GRANULE_BYTES
 
 if TYPE_CHECKING:
-    from mtetool.tags import Tags
-
     Counts = NDArray[np.int64]
 
 N_TAGS = 16
-# Runs are at most 2^60 granules long.
 _N_LENGTHS = 61
-# Granules to look at in one go: what is made of them fits into a cache.
-_BLOCK_GRANULES = 1 << 16
-
-
-def _zeros(n: int) -> Counts:
-    return np.zeros(n, dtype=np.int64)
+# What `mtetool.loops.tally` counts, and the state of it that follows.
+_N_COUNTS = 2 * N_TAGS + 2 * _N_LENGTHS + 3
+_TAG, _BEFORE, _LENGTH = range(_N_COUNTS, _N_COUNTS + 3)
 
 
 @dataclass
 class TagCounts:
     """What was counted in some memory; `size_bytes` includes what could not be read.
 
-    `granules` and `runs` are counted by tag (16 of each), `lengths` and `length_granules` are the
-    tagged runs by length: number n is for 2^n to 2^(n+1) - 1 granules. `longest` is the longest
-    tagged run, in granules.
+    `numbers` are as for `mtetool.loops.tally`.
     """
 
     size_bytes: int = 0
     missing_bytes: int = 0
-    granules: Counts = field(default_factory=lambda: _zeros(N_TAGS))
-    runs: Counts = field(default_factory=lambda: _zeros(N_TAGS))
-    lengths: Counts = field(default_factory=lambda: _zeros(_N_LENGTHS))
-    length_granules: Counts = field(default_factory=lambda: _zeros(_N_LENGTHS))
-    longest: int = 0
+    numbers: Counts = field(default_factory=lambda: np.zeros(_N_COUNTS, dtype=np.int64))
     last_runs: int = 0
     """Tagged runs that end where nothing can be read after them."""
-    next_but_one: int = 0
-    """Tagged runs that have a run after the next one."""
-    next_but_one_same: int = 0
-    """Those of them for which it has the same tag."""
+
+    @property
+    def granules(self) -> Counts:
+        """Granules by tag, 16 of them."""
+        return self.numbers[:N_TAGS]
+
+    @property
+    def runs(self) -> Counts:
+        """Runs by tag, 16 of them."""
+        return self.numbers[N_TAGS : 2 * N_TAGS]
+
+    @property
+    def lengths(self) -> Counts:
+        """Tagged runs by length: number n is for 2^n to 2^(n+1) - 1 granules."""
+        return self.numbers[2 * N_TAGS : 2 * N_TAGS + _N_LENGTHS]
+
+    @property
+    def length_granules(self) -> Counts:
+        """The granules in those runs."""
+        return self.numbers[2 * N_TAGS + _N_LENGTHS : -3]
+
+    @property
+    def longest(self) -> int:
+        """The longest tagged run, in granules."""
+        return int(self.numbers[-3])
 
     def add(self, other: TagCounts) -> None:
         """Count what `other` counted, too."""
         self.size_bytes += other.size_bytes
         self.missing_bytes += other.missing_bytes
-        self.granules += other.granules
-        self.runs += other.runs
-        self.lengths += other.lengths
-        self.length_granules += other.length_granules
-        self.longest = max(self.longest, other.longest)
+        longest = max(self.longest, other.longest)
+        self.numbers += other.numbers
+        self.numbers[-3] = longest
         self.last_runs += other.last_runs
-        self.next_but_one += other.next_but_one
-        self.next_but_one_same += other.next_but_one_same
 
     @property
     def n_granules(self) -> int:
@@ -99,7 +104,7 @@ class TagCounts:
     @property
     def skip_one_share(self) -> float | None:
         """The share of tagged runs for which the run after the next has the same tag."""
-        return _share(self.next_but_one_same, self.next_but_one)
+        return _share(int(self.numbers[-1]), int(self.numbers[-2]))
 
     @property
     def entropy_bits(self) -> float | None:
@@ -191,67 +196,39 @@ class _Counter:
     def __init__(self) -> None:
         self.counts = TagCounts()
         self._end: int | None = None
-        # The run that may go on, and the tag of the one before it.
-        self._tag: int | None = None
-        self._length = 0
-        self._before: int | None = None
+        self._state = np.zeros(_N_COUNTS + 3, dtype=np.int64)
+        self._state[[_TAG, _BEFORE]] = -1
 
     def add(self, step: Step) -> None:
         self.counts.size_bytes += step.size_bytes
         if step.ipa != self._end:
-            self.end()
+            self._nothing_follows()
         self._end = step.ipa + step.size_bytes
         if isinstance(step, Missing):
             self.counts.missing_bytes += step.size_bytes
-            self.end()
+            self._nothing_follows()
         elif isinstance(step, Fill):
-            length = np.array([step.size_bytes // GRANULE_BYTES])
-            self._add_runs(np.array([step.tag], dtype=np.uint8), length)
+            loops.tally(bytes([step.tag]), step.size_bytes // GRANULE_BYTES, self._room)
         else:
-            tags = as_array(step.tags)
-            for first in range(0, tags.size, _BLOCK_GRANULES):
-                _, lengths, values = runs(tags[first : first + _BLOCK_GRANULES])
-                self._add_runs(values, lengths)
+            loops.tally(step.tags, 1, self._room)
+
+    @property
+    def _room(self) -> memoryview:
+        return self._state.view(np.uint8).data
+
+    def _nothing_follows(self) -> None:
+        """Count the last run, which nothing can go on."""
+        if self._state[_TAG] < 0:
+            return
+        self.counts.last_runs += bool(self._state[_TAG] > 0)
+        # Another run closes it; that one is then forgotten.
+        other = bytes([1 if self._state[_TAG] != 1 else 2])
+        n_triples = self._state[_N_COUNTS - 2 : _N_COUNTS].copy()
+        loops.tally(other, 1, self._room)
+        self._state[_N_COUNTS - 2 : _N_COUNTS] = n_triples
+        self._state[[_TAG, _BEFORE]] = -1
 
     def end(self) -> None:
-        """Nothing can be read after the last granule."""
-        if self._tag is not None:
-            self._count(np.array([self._tag], dtype=np.uint8), np.array([self._length]))
-            self.counts.last_runs += self._tag != 0
-        self._tag = self._before = None
-
-    def _add_runs(self, values: Tags, lengths: NDArray[np.intp]) -> None:
-        """Count runs that follow directly; the first may go on with the last one."""
-        if values[0] == self._tag:
-            self._length += int(lengths[0])
-            values, lengths = values[1:], lengths[1:]
-        if not values.size:
-            return
-        self._count_next_but_one(values)
-        if self._tag is not None:
-            values = np.concatenate((np.array([self._tag], dtype=np.uint8), values))
-            lengths = np.concatenate((np.array([self._length]), lengths))
-        if values.size > 1:
-            self._count(values[:-1], lengths[:-1])
-            self._before = int(values[-2])
-        self._tag, self._length = int(values[-1]), int(lengths[-1])
-
-    def _count_next_but_one(self, values: Tags) -> None:
-        known = [tag for tag in (self._before, self._tag) if tag is not None]
-        all_values = np.concatenate((np.array(known, dtype=np.uint8), values))
-        first, third = all_values[:-2], all_values[2:]
-        is_tagged = first != 0
-        self.counts.next_but_one += int(np.count_nonzero(is_tagged))
-        self.counts.next_but_one_same += int(np.count_nonzero(is_tagged & (first == third)))
-
-    def _count(self, values: Tags, lengths: NDArray[np.intp]) -> None:
-        counts = self.counts
-        counts.runs += np.bincount(values, minlength=N_TAGS)
-        # Sums of weights are floats, exact up to 2^53.
-        counts.granules += np.bincount(values, lengths, N_TAGS).astype(np.int64)
-        tagged = lengths[values != 0]
-        if tagged.size:
-            exponents = np.frexp(tagged)[1] - 1
-            counts.lengths += np.bincount(exponents, minlength=_N_LENGTHS)
-            counts.length_granules += np.bincount(exponents, tagged, _N_LENGTHS).astype(np.int64)
-            counts.longest = max(counts.longest, int(tagged.max()))
+        """Finish the counts."""
+        self._nothing_follows()
+        self.counts.numbers[:] = self._state[:_N_COUNTS]
