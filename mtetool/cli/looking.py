@@ -77,7 +77,8 @@ def _why_not(item: Look, source: TagSource) -> str:
     ipa = item.pointer.ipa
     there = f"begins {near.ipa - ipa:#x} bytes after it"
     if ipa >= near.end:
-        there = f"ends {ipa - near.end:#x} bytes before it"
+        distance = ipa - near.end
+        there = f"ends {distance:#x} bytes before it" if distance else "ends right before it"
     return f"not in the memory of {source.name}; the nearest, {hex_range(near)}, {there}"
 
 

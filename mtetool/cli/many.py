@@ -34,7 +34,8 @@ def each_of(files: Sequence[str], one: One, schema: str, *, as_json: bool) -> in
             try:
                 status, document = one(file)
             except MtetoolError as error:
-                status, document = error.exit_status, {**error.document(), "file": file}
+                status, document = error.exit_status, error.document()
+                document["path"] = document["path"] or file
                 if not as_json:
                     lines = [printable(line) for line in error.lines()]
                     lines[0] += "" if file in lines[0] else f" ({printable(file)})"
