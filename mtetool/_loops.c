@@ -386,7 +386,10 @@ tally(const uint8_t *tags, size_t n, uint64_t repeat, struct tally *now)
 {
     for (size_t at = 0; at < n;) {
         const uint8_t tag = tags[at] & 15;
+        const uint64_t eight = tags[at] * 0x0101010101010101;
         size_t first = at++;
+        while (n - at >= 8 && word(tags + at) == eight)
+            at += 8;
         while (at < n && (tags[at] & 15) == tag)
             at++;
         if (tag == now->tag) {

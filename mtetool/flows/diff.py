@@ -80,7 +80,7 @@ class Totals:
     """How much differs in some memory, and how.
 
     `granules[a, b]` counts granules with the tag `a` in A and `b` in B; 16 where the memory is
-    absent. Ranges are counted as `diff` yields them; `missing_bytes` could not be compared.
+    absent. Of the diagonal only the sum counts. Ranges are counted as `diff` yields them; `missing_bytes` could not be compared.
     """
 
     granules: NDArray[np.int64] = field(
@@ -186,6 +186,9 @@ class _TotalsCounter:
         for block in range(0, n_granules, _BLOCK_GRANULES):
             n_here = min(_BLOCK_GRANULES, n_granules - block)
             tags = [_block(step, block, n_here) for step in (a, b)]
+            if tags[0] is not None and tags[1] is not None and np.array_equal(tags[0], tags[1]):
+                self.totals.granules[0, 0] += n_here
+                continue
             left, right = (
                 np.full(n_here, _ABSENT, dtype=np.uint8) if part is None else part for part in tags
             )
