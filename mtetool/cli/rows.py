@@ -51,13 +51,14 @@ def print_text(source: TagSource, extents: list[Extent], choice: Choice) -> Tall
 
 def text_lines(rows: Iterable[Run | Missing], choice: Choice, screen: Screen) -> Iterator[str]:
     """Rows as lines of text."""
+    tags = [screen.tag(tag) for tag in range(16)]  # there can be many millions of rows
     for row in rows:
         if isinstance(row, Missing):
             yield printable(f"{columns(row)}  missing: {why(row)}") + "\n"
         elif choice.each:
-            yield f"{row.ipa:>#14x}  {screen.tag(row.tag)}\n"
+            yield f"{row.ipa:>#14x}  {tags[row.tag]}\n"
         else:
-            yield f"{columns(row)}  {screen.tag(row.tag)}\n"
+            yield f"{columns(row)}  {tags[row.tag]}\n"
 
 
 def print_json_lines(source: TagSource, extents: list[Extent], choice: Choice) -> Tally[Missing]:

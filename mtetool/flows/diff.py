@@ -80,7 +80,8 @@ class Totals:
     """How much differs in some memory, and how.
 
     `granules[a, b]` counts granules with the tag `a` in A and `b` in B; 16 where the memory is
-    absent. Of the diagonal only the sum counts. Ranges are counted as `diff` yields them; `missing_bytes` could not be compared.
+    absent. Of the diagonal only the sum counts. Ranges are counted as `diff` yields them;
+    `missing_bytes` could not be compared.
     """
 
     granules: NDArray[np.int64] = field(
