@@ -13,7 +13,6 @@ from itertools import pairwise
 from types import FrameType
 
 from mtetool.errors import (
-    DETAIL_KEYS,
     STATUS_HOST,
     STATUS_OK,
     MtetoolError,
@@ -169,7 +168,7 @@ def _report(error: MtetoolError, arguments: Sequence[str]) -> int:
         import traceback
 
         traceback.print_exc()
-    parts = _as_json(error) if wants_json(arguments) else [_as_text(error)]
+    parts = _as_json(error) if wants_json(arguments) else ["\n".join(map(printable, error.lines()))]
     # The reader may be gone; the status still reports the failure.
     with suppress(OSError, ValueError, AttributeError):
         sys.stderr.writelines(parts)
@@ -178,25 +177,10 @@ def _report(error: MtetoolError, arguments: Sequence[str]) -> int:
     return error.exit_status
 
 
-def _as_text(error: MtetoolError) -> str:
-    lines = [f"mtetool: error: {error.message}"]
-    if error.hint:
-        lines.append(f"  try: {error.hint}")
-    return "\n".join(printable(line) for line in lines)
-
-
 def _as_json(error: MtetoolError) -> Iterable[str]:
-    fixed = {
-        "schema": "mtetool.error/1",
-        "error": error.id,
-        "message": error.message,
-        "hint": error.hint,
-        "status": error.exit_status,
-    }
     from mtetool.streaming import json_parts
 
-    details = {**dict.fromkeys(DETAIL_KEYS), **error.details}
-    return json_parts({**fixed, **details, **fixed})
+    return json_parts(error.document())
 
 
 def wants_json(arguments: Sequence[str]) -> bool:
@@ -206,7 +190,9 @@ def wants_json(arguments: Sequence[str]) -> bool:
     """
     words = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     outputs = [after for word, after in pairwise(words) if word == "--output"]
-    return "--json" in words or "--output=json" in words or "json" in outputs
+    forms = {"json", "jsonl"}
+    outputs += [word.removeprefix("--output=") for word in words if word.startswith("--output=")]
+    return "--json" in words or bool(forms & set(outputs))
 
 
 def _flushed(status: int) -> int:

@@ -356,6 +356,59 @@ out:
     *found = now;
 }
 
+/* --- counting ----------------------------------------------------------------------------- */
+
+/* The numbers that `tally` keeps, in the order in which it is documented. */
+struct tally {
+    uint64_t granules[16], runs[16], lengths[61], length_granules[61];
+    uint64_t longest, next_but_one, next_but_one_same;
+    int64_t tag, before;
+    uint64_t length;
+};
+
+static void
+tally_close(struct tally *now)
+{
+    size_t tag = (size_t)now->tag;
+    now->granules[tag] += now->length;
+    now->runs[tag]++;
+    if (tag) {
+        int exponent = 63 - __builtin_clzll(now->length);
+        now->lengths[exponent]++;
+        now->length_granules[exponent] += now->length;
+        if (now->length > now->longest)
+            now->longest = now->length;
+    }
+}
+
+static void
+tally(const uint8_t *tags, size_t n, uint64_t repeat, struct tally *now)
+{
+    for (size_t at = 0; at < n;) {
+        const uint8_t tag = tags[at] & 15;
+        const uint64_t eight = tags[at] * 0x0101010101010101;
+        size_t first = at++;
+        while (n - at >= 8 && word(tags + at) == eight)
+            at += 8;
+        while (at < n && (tags[at] & 15) == tag)
+            at++;
+        if (tag == now->tag) {
+            now->length += (at - first) * repeat;
+            continue;
+        }
+        if (now->tag >= 0) {
+            tally_close(now);
+            if (now->before > 0) {
+                now->next_but_one++;
+                now->next_but_one_same += now->before == tag;
+            }
+        }
+        now->before = now->tag;
+        now->tag = tag;
+        now->length = (at - first) * repeat;
+    }
+}
+
 /* --- what Python sees --------------------------------------------------------------------- */
 
 static PyObject *
@@ -604,6 +657,30 @@ loops_ram_records(PyObject *module, PyObject *args)
                          (Py_ssize_t)found.zero_pages, (Py_ssize_t)found.xbzrle_pages);
 }
 
+static PyObject *
+loops_tally(PyObject *module, PyObject *args)
+{
+    Py_buffer tags, counts;
+    long long repeat;
+    struct tally now;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*Lw*", &tags, &repeat, &counts))
+        return NULL;
+    if (repeat <= 0 || repeat >> 60 || counts.len != sizeof now)
+        return refuse("no room for these counts", &tags, &counts);
+    memcpy(&now, counts.buf, sizeof now);
+    if (now.tag < -1 || now.tag > 15 || now.before < -1 || now.before > 15 ||
+        (now.tag >= 0 && (now.length == 0 || now.length >> 61)))
+        return refuse("counts that are none", &tags, &counts);
+    Py_BEGIN_ALLOW_THREADS
+    tally(tags.buf, (size_t)tags.len, (uint64_t)repeat, &now);
+    Py_END_ALLOW_THREADS
+    memcpy(counts.buf, &now, sizeof now);
+    PyBuffer_Release(&tags);
+    PyBuffer_Release(&counts);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"scan", loops_scan, METH_VARARGS, NULL},
     {"to_runs", loops_to_runs, METH_VARARGS, NULL},
@@ -615,6 +692,7 @@ static PyMethodDef methods[] = {
     {"first_difference", loops_first_difference, METH_VARARGS, NULL},
     {"xor", loops_xor, METH_VARARGS, NULL},
     {"mask", loops_mask, METH_VARARGS, NULL},
+    {"tally", loops_tally, METH_VARARGS, NULL},
     {"ram_records", loops_ram_records, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

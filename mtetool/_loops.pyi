@@ -23,6 +23,9 @@ from mtetool.loops_numpy import (
     scan as scan,
 )
 from mtetool.loops_numpy import (
+    tally as tally,
+)
+from mtetool.loops_numpy import (
     to_runs as to_runs,
 )
 from mtetool.loops_numpy import (

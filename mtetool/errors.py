@@ -73,6 +73,22 @@ class MtetoolError(Exception):
         self.details = details
         self.exit_status = self.status
 
+    def lines(self) -> list[str]:
+        """The error in its text form; not `printable` yet."""
+        hint = [f"  try: {self.hint}"] if self.hint else []
+        return [f"mtetool: error: {self.message}", *hint]
+
+    def document(self) -> dict[str, object]:
+        """The error in its JSON form, which always has the same keys."""
+        fixed = {
+            "schema": "mtetool.error/1",
+            "error": self.id,
+            "message": self.message,
+            "hint": self.hint,
+            "status": self.exit_status,
+        }
+        return {**fixed, **dict.fromkeys(DETAIL_KEYS), **self.details, **fixed}
+
 
 # --- a signal -------------------------------------------------------------------------------
 

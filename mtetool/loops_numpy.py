@@ -11,7 +11,7 @@ length minus 16 as LEB128.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,6 +211,67 @@ def mask(tags: TagBuffer) -> None:
     """Clear bits 7:4 of each byte."""
     array = _bytes(tags)
     np.bitwise_and(array, np.uint8(15), out=array)
+
+
+# What `tally` counts, see there; then the run that may go on: its tag, the one before, its length.
+_N_TAGS, _N_LENGTHS = 16, 61
+_LENGTHS = 2 * _N_TAGS
+_LONGEST = _LENGTHS + 2 * _N_LENGTHS
+_NEXT_BUT_ONE, _SAME, _TAG, _BEFORE, _LENGTH = range(_LONGEST + 1, _LONGEST + 6)
+_N_NUMBERS = _LENGTH + 1
+
+
+def tally(tags: TagBuffer, repeat: int, counts: TagBuffer) -> None:
+    """Count runs of equal tags, each tag for `repeat` granules, in `counts`; a run may go on.
+
+    `counts` are 160 words of 64 bits: the granules by tag (16), and the runs (16); the runs of tags
+    other than 0 by length (61; number n: 2^n to 2^(n+1) - 1 granules), and their granules (61); the
+    longest of them; how many of them have a run after the next one, and how many of those the same
+    tag as that; then the tag of the last run and of the one before it, or -1, and the last run's
+    length so far. That one is not counted yet.
+    """
+    array = _bytes(tags) & np.uint8(15)
+    room = as_bytes(counts)
+    if not 0 < repeat < 1 << 60 or room.nbytes != _N_NUMBERS * 8:
+        raise ValueError("no room for these counts")
+    now = np.frombuffer(room, dtype=np.int64)
+    last, before, length = (int(now[n]) for n in (_TAG, _BEFORE, _LENGTH))
+    if not (-1 <= last <= 15 and -1 <= before <= 15 and (last < 0 or 0 < length < 1 << 61)):
+        raise ValueError("counts that are none")
+    if not array.size:
+        return
+    starts = np.concatenate(([0], np.flatnonzero(array[1:] != array[:-1]) + 1))
+    lengths = np.diff(starts, append=array.size) * repeat
+    values = array[starts].astype(np.int64)
+    known = [tag for tag in (before, last) if tag >= 0]
+    if last >= 0:
+        if values[0] == last:
+            lengths[0] += length
+            known.pop()
+        else:
+            lengths = np.concatenate(([length], lengths))
+    every = np.concatenate((np.array(known, dtype=np.int64), values))
+    now[_TAG], now[_LENGTH] = every[-1], lengths[-1]
+    now[_BEFORE] = every[-2] if every.size > 1 else before
+    # What is new here: the third of each three runs, except where it was the last one already.
+    n_new = values.size - int(values[0] == last)
+    first, third = every[:-2][-n_new:], every[2:][-n_new:]
+    if n_new and first.size:
+        now[_NEXT_BUT_ONE] += np.count_nonzero(first)
+        now[_SAME] += np.count_nonzero((first == third) & (first != 0))
+    _count_runs(every[-lengths.size : -1], lengths[:-1], now)
+
+
+def _count_runs(values: NDArray[np.int64], lengths: NDArray[np.int64], now: Any) -> None:
+    now[:_N_TAGS] += np.bincount(values, lengths, _N_TAGS).astype(np.int64)
+    now[_N_TAGS:_LENGTHS] += np.bincount(values, minlength=_N_TAGS)
+    tagged = lengths[values != 0]
+    if tagged.size:
+        exponents = np.frexp(tagged)[1] - 1
+        now[_LENGTHS : _LENGTHS + _N_LENGTHS] += np.bincount(exponents, minlength=_N_LENGTHS)
+        sums = np.bincount(exponents, tagged, _N_LENGTHS).astype(np.int64)
+        now[_LENGTHS + _N_LENGTHS : _LONGEST] += sums
+        now[_LONGEST] = max(int(now[_LONGEST]), int(tagged.max()))
 
 
 def ram_records(

@@ -55,6 +55,9 @@ def paths(value: Any, prefix: str = "") -> Iterator[str]:
             yield from paths(item, f"{prefix}{key}.")
     elif isinstance(value, list):
         for item in value:
+            if isinstance(item, dict) and "schema" in item:
+                check_keys(item)  # a document of its own
+                continue
             yield from paths(item, f"{prefix.removesuffix('.')}[].")
 
 

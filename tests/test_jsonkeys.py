@@ -60,6 +60,13 @@ def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield run("dump", source, "--json", "--granules", "--range", f"{BASE:#x}:4K").json
         yield run("diff", source, target, "--json").json
         yield run("diff", source, guest, "--json").json
+        yield run("diff", source, target, "--stat", "--json").json
+        yield run("diff", source, target, "--brief", "--json").json
+        yield run("stats", source, "--json").json
+        yield run("dump", source, "--at", f"{BASE:#x}", "--at", "0x1000", "--json").json
+    yield run("verify", first, partial, "--json").json
+    yield run("info", first, tmp_path / "none", "--json").json
+    yield run("merge", partial, "--fill", first, "-o", second, "--force", "--json").json
     yield run("restore", first, target, "--dry-run", "--json").json
     yield run("restore", partial, target, "--json").json
     yield run("restore", first, target, "--json").json

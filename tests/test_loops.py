@@ -238,6 +238,36 @@ def test_frame_runs(module: ModuleType, starts: list[tuple[int, int]]) -> None:
         first = behind
 
 
+PIECES = st.lists(
+    st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.sampled_from([1, 1, 1, 5])),
+    max_size=8,
+)
+
+
+@BOTH
+@given(pieces=PIECES)
+def test_tallies(module: ModuleType, pieces: list[tuple[list[int], int]]) -> None:
+    counts = np.zeros(160, dtype=np.int64)
+    counts[[157, 158]] = -1
+    for tags, repeat in pieces:
+        assert module.tally(bytes(tags), repeat, counts.view(np.uint8)) is None
+    whole = bytes(tag for tags, repeat in pieces for tag in tags for _ in range(repeat))
+    every = runs_of(whole)
+    closed, expected = every[:-1], np.zeros(157, dtype=np.int64)
+    for tag, length in closed:
+        expected[tag] += length
+        expected[16 + tag] += 1
+        if tag:
+            expected[32 + length.bit_length() - 1] += 1
+            expected[93 + length.bit_length() - 1] += length
+            expected[154] = max(expected[154], length)
+    triples = [(a, c) for (a, _), (c, _) in zip(every, every[2:], strict=False) if a]
+    expected[155], expected[156] = len(triples), sum(a == c for a, c in triples)
+    assert np.array_equal(counts[:157], expected)
+    if every:
+        assert (counts[157], counts[159]) == every[-1]
+
+
 @BOTH
 @given(tags=TAGS)
 def test_packing(module: ModuleType, tags: bytes) -> None:
@@ -294,6 +324,10 @@ def test_lengths_that_do_not_fit(module: ModuleType) -> None:
         lambda: module.unpack(bytes(2), bytearray(3)),
         lambda: module.first_difference(b"a", b"ab"),
         lambda: module.xor(bytearray(1), b"ab"),
+        lambda: module.tally(b"a", 1, bytearray(1279)),
+        lambda: module.tally(b"a", 0, bytearray(1280)),
+        lambda: module.tally(b"a", 1, bytearray(b"\x11" * 1280)),
+        lambda: module.tally(b"a", 1, bytearray(1280)),
     ):
         with pytest.raises(ValueError, match=r"."):
             call()  # type: ignore[no-untyped-call]

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "dump": ("mtetool.cli.dump", "Print tags, in runs of equal ones or one by one."),
     "diff": ("mtetool.cli.diff", "Show where the tags of two sources differ."),
     "report": ("mtetool.cli.report", "Write a page about tags: layout, statistics, a map."),
+    "stats": ("mtetool.cli.stats", "Count tags: how many, how long their runs, how random."),
     "list": ("mtetool.cli.listing", "List the VMs of this host, and whether they have tags."),
     "enable": ("mtetool.cli.enable", "Turn MTE on for a guest, before its first vCPU."),
     "exec": ("mtetool.cli.exec", "Start a VMM whose VM has MTE, in this process."),
@@ -79,7 +80,7 @@ class LazyGroup(click.Group):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in one line, to leave the screen to the commands."""
-        formatter.write("\nOptions: --version (show it), -h, --help (this text).\n")
+        formatter.write("Options: --version (show it), -h, --help (this text).\n")
         self.format_commands(ctx, formatter)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mtetool.cli.many import each_of
 from mtetool.cli.naming import check_inputs
 from mtetool.cli.options import NAME, completes, report_option
 from mtetool.cli.ranges import extent_rows, missing_json, missing_lines, size
-from mtetool.cli.render import describe_guest, print_json, say, table
+from mtetool.cli.render import describe_guest, put, say, table
+from mtetool.errors import STATUS_OK
 from mtetool.guest import GuestInfo, Memslot
 from mtetool.sources.tally import Tally
 from mtetool.words import counted
@@ -22,24 +24,40 @@ _CONSISTENT = {True: "yes", False: "no, the guest ran during the save", None: "u
 
 
 @click.command("info")
-@click.argument("file", type=NAME, metavar="FILE", shell_complete=completes("files"))
+@click.argument(
+    "files",
+    type=NAME,
+    metavar="FILE...",
+    shell_complete=completes("files"),
+    nargs=-1,
+    required=True,
+)
 @report_option
-def command(file: str, output: str) -> None:
-    """Show what the snapshot FILE (- is standard input) holds.
+def command(files: tuple[str, ...], output: str) -> int:
+    """Show what the snapshot FILE (- is standard input) holds, or each of several.
 
     The tags are not decompressed; to check that they are sound, use mtetool verify.
     """
     from mtetool.snapshot.summary import read_summary
 
-    check_inputs([file], instead=_describe)
-    summary = read_summary(file)
-    missing: Tally[Missing] = Tally()
-    for item in summary.missing:
-        missing.add(item)
-    if output == "json":
-        print_json(_document(file, summary, missing))
-    else:
+    check_inputs(files, instead=_describe)
+    is_first = True
+
+    def one(file: str) -> tuple[int, dict[str, Any]]:
+        nonlocal is_first
+        summary = read_summary(file)
+        missing: Tally[Missing] = Tally()
+        for item in summary.missing:
+            missing.add(item)
+        if output == "json":
+            return STATUS_OK, _document(file, summary, missing)
+        if not is_first:
+            put("\n")
+        is_first = False
         _tell(file, summary, missing)
+        return STATUS_OK, {}
+
+    return each_of(files, one, "mtetool.info-list/1", as_json=output == "json")
 
 
 def _describe(guest: str) -> str:

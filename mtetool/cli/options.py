@@ -91,6 +91,16 @@ def parse_tag(text: str) -> int:
     return value
 
 
+def parse_move(text: str) -> tuple[int, int]:
+    """Parse `OLD=NEW`, two addresses. Raises ValueError."""
+    old, equals, new = text.partition("=")
+    if not equals:
+        raise ValueError(
+            f"{quoted(text)} is not of the form OLD=NEW, such as 0x40000000=0x80000000"
+        )
+    return parse_number(old), parse_number(new)
+
+
 class Parsed(_ParamType):
     """A parameter type made from a parser that raises ValueError."""
 
@@ -278,6 +288,16 @@ BASE_OPTION = click.option(
     shell_complete=completes("files"),
     metavar="FILE",
     help="The base of a delta (repeatable: the oldest first).",
+)
+
+
+MAP_OPTION = click.option(
+    "--map",
+    "moves",
+    type=Parsed("old=new", parse_move),
+    multiple=True,
+    metavar="OLD=NEW",
+    help="The slot at IPA OLD in the first is at NEW in the second.",
 )
 
 

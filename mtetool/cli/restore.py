@@ -11,10 +11,9 @@ from mtetool.backends import is_guest, open_guest
 from mtetool.cli.naming import check_inputs
 from mtetool.cli.options import (
     BASE_OPTION,
+    MAP_OPTION,
     NAME,
-    Parsed,
     completes,
-    parse_number,
     progress_options,
     report_option,
 )
@@ -31,20 +30,9 @@ from mtetool.cli.ranges import (
 )
 from mtetool.cli.render import print_json, printing, say, warn
 from mtetool.guest import GuestOptions
-from mtetool.words import quoted
 
 if TYPE_CHECKING:
     from mtetool.flows.restore import RestoreResult
-
-
-def parse_move(text: str) -> tuple[int, int]:
-    """Parse `OLD=NEW`, two addresses. Raises ValueError."""
-    old, equals, new = text.partition("=")
-    if not equals:
-        raise ValueError(
-            f"{quoted(text)} is not of the form OLD=NEW, such as 0x40000000=0x80000000"
-        )
-    return parse_number(old), parse_number(new)
 
 
 @click.command("restore")
@@ -55,14 +43,7 @@ def parse_move(text: str) -> tuple[int, int]:
 )
 @click.option("--dry-run", is_flag=True, help="Check and compare; write nothing.")
 @click.option("--every-page", is_flag=True, help="Also write where the guest has no tags.")
-@click.option(
-    "--map",
-    "moves",
-    type=Parsed("old=new", parse_move),
-    multiple=True,
-    metavar="OLD=NEW",
-    help="The slot at IPA OLD in the snapshot is at NEW in the guest.",
-)
+@MAP_OPTION
 @BASE_OPTION
 @with_guest_options
 @progress_options

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mtetool.backends import open_guest
+from mtetool.cli.many import each_of
 from mtetool.cli.naming import check_inputs
 from mtetool.cli.options import (
     BASE_OPTION,
     EVERY_PAGE_OPTION,
     FILE,
+    MAP_OPTION,
     NAME,
     completes,
     progress_options,
@@ -29,7 +31,8 @@ from mtetool.cli.ranges import (
     size,
     warn_partial,
 )
-from mtetool.cli.render import print_json, say, warn
+from mtetool.cli.render import say, warn
+from mtetool.errors import UsageError
 from mtetool.guest import GuestOptions
 
 if TYPE_CHECKING:
@@ -37,7 +40,14 @@ if TYPE_CHECKING:
 
 
 @click.command("verify")
-@click.argument("file", type=NAME, metavar="FILE", shell_complete=completes("files"))
+@click.argument(
+    "files",
+    type=NAME,
+    metavar="FILE...",
+    shell_complete=completes("files"),
+    nargs=-1,
+    required=True,
+)
 @click.option(
     "--against",
     type=FILE,
@@ -46,61 +56,93 @@ if TYPE_CHECKING:
     help="Compare every tag with this guest's.",
 )
 @BASE_OPTION
+@MAP_OPTION
 @EVERY_PAGE_OPTION
 @with_guest_options
 @progress_options
 @report_option
 def command(
-    file: str,
+    files: tuple[str, ...],
     against: str | None,
     bases: tuple[str, ...],
+    moves: tuple[tuple[int, int], ...],
     every_page: bool,
     guest_options: GuestOptions,
     quiet: bool,
     progress: str,
     output: str,
 ) -> int:
-    """Check every byte of the snapshot FILE (- is standard input).
+    """Check every byte of the snapshot FILE (- is standard input), or of several.
 
     With --against, also compare every tag with a guest's: status 1 when they differ. Status 3
     when the snapshot marks ranges as missing, or some could not be compared.
     """
-    from mtetool.flows.verify import verify, verify_against
-    from mtetool.sources.opening import snapshot_input
-
     check_inputs(
-        [*bases, file],
+        [*bases, *files],
         [] if against is None else [against],
         instead=lambda guest: f"mtetool verify FILE --against {guest}",
     )
-    started = time.monotonic()
+    if len(files) > 1 and (against is not None or bases):
+        raise UsageError("--against and --base go with a single FILE")
+    if moves and against is None:
+        raise UsageError("--map goes with --against")
+
+    def one(file: str) -> tuple[int, dict[str, Any]]:
+        started = time.monotonic()
+        result = _verify(
+            file,
+            bases,
+            against,
+            moves,
+            every_page=every_page,
+            options=guest_options,
+            listed=listed_in(output),
+            progress=progress,
+        )
+        elapsed = time.monotonic() - started
+        if result.paused is False and not quiet:
+            warn(f"{against} is running: its tags change while they are compared")
+        warn_partial(
+            (result.checked.missing, "are missing in the snapshot"),
+            (result.unreadable, "could not be read"),
+            quiet=quiet,
+        )
+        if output == "json":
+            return result.status, _document(file, elapsed, result)
+        _tell(file, elapsed, result)
+        return result.status, {}
+
+    return each_of(files, one, "mtetool.verify-list/1", as_json=output == "json")
+
+
+def _verify(
+    file: str,
+    bases: tuple[str, ...],
+    against: str | None,
+    moves: tuple[tuple[int, int], ...],
+    *,
+    every_page: bool,
+    options: GuestOptions,
+    listed: int | None,
+    progress: str,
+) -> VerifyResult:
+    from mtetool.flows.verify import verify, verify_against
+    from mtetool.sources.opening import snapshot_input
+
     with snapshot_input(file, bases) as snapshot, shown(f"verifying {file}", progress) as update:
         reader = snapshot.reader()
         if against is None:
-            result = verify(reader, progress=update)
-        else:
-            with open_guest(against, guest_options) as guest:
-                result = verify_against(
-                    reader,
-                    guest,
-                    against,
-                    every_page=every_page,
-                    listed=listed_in(output),
-                    progress=update,
-                )
-    elapsed = time.monotonic() - started
-    if result.paused is False and not quiet:
-        warn(f"{against} is running: its tags change while they are compared")
-    warn_partial(
-        (result.checked.missing, "are missing in the snapshot"),
-        (result.unreadable, "could not be read"),
-        quiet=quiet,
-    )
-    if output == "json":
-        print_json(_document(file, elapsed, result))
-    else:
-        _tell(file, elapsed, result)
-    return result.status
+            return verify(reader, progress=update)
+        with open_guest(against, options) as guest:
+            return verify_against(
+                reader,
+                guest,
+                against,
+                every_page=every_page,
+                moves=moves,
+                listed=listed,
+                progress=update,
+            )
 
 
 def _document(file: str, elapsed: float, result: VerifyResult) -> dict[str, Any]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mtetool.guest import Extent, Missing
+from mtetool.guest import Extent, Memslot, Missing
 from mtetool.sources.copying import Copied, Fill, Step, cut
-from mtetool.sources.layout import check_aligned, check_inside
+from mtetool.sources.layout import by_slot, check_aligned, check_inside, common, merged
 from mtetool.sources.source import TagSource, clip
+from mtetool.sources.tally import Tally
 from mtetool.tags import as_array, differences, runs
 from mtetool.uapi import GRANULE_BYTES
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from mtetool.tags import Tags
 
 _BLOCK_GRANULES = 1 << 16
@@ -65,6 +69,156 @@ def diff(
             last = found
     if last is not None:
         yield last
+
+
+# The row and the column of the tag of memory that a side does not have.
+_ABSENT = 16
+
+
+@dataclass
+class Totals:
+    """How much differs in some memory, and how.
+
+    `granules[a, b]` counts granules with the tag `a` in A and `b` in B; 16 where the memory is
+    absent. Of the diagonal only the sum counts. Ranges are counted as `diff` yields them;
+    `missing_bytes` could not be compared.
+    """
+
+    granules: NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros((_ABSENT + 1, _ABSENT + 1), dtype=np.int64)
+    )
+    n_ranges: int = 0
+    missing_bytes: int = 0
+
+    def _bytes(self, part: NDArray[np.int64]) -> int:
+        return int(part.sum()) * GRANULE_BYTES
+
+    @property
+    def compared_bytes(self) -> int:
+        """Memory that both sides have, and of which both are known."""
+        return self._bytes(self.granules[:_ABSENT, :_ABSENT])
+
+    @property
+    def differing_bytes(self) -> int:
+        """Memory with different tags, or that only one side has."""
+        return self._bytes(self.granules) - self._bytes(np.diagonal(self.granules))
+
+    @property
+    def tagged_bytes(self) -> int:
+        """Memory that is tagged in B only."""
+        return self._bytes(self.granules[0, 1:_ABSENT])
+
+    @property
+    def untagged_bytes(self) -> int:
+        """Memory that is tagged in A only."""
+        return self._bytes(self.granules[1:_ABSENT, 0])
+
+    @property
+    def retagged_bytes(self) -> int:
+        """Memory that is tagged in both, differently."""
+        both = self.granules[1:_ABSENT, 1:_ABSENT]
+        return self._bytes(both) - self._bytes(np.diagonal(both))
+
+    @property
+    def only_a_bytes(self) -> int:
+        """Memory that only A has."""
+        return self._bytes(self.granules[:_ABSENT, _ABSENT])
+
+    @property
+    def only_b_bytes(self) -> int:
+        """Memory that only B has."""
+        return self._bytes(self.granules[_ABSENT, :_ABSENT])
+
+    def add(self, other: Totals) -> None:
+        """Count what `other` counted, too."""
+        self.granules += other.granules
+        self.n_ranges += other.n_ranges
+        self.missing_bytes += other.missing_bytes
+
+
+@dataclass
+class DiffTotals:
+    """The totals of all, and of each slot (of A, or of B where A's are unknown)."""
+
+    total: Totals
+    slots: list[tuple[Memslot, Totals]]
+    missing: Tally[Missing]
+
+
+def totals(a: TagSource, b: TagSource, within: Sequence[Extent] | None = None) -> DiffTotals:
+    """Count what `diff` yields, without a row for each range; ranges end where a slot ends."""
+    result = DiffTotals(Totals(), [], Tally())
+    slots = list(a.memslots) or list(b.memslots)
+    for slot, parts in by_slot(slots, merged([*clip(a, within), *clip(b, within)])):
+        counter = _TotalsCounter(result.missing)
+        left, right = common(a.extents(), parts), common(b.extents(), parts)
+        for pair in _side_by_side(a.read(left), b.read(right)):
+            counter.add(pair)
+        result.total.add(counter.totals)
+        if slot is not None:
+            result.slots.append((slot, counter.totals))
+    return result
+
+
+class _TotalsCounter:
+    """Counts pairs that come in order of address."""
+
+    def __init__(self, missing: Tally[Missing]) -> None:
+        self.totals = Totals()
+        self._missing = missing
+        # Where the last range that differs ends, and its pair of tags.
+        self._end = -1
+        self._key = -1
+
+    def add(self, pair: _Pair) -> None:
+        ipa, size_bytes, a, b = pair
+        missing = a if isinstance(a, Missing) else b if isinstance(b, Missing) else None
+        if missing is not None:
+            self._missing.add(Missing(ipa, size_bytes, missing.errno, missing.reason))
+            self.totals.missing_bytes += size_bytes
+            return
+        n_granules = size_bytes // GRANULE_BYTES
+        if not isinstance(a, Copied) and not isinstance(b, Copied):
+            key = _tag(a) * (_ABSENT + 1) + _tag(b)
+            self.totals.granules[divmod(key, _ABSENT + 1)] += n_granules
+            if _tag(a) != _tag(b):
+                self._count_ranges(np.array([0]), np.array([n_granules]), np.array([key]), ipa)
+            return
+        for block in range(0, n_granules, _BLOCK_GRANULES):
+            n_here = min(_BLOCK_GRANULES, n_granules - block)
+            tags = [_block(step, block, n_here) for step in (a, b)]
+            if tags[0] is not None and tags[1] is not None and np.array_equal(tags[0], tags[1]):
+                self.totals.granules[0, 0] += n_here
+                continue
+            left, right = (
+                np.full(n_here, _ABSENT, dtype=np.uint8) if part is None else part for part in tags
+            )
+            self._add_block(left, right, ipa + block * GRANULE_BYTES)
+
+    def _add_block(self, a: Tags, b: Tags, ipa: int) -> None:
+        n_kinds = _ABSENT + 1
+        keys = a.astype(np.uint16) * np.uint16(n_kinds) + b
+        counts = np.bincount(keys, minlength=n_kinds * n_kinds).reshape(n_kinds, n_kinds)
+        self.totals.granules += counts
+        if counts.sum() == np.diagonal(counts).sum():
+            return
+        edges = np.concatenate(([0], np.flatnonzero(keys[1:] != keys[:-1]) + 1))
+        lengths = np.diff(edges, append=keys.size)
+        differ = a[edges] != b[edges]
+        self._count_ranges(edges[differ], lengths[differ], keys[edges[differ]], ipa)
+
+    def _count_ranges(
+        self, starts: NDArray[np.intp], lengths: NDArray[np.intp], keys: NDArray[np.int_], ipa: int
+    ) -> None:
+        """Count ranges, of which the first may continue the last one."""
+        joins = ipa + int(starts[0]) * GRANULE_BYTES == self._end and int(keys[0]) == self._key
+        self.totals.n_ranges += starts.size - joins
+        self._end = ipa + int(starts[-1] + lengths[-1]) * GRANULE_BYTES
+        self._key = int(keys[-1])
+
+
+def _tag(step: Step | None) -> int:
+    return step.tag if isinstance(step, Fill) else _ABSENT
 
 
 def check_ranges(ranges: Sequence[Extent], a: TagSource, b: TagSource) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from mtetool.errors import LayoutError, MisalignedError, UsageError
 from mtetool.guest import Extent, Memslot
+from mtetool.sources.copying import Step
 from mtetool.sources.layout import Layout, hex_range, merged, without
+from mtetool.sources.source import TagSource
 
 
 class Relocation:
@@ -72,6 +75,57 @@ class Relocation:
                     f" page size, {page_size_bytes} bytes",
                     ipa=new,
                 )
+
+
+def moved_slots(slots: Iterable[Memslot], relocation: Relocation) -> tuple[Memslot, ...]:
+    """Slots at their new addresses, in the order of these."""
+    moved = [
+        replace(slot, ipa=target.ipa)
+        for slot in slots
+        for _, target in relocation(Extent(slot.ipa, slot.size_bytes))
+    ]
+    return tuple(sorted(moved, key=lambda slot: slot.ipa))
+
+
+class MovedSource:
+    """Another source, whose slots are at other addresses now; a `TagSource`."""
+
+    def __init__(self, source: TagSource, relocation: Relocation) -> None:
+        """Raises LayoutError where two parts would be at one address."""
+        self.name = source.name
+        self.page_size_bytes = source.page_size_bytes
+        self._source = source
+        held = merged(source.extents())
+        self._extents = relocation.moved(held)
+        # Where each part is now, and where it was.
+        self._parts = sorted(
+            (target.ipa, target.size_bytes, extent.ipa + offset)
+            for extent in held
+            for offset, target in relocation(extent)
+        )
+        self.memslots = moved_slots(source.memslots, relocation)
+
+    def extents(self) -> list[Extent]:
+        """See `TagSource.extents`."""
+        return list(self._extents)
+
+    def check(self, extents: Sequence[Extent]) -> None:
+        """See `TagSource.check`."""
+        self._source.check([old for _, old in self._old(extents)])
+
+    def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
+        """See `TagSource.read`."""
+        for distance, old in self._old(extents):
+            for step in self._source.read([old]):
+                yield replace(step, ipa=step.ipa + distance)
+
+    def _old(self, extents: Sequence[Extent]) -> Iterator[tuple[int, Extent]]:
+        """The parts of extents, as the source has them, and how far each has moved."""
+        for extent in extents:
+            for new, size_bytes, old in self._parts:
+                at, stop = max(extent.ipa, new), min(extent.end, new + size_bytes)
+                if at < stop:
+                    yield new - old, Extent.between(at - new + old, stop - new + old)
 
 
 def check_fit(

@@ -23,12 +23,12 @@ from mtetool.snapshot.writer import SnapshotWriter
 from mtetool.sources.allocating import check_allocates_nothing
 from mtetool.sources.copying import Copied, Fill, Later, TagReader, check_has_tags, check_mte_is_on
 from mtetool.sources.layout import (
-    UNREACHABLE,
     Layout,
     check_aligned,
     check_inside,
     hex_range,
     merged,
+    slot_extents,
     total_bytes,
     without,
 )
@@ -161,19 +161,8 @@ def decide_scope(layout: Layout, options: SaveOptions, source: str) -> list[Exte
         check_inside(options.ranges, [Extent(s.ipa, s.size_bytes) for s in layout.slots], source)
         return merged(options.ranges)
     if options.slots:
-        chosen = [_slot_extent(layout, slot_id) for slot_id in set(options.slots)]
-        return sorted(chosen, key=lambda extent: extent.ipa)
+        return slot_extents(layout.slots, options.slots, "the guest")
     return layout.taggable
-
-
-def _slot_extent(layout: Layout, slot_id: int) -> Extent:
-    for slot in layout.slots:
-        if slot.id == slot_id:
-            if slot.kind == "device":
-                raise UsageError(f"the tags of slot {slot_id} cannot be reached: {UNREACHABLE}")
-            return Extent(slot.ipa, slot.size_bytes)
-    known = ", ".join(str(slot.id) for slot in layout.slots) or "none"
-    raise UsageError(f"the guest has no slot {slot_id}", hint=f"its slots: {known}")
 
 
 def _skipped(layout: Layout, options: SaveOptions) -> tuple[Memslot, ...]:

@@ -71,6 +71,7 @@ class GdbSource:
         self.page_size_bytes = page
         slots = tuple(Memslot(n, p.ipa, p.size_bytes, None) for n, p in enumerate(places))
         self.info = GuestInfo(f"gdb:{name}", True, page, slots)
+        self.memslots = slots
         self._remote = remote
 
     def extents(self) -> list[Extent]:

@@ -24,7 +24,8 @@ from mtetool.snapshot.model import Header
 from mtetool.snapshot.records import MAGIC
 from mtetool.snapshot.summary import display_name, is_seekable, opened
 from mtetool.sources.layout import check_aligned, slots_of
-from mtetool.sources.source import GuestSource, TagSource, snapshot_source
+from mtetool.sources.opening import snapshot_source
+from mtetool.sources.source import GuestSource, TagSource
 from mtetool.uapi import PAGE_SIZES
 
 InputForm = Literal["mtesnap", "core", "migration", "raw", "packed", "gdb"]

@@ -48,6 +48,7 @@ class PartSource:
     def __init__(self, stream: BinaryIO, name: str, info: GuestInfo, parts: Sequence[Part]) -> None:
         self.name = name
         self.info = info
+        self.memslots = info.memslots
         self.page_size_bytes = info.page_size_bytes
         self._stream = stream
         self._parts = parts

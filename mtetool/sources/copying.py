@@ -19,7 +19,7 @@ from mtetool.buffers import prepared
 from mtetool.errors import GuestError, errno_name
 from mtetool.guest import Extent, Guest, Memslot, Missing, Pending
 from mtetool.sources.around import Transfer, raise_for_whole_vm, way_around
-from mtetool.sources.layout import Layout, layout_of
+from mtetool.sources.layout import Layout, layout_of, total_bytes
 from mtetool.uapi import GRANULE_BYTES
 
 
@@ -155,6 +155,7 @@ class TagReader:
         self._buffers = [prepared(n_granules) for _ in range(n_buffers)]
         self._zeros = memoryview(bytes(n_granules))
         self._begun: deque[_Begun] = deque()
+        self._together = memoryview(b"")
 
     def read(self, extents: Iterable[Extent], *, every_page: bool = False) -> Iterator[Step]:
         """Read the tags of `extents` (page-aligned), in their order; yield what is missing, too.
@@ -177,10 +178,92 @@ class TagReader:
     def _read_all(
         self, extents: Iterable[Extent], every_page: bool, *, later: bool
     ) -> Iterator[Step | Later]:
-        for extent in extents:
+        for group in self._groups(extents):
             self._drop_begun()  # of an earlier read that was abandoned
+            if len(group) > 1:
+                yield from self._read_scattered(group, every_page)
+                continue
+            (extent,) = group
             parts = [extent] if every_page else self._guest.may_be_tagged(extent)
             yield from self._read(extent, _Ahead(parts), later=later)
+
+    def _groups(self, extents: Iterable[Extent]) -> Iterator[list[Extent]]:
+        """Put small extents that follow each other together, where reading them at once pays."""
+        guest = self._guest
+        most = min(guest.max_copy_granules // 2, self._chunk_bytes // GRANULE_BYTES)
+        group: list[Extent] = []
+        n_granules = 0
+        for extent in extents:
+            n_here = extent.size_bytes // GRANULE_BYTES
+            is_small = guest.burst > 1 and n_here <= min(guest.small_granules, most)
+            if group and (not is_small or len(group) == guest.burst or n_granules + n_here > most):
+                yield group
+                group, n_granules = [], 0
+            if is_small:
+                group.append(extent)
+                n_granules += n_here
+            else:
+                yield [extent]
+        if group:
+            yield group
+
+    def _read_scattered(self, group: list[Extent], every_page: bool) -> Iterator[Step | Later]:
+        """Read small extents together; one that cannot be read is then read by itself.
+
+        After each of those, fewer are tried together: where most fail, a burst is wasted.
+        """
+        at, n_together = 0, len(group)
+        while at < len(group):
+            some = group[at : at + n_together]
+            steps = list(self._parts_of(some, every_page))
+            rows = [part for parts in steps for part in parts]
+            done = self._copy_scattered(rows)
+            first = 0
+            for extent, parts in zip(some, steps, strict=True):
+                if first + total_bytes(parts) > done:
+                    n_together = max(n_together // 4, 1)
+                    yield from self._read(extent, _Ahead(parts), later=False)
+                    at += 1
+                    break
+                yield self._placed(extent, parts, first)
+                first += total_bytes(parts)
+                at += 1
+            else:
+                n_together *= 2
+
+    def _parts_of(self, extents: list[Extent], every_page: bool) -> Iterator[list[Extent]]:
+        for extent in extents:
+            yield [extent] if every_page else list(self._guest.may_be_tagged(extent))
+
+    def _copy_scattered(self, rows: list[Extent]) -> int:
+        """Read extents, one after another, into the buffer for that; return the bytes done."""
+        if not rows:
+            return 0
+        import numpy as np
+
+        n_granules = total_bytes(rows) // GRANULE_BYTES
+        if len(self._together) < n_granules:
+            self._together = memoryview(bytearray(n_granules))
+        extents = np.array([(row.ipa, row.size_bytes) for row in rows], np.uint64)
+        try:
+            return self._guest.read_scattered(extents, self._together[:n_granules])
+        except OSError:
+            return 0  # the copy of the first alone says why
+
+    def _placed(self, extent: Extent, parts: list[Extent], first_bytes: int) -> Copied | Fill:
+        """An extent whose parts were read together, from `first_bytes` of guest memory on."""
+        if not parts:
+            return Fill(extent.ipa, extent.size_bytes, 0)
+        buffer = self._buffers[0]
+        tags = buffer[: extent.size_bytes // GRANULE_BYTES]
+        tags[:] = self._zeros[: len(tags)]
+        for part in parts:
+            room = _slice(tags, extent.ipa, part.ipa, part.end)
+            at = first_bytes // GRANULE_BYTES
+            room[:] = self._together[at : at + len(room)]
+            first_bytes += part.size_bytes
+        self._buffers.append(self._buffers.pop(0))
+        return Copied(extent.ipa, tags)
 
     def _read(self, extent: Extent, parts: _Ahead, *, later: bool) -> Iterator[Step | Later]:
         at = extent.ipa
@@ -305,14 +388,19 @@ class TagReader:
     ) -> Iterator[Step]:
         """As `read`, for extents of whole granules: the pages around them are read."""
         page = self._layout.page_size_bytes
-        for extent in extents:
-            stop = extent.end
-            first = extent.ipa // page * page
-            around = Extent(first, -(-stop // page) * page - first)
-            for step in self.read([around], every_page=every_page):
+        wanted = list(extents)
+        around = [
+            Extent.between(extent.ipa // page * page, -(-extent.end // page) * page)
+            for extent in wanted
+        ]
+        steps = self.read(around, every_page=every_page)
+        for extent, pages in zip(wanted, around, strict=True):
+            left_bytes = pages.size_bytes
+            while left_bytes:
+                step = next(steps)
+                left_bytes -= step.size_bytes
                 start = max(step.ipa, extent.ipa)
-                size_bytes = min(step.ipa + step.size_bytes, stop) - start
-                yield cut(step, start, size_bytes)
+                yield cut(step, start, min(step.ipa + step.size_bytes, extent.end) - start)
 
 
 def _slice(tags: memoryview, ipa: int, start: int, stop: int) -> memoryview:

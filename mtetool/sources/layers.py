@@ -17,7 +17,7 @@ from mtetool.snapshot.reader import SnapshotReader
 from mtetool.snapshot.summary import display_name, opened
 from mtetool.sources.checking import Checked, check
 from mtetool.sources.copying import Copied, Fill, Step
-from mtetool.sources.layout import common, merged, without
+from mtetool.sources.layout import common, merged, slots_of, without
 from mtetool.sources.pieces import Progress, constant, no_progress
 from mtetool.sources.source import SnapshotSource, seekable_stream
 from mtetool.sources.tally import Tally
@@ -42,7 +42,7 @@ def open_layers(paths: Sequence[str]) -> Iterator[Layers]:
 
 
 class Layers:
-    """Several snapshots, each a delta to the one before; a `TagSource`.
+    """Several snapshots, each a delta to the one before.
 
     The checksum of every record that is read is compared; `check` reads all of them.
     """
@@ -86,11 +86,11 @@ class Layers:
             )
 
     def extents(self) -> list[Extent]:
-        """See `TagSource.extents`."""
+        """The memory that they cover, in order of address."""
         return list(self.header.scope)
 
     def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
-        """See `TagSource.read`; steps are over the base if that is not here."""
+        """As `TagSource.read`; steps are over the base if that is not here."""
         for extent in extents:
             yield from self._read(len(self._sources) - 1, extent)
 
@@ -187,11 +187,34 @@ class Layers:
             yield Copied(below.ipa, tags, below.over_base)
 
 
+class LayeredSource:
+    """The tags of a delta with all its bases; a `TagSource`."""
+
+    def __init__(self, layers: Layers, name: str) -> None:
+        layers.need_whole()
+        self.name = name
+        self.page_size_bytes = layers.page_size_bytes
+        self.memslots = slots_of(layers.header)
+        self._layers = layers
+
+    def extents(self) -> list[Extent]:
+        """See `TagSource.extents`."""
+        return self._layers.extents()
+
+    def check(self, extents: Sequence[Extent]) -> None:
+        """See `TagSource.check`: reading files allocates nothing."""
+
+    def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
+        """See `TagSource.read`."""
+        return self._layers.read(extents)
+
+
 def _check_on(below: Header, below_name: str, above: Header, name: str) -> None:
     if above.base_id is None:
         raise UsageError(
             f"{name} is a whole snapshot, not a delta to {below_name}",
-            hint="name the base first, and only deltas after it",
+            hint="name the base first, and only deltas after it; to take from it what is missing:"
+            f" --fill {name}",
         )
     if above.base_id != below.snapshot_id:
         raise BaseNeededError(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from mtetool.errors import LayoutUnknownError, MisalignedError, RangeError
+from mtetool.errors import LayoutUnknownError, MisalignedError, RangeError, UsageError
 from mtetool.guest import Extent, Guest, Memslot
 from mtetool.snapshot.model import Header
 
@@ -76,6 +76,25 @@ def slots_of(header: Header) -> tuple[Memslot, ...]:
     return tuple(Memslot(n, extent.ipa, extent.size_bytes, None) for n, extent in scope)
 
 
+def slot_extents(slots: Sequence[Memslot], ids: Iterable[int], whose: str) -> list[Extent]:
+    """The memory of the slots with these ids, in order of address.
+
+    Raises UsageError for one that is not there, or whose tags cannot be reached.
+    """
+    by_id = {slot.id: slot for slot in slots}
+    for slot_id in ids:
+        if slot_id not in by_id:
+            known = ", ".join(str(slot.id) for slot in slots[:16]) or "none"
+            more = ", …" if len(slots) > 16 else ""
+            raise UsageError(f"{whose} has no slot {slot_id}", hint=f"its slots: {known}{more}")
+        if by_id[slot_id].kind == "device":
+            raise UsageError(f"the tags of slot {slot_id} cannot be reached: {UNREACHABLE}")
+    chosen = [by_id[slot_id] for slot_id in set(ids)]
+    return sorted(
+        (Extent(slot.ipa, slot.size_bytes) for slot in chosen), key=lambda extent: extent.ipa
+    )
+
+
 def merged(extents: Iterable[Extent]) -> list[Extent]:
     """The same addresses in ascending extents that neither overlap nor touch."""
     result: list[Extent] = []
@@ -124,6 +143,18 @@ def without(a: Iterable[Extent], b: Iterable[Extent]) -> list[Extent]:
         if at < stop:
             result.append(Extent(at, stop - at))
     return result
+
+
+def by_slot(
+    slots: Sequence[Memslot], extents: Sequence[Extent]
+) -> Iterator[tuple[Memslot | None, list[Extent]]]:
+    """The parts of extents in each slot, and between slots, in order of address."""
+    whole = [Extent(slot.ipa, slot.size_bytes) for slot in slots]
+    parts: list[tuple[Memslot | None, list[Extent]]] = [
+        (slot, common(extents, [extent])) for slot, extent in zip(slots, whole, strict=True)
+    ]
+    parts += [(None, [part]) for part in without(extents, whole)]
+    yield from sorted((part for part in parts if part[1]), key=lambda part: part[1][0].ipa)
 
 
 def total_bytes(extents: Iterable[Extent]) -> int:

@@ -1,4 +1,4 @@
-"""One way to read tags from any source: a guest, a snapshot file, a pipe."""
+"""One way to read tags from any source: a guest, a snapshot in a file or from a pipe."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import BinaryIO, Protocol, cast
 
-from mtetool.backends import is_guest, open_guest
-from mtetool.errors import BaseNeededError, host_error
-from mtetool.guest import Extent, Guest, GuestOptions, Missing
+from mtetool.errors import UsageError, host_error
+from mtetool.guest import Extent, Guest, Memslot, Missing
 from mtetool.snapshot.index import Entry, IndexedSnapshot
 from mtetool.snapshot.reader import SnapshotReader
-from mtetool.snapshot.summary import display_name, is_seekable, opened
+from mtetool.snapshot.summary import is_seekable
 from mtetool.sources.allocating import check_allocates_nothing
 from mtetool.sources.copying import Copied, Fill, Step, TagReader, cut, tagged_layout
-from mtetool.sources.layout import check_aligned, check_inside, common, merged
+from mtetool.sources.layout import (
+    check_aligned,
+    check_inside,
+    common,
+    merged,
+    slot_extents,
+    slots_of,
+)
 from mtetool.uapi import GRANULE_BYTES
 
 
@@ -33,6 +39,11 @@ class TagSource(Protocol):
     @property
     def page_size_bytes(self) -> int:
         """The page size of the guest's host."""
+        ...
+
+    @property
+    def memslots(self) -> Sequence[Memslot]:
+        """The guest's memory layout, in order of address; of a snapshot, that at its save."""
         ...
 
     def extents(self) -> list[Extent]:
@@ -52,52 +63,24 @@ class TagSource(Protocol):
         ...
 
 
-def asked(source: TagSource, ranges: Sequence[Extent]) -> list[Extent]:
-    """The extents to read from a source: the requested ranges, or all of it.
+def asked(source: TagSource, ranges: Sequence[Extent], slots: Sequence[int] = ()) -> list[Extent]:
+    """The extents to read from a source: the requested ranges, slots (by id), or all of it.
 
     Raises MisalignedError for parts of granules, RangeError for a range outside all of it,
-    WouldAllocateError.
+    UsageError for a slot that it does not have, WouldAllocateError.
     """
     extents = held = merged(source.extents())
+    if ranges and slots:
+        raise UsageError("--range and --slot exclude each other")
+    if slots:
+        extents = slot_extents(source.memslots, slots, source.name)
+        check_inside(extents, held, source.name)
     if ranges:
         check_aligned(ranges, GRANULE_BYTES, "granule")
         check_inside(ranges, held, source.name)
         extents = merged(ranges)
     source.check(extents)
     return extents
-
-
-@contextmanager
-def open_source(
-    source: str, options: GuestOptions | None = None, *, every_page: bool = False
-) -> Iterator[TagSource]:
-    """Open a guest (`kvm:PID` or another), a snapshot file, or standard input for "-".
-
-    With `every_page` all of a guest is read, even where that allocates memory.
-    Raises what opening those raises; LayoutUnknownError for a guest without a layout.
-    """
-    if is_guest(source):
-        with open_guest(source, options) as guest:
-            yield GuestSource(guest, source, every_page=every_page)
-        return
-    with opened(source) as stream, snapshot_source(stream, source) as snapshot:
-        yield snapshot
-
-
-@contextmanager
-def snapshot_source(stream: BinaryIO, source: str) -> Iterator[SnapshotSource]:
-    """The tags of a snapshot in an open file or pipe. Raises SnapshotError, BaseNeededError."""
-    name = display_name(source)
-    with seekable_stream(stream, name) as seekable:
-        snapshot = IndexedSnapshot.of(seekable, name)
-        base_id = snapshot.header.base_id
-        if base_id is not None:
-            raise BaseNeededError(
-                f"{source} is a delta to the snapshot {base_id}, and useless without it",
-                hint="merge the two: mtetool merge BASE DELTA -o WHOLE",
-                base_id=base_id,
-            )
-        yield SnapshotSource(snapshot, source)
 
 
 @contextmanager
@@ -119,6 +102,7 @@ class GuestSource:
         self._guest = guest
         self._every_page = every_page
         self._layout = tagged_layout(guest, name)
+        self.memslots = self._layout.slots
         self._reader = TagReader(guest, self._layout, insist=every_page)
 
     def extents(self) -> list[Extent]:
@@ -141,6 +125,7 @@ class SnapshotSource:
         self.name = name
         self.header = snapshot.header
         self.page_size_bytes = snapshot.header.page_size_bytes
+        self.memslots = slots_of(snapshot.header)
         self._snapshot = snapshot
         self._entries = list(_in_force(snapshot.entries()))
         self._starts = [extent.ipa for extent, _ in self._entries]

@@ -84,3 +84,15 @@ def test_text_of_a_snapshot_makes_no_lines_of_its_own(tmp_path: Path, command: s
         line.startswith("consistent  yes") for line in (done.out + done.err).splitlines()
     )
     assert "\x1b" not in done.out + done.err
+
+
+def test_several_files(tmp_path: Path) -> None:
+    guest = make_guest(tmp_path / "several", seed=3)
+    first, second = tmp_path / "first", tmp_path / "second"
+    for path in (first, second):
+        assert run("save", guest, "-o", path).status == 0
+    done = run("info", first, tmp_path / "none", second)
+    assert (done.status, done.out.count("memslots:")) == (2, 2)
+    assert "no such file" in done.err
+    report = run("info", first, second, "--json")
+    assert [row["file"] for row in report.json["files"]] == [str(first), str(second)]

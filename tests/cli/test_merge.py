@@ -86,3 +86,43 @@ def test_a_damaged_base(files: dict[str, str], tmp_path: Path) -> None:
     assert run("merge", files["base"], files["first"], "-o", tmp_path / "x").status == 5
     assert not (tmp_path / "x").exists()
     assert Path(files["copy"].removeprefix("emu:")).read_bytes() == before
+
+
+def test_gaps_are_filled_from_another(tmp_path: Path) -> None:
+    guest = f"emu:{tmp_path / 'g'}"
+    partial, later, other, whole = (str(tmp_path / name) for name in ("p", "l", "o", "w"))
+    run("emu", "create", tmp_path / "g", "--memory", "1M", "--fill", "heap", "--seed", "3")
+    for n, (path, at) in enumerate(((partial, 0x2000), (later, 0x8000))):
+        faults = [f"--fault=EFAULT,on=read,at={BASE + at + extra:#x}" for extra in (0, 0x10000)]
+        assert run("emu", "fault", tmp_path / "g", *faults[: 2 - n]).status == 0
+        assert run("save", guest, "-o", path).status == 3
+        assert run("emu", "fault", tmp_path / "g", "--clear").status == 0
+    # Changed after the first save: only what that lacks is taken from the second.
+    run("emu", "set", tmp_path / "g", f"{BASE:#x}:64=7")
+    assert run("save", guest, "-o", other).status == 0
+    done = run("merge", partial, "--fill", later, "-o", whole, "--json")
+    assert (done.status, done.json["filled_bytes"], done.json["missing"]) == (0, 8192, [])
+    differing = run("diff", whole, guest, "--json").json["ranges"]
+    assert {row["ipa"] // 4096 for row in differing} == {BASE // 4096}
+    info = run("info", whole, "--json").json
+    assert info["consistent"] is False
+    assert info["snapshot_id"] not in {
+        run("info", path, "--json").json["snapshot_id"] for path in (partial, later)
+    }
+    assert run("verify", whole).status == 0
+    # The first of several that has the tags; what none has stays missing.
+    gap = f"{BASE + 0x8000:#x}"
+    done = run("merge", later, "--fill", later, "-o", whole, "--force", "--json")
+    assert (done.status, [hex(row["ipa"]) for row in done.json["missing"]]) == (3, [gap])
+    done = run("merge", later, "--fill", later, "--fill", other, "-o", whole, "--force", "--json")
+    assert (done.status, done.json["filled_bytes"]) == (0, 4096)
+
+
+def test_a_fill_of_other_memory_is_refused(files: dict[str, str], tmp_path: Path) -> None:
+    run("emu", "create", tmp_path / "other", "--memory", "1M")
+    assert run("save", f"emu:{tmp_path / 'other'}", "-o", tmp_path / "o").status == 0
+    done = run("merge", files["base"], "--fill", tmp_path / "o", "-o", tmp_path / "w", "--json")
+    assert (done.status, done.error["error"]) == (4, "layout")
+    done = run("merge", files["base"], "--fill", files["first"], "-o", tmp_path / "w", "--json")
+    assert (done.status, done.error["error"]) == (2, "base-needed")
+    assert not (tmp_path / "w").exists()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.cli.running import BASE, KIB, make_guest, run, set_tag
+from tests.cli.running import BASE, KIB, SLOTS, make_guest, run, set_tag
 
 
 @pytest.fixture
@@ -81,3 +82,37 @@ def test_progress_for_programs(snapshot: Path) -> None:
     done = run("verify", snapshot, "--progress", "json")
     assert '"mtetool.progress/1"' in done.err
     assert run("verify", snapshot, "--progress", "json", "--quiet").err == ""
+
+
+def test_several_files_are_all_checked(snapshot: Path, guest: Path, tmp_path: Path) -> None:
+    damaged, copy = tmp_path / "damaged", tmp_path / "copy"
+    data = bytearray(snapshot.read_bytes())
+    copy.write_bytes(data)
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    done = run("verify", snapshot, damaged, tmp_path / "none", copy)
+    assert done.status == 5
+    assert [line.split(":")[0] for line in done.out.splitlines()] == [str(snapshot), str(copy)]
+    assert (str(damaged) in done.err, "no such file" in done.err) == (True, True)
+    report = run("verify", snapshot, damaged, copy, "--json")
+    assert report.status == 5
+    kinds = [row["schema"] for row in report.json["files"]]
+    assert kinds == ["mtetool.verify/1", "mtetool.error/1", "mtetool.verify/1"]
+    assert report.json["files"][1]["path"] == str(damaged)
+    assert run("verify", snapshot, copy).status == 0
+    assert run("verify", snapshot, copy, "--against", f"emu:{guest}").status == 2
+
+
+def test_a_slot_that_has_moved(snapshot: Path, tmp_path: Path) -> None:
+    at = 2 * BASE
+    slots = tuple(replace(slot, ipa=at) if slot.ipa == BASE else slot for slot in SLOTS)
+    moved = make_guest(tmp_path / "moved", seed=3, slots=slots)
+    asked = ("--map", f"{BASE:#x}={at:#x}")
+    assert run("restore", snapshot, moved, *asked).status == 0
+    report = run("verify", snapshot, "--against", moved, *asked, "--json").json
+    assert (report["same"], report["compared_bytes"]) == (True, 832 * KIB)
+    set_tag(tmp_path / "moved", at + 400 * KIB, 16, 5)
+    report = run("verify", snapshot, "--against", moved, *asked, "--json").json
+    assert report["differing"] == [{"ipa": at + 400 * KIB, "size_bytes": 16}]
+    assert run("verify", snapshot, "--against", moved).status == 3
+    assert run("verify", snapshot, *asked).status == 2

@@ -19,7 +19,8 @@ from mtetool.guest import Extent, GuestInfo, Memslot, Missing
 from mtetool.snapshot.index import IndexedSnapshot
 from mtetool.snapshot.model import Header
 from mtetool.snapshot.writer import SnapshotWriter
-from mtetool.sources.source import GuestSource, SnapshotSource, asked, open_source
+from mtetool.sources.opening import open_source
+from mtetool.sources.source import GuestSource, SnapshotSource, asked
 from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES
 from tests.flows.fakes import PAGE, FakeGuest
