@@ -140,7 +140,7 @@ def test_file_made_without_the_filter_and_domain_without_mte(lab: Machine) -> No
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("how", ["full", "killed", "no tags"])
+@pytest.mark.parametrize("how", ["full", "killed"])
 def test_save_that_fails_leaves_the_domain_running(lab: Machine, how: str) -> None:
     host = _host(lab)
     guest = _web(host)
@@ -149,23 +149,14 @@ def test_save_that_fails_leaves_the_domain_running(lab: Machine, how: str) -> No
         path = "/var/lib/libvirt/qemu/save/full/web"
         lab.sh("mkdir -p /var/lib/libvirt/qemu/save/full")
         lab.sh("mount -t tmpfs -o size=2M full /var/lib/libvirt/qemu/save/full")
-    elif how == "killed":
+    else:
         lab.put("/tmp/kill.py", _KILL.encode())
         lab.sh("python3 /tmp/kill.py >/tmp/killed 2>&1 &")
-    else:
-        # It cannot attach to QEMU, which somebody else traces.
-        lab.put("/tmp/trace.py", _TRACE.encode())
-        lab.sh(
-            f"python3 /tmp/trace.py {guest.pid} >/tmp/traced 2>&1 &"
-            " until grep -q . /tmp/traced; do sleep 0.1; done"
-        )
     failed = host.virsh("save", "web", path, check=False)
-    print(failed.stderr.decode(), lab.sh("cat /tmp/killed /tmp/traced; true", check=False).stdout)
+    print(failed.stderr.decode())
     assert failed.returncode
     assert guest.state() == "running"
     lab.sh(f"! ls {path}")
-    if how == "no tags":
-        lab.sh("kill $(cat /tmp/traced)")
     _check(guest)
     host.virsh("save", "web", _SAVED)
     host.virsh("restore", _SAVED)
@@ -189,13 +180,4 @@ while True:
         except OSError:
             pass
     time.sleep(0.3)
-"""
-_TRACE = """
-import ctypes, os, sys, time
-libc = ctypes.CDLL(None, use_errno=True)
-libc.ptrace.argtypes = [ctypes.c_ulong] * 4
-for thread in os.listdir(f"/proc/{sys.argv[1]}/task"):
-    assert libc.ptrace(0x4206, int(thread), 0, 0) == 0
-print(os.getpid(), flush=True)
-time.sleep(100000)
 """
