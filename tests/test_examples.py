@@ -1,4 +1,4 @@
-"""The examples that need no kernel; `tests/lab/test_migration.py` runs the others."""
+"""The examples that need no kernel; tests of the lab run the others."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ def test_rehearsal_recovers_from_each_failure(tmp_path: Path) -> None:
         ("migrate-qemu.sh", "SOURCE_PID SOURCE_QMP TARGET_PID TARGET_QMP"),
         ("live-migrate.sh", "SOURCE_QMP HOST TARGET_QMP"),
         ("virsh-migrate.sh", "DOMAIN HOST [OPTION OF virsh migrate]..."),
+        ("save-vm.sh", "save QMP FILE"),
     ],
 )
 def test_migration_script_explains_itself(script: str, words: str) -> None:
