@@ -14,13 +14,16 @@ NAMES = ("wrapper", *_UNITS, "apparmor")
 """What `text_of` knows."""
 
 
-def text_of(name: str) -> str:
-    """Return the content of one of NAMES. Raises OSError."""
+def text_of(name: str, command: str | None = None) -> str:
+    """Return the content of one of NAMES; a unit starts `command`, or else this mtetool.
+
+    Raises OSError.
+    """
     package = resources.files("mtetool.companion")
     if name == "wrapper":
         return _SHEBANG + (package / "client.py").read_text()
     text = (package / "installed" / _UNITS.get(name, name)).read_text()
-    return text.replace("@MTETOOL@", _command())
+    return text.replace("@MTETOOL@", command or _command())
 
 
 def _command() -> str:
