@@ -37,4 +37,7 @@ def _kind() -> str:
         return "source"  # a checkout, perhaps beside an mtetool that is installed
     if "/dist-packages" in str(_HERE) and not (found.read_text("INSTALLER") or "").startswith("p"):
         return "deb"
-    return "wheel" if "manylinux" in (found.read_text("WHEEL") or "") else "built"
+    made = found.read_text("WHEEL")
+    if made is None:
+        return "source"
+    return "wheel" if "manylinux" in made else "built"
