@@ -35,7 +35,7 @@ def _kind() -> str:
         return "source"
     if Path(str(found.locate_file("mtetool"))).resolve() != _HERE.resolve():
         return "source"  # a checkout, perhaps beside an mtetool that is installed
-    if "/dist-packages" in str(_HERE) and not (found.read_text("INSTALLER") or "").startswith("p"):
+    if (found.read_text("INSTALLER") or "").strip() == "debian":  # dh_python3's word
         return "deb"
     made = found.read_text("WHEEL")
     if made is None:
