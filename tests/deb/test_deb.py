@@ -113,7 +113,8 @@ def _is_completed(tree: Tree) -> None:
     bash = """
         . /usr/share/bash-completion/bash_completion
         COMP_LINE='mtetool resto' COMP_POINT=13 COMP_WORDS=(mtetool resto) COMP_CWORD=1
-        _comp_load mtetool; eval "$(complete -p mtetool | sed 's/.*-F \\([^ ]*\\).*/\\1/') mtetool resto"
+        _comp_load mtetool
+        _mtetool_completion mtetool resto
         echo "<${COMPREPLY[*]}>"
     """
     (tree.path / "tmp/complete.bash").write_text(bash)

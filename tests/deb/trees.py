@@ -16,7 +16,7 @@ from tests.lab.images import cache
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "tools"
-# What a package must not leave behind, wherever it is. These are Debian's own, and change by themselves.
+# What a package leaves behind elsewhere is found; these are Debian's own, and change by themselves.
 _CHANGING = (
     "dev",
     "proc",
@@ -96,8 +96,10 @@ class Tree:
     def _wait_for_systemd(self, parent: int) -> int:
         for _ in range(600):
             children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+            # Until it has become systemd, the child is a shell.
             if children and Path(f"/proc/{children[0]}/comm").read_text() == "systemd\n":
-                if Path(f"/proc/{children[0]}/root/run/systemd/private").exists():
+                ready = Path(f"/proc/{children[0]}/root/run/systemd/private").exists()
+                if ready:
                     return int(children[0])
             time.sleep(0.1)
         raise AssertionError("systemd did not start")
