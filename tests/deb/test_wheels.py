@@ -16,7 +16,7 @@ from mtetool import __version__
 from tests.deb.trees import ROOT, TOOLS, fresh
 
 _DIST = ROOT / "dist"
-# The fast tests that need more than a minute on their own.
+# What is not of the fast tests.
 _SLOW = ("tests/lab", "tests/deb", "tests/fuzz", "tests/bench", "tests/interrupted")
 
 
@@ -52,9 +52,9 @@ def test_pipx_as_in_the_readme(tools: Path, tmp_path: Path) -> None:
 
 
 def test_uv_tool(tools: Path, tmp_path: Path) -> None:
-    words = [tools / "uv", "tool", "install", "--quiet", "--python", sys.executable]
+    words = [str(tools / "uv"), "tool", "install", "--quiet", "--python", sys.executable]
     subprocess.run(
-        [*words, wheel(platform.machine())], env=_environment(tmp_path, tools), check=True
+        [*words, str(wheel(platform.machine()))], env=_environment(tmp_path, tools), check=True
     )
     _runs(tmp_path / ".local/bin/mtetool")
 
