@@ -48,7 +48,7 @@ class Tree:
         """Run a script of sh; return what it wrote, on both channels."""
         words = ["sh", "-ec", script]
         if user != "root":
-            words = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *words]
+            words = ["runuser", "-u", user, "--", *words]
         if self._pid:
             environment = ["env", "-i", "LC_ALL=C.UTF-8", "DEBIAN_FRONTEND=noninteractive"]
             path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
