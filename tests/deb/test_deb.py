@@ -23,7 +23,7 @@ _SYSTEM = ("systemd-sysv", "dbus", "man-db", "bash-completion", "zsh", "fish")
 _CLIENTS = """
 import socket, sys, time
 answered, failed = 0, []
-while not __import__("os").path.exists("/tmp/enough"):
+while not __import__("os").path.exists("/srv/enough"):
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as end:
         end.settimeout(30)
         try:
@@ -67,7 +67,7 @@ def test_a_stranger_installs_uses_and_removes_it(tree: Tree) -> None:
     tree.put(package(tree.architecture))
     # As in the README.
     tree.run(
-        f"cd /tmp; {_readme_command('apt install ./mtetool_')}".replace(
+        f"cd /srv; {_readme_command('apt install ./mtetool_')}".replace(
             "apt install", "apt -y install"
         )
     )
@@ -105,7 +105,7 @@ def _is_used(tree: Tree) -> None:
 def _is_read(tree: Tree) -> None:
     pages = {page.stem for page in (ROOT / "man").iterdir()}
     tree.run(f"for page in {' '.join(sorted(pages))}; do man -w $page >/dev/null; done")
-    assert "save a guest" in tree.run("man mtetool-save", user="nobody").lower()
+    assert "save the MTE tags" in tree.run("man mtetool-save", user="nobody")
 
 
 def _is_completed(tree: Tree) -> None:
@@ -117,12 +117,12 @@ def _is_completed(tree: Tree) -> None:
         _mtetool_completion mtetool resto
         echo "<${COMPREPLY[*]}>"
     """
-    (tree.path / "tmp/complete.bash").write_text(bash)
-    assert "<restore>" in tree.run("bash /tmp/complete.bash", user="nobody")
-    (tree.path / "tmp/complete.zsh").write_text(
+    (tree.path / "srv/complete.bash").write_text(bash)
+    assert "<restore>" in tree.run("bash /srv/complete.bash", user="nobody")
+    (tree.path / "srv/complete.zsh").write_text(
         'autoload -Uz compinit; compinit -D; echo "<$_comps[mtetool]>"\n'
     )
-    assert "<_mtetool>" in tree.run("zsh -f /tmp/complete.zsh", user="nobody")
+    assert "<_mtetool>" in tree.run("zsh -f /srv/complete.zsh", user="nobody")
     shown = tree.run("HOME=/tmp fish -c 'complete -C \"mtetool resto\"'", user="nobody")
     assert "restore" in shown.split()
 
@@ -135,16 +135,16 @@ def test_the_service_upgrades_under_its_clients(older: Path) -> None:
         assert tree.run("systemctl is-active mtetool-companion.socket") == "active\n"
         # Nobody has asked yet: the service is not running.
         tree.run("systemctl is-active mtetool-companion.service", status=3)
-        (tree.path / "tmp/clients.py").write_text(_CLIENTS)
-        tree.run("python3 /tmp/clients.py >/tmp/clients 2>&1 & sleep 2")
+        (tree.path / "srv/clients.py").write_text(_CLIENTS)
+        tree.run("python3 /srv/clients.py >/srv/clients 2>&1 & sleep 2")
         service = tree.run("systemctl show -P MainPID mtetool-companion.service")
         socket = _since(tree)
         tree.run(f"apt-get install -q -y {new}")
         assert __version__ in tree.run("mtetool --version")
         assert tree.run("systemctl show -P MainPID mtetool-companion.service") != service
         assert _since(tree) == socket
-        tree.run("sleep 2; touch /tmp/enough; sleep 2")
-        answered, _, failed = tree.run("cat /tmp/clients").partition(" ")
+        tree.run("sleep 2; touch /srv/enough; sleep 2")
+        answered, _, failed = tree.run("cat /srv/clients").partition(" ")
         assert (failed, int(answered) > 20) == ("[]\n", True)
         tree.run("apt-get purge -q -y mtetool")
         assert "could not be found" in tree.run(
@@ -188,7 +188,7 @@ def test_libvirt_comes_afterwards_and_its_domain_stays(older: Path) -> None:
         assert _domain(tree) == domain
         tree.run("apt-get purge -q -y mtetool-libvirt mtetool")
         tree.run(f"ls {_CONFFILE}", status=2)
-        tree.run("apparmor_parser --skip-kernel-load --preprocess /tmp/profile >/dev/null")
+        tree.run("apparmor_parser --skip-kernel-load --preprocess /srv/profile >/dev/null")
         assert _domain(tree) == domain
         assert [name for name in tree.files() if "mtetool" in name] == []
 
@@ -196,16 +196,16 @@ def test_libvirt_comes_afterwards_and_its_domain_stays(older: Path) -> None:
 def _rules_are_included(tree: Tree) -> None:
     """AppArmor finds the package's rules in the profile that libvirt makes for a domain."""
     tree.run(
-        "sed s/LIBVIRT_TEMPLATE/libvirt-test/ /etc/apparmor.d/libvirt/TEMPLATE.qemu >/tmp/profile"
+        "sed s/LIBVIRT_TEMPLATE/libvirt-test/ /etc/apparmor.d/libvirt/TEMPLATE.qemu >/srv/profile"
     )
-    shown = tree.run("apparmor_parser --skip-kernel-load --preprocess /tmp/profile")
+    shown = tree.run("apparmor_parser --skip-kernel-load --preprocess /srv/profile")
     assert "/usr/bin/qemu-system-aarch64-mte{,-*} rix," in shown
-    tree.run("apparmor_parser --skip-kernel-load --skip-cache --abort-on-error /tmp/profile")
+    tree.run("apparmor_parser --skip-kernel-load --skip-cache --abort-on-error /srv/profile")
 
 
 def _start_domain(tree: Tree) -> str:
-    (tree.path / "tmp/web.xml").write_text(_DOMAIN)
-    tree.run("virsh create /tmp/web.xml")
+    (tree.path / "srv/web.xml").write_text(_DOMAIN)
+    tree.run("virsh create /srv/web.xml")
     return _domain(tree)
 
 

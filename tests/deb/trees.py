@@ -21,6 +21,7 @@ _CHANGING = (
     "dev",
     "proc",
     "run",
+    "srv",
     "sys",
     "tmp",
     "root",
@@ -67,8 +68,8 @@ class Tree:
     def put(self, *packages: Path) -> str:
         """Copy packages into the tree; return their names there, for apt."""
         for package in packages:
-            shutil.copy(package, self.path / "tmp")
-        return " ".join(f"/tmp/{package.name}" for package in packages)
+            shutil.copy(package, self.path / "srv")
+        return " ".join(f"/srv/{package.name}" for package in packages)
 
     def files(self) -> list[str]:
         """Every file, link and directory that is there to stay."""
