@@ -215,7 +215,7 @@ def _start_domain(tree: Tree) -> str:
 def _domain(tree: Tree) -> str:
     """The PID of the domain, which is running."""
     assert "running" in tree.run("virsh domstate web")
-    return tree.run("pgrep -f guest=web")
+    return tree.run("pgrep -f '[g]uest=web'")
 
 
 def test_a_package_is_the_same_bytes_each_time(tmp_path: Path) -> None:
