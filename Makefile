@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/sh
 
-.PHONY: help deps venv lab demo check test test-fast migration relay-campaign lab-kernels torture interrupted bench bench-lab differential differential-full browser spark fuzz fuzz-short clean
+.PHONY: help deps venv lab demo check test test-fast migration relay-campaign lab-kernels torture interrupted bench bench-lab differential differential-full browser spark fuzz fuzz-short deb wheels test-deb test-wheels clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -33,7 +33,7 @@ check: venv ## check style, types and scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	shellcheck examples/*.sh tools/deps .ci/run
+	shellcheck examples/*.sh tools/* .ci/run
 
 ifdef T
 test: deps venv
@@ -46,7 +46,7 @@ test: deps venv ## run everything: checks, tests, the lab on a real kernel; T=PA
 endif
 
 test-fast: venv ## run the tests that need no lab
-	$(BIN)/python -m pytest -n 2 --ignore tests/lab
+	$(BIN)/python -m pytest -n 2 --ignore tests/lab --ignore tests/deb
 
 migration: deps venv ## run the acceptance test: a guest moves between two QEMUs with its tags
 	$(BIN)/python -m pytest tests/lab -k migration
@@ -89,6 +89,20 @@ fuzz: venv ## try two million hostile snapshots, guided by coverage (about twent
 
 fuzz-short: venv ## try a few thousand hostile snapshots, always the same
 	$(BIN)/python -m tests.fuzz --executions 8000 --seed 1
+
+deb: ## build the Debian packages for amd64 and arm64, in dist/ (needs root)
+	@tools/deps --only packages
+	tools/deb
+
+wheels: ## build the source distribution and the wheels, in dist/ (needs root)
+	@tools/deps --only packages
+	tools/wheels
+
+test-deb: venv deb ## install, upgrade and remove the Debian packages in fresh systems (half an hour)
+	$(BIN)/python -m pytest -rP tests/deb/test_deb.py
+
+test-wheels: venv wheels ## install and run the wheels and the source distribution (ten minutes)
+	$(BIN)/python -m pytest -rP tests/deb/test_wheels.py
 
 clean: ## remove everything that make created here, but not the cache elsewhere
 	rm -rf $(VENV) build dist demo fuzz-findings *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,5 +1,7 @@
 """The one part of the build that pyproject.toml has no stable words for: the C extension."""
 
+import os
+
 from setuptools import Extension, setup
 
 setup(
@@ -9,8 +11,9 @@ setup(
             ["mtetool/_loops.c"],
             py_limited_api=True,
             extra_compile_args=["-O3"],
-            # Without a compiler mtetool installs all the same, and runs on numpy.
-            optional=True,
+            # Without a compiler mtetool installs all the same, and runs on numpy; a package that
+            # is built for others must not.
+            optional=not os.environ.get("MTETOOL_REQUIRE_LOOPS"),
         )
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

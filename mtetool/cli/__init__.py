@@ -101,6 +101,24 @@ def _name_page(command: click.Command, page: str) -> None:
             _name_page(inner, page)
 
 
+_VERBOSE = "mtetool.verbose"
+
+
+def _show_version(context: click.Context, given: bool) -> None:
+    """Print the version, and with -v the line about this installation; end."""
+    verbose = context.meta[_VERBOSE]
+    if not given:
+        if verbose:
+            raise click.UsageError("-v goes with --version only", context)
+        return
+    click.echo(f"mtetool {__version__}")
+    if verbose:
+        from mtetool import provenance
+
+        click.echo(provenance.line())
+    context.exit()
+
+
 @click.command(
     "mtetool",
     cls=LazyGroup,
@@ -108,6 +126,21 @@ def _name_page(command: click.Command, page: str) -> None:
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Manual pages: mtetool(1), and one per command: mtetool-save(1), ...",
 )
-@click.version_option(__version__, message="mtetool %(version)s")
+@click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    hidden=True,  # --version names it: the help has no line left
+    is_eager=True,  # and so known when --version is looked at, wherever it stands
+    expose_value=False,
+    callback=lambda context, _, given: context.meta.update({_VERBOSE: given}),
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda context, _, given: _show_version(context, given),
+    help="Show the version (-v: and where it comes from) and exit.",
+)
 def group() -> None:
     """Tags (Arm MTE) of a GUEST: kvm:PID, libvirt:DOMAIN, proc:PID, emu:PATH."""

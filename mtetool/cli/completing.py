@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from importlib import resources
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import click
 from click.shell_completion import CompletionItem, ShellComplete, add_completion_class
@@ -22,6 +24,8 @@ _KINDS = ("emu:", "kvm:", "libvirt:", "proc:")
 _MOST_PIDS = 20_000
 _MOST_FDS = 1_000
 _MOST_ANSWERS = 200
+# Each named as the shell looks for it.
+_SCRIPTS = {"bash": "mtetool.bash", "zsh": "_mtetool", "fish": "mtetool.fish"}
 _VM_LINK = "anon_inode:kvm-vm"
 # A shell would split other names, or run parts of them.
 _PLAIN_NAME = re.compile(r"[\w.+@-]+", re.ASCII)
@@ -101,6 +105,12 @@ def _has_vm(pid: int) -> bool:
 class _Shell(ShellComplete):
     """Any shell: it passes the line up to the cursor, and takes `type,value` lines."""
 
+    file: ClassVar[str]
+
+    def source(self) -> str:
+        """Return the shell's script."""
+        return (resources.files("mtetool.cli") / "completions" / self.file).read_text()
+
     def get_completion_args(self) -> tuple[list[str], str]:
         """Return the words before the one to complete, and what is typed of that one."""
         line = os.environ.get("COMP_LINE", "")
@@ -114,85 +124,7 @@ class _Shell(ShellComplete):
         return f"{item.type},{item.value}"
 
 
-# Bash completes what follows the last character of COMP_WORDBREAKS, which contains ":" and "=": an
-# answer must not repeat what comes before it.
-_BASH = r"""
-%(complete_func)s() {
-    local IFS=$'\n' type value word=$2
-    COMPREPLY=()
-    while IFS=, read -r type value; do
-        case $type in
-            begin) COMPREPLY+=("$value"); compopt -o nospace ;;
-            plain)
-                if [[ $value == *:?* && $COMP_WORDBREAKS == *:* ]]; then value=${value#*:}; fi
-                COMPREPLY+=("$value") ;;
-            file) compopt -o filenames; COMPREPLY+=($(compgen -f -- "$word")) ;;
-            emu)
-                compopt -o filenames
-                if [[ $word == emu:* ]]; then
-                    COMPREPLY+=($(compgen -P emu: -f -- "${word#emu:}"))
-                else
-                    COMPREPLY+=($(compgen -f -- "${word#:}"))
-                fi ;;
-        esac
-    done < <(COMP_LINE=${COMP_LINE:0:COMP_POINT} %(complete_var)s=bash_complete \
-        command %(prog_name)s 2>/dev/null)
-}
-complete -F %(complete_func)s %(prog_name)s
-"""
-
-_ZSH = r"""#compdef %(prog_name)s
-%(complete_func)s() {
-    local answer type value
-    local -a plain begin answers
-    answers=("${(@f)$(COMP_LINE="${words[1,CURRENT-1]} $PREFIX" %(complete_var)s=zsh_complete \
-        command %(prog_name)s 2>/dev/null)}")
-    [[ $PREFIX == --*=* ]] && compset -P '*='
-    for answer in $answers; do
-        type=${answer%%%%,*} value=${answer#*,}
-        case $type in
-            begin) begin+=("$value") ;;
-            plain) plain+=("$value") ;;
-            file) _path_files ;;
-            emu) compset -P 'emu:'; _path_files ;;
-        esac
-    done
-    (( $#begin )) && compadd -S '' -a begin
-    (( $#plain )) && compadd -a plain
-    return 0
-}
-if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
-    %(complete_func)s "$@"
-else
-    compdef %(complete_func)s %(prog_name)s
-fi
-"""
-
-_FISH = r"""
-function %(complete_func)s
-    set -l token (commandline -ct)
-    set -l before (string match -r -- '^--[^=]*=' $token; or echo '')
-    set -l word (string replace -r -- '^--[^=]*=' '' "$token")
-    set -l line (commandline -cp | string collect)
-    for answer in (env COMP_LINE=$line %(complete_var)s=fish_complete %(prog_name)s 2>/dev/null)
-        set -l parts (string split -m 1 , -- $answer)
-        switch $parts[1]
-            case begin plain
-                echo "$before$parts[2]"
-            case file
-                printf '%%s\n' "$before"(__fish_complete_path "$word")
-            case emu
-                set -l path (string replace emu: '' -- "$word")
-                printf '%%s\n' "$before"emu:(__fish_complete_path "$path")
-        end
-    end
-end
-complete --no-files --command %(prog_name)s --arguments '(%(complete_func)s)'
-"""
-
-
 def register() -> None:
-    """Make click use these scripts."""
-    for name, script in (("bash", _BASH), ("zsh", _ZSH), ("fish", _FISH)):
-        attributes = {"name": name, "source_template": script}
-        add_completion_class(type(f"_{name}", (_Shell,), attributes), name)
+    """Make click use the scripts in `completions/`, which a package can install as they are."""
+    for name, file in _SCRIPTS.items():
+        add_completion_class(type(f"_{name}", (_Shell,), {"name": name, "file": file}), name)

@@ -12,8 +12,11 @@ NAMES = ("wrapper", *_UNITS, "apparmor")
 """What `text_of` knows."""
 
 
-def text_of(name: str) -> str:
-    """Return the content of one of NAMES. Raises OSError."""
+def text_of(name: str, command: str | None = None) -> str:
+    """Return the content of one of NAMES; a unit starts `command`, or else this mtetool.
+
+    Raises OSError.
+    """
     if name == "wrapper":
         return _SHEBANG + (resources.files("mtetool.companion") / "client.py").read_text()
-    return installed("mtetool.companion", _UNITS.get(name, name))
+    return installed("mtetool.companion", _UNITS.get(name, name), command)

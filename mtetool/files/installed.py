@@ -9,13 +9,13 @@ from importlib import resources
 from pathlib import Path
 
 
-def installed(package: str, name: str) -> str:
+def installed(package: str, name: str, command: str | None = None) -> str:
     """The text of a file in the directory `installed` of a package. Raises OSError.
 
-    @MTETOOL@ in it is replaced by the command that starts this mtetool.
+    @MTETOOL@ in it is replaced by `command`, or else by the one that starts this mtetool.
     """
     text = (resources.files(package) / "installed" / name).read_text()
-    return text.replace("@MTETOOL@", _command())
+    return text.replace("@MTETOOL@", command or _command())
 
 
 def _command() -> str:

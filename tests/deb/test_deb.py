@@ -1,0 +1,228 @@
+"""The Debian packages, in fresh trees of Debian 13: installed, used, upgraded, removed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mtetool import __version__
+from tests.deb.trees import ROOT, TOOLS, Tree, fresh
+
+_DIST = ROOT / "dist"
+_CONFFILE = "/etc/apparmor.d/abstractions/libvirt-qemu.d/mtetool"
+_OLD = "0.0.9"
+# What a user's system has besides; the shells and man are there to be completed and read.
+_SYSTEM = ("systemd-sysv", "dbus", "man-db", "bash-completion", "zsh", "fish")
+# A client of the companion's socket, over and over: it prints how many were answered, and why not.
+_CLIENTS = """
+import socket, sys, time
+answered, failed = 0, []
+while not __import__("os").path.exists("/srv/enough"):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as end:
+        end.settimeout(30)
+        try:
+            end.connect("/run/mtetool/companion.sock")
+            end.send(b"mtetool-companion/0 hello")
+            if end.recv(1024):
+                answered += 1
+            else:
+                failed.append("closed")
+        except OSError as error:
+            failed.append(str(error))
+    time.sleep(0.02)
+print(answered, failed)
+"""
+
+
+def package(architecture: str, name: str = "mtetool", directory: Path = _DIST) -> Path:
+    """The one package of that name and architecture."""
+    (found,) = directory.glob(f"{name}_*_{architecture}.deb")
+    return found
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the packages of a version before."""
+    into = tmp_path_factory.mktemp("older")
+    subprocess.run([TOOLS / "deb", "--version", _OLD, into], check=True)
+    return into
+
+
+@pytest.fixture(scope="module", params=["amd64", "arm64"])
+def tree(request: pytest.FixtureRequest) -> Iterator[Tree]:
+    with fresh(request.param, *_SYSTEM) as made:
+        yield made
+
+
+def test_a_stranger_installs_uses_and_removes_it(tree: Tree) -> None:
+    # Libraries come first, and stay: here only what mtetool itself leaves is looked at.
+    tree.run(
+        "apt-get install -q -y --no-install-recommends python3-click python3-msgpack "
+        "python3-numpy python3-rich python3-xxhash python3-zstandard >/dev/null"
+    )
+    before = tree.files()
+    tree.put(package(tree.architecture))
+    # As in the README.
+    tree.run(
+        f"cd /srv; {_readme_command('apt install ./mtetool_')}".replace(
+            "apt install", "apt -y install"
+        )
+    )
+    _is_used(tree)
+    _is_read(tree)
+    _is_completed(tree)
+    wants = tree.path / "etc/systemd/system/sockets.target.wants/mtetool-companion.socket"
+    assert wants.is_symlink()
+    tree.run("apt-get remove -q -y mtetool")
+    # Nothing of it is configuration: the link of a unit that is on is kept until purge.
+    left = set(tree.files()) - set(before)
+    assert {name for name in left if "systemd" not in name} == set()
+    tree.run("apt-get purge -q -y mtetool")
+    assert tree.files() == before
+    assert not wants.is_symlink()
+
+
+def _readme_command(start: str) -> str:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    (found,) = [line.strip(" #") for line in lines if line.strip(" #").startswith(start)]
+    return found
+
+
+def _is_used(tree: Tree) -> None:
+    shown = tree.run("mtetool --version -v", user="nobody")
+    first, second = shown.splitlines()
+    assert first == f"mtetool {__version__}"
+    assert second.startswith("deb in /usr/lib/python3/dist-packages/mtetool, C loops, Python 3.13")
+    assert "missing" not in second
+    demo = tree.run("/usr/share/doc/mtetool/examples/demo.sh /tmp/demo", user="nobody")
+    assert "mtetool diff" in demo
+    tree.run("rm -r /tmp/demo")
+
+
+def _is_read(tree: Tree) -> None:
+    pages = {page.stem for page in (ROOT / "man").iterdir()}
+    tree.run(f"for page in {' '.join(sorted(pages))}; do man -w $page >/dev/null; done")
+    assert "save the MTE tags" in tree.run("man mtetool-save", user="nobody")
+
+
+def _is_completed(tree: Tree) -> None:
+    """In each shell as it starts for a user: nothing is switched on."""
+    bash = """
+        . /usr/share/bash-completion/bash_completion
+        COMP_LINE='mtetool resto' COMP_POINT=13 COMP_WORDS=(mtetool resto) COMP_CWORD=1
+        _comp_load mtetool
+        _mtetool_completion mtetool resto
+        echo "<${COMPREPLY[*]}>"
+    """
+    (tree.path / "srv/complete.bash").write_text(bash)
+    assert "<restore>" in tree.run("bash /srv/complete.bash", user="nobody")
+    (tree.path / "srv/complete.zsh").write_text(
+        'autoload -Uz compinit; compinit -D; echo "<$_comps[mtetool]>"\n'
+    )
+    assert "<_mtetool>" in tree.run("zsh -f /srv/complete.zsh", user="nobody")
+    shown = tree.run("HOME=/tmp fish -c 'complete -C \"mtetool resto\"'", user="nobody")
+    assert "restore" in shown.split()
+
+
+def test_the_service_upgrades_under_its_clients(older: Path) -> None:
+    with fresh("amd64", *_SYSTEM) as tree, tree.booted():
+        old, new = tree.put(package("amd64", directory=older)), tree.put(package("amd64"))
+        tree.run(f"apt-get install -q -y --no-install-recommends {old}")
+        assert tree.run("systemctl is-enabled mtetool-companion.socket") == "enabled\n"
+        assert tree.run("systemctl is-active mtetool-companion.socket") == "active\n"
+        # Nobody has asked yet: the service is not running.
+        tree.run("systemctl is-active mtetool-companion.service", status=3)
+        (tree.path / "srv/clients.py").write_text(_CLIENTS)
+        tree.run("python3 /srv/clients.py >/srv/clients 2>&1 & sleep 2")
+        service = tree.run("systemctl show -P MainPID mtetool-companion.service")
+        socket = _since(tree)
+        tree.run(f"apt-get install -q -y {new}")
+        assert __version__ in tree.run("mtetool --version")
+        assert tree.run("systemctl show -P MainPID mtetool-companion.service") != service
+        assert _since(tree) == socket
+        tree.run("sleep 2; touch /srv/enough; sleep 2")
+        answered, _, failed = tree.run("cat /srv/clients").partition(" ")
+        assert (failed, int(answered) > 5) == ("[]\n", True)
+        tree.run("apt-get purge -q -y mtetool")
+        assert "could not be found" in tree.run(
+            "systemctl status mtetool-companion.socket", status=4
+        )
+        assert not re.search("mtetool", tree.run("systemctl list-units --all --no-pager"))
+        tree.run("ls /run/mtetool", status=2)
+
+
+def _since(tree: Tree) -> str:
+    return tree.run("systemctl show -P ActiveEnterTimestampMonotonic mtetool-companion.socket")
+
+
+_DOMAIN = """<domain type="qemu"><name>web</name><memory unit="MiB">64</memory>
+<os><type arch="aarch64" machine="virt">hvm</type></os>
+<devices><emulator>/usr/bin/qemu-system-aarch64-mte</emulator></devices></domain>
+"""
+
+
+def test_libvirt_comes_afterwards_and_its_domain_stays(older: Path) -> None:
+    with fresh("amd64", *_SYSTEM) as tree, tree.booted():
+        old = tree.put(package("amd64", directory=older), package("all", "mtetool-libvirt", older))
+        tree.run(f"apt-get install -q -y --no-install-recommends {old}")
+        assert "libvirtd" not in tree.run("ls /usr/sbin")
+        before_libvirt = tree.run(f"cat {_CONFFILE}")
+        tree.run(
+            "apt-get install -q -y --no-install-recommends apparmor libvirt-daemon-system "
+            "libvirt-clients qemu-system-arm >/dev/null"
+        )
+        _rules_are_included(tree)
+        domain = _start_domain(tree)
+        # The administrator changes the rules: the upgrade keeps them.
+        tree.run(f"echo '  # ours' >>{_CONFFILE}")
+        new = tree.put(package("amd64"), package("all", "mtetool-libvirt"))
+        tree.run(f"apt-get install -q -y -o Dpkg::Options::=--force-confold {new}")
+        assert tree.run(f"cat {_CONFFILE}") == before_libvirt + "  # ours\n"
+        assert _domain(tree) == domain
+        tree.run("apt-get remove -q -y mtetool-libvirt mtetool")
+        assert "# ours" in tree.run(f"cat {_CONFFILE}")
+        _rules_are_included(tree)
+        assert _domain(tree) == domain
+        tree.run("apt-get purge -q -y mtetool-libvirt mtetool")
+        tree.run(f"ls {_CONFFILE}", status=2)
+        tree.run("apparmor_parser --skip-kernel-load --preprocess /srv/profile >/dev/null")
+        assert _domain(tree) == domain
+        assert [name for name in tree.files() if "mtetool" in name] == []
+
+
+def _rules_are_included(tree: Tree) -> None:
+    """AppArmor finds the package's rules in the profile that libvirt makes for a domain."""
+    tree.run(
+        "sed s/LIBVIRT_TEMPLATE/libvirt-test/ /etc/apparmor.d/libvirt/TEMPLATE.qemu >/srv/profile"
+    )
+    shown = tree.run("apparmor_parser --skip-kernel-load --preprocess /srv/profile")
+    assert "/usr/bin/qemu-system-aarch64-mte{,-*} rix," in shown
+    tree.run("apparmor_parser --skip-kernel-load --skip-cache --abort-on-error /srv/profile")
+
+
+def _start_domain(tree: Tree) -> str:
+    (tree.path / "srv/web.xml").write_text(_DOMAIN)
+    tree.run("virsh create /srv/web.xml")
+    return _domain(tree)
+
+
+def _domain(tree: Tree) -> str:
+    """The PID of the domain, which is running."""
+    assert "running" in tree.run("virsh domstate web")
+    return tree.run("pgrep -f '[g]uest=web'")
+
+
+def test_a_package_is_the_same_bytes_each_time(tmp_path: Path) -> None:
+    subprocess.run([TOOLS / "deb", tmp_path], check=True, env=os.environ | {"TZ": "Asia/Tokyo"})
+    made = {path.name: _sum(path) for path in tmp_path.iterdir()}
+    assert made == {path.name: _sum(path) for path in _DIST.glob("*.deb")}
+
+
+def _sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
