@@ -8,7 +8,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from mtetool.errors import MtetoolError
 from mtetool.relay import guests
@@ -20,6 +20,7 @@ from mtetool.relay.report import News, Report
 from mtetool.relay.source import SourceRelay
 from mtetool.relay.wire import Hello, Wire
 
+_T = TypeVar("_T")
 Role = Literal["source", "destination"]
 
 
@@ -79,16 +80,22 @@ class Relay:
         there = guests.Ready.of(await wire.receive())
         self.news.say("the destination is ready")
         qemu = await _while_connected(wire, opening())
-        return await SourceRelay(wire, qemu, self.news).run(self.wanted, there)
+        try:
+            # libvirt connects, and passes the socket on: when something comes through, QEMU has it.
+            first = await _while_connected(wire, qemu.read())
+        except BaseException:
+            qemu.abort()
+            raise
+        return await SourceRelay(wire, qemu, first, self.news).run(self.wanted, there)
 
     async def _destination(self, wire: Wire, opening: Callable[[], Awaitable[Channel]]) -> Report:
         qemu = await _while_connected(wire, opening())
         return await DestinationRelay(wire, qemu, self.news).run(self.wanted)
 
 
-async def _while_connected(wire: Wire, opening: Awaitable[Channel]) -> Channel:
-    """Wait for a channel to QEMU, and notice if the other relay gives up meanwhile."""
-    opened = asyncio.ensure_future(opening)
+async def _while_connected(wire: Wire, waiting: Awaitable[_T]) -> _T:
+    """Wait for QEMU, and notice if the other relay gives up meanwhile."""
+    opened = asyncio.ensure_future(waiting)
     watching = asyncio.create_task(wire.receive())
     try:
         await asyncio.wait({opened, watching}, return_when=asyncio.FIRST_COMPLETED)

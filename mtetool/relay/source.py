@@ -56,7 +56,8 @@ _NEWS_SECONDS = 0.5
 class SourceRelay:
     """One migration, from the first byte of QEMU's stream to its last."""
 
-    def __init__(self, wire: Wire, qemu: Channel, news: News) -> None:
+    def __init__(self, wire: Wire, qemu: Channel, first: bytes, news: News) -> None:
+        """`first` are the first bytes of QEMU's stream."""
         self._wire = wire
         self._qemu = qemu
         self._news = news
@@ -71,6 +72,7 @@ class SourceRelay:
         self._outgoing: Outgoing | None = None
         self._confirmation = Confirmation()
         self._worker = Worker("tags")
+        self._first = first
         self.report = Report("source")
 
     async def run(self, wanted: guests.Wanted, there: guests.Ready) -> Report:
@@ -122,7 +124,8 @@ class SourceRelay:
     # --- towards the destination ----------------------------------------------------------
 
     async def _forward(self) -> None:
-        while data := await self._qemu.read(_READ_BYTES):
+        while data := self._first or await self._qemu.read(_READ_BYTES):
+            self._first = b""
             self.report.stream_bytes += len(data)
             at = self._stream.feed(data)
             self._check_return_path()

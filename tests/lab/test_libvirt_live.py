@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from subprocess import CompletedProcess
 
@@ -27,8 +28,12 @@ class _Scene:
     def __init__(self, hosts: TwoHosts) -> None:
         self.machines = hosts
         rules = installed("mtetool.relay", "domains")
-        self.here = mte_host(hosts.here, rules=rules, hostname="here")
-        self.there = mte_host(hosts.there, rules=rules, hostname="there")
+        with ThreadPoolExecutor(2) as pool:
+            self.here, self.there = pool.map(
+                lambda machine, name: mte_host(machine, rules=rules, hostname=name),
+                hosts,
+                ("here", "there"),
+            )
         hosts.allow_ssh()
         for machine in hosts:
             stand_in(machine)

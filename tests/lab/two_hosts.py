@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,8 +71,10 @@ def two_hosts(
     """Boot two machines with these kernels. Raises LabUnavailableError, MachineLostError."""
     with tempfile.TemporaryDirectory(prefix="mtetool-cable-") as name:
         ends = [Cable(Path(name), number) for number in (1, 2)]
-        with (
-            Machine(kernel=here, cpus=1, memory=memory, cable=ends[0]) as one,
-            Machine(kernel=there, cpus=1, memory=memory, cable=ends[1]) as other,
-        ):
-            yield TwoHosts(one, other)
+        kernels = (here, there)
+        machines = [
+            Machine(kernel=kernel, cpus=1, memory=memory, cable=end)
+            for kernel, end in zip(kernels, ends, strict=True)
+        ]
+        with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+            yield TwoHosts(*pool.map(stack.enter_context, machines))

@@ -117,10 +117,24 @@ def test_destination_without_mte_is_said_before_qemu_can_connect(tmp_path: Path)
 def test_guest_of_another_size_is_refused(tmp_path: Path) -> None:
     async def test() -> None:
         async with scene(tmp_path, destination_pages=N_PAGES // 2) as made:
+            await made.write(beginning())
             assert isinstance(await made.source.error(), LayoutError)
             assert isinstance(await made.destination.error(), RelayFailedError)
             assert await made.back() == b""
             assert await made.arrived() == b""
+
+    run(test())
+
+
+def test_destination_that_is_lost_before_qemu_says_anything(tmp_path: Path) -> None:
+    """libvirt may hold the connection for a while before QEMU gets it."""
+
+    async def test() -> None:
+        async with scene(tmp_path) as made:
+            assert made.destination.task
+            made.destination.task.cancel()
+            assert isinstance(await made.source.error(), RelayLostError)
+            assert await made.back() == b""
 
     run(test())
 
