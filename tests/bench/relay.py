@@ -20,12 +20,15 @@ _WAYS: tuple[Way, ...] = ("direct", "socat", "relays")
 
 def measure(lab: Machine, memory: str, options: str, way: Way) -> dict[str, Any]:
     """Migrate a guest; return what QEMU says, and the relays' reports."""
-    migration = Migration(lab, memory=memory, guest_options=options)
+    migration = Migration(lab, memory=memory, guest_options=options, timed=True)
     migration.start(way)
     found = migration.wait()
     assert found["status"] == "completed", found
-    reports = migration.reports() if way == "relays" else {}
-    return {"qemu": found, **reports}
+    if way != "relays":
+        return {"qemu": found}
+    reports = migration.reports()
+    used = [migration.usage(role) for role in ("source", "destination")]
+    return {"qemu": found, **reports, "used": used}
 
 
 def main() -> None:
@@ -58,6 +61,11 @@ def _print(guest: str, way: Way, rows: list[dict[str, Any]]) -> None:
         f"   downtimes {sorted(row['qemu']['downtime'] for row in rows)}",
         flush=True,
     )
+    for number, role in enumerate(("source", "destination")):
+        used = [row["used"][number] for row in rows if "used" in row]
+        if used:
+            seconds, most = (statistics.median(values) for values in zip(*used, strict=True))
+            print(f"{'':20} {role}: {seconds:.1f} s of CPU time, {most / (1 << 20):.0f} MiB")
 
 
 if __name__ == "__main__":

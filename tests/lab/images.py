@@ -95,8 +95,9 @@ _EXTENSION_CFLAGS = ("-O3", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
 _SUFFIXES = (".c", ".h", ".s")
 # The 32-bit program is in assembly language: it needs an assembler and a linker, no compiler.
 _ARM = "arm-linux-gnueabihf"
-# Modules that a machine needs before it has its root, unless they are built in.
-_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "virtio_net")
+# Modules that a machine needs before it has its root, and those that the kernel would load by
+# itself, unless they are built in.
+_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "virtio_net", "unix_diag")
 # What runs in the lab.
 _COMPILED = ("mtetool", "tests/conformance", "tests/differential", "tests/interrupted", "tests/lab")
 _COMPILE = """

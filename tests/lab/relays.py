@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import time
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ class Migration:
     capabilities: dict[str, bool] = field(default_factory=lambda: dict(CAPABILITIES))
     target_has_mte: bool = True
     target_listens: bool = True
+    timed: bool = False
+    """Let busybox's time(1) count what the relays use; see `usage`."""
     n_started: int = field(init=False, default=0)
     source: Qemu = field(init=False)
     target: Qemu = field(init=False)
@@ -111,7 +114,8 @@ class Migration:
     def run_relay(self, role: str, incoming: str, outgoing: str, options: str = "") -> None:
         """Start one relay, in the background."""
         words = f"mtetool relay {role} --from {incoming} --to {shlex.quote(outgoing)} --json"
-        become = shlex.quote(f"echo $$ >/tmp/relay-{role}.pid; exec {words} {options}")
+        timed = f"busybox time -v -o /tmp/relay-{role}.time" if self.timed else ""
+        become = shlex.quote(f"echo $$ >/tmp/relay-{role}.pid; exec {timed} {words} {options}")
         self._lab_of(role).sh(
             f"rm -f /tmp/relay-{role}.*;"
             f" (sh -c {become} >/tmp/relay-{role}.out 2>/tmp/relay-{role}.err;"
@@ -148,6 +152,13 @@ class Migration:
     def reports(self) -> dict[str, dict[str, Any]]:
         """Wait until both relays have ended; return their reports."""
         return {role: self.report(role) for role in ("source", "destination")}
+
+    def usage(self, role: str) -> tuple[float, int]:
+        """Return the seconds of CPU time that a relay used, and the most memory that it had."""
+        said = self._lab_of(role).get(f"/tmp/relay-{role}.time").decode()
+        seconds = sum(float(found) for found in re.findall(r"time \(seconds\): ([\d.]+)", said))
+        (kib,) = re.findall(r"Maximum resident set size \(kbytes\): (\d+)", said)
+        return seconds, int(kib) << 10
 
     def report(self, role: str) -> dict[str, Any]:
         """Wait until one relay has ended; return its report."""
