@@ -16,6 +16,8 @@ from tests.lab.mte_hosts import WRAPPER, mte_host
 from tests.lab.two_hosts import TwoHosts, two_hosts
 from tests.lab.walk import sections, stand_in
 
+pytestmark = pytest.mark.long  # two machines with libvirt: minutes
+
 _MOVE = "/opt/mtetool/examples/virsh-migrate.sh"
 _TO = "qemu+ssh://root@there/system"
 _URI = "unix:///run/mtetool/relay/there.sock"
@@ -95,7 +97,6 @@ def test_a_domain_moves_live_with_every_tag() -> None:
             assert machine.sh("ls /run/mtetool/relay").stdout == b""
 
 
-@pytest.mark.long
 def test_the_page_s_units_move_domains_there_and_back() -> None:
     """Again and again, peer to peer too, without a word about tags; then back by the example."""
     lines = sections()["MOVE A DOMAIN"]
@@ -116,7 +117,6 @@ def test_the_page_s_units_move_domains_there_and_back() -> None:
         assert scene.here.denials() == scene.there.denials() == []
 
 
-@pytest.mark.long
 def test_what_does_not_go_with_tags_is_refused_before_anything_moves() -> None:
     with _scene() as scene:
         for option, instead in (
@@ -152,7 +152,6 @@ def _by_hand(scene: _Scene, *options: str) -> CompletedProcess[bytes]:
     return result
 
 
-@pytest.mark.long
 def test_whatever_fails_the_domain_goes_on() -> None:
     with _scene() as scene:
         for name in ("aborted", "relay killed", "connection cut", "libvirtd restarted"):

@@ -35,6 +35,7 @@ def _start_by_tls(migration: Migration) -> None:
     migration.start_relays(f"tls:{THERE}:7000")
 
 
+@pytest.mark.long
 def test_example_moves_a_guest_over_ssh_with_every_tag() -> None:
     """It finds the guest by its socket, and starts the other relay by a command."""
     with two_hosts() as hosts:
