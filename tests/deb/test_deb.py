@@ -14,6 +14,8 @@ import pytest
 from mtetool import __version__
 from tests.deb.trees import ROOT, TOOLS, Tree, fresh
 
+pytestmark = pytest.mark.long  # make test-deb, make test-wheels
+
 _DIST = ROOT / "dist"
 _CONFFILE = "/etc/apparmor.d/abstractions/libvirt-qemu.d/mtetool"
 _OLD = "0.0.9"

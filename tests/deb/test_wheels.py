@@ -15,6 +15,8 @@ import pytest
 from mtetool import __version__
 from tests.deb.trees import ROOT, TOOLS, fresh
 
+pytestmark = pytest.mark.long  # make test-deb, make test-wheels
+
 _DIST = ROOT / "dist"
 # What is not of the fast tests.
 _SLOW = ("tests/lab", "tests/deb", "tests/fuzz", "tests/bench", "tests/interrupted")
