@@ -56,6 +56,11 @@ class Channel(ABC):
             if view.nbytes:
                 self._parts.append(view if view.format == "B" else view.cast("B"))
 
+    @property
+    def queued_bytes(self) -> int:
+        """How much was written and not yet given to the kernel."""
+        return sum(part.nbytes for part in self._parts)
+
     async def drain(self) -> None:
         """Give everything that was written to the kernel."""
         async with self._sending:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _READ_BYTES = 1 << 20
 # Frames that wait for the writing thread; each is at most some MiB, and usually a few KiB.
 _MOST_WAITING = 16
+_MOST_QUEUED_BYTES = 8 << 20
 _NEWS_SECONDS = 0.5
 
 
@@ -40,6 +41,7 @@ class DestinationRelay:
         self._qemu = qemu
         self._news = news
         self._waiting: asyncio.Queue[bytes | bytearray | None] = asyncio.Queue(_MOST_WAITING)
+        self._queued = asyncio.Event()
         self._ram_ended = False
         self._in_place = False
         self._incoming: Incoming | None = None
@@ -84,7 +86,7 @@ class DestinationRelay:
                 self._forward(),
                 self._backward(),
                 self._tags(),
-                beside=self._wire.stay_alive(),
+                beside=[self._wire.stay_alive(), self._keep_flushing()],
             )
         finally:
             telling.cancel()
@@ -116,8 +118,20 @@ class DestinationRelay:
                 raise guests.unexpected(frame)
 
     async def _pass_on(self, data: bytes | bytearray) -> None:
+        """Queue bytes for QEMU: the tags that follow need not wait until it has read them."""
+        self._qemu.write(data)
+        self._queued.set()
+        if self._qemu.queued_bytes > _MOST_QUEUED_BYTES:
+            await self._flush()
+
+    async def _keep_flushing(self) -> None:
+        while True:
+            await self._queued.wait()
+            self._queued.clear()
+            await self._flush()
+
+    async def _flush(self) -> None:
         try:
-            self._qemu.write(data)
             await self._qemu.drain()
         except RelayLostError:
             # Once it has all memory, QEMU at the source must learn of this as without relays: by

@@ -105,7 +105,7 @@ class SourceRelay:
                 self._forward(),
                 self._backward(),
                 self._tags(guest, memory),
-                beside=self._wire.stay_alive(),
+                beside=[self._wire.stay_alive()],
             )
             self._confirmation.check()
         except MtetoolError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
@@ -14,19 +14,20 @@ T = TypeVar("T")
 
 
 async def all_of(
-    *coroutines: Coroutine[Any, Any, object], beside: Coroutine[Any, Any, None]
+    *coroutines: Coroutine[Any, Any, object], beside: Sequence[Coroutine[Any, Any, None]]
 ) -> None:
     """Run them at the same time until all are done; if one fails, the others are cancelled.
 
-    `beside` has no end of its own: it is cancelled when the others are done. Raises the error that
-    says the most: a lost connection is often only what followed from another.
+    Those `beside` them have no end of their own: they are cancelled when the others are done.
+    Raises the error that says the most: a lost connection is often only what followed from another.
     """
     try:
         async with asyncio.TaskGroup() as group:
-            endless = group.create_task(beside)
+            endless = [group.create_task(coroutine) for coroutine in beside]
             tasks = [group.create_task(coroutine) for coroutine in coroutines]
             await asyncio.wait(tasks)
-            endless.cancel()
+            for task in endless:
+                task.cancel()
     except BaseExceptionGroup as errors:
         raise min(_leaves(errors), key=_rank) from None
 

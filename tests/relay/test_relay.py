@@ -74,6 +74,25 @@ def test_every_tag_is_there_before_the_end_of_the_stream(
     run(test())
 
 
+def test_tags_do_not_wait_until_qemu_has_read_its_memory(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as made:
+            made.source.tag(3, _random(20, 1))
+            # More than a socket holds.
+            again = b"".join(streams.part(pages(range(N_PAGES))) for _ in range(4))
+            sent = beginning() + again + streams.command(11) + streams.end(pages([3])) + TAIL
+            writing = asyncio.create_task(made.write(sent))
+            while not any("all tags are in place" in text for text in made.destination.said):
+                await asyncio.sleep(0.01)
+            assert np.array_equal(made.destination.tags(), made.source.tags())
+            assert await made.passed(len(sent)) == sent
+            await writing
+            await made.confirm()
+            assert (await made.source.report()).finished
+
+    run(test())
+
+
 def test_tags_of_an_earlier_attempt_do_not_stay(tmp_path: Path) -> None:
     """QEMU may wait for another migration after one that failed."""
 

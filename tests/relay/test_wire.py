@@ -403,7 +403,7 @@ def test_silence_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         ours, theirs = socket.socketpair()
         wire = Wire(of_socket(ours, "theirs"))
         with theirs, pytest.raises(RelayLostError, match="has said nothing for"):
-            await all_tasks(wire.receive(), beside=wire.stay_alive())
+            await all_tasks(wire.receive(), beside=[wire.stay_alive()])
 
     run(test())
 
@@ -424,7 +424,7 @@ def test_signs_of_life_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
             await other.drain()
             assert (await receiving).kind is Kind.BYE
 
-        await all_tasks(wait_long(), beside=one.stay_alive())
+        await all_tasks(wait_long(), beside=[one.stay_alive()])
         beating.cancel()
         hearing.cancel()
 
