@@ -79,7 +79,7 @@ def test_tags_do_not_wait_until_qemu_has_read_its_memory(tmp_path: Path) -> None
         async with scene(tmp_path) as made:
             made.source.tag(3, _random(20, 1))
             # More than a socket holds.
-            again = b"".join(streams.part(pages(range(N_PAGES))) for _ in range(4))
+            again = b"".join(streams.part(pages(range(N_PAGES), streams.FULL)) for _ in range(8))
             sent = beginning() + again + streams.command(11) + streams.end(pages([3])) + TAIL
             writing = asyncio.create_task(made.write(sent))
             while not any("all tags are in place" in text for text in made.destination.said):
