@@ -15,6 +15,7 @@ from types import FrameType
 from mtetool.errors import (
     STATUS_HOST,
     STATUS_OK,
+    HostIoError,
     MtetoolError,
     NoMemoryError,
     SignalError,
@@ -139,6 +140,8 @@ def _guarded(run: Callable[[], int], arguments: Sequence[str]) -> int:
         return _report(_no_memory(), arguments)
     except OSError as error:
         return _report(_from_os_error(error), arguments)
+    except ImportError as error:
+        return _report(_not_loaded(error), arguments)
     except Exception as error:  # noqa: BLE001 - the last resort of the whole program
         return _report(_internal(error), arguments)
 
@@ -151,6 +154,14 @@ def _from_os_error(error: OSError) -> MtetoolError:
 
 def _no_memory() -> NoMemoryError:
     return NoMemoryError("this host has no memory left for that", hint="use a smaller --range")
+
+
+def _not_loaded(error: ImportError) -> MtetoolError:
+    """Return the error for a module that is not there, or that could not be read."""
+    return HostIoError(
+        f"a part of mtetool could not be loaded: {error}",
+        hint="if its disk is sound, install mtetool again",
+    )
 
 
 def _internal(error: Exception) -> InternalError:

@@ -87,6 +87,7 @@ def test_details_of_any_type_can_be_json(failing: Callable[..., Outcome]) -> Non
         (FileNotFoundError(errno.ENOENT, "No such file or directory", b"/y"), 6, "io", "/y: "),
         (ValueError("what"), 6, "internal", "ValueError: what"),
         (KeyError(), 6, "internal", "KeyError"),
+        (ModuleNotFoundError("No module named 'x'"), 6, "io", "could not be loaded: No module"),
         (RecursionError("deep"), 6, "internal", "RecursionError: deep"),
         (click.UsageError("bad"), 2, "usage", "bad"),
         (click.FileError("f", "gone"), 2, "usage", "gone"),

@@ -55,10 +55,11 @@ def _preload() -> None:
     """Import what the commands import when they run."""
     from mtetool.backends.emu import guest, patterns  # noqa: F401
     from mtetool.backends.kvm import memslots  # noqa: F401
+    from mtetool.cli import counts, many, rows, screen, views  # noqa: F401
     from mtetool.files import output  # noqa: F401
-    from mtetool.flows import diff, dump, enable, restore, save, verify  # noqa: F401
+    from mtetool.flows import diff, dump, enable, relocation, restore, save, verify  # noqa: F401
     from mtetool.snapshot import frames  # noqa: F401
-    from mtetool.sources import opening, source  # noqa: F401
+    from mtetool.sources import opening, source, watching  # noqa: F401
 
     for name in COMMANDS:
         group.get_command(None, name)  # type: ignore[arg-type]

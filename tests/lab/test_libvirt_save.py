@@ -65,6 +65,7 @@ def _size(lab: Machine, path: str = _SAVED) -> int:
     return int(lab.sh(f"stat -c %s {path}").stdout)
 
 
+@pytest.mark.long
 def test_saved_and_restored_with_every_tag(lab: Machine) -> None:
     host = _host(lab)
     guest = _web(host)

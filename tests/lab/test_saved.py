@@ -62,7 +62,7 @@ def _wrong(guest: Qemu) -> set[tuple[int, int]]:
     return {(check.wrong, check.data_wrong) for check in guest.wait_for_checks(3)}
 
 
-@pytest.mark.long  # CI saves by libvirt: test_libvirt_save
+@pytest.mark.long
 def test_guest_is_saved_and_comes_back_with_every_tag(lab: Machine) -> None:
     source = _running(lab)
     _example(lab, "save", source)

@@ -1,6 +1,6 @@
 """A campaign: commands on a busy VMM, ended in every bad way, do no harm.
 
-`make torture` kills a thousand of them; a test run kills MTETOOL_DEATHS of them (default 8).
+`make torture` kills a thousand of them; a test run kills MTETOOL_DEATHS of them (default 4).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 from tests.lab.guests import Qemu
 from tests.lab.machine import Machine
 
-_DEATHS = int(os.environ.get("MTETOOL_DEATHS", "8"))
+_DEATHS = int(os.environ.get("MTETOOL_DEATHS", "4"))
 _BATCH = 50
 
 
