@@ -1,9 +1,9 @@
 """Stand in for a compressor: with tags where a guest has some, otherwise the real program.
 
 libvirt saves a domain through a program of its PATH (`zstd -c`), and restores it through
-`zstd -dc`. A stand-in of that name, which libvirt's daemon finds first, is told by its arguments
-which of both it is. In doubt whether a guest has tags, it fails: then the save fails, and the
-domain goes on.
+`zstd -dc`. libvirt's daemon finds a stand-in of that name first, whose arguments say which of the
+two is wanted. In doubt whether a guest has tags, it fails: then the save fails, and the domain goes
+on.
 """
 
 from __future__ import annotations
