@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 _READ_BYTES = 1 << 20
 # Frames that wait for the writing thread; each is at most some MiB, and usually a few KiB.
 _MOST_WAITING = 16
-_MOST_QUEUED_BYTES = 8 << 20
+# What waits for QEMU here lengthens the downtime, if QEMU is slow, by the time it takes to read it.
+_MOST_QUEUED_BYTES = 2 << 20
 _NEWS_SECONDS = 0.5
 
 
@@ -75,6 +76,7 @@ class DestinationRelay:
 
     async def _relay(self, guest: Guest, name: str) -> None:
         here = await self._worker.run(guests.ready, guest, name)
+        await self._clear(Incoming(guest, here.memory, here.page_size_bytes))
         self._wire.send_map(Kind.READY, here.fields())
         await self._wire.drain()
         there = guests.Ready.of(await self._wire.receive())
@@ -92,6 +94,12 @@ class DestinationRelay:
             telling.cancel()
             self._count()
             self._news.update(self.report)
+
+    async def _clear(self, incoming: Incoming) -> None:
+        """Clear what an earlier attempt left, before the source's QEMU can connect."""
+        n_cleared = await self._worker.run(incoming.clear)
+        if n_cleared:
+            self._news.say(f"cleared the tags of {counted(n_cleared, 'page')} that had some before")
 
     # --- from the source -----------------------------------------------------------------------
 
@@ -160,9 +168,6 @@ class DestinationRelay:
 
     async def _tags(self) -> None:
         assert self._incoming
-        n_cleared = await self._worker.run(self._incoming.clear)
-        if n_cleared:
-            self._news.say(f"cleared the tags of {counted(n_cleared, 'page')} that had some before")
         while (received := await self._waiting.get()) is not None:
             await self._worker.run(self._incoming.apply, received)
             self._waiting.task_done()

@@ -44,12 +44,14 @@ if TYPE_CHECKING:
     from mtetool.relay.wire import Wire
 
 _READ_BYTES = 1 << 20
-# While the guest runs, pages are collected for so long before their tags are read: then fewer
-# chains of calls are needed.
+# While the guest runs, pages are collected for so long before their tags are read, and for longer
+# if reading takes longer: then fewer chains of calls are needed, and the stream has the processor.
 _COLLECTING_SECONDS = 0.05
+_MOST_COLLECTING_SECONDS = 1.0
+_COLLECTING_RATIO = 3
 # So many pages may pass before their tags are read, and more in a large guest: looking for the
 # marks takes longer there.
-_LEAST_PASSED = 4096
+_LEAST_PASSED = 16384
 _NEWS_SECONDS = 0.5
 
 
@@ -65,6 +67,7 @@ class SourceRelay:
         self._marked = asyncio.Event()
         self._room = asyncio.Event()
         self._passed_before = self._most_passed = 0
+        self._collecting_seconds = _COLLECTING_SECONDS
         self._in_place = asyncio.Event()
         self._stopping = self._ram_ended = False
         self._sending: Future[None] | None = None
@@ -137,9 +140,9 @@ class SourceRelay:
                 continue
             self._wire.send(Kind.DATA, memoryview(data)[:at])
             self._wire.send(Kind.END_OF_RAM)
-            await self._wire.drain()
             self._ram_ended = True
             self._marked.set()
+            await self._wire.drain()
             await self._hold()
             self._check_qemu_waits()
             # From here on, the destination may start at any time.
@@ -226,21 +229,24 @@ class SourceRelay:
         await self._marked.wait()
         self._marked.clear()
         with suppress(TimeoutError):
-            async with asyncio.timeout(_COLLECTING_SECONDS):
+            async with asyncio.timeout(self._collecting_seconds):
                 while not self._ram_ended and self._n_passed() < self._most_passed // 2:
                     await self._marked.wait()
                     self._marked.clear()
 
     async def _round(self, *, is_last: bool) -> None:
         """Send the tags of all pages that are marked now."""
-        assert self._outgoing
-        taken: list[NDArray[np.uint8]] = []
-        for marks in self._stream.marks:
-            taken.append(marks.copy())
-            marks[:] = 0
-        self._passed_before = self._stream.n_records
+        taken = self._stream.take_marks()
+        n_passed, self._passed_before = self._n_passed(), self._stream.n_records
         self._room.set()
         self.report.rounds += 1
+        n_pages = await self._send_tags_of(taken) if n_passed else 0
+        if is_last:
+            self.report.last_pages = n_pages
+
+    async def _send_tags_of(self, marks: list[NDArray[np.uint8]]) -> int:
+        """Send the tags of all pages with a mark; return how many these are."""
+        assert self._outgoing
         loop = asyncio.get_running_loop()
 
         def emit(packed: bytes) -> None:
@@ -249,9 +255,11 @@ class SourceRelay:
             self._sending = asyncio.run_coroutine_threadsafe(self._send_tags(packed), loop)
             self._sending.result()
 
-        n_pages = await self._worker.run(self._outgoing.round, taken, emit)
-        if is_last:
-            self.report.last_pages = n_pages
+        started = loop.time()
+        n_pages = await self._worker.run(self._outgoing.round, marks, emit)
+        seconds = (loop.time() - started) * _COLLECTING_RATIO
+        self._collecting_seconds = min(max(seconds, _COLLECTING_SECONDS), _MOST_COLLECTING_SECONDS)
+        return n_pages
 
     async def _send_tags(self, packed: bytes) -> None:
         self._wire.send(Kind.TAGS, packed)

@@ -76,8 +76,8 @@ class RamStream:
 
     `marks` has an array for each of `blocks`, with a byte for each page of `page_bytes`. The byte
     becomes 1 when a record of that page begins to pass, whether the page comes in full, as zeros or
-    by XBZRLE; whoever uses the marks clears them. Both are empty until the list of blocks has
-    passed. `n_pages` counts pages in full, the other counters those that came in other forms.
+    by XBZRLE; `take_marks` begins anew. Both are empty until the list of blocks has passed.
+    `n_pages` counts pages in full, the other counters those that came in other forms.
     `keep` gets the contents of each page of the block with the name `kept`.
     """
 
@@ -113,6 +113,13 @@ class RamStream:
     def n_records(self) -> int:
         """How many records of pages have begun to pass, in any form."""
         return self.n_pages + self.n_zero_pages + self.n_xbzrle_pages
+
+    def take_marks(self) -> list[NDArray[np.uint8]]:
+        """Return the marks, which the stream no longer changes; from now on there are new ones."""
+        taken = self.marks
+        # numpy's zeros take up no memory until they are written to.
+        self.marks = [np.zeros(len(marks), np.uint8) for marks in taken]
+        return taken
 
     def feed(self, data: bytes | bytearray | memoryview) -> int | None:
         """Look at the next bytes; return where in them the rest after RAM begins, else None.

@@ -167,8 +167,12 @@ async def scene(
     destination_page: int = 4096,
     destination_mte: bool = True,
     destination_pages: int = N_PAGES,
+    left: tuple[int, Tags] | None = None,
 ) -> AsyncIterator[Scene]:
-    """Both relays, connected to QEMUs of the test; nothing has been sent yet."""
+    """Both relays, connected to QEMUs of the test; nothing has been sent yet.
+
+    `left` are tags that the destination has from an earlier attempt, from a page on.
+    """
     source = Side_("source", directory / "source", source_page)
     destination = Side_(
         "destination", directory / "destination", destination_page, destination_mte,
@@ -176,6 +180,8 @@ async def scene(
     )  # fmt: skip
     source.make()
     destination.make()
+    if left is not None:
+        destination.tag(*left)
     opened = {f"emu:{side.path}": side.guest for side in (source, destination)}
     between, out, into = (directory / name for name in ("between", "out", "into"))
     with (

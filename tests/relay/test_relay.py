@@ -97,8 +97,7 @@ def test_tags_of_an_earlier_attempt_do_not_stay(tmp_path: Path) -> None:
     """QEMU may wait for another migration after one that failed."""
 
     async def test() -> None:
-        async with scene(tmp_path) as made:
-            made.destination.tag(40, _random(8, 5))
+        async with scene(tmp_path, left=(40, _random(8, 5))) as made:
             tail = await _all_but_the_end(made)
             assert await made.passed(len(tail)) == tail
             assert np.array_equal(made.destination.tags(), made.source.tags())
