@@ -41,20 +41,25 @@ class Migration:
 
     def __post_init__(self) -> None:
         """Start both; the guest runs."""
-        for lab in (self.lab, self.target_lab):
-            kill_vmms(lab)
-            lab.sh(f"rm -f {INCOMING} {OUTGOING} {_BETWEEN} /tmp/relay-* /tmp/vm*.qmp")
-        self.source, self.target = self._qemu(self.lab, ""), self.new_target()
+        self.prepare()
+        self.source, self.target = self.start_qemu(self.lab), self.new_target()
         self.source.wait_for(b"TAGGER ready")
         self.source.wait_for_checks(1)
         self.allow(self.source)
+
+    def prepare(self) -> None:
+        """Remove whatever is left of another migration."""
+        for lab in (self.lab, self.target_lab):
+            kill_vmms(lab)
+            lab.sh(f"rm -f {INCOMING} {OUTGOING} {_BETWEEN} /tmp/relay-* /tmp/vm*.qmp")
 
     @property
     def target_lab(self) -> Machine:
         """The machine of the destination."""
         return self.other_lab or self.lab
 
-    def _qemu(self, lab: Machine, extra: str, wrapper: str = _EXEC) -> Qemu:
+    def start_qemu(self, lab: Machine, extra: str = "", wrapper: str = _EXEC) -> Qemu:
+        """Start a QEMU with this guest's machine, and `extra` options."""
         self.n_started += 1
         made = Qemu(
             lab,
@@ -72,7 +77,7 @@ class Migration:
         """Start a QEMU that waits for the guest."""
         self.target_lab.sh(f"rm -f {INCOMING}")
         wrapper = _EXEC if self.target_has_mte else "env"
-        target = self._qemu(self.target_lab, "-incoming defer", wrapper)
+        target = self.start_qemu(self.target_lab, "-incoming defer", wrapper)
         if self.target_listens:
             self.allow(target)
             target.qmp("migrate-incoming", json.dumps({"uri": f"unix:{INCOMING}"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -89,3 +90,41 @@ def test_return_path_off_is_refused(lab: Machine) -> None:
     assert migration.wait()["status"] == "failed"
     assert b"return-path is off" in migration.relay_output()
     assert _wrong(migration, at_source=True) == {(0, 0)}
+
+
+class _Grown(Migration):
+    """A guest to which memory was added; it never ran, and all of its memory has tags."""
+
+    def __post_init__(self) -> None:
+        self.lab.sh("truncate -s 1M /tmp/firmware")  # hotplug needs ACPI, which needs a firmware
+        self.memory, self.extra = "64M,slots=2,maxmem=1G", "-bios /tmp/firmware -S"
+        self.prepare()
+        self.source = self.start_qemu(self.lab).wait_for_machine()
+        backend = {"qom-type": "memory-backend-ram", "id": "m", "size": 64 << 20}
+        self.source.qmp("object-add", json.dumps(backend))
+        self.source.qmp("device_add", json.dumps({"driver": "pc-dimm", "id": "d", "memdev": "m"}))
+        self.extra += " -object memory-backend-ram,id=m,size=64M -device pc-dimm,id=d,memdev=m"
+        self.target = self.new_target()
+        self.allow(self.source)
+
+
+@pytest.mark.long
+def test_memory_that_was_added_moves_with_its_tags(lab: Machine) -> None:
+    migration = _Grown(lab)
+    source, target = (f"kvm:{qemu.pid}" for qemu in (migration.source, migration.target))
+    lab.mtetool(f"save {source} -o /tmp/empty")
+    info = json.loads(lab.run(["mtetool", "info", "/tmp/empty", "--json"], check=True).stdout)
+    slots = [slot for slot in info["memslots"] if slot["ipa"] >= 1 << 30]
+    assert len(slots) == 2
+    words = " ".join(f"--slot {slot['ipa']:#x}:64M" for slot in slots)
+    lab.mtetool(
+        f"emu create /tmp/e {words} --fill heap",
+        "save emu:/tmp/e -o /tmp/heap",
+        f"restore /tmp/heap {source}",
+        f"save {source} -o /tmp/tags",
+    )
+    migration.start()
+    assert migration.wait()["status"] == "completed", migration.relay_output()
+    print(migration.reports())
+    assert lab.run(["mtetool", "diff", "/tmp/tags", target, "--stat"]).returncode == 0
+    lab.sh("rm -f /tmp/e /tmp/heap /tmp/tags /tmp/empty")
