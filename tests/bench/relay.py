@@ -1,21 +1,28 @@
 """`python -m tests.bench.relay [RUNS [MEMORY...]]`: what relays cost a live migration, in the lab.
 
 Each migration of one guest runs directly, through `socat`, and through both relays, by turns. All
-times are of an emulated CPU: compare them only with others of the same run.
+times are of an emulated CPU: compare them only with others of the same run. The figures go to
+`results/relay.json`, their chart to `results/relay.svg`.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+from tests.bench.charts import BarPanel, document
 from tests.lab.machine import Machine
 from tests.lab.relays import Migration
 
 _GUESTS = {"idle": "hammer.mib=4 hammer.pause=100000", "hammering": "hammer.mib=4 hammer.pause=1"}
 Way = Literal["direct", "socat", "relays"]
 _WAYS: tuple[Way, ...] = ("direct", "socat", "relays")
+_RESULTS = Path(__file__).parent / "results"
+_HELD = "relays, of it held for tags"
 
 
 def measure(lab: Machine, memory: str, options: str, way: Way) -> dict[str, Any]:
@@ -32,40 +39,74 @@ def measure(lab: Machine, memory: str, options: str, way: Way) -> dict[str, Any]
 
 
 def main() -> None:
-    """Measure all, and print a table."""
+    """Measure all, print a table, and keep the figures."""
     sizes = sys.argv[2:] or ["256M", "1G", "2G"]
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    rows: list[dict[str, Any]] = []
     print(f"{'guest':20} {'way':8} {'downtime ms':>12} {'total ms':>10} {'MB/s':>7} {'held ms':>8}")
     with Machine(memory="8G", cpus=2) as lab:
         for memory in sizes:
             for name, options in _GUESTS.items():
-                rows: dict[Way, list[dict[str, Any]]] = {way: [] for way in _WAYS}
+                found: dict[Way, list[dict[str, Any]]] = {way: [] for way in _WAYS}
                 for _ in range(runs):
                     for way in _WAYS:
-                        rows[way].append(measure(lab, memory, options, way))
+                        found[way].append(measure(lab, memory, options, way))
                 for way in _WAYS:
-                    _print(f"{memory} {name}", way, rows[way])
+                    rows.append({"memory": memory, "guest": name, "way": way, **_row(found[way])})
+                    _print(rows[-1])
+    _RESULTS.joinpath("relay.json").write_text(json.dumps(rows, indent=1) + "\n")
+    _RESULTS.joinpath("relay.svg").write_text(chart(rows))
 
 
-def _print(guest: str, way: Way, rows: list[dict[str, Any]]) -> None:
-    def median(key: str) -> float:
-        return statistics.median(float(row["qemu"][key]) for row in rows)
-
-    rate = statistics.median(
-        row["qemu"]["ram"]["transferred"] / row["qemu"]["total-time"] / 1000 for row in rows
-    )
+def _row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians, and all downtimes: times in milliseconds."""
+    qemu = [row["qemu"] for row in rows]
+    rates = [said["ram"]["transferred"] / said["total-time"] / 1000 for said in qemu]
     held = [row["source"]["held_seconds"] * 1000 for row in rows if "source" in row]
+    return {
+        "downtime": statistics.median(said["downtime"] for said in qemu),
+        "downtimes": sorted(said["downtime"] for said in qemu),
+        "total": statistics.median(said["total-time"] for said in qemu),
+        "megabytes_per_second": statistics.median(rates),
+        "held": statistics.median(held) if held else None,
+        "used": _used([row["used"] for row in rows if "used" in row]),
+    }
+
+
+def _used(rows: Sequence[Sequence[tuple[float, int]]]) -> dict[str, list[float]]:
+    """Of each role, the medians of the seconds of CPU time and of the bytes of memory."""
+    found = {}
+    for number, role in enumerate(("source", "destination")):
+        pairs = [row[number] for row in rows]
+        if pairs:
+            found[role] = [statistics.median(values) for values in zip(*pairs, strict=True)]
+    return found
+
+
+def _print(row: dict[str, Any]) -> None:
     print(
-        f"{guest:20} {way:8} {median('downtime'):12.0f} {median('total-time'):10.0f} {rate:7.1f}"
-        f" {statistics.median(held) if held else 0:8.0f}"
-        f"   downtimes {sorted(row['qemu']['downtime'] for row in rows)}",
+        f"{row['memory'] + ' ' + row['guest']:20} {row['way']:8} {row['downtime']:12.0f}"
+        f" {row['total']:10.0f} {row['megabytes_per_second']:7.1f} {row['held'] or 0:8.0f}"
+        f"   downtimes {row['downtimes']}",
         flush=True,
     )
-    for number, role in enumerate(("source", "destination")):
-        used = [row["used"][number] for row in rows if "used" in row]
-        if used:
-            seconds, most = (statistics.median(values) for values in zip(*used, strict=True))
-            print(f"{'':20} {role}: {seconds:.1f} s of CPU time, {most / (1 << 20):.0f} MiB")
+    for role, (seconds, most) in row["used"].items():
+        print(f"{'':20} {role}: {seconds:.1f} s of CPU time, {most / (1 << 20):.0f} MiB")
+
+
+def chart(rows: Sequence[dict[str, Any]]) -> str:
+    """Downtimes side by side, for guests of each size: an SVG."""
+    panels = []
+    for guest in _GUESTS:
+        mine = [row for row in rows if row["guest"] == guest]
+        sizes = list(dict.fromkeys(row["memory"] for row in mine))
+        series: dict[str, list[float | None]] = {way: [] for way in _WAYS} | {_HELD: []}
+        for row in mine:
+            series[row["way"]].append(row["downtime"])
+            if row["way"] == "relays":
+                series[_HELD].append(row["held"])
+        panels.append(BarPanel(f"{guest} guest", "ms", sizes, series))
+    return document("Downtime of a live migration, in the lab", panels)
 
 
 if __name__ == "__main__":
