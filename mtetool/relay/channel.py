@@ -61,6 +61,11 @@ class Channel(ABC):
         """How much was written and not yet given to the kernel."""
         return sum(part.nbytes for part in self._parts)
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether a task is in `drain`; it also sends what is written meanwhile."""
+        return self._sending.locked()
+
     async def drain(self) -> None:
         """Give everything that was written to the kernel."""
         async with self._sending:

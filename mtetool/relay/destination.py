@@ -149,7 +149,6 @@ class DestinationRelay:
 
     async def _finish_tags(self, frame: Frame) -> None:
         started = time.monotonic()
-        await self._waiting.put(None)
         await self._waiting.join()
         assert self._incoming
         with frame.fields() as fields:
@@ -164,6 +163,7 @@ class DestinationRelay:
         self.report.held_seconds = time.monotonic() - started
         self._wire.send_map(Kind.APPLIED, {"pages": wanted})
         await self._wire.drain()
+        await self._waiting.put(None)
         self._news.say("all tags are in place and were read back: the guest may start")
 
     async def _tags(self) -> None:
@@ -171,7 +171,6 @@ class DestinationRelay:
         while (received := await self._waiting.get()) is not None:
             await self._worker.run(self._incoming.apply, received)
             self._waiting.task_done()
-        self._waiting.task_done()
 
     # --- from QEMU -------------------------------------------------------------------------------
 

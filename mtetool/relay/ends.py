@@ -23,6 +23,10 @@ _T = TypeVar("_T")
 # An attempt that need not wait does not let other tasks run. After so many of them, it does.
 _TURNS = 8
 _PIPE_BYTES = 1 << 20  # what an ordinary user may ask for: fs.pipe-max-size
+# A unix socket's buffer never grows by itself, and each time that it is full costs two changes of
+# process. Beyond net.core.wmem_max only root may go.
+_UNIX_BYTES = 1 << 20
+_SO_SNDBUFFORCE = 32
 _DONT_WAIT = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger
 
@@ -59,10 +63,12 @@ class SocketEnd(End):
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
         self.fd = connection.fileno()
-        if connection.family in (socket.AF_INET, socket.AF_INET6):
-            with suppress(OSError):
+        with suppress(OSError):
+            if connection.family in (socket.AF_INET, socket.AF_INET6):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 _keep_alive(connection)
+            else:
+                connection.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _UNIX_BYTES)
 
     def read(self, n: int) -> bytes:
         return self.socket.recv(n, _DONT_WAIT)

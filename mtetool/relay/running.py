@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import mmap
 import socket
 from collections.abc import Awaitable, Callable
@@ -43,6 +44,9 @@ class Relay:
 
     def run(self) -> Report:
         """Relay one migration. Raises MtetoolError."""
+        # Nothing that was made until now is ever garbage, and looking through it would hold up the
+        # stream, maybe while the guest is stopped.
+        gc.freeze()
         return asyncio.run(self.open_and_run())
 
     async def open_and_run(self) -> Report:

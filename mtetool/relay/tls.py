@@ -149,7 +149,7 @@ class TlsChannel(Channel):
             got = self._decrypt(view)
             if got is not None:
                 return got
-            await self._flush()
+            await self._answer()
             await self._fetch()
         n = min(len(view), len(self._early))
         view[:n], self._early = self._early[:n], self._early[n:]
@@ -191,6 +191,17 @@ class TlsChannel(Channel):
         if self._leaving.pending:
             self._inner.write(self._leaving.read())
         await self._inner.drain()
+
+    async def _answer(self) -> None:
+        """Send what reading made TLS say, an alert for example.
+
+        A task that is sending sends this as well. To wait for it would mean to read nothing until
+        the other end has read all of ours; if it waits in the same way, both wait for ever.
+        """
+        if self._leaving.pending:
+            self._inner.write(self._leaving.read())
+            if not self._inner.is_sending:
+                await self._inner.drain()
 
     async def _fetch(self) -> None:
         data = await self._inner.read(_STEP_BYTES)

@@ -83,12 +83,13 @@ def test_bytes_go_both_ways_and_each_way_ends(good: Path) -> None:
 def test_both_directions_at_once(good: Path) -> None:
     async def test() -> None:
         here, there = await _good_pair(good)
-        here.write(_MUCH)
-        there.write(_MUCH)
+        more = 4 * _MUCH  # than all buffers between them hold
+        here.write(more)
+        there.write(more)
         _, _, one, other = await asyncio.gather(
             here.half_close(), there.half_close(), all_of(here), all_of(there)
         )
-        assert one == other == _MUCH
+        assert one == other == more
         here.abort()
         there.abort()
 
