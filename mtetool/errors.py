@@ -261,6 +261,30 @@ class LayoutUnknownError(GuestError):
     id = "layout-unknown"
 
 
+class NoVcpuError(GuestError):
+    """The VM has no such vCPU, or the vCPU's registers cannot be read."""
+
+    id = "no-vcpu"
+
+
+class NotMappedError(GuestError):
+    """The guest does not map a virtual address."""
+
+    id = "not-mapped"
+
+
+class AmbiguousAddressError(GuestError):
+    """Several vCPUs map a virtual address, each to other memory, and none was chosen."""
+
+    id = "ambiguous-address"
+
+
+class PageTableError(GuestError):
+    """The guest's page tables cannot be read, or its registers make no sense."""
+
+    id = "page-tables"
+
+
 class WouldAllocateError(GuestError):
     """Reading the guest's tags would allocate memory that it does not have yet."""
 

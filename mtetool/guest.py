@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
 
 from mtetool.buffers import as_bytes
 from mtetool.closing import Closing
@@ -103,6 +103,61 @@ class Missing:
     def end(self) -> int:
         """The first address after the range."""
         return self.ipa + self.size_bytes
+
+
+class Mapped(NamedTuple):
+    """A range of virtual addresses, and the guest memory that it is mapped to.
+
+    It is a part of one page or block of `block_bytes`; 0 where the MMU is off.
+    """
+
+    address: int
+    size_bytes: int
+    ipa: int
+    block_bytes: int
+
+
+class Unmapped(NamedTuple):
+    """A range of virtual addresses that is not mapped, and the error that says why."""
+
+    address: int
+    size_bytes: int
+    error: Exception
+
+
+class Virtual(NamedTuple):
+    """A pointer as a vCPU takes it: its address without a tag, and its tag.
+
+    `tag` is None where it has none; `is_unchecked` is true for a tag that matches all memory.
+    `half` is 0 for the lower half of the address space, 1 for the upper.
+    """
+
+    address: int
+    tag: int | None
+    is_unchecked: bool
+    half: int
+
+
+class AddressSpace(Protocol):
+    """The virtual addresses of one vCPU."""
+
+    @property
+    def vcpu(self) -> int:
+        """The vCPU's number."""
+        ...
+
+    @property
+    def is_on(self) -> bool:
+        """Whether its MMU is on; if not, virtual addresses are physical ones."""
+        ...
+
+    def pointer(self, given: int) -> Virtual:
+        """Take a pointer apart. Raises NotMappedError, PageTableError."""
+        ...
+
+    def parts(self, start: int, end: int) -> Iterator[Mapped | Unmapped]:
+        """All of a range of addresses without tags, in order; as it is now."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +270,13 @@ class Guest(Closing, ABC):
 
     def paused(self) -> bool | None:
         """Whether the guest's vCPUs are stopped now; None if unknown."""
+        return None
+
+    def address_spaces(self, vcpu: int | None = None) -> Sequence[AddressSpace] | None:
+        """The virtual addresses of each vCPU, or of this one; None for a guest without vCPUs.
+
+        Raises GuestError.
+        """
         return None
 
     def any_thread_reads(self, extent: Extent) -> bool:

@@ -76,6 +76,19 @@ KVM_ARM_MTE_COPY_TAGS = ioc(_IOC_READ, KVMIO, 0xB4, KVM_ARM_COPY_MTE_TAGS_STRUCT
 KVM_ARM_TAGS_TO_GUEST = 0
 KVM_ARM_TAGS_FROM_GUEST = 1
 
+KVM_ONE_REG_STRUCT = struct.Struct("<QQ")
+"""struct kvm_one_reg: id, addr; 16 bytes."""
+KVM_GET_ONE_REG = ioc(_IOC_WRITE, KVMIO, 0xAB, KVM_ONE_REG_STRUCT.size)
+KVM_REG_ARM64_U64 = 0x6030_0000_0000_0000
+# KVM_REG_ARM_CORE; the number is the offset in struct kvm_regs, in words of 32 bits.
+KVM_REG_ARM_PSTATE = KVM_REG_ARM64_U64 | 0x0010 << 16 | 264 // 4
+
+
+def arm64_sys_reg(op0: int, op1: int, crn: int, crm: int, op2: int) -> int:
+    """Return KVM's id of a system register (ARM64_SYS_REG)."""
+    return KVM_REG_ARM64_U64 | 0x0013 << 16 | op0 << 14 | op1 << 11 | crn << 7 | crm << 3 | op2
+
+
 KVM_VCPU_INIT_STRUCT = struct.Struct("<I7I")
 """struct kvm_vcpu_init: target, features; 32 bytes."""
 KVM_ARM_VCPU_INIT = ioc(_IOC_WRITE, KVMIO, 0xAE, KVM_VCPU_INIT_STRUCT.size)

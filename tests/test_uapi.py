@@ -34,3 +34,11 @@ def test_memory_region_byte_by_byte() -> None:
     argument = uapi.memory_region(1, uapi.KVM_MEM_READONLY, 0x1122, 0x3344, 0x5566)
     assert argument == struct.pack("<II3Q", 1, 2, 0x1122, 0x3344, 0x5566)
     assert len(argument) == 32
+
+
+def test_registers_by_their_ids() -> None:
+    """As the kernel's list of registers has them (tools/testing/selftests/kvm/arm64)."""
+    assert uapi.KVM_GET_ONE_REG == 0x4010AEAB
+    assert uapi.KVM_REG_ARM_PSTATE == 0x6030_0000_0010_0042
+    assert uapi.arm64_sys_reg(3, 0, 1, 0, 0) == 0x6030_0000_0013_C080  # SCTLR_EL1
+    assert uapi.arm64_sys_reg(3, 0, 2, 0, 2) == 0x6030_0000_0013_C102  # TCR_EL1

@@ -124,9 +124,12 @@ class Session:
             lambda: self._noting_loss(lambda: self._run_chain(fd, request, arguments))
         )
 
-    def finish(self, begun: Future[T]) -> T:
-        """Return the result of what was begun; raises as `ioctl`."""
-        return self._tracer.finish(begun)
+    def finish(self, begun: Future[T], patience: float = CALL_PATIENCE_SECONDS) -> T:
+        """Return the result of what was begun; raises as `ioctl`.
+
+        After a call that took longer than `patience` (BusyError), the session cannot be used.
+        """
+        return self._tracer.finish(begun, patience)
 
     @property
     def buffer_address(self) -> int:

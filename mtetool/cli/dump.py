@@ -55,6 +55,8 @@ _MOST_CONTEXT = 1 << 16
     metavar="N",
     help="Granules around --at (32).",
 )
+@click.option("--virtual", is_flag=True, help="--at takes virtual addresses of a VM.")
+@click.option("--vcpu", type=click.IntRange(min=0), metavar="N", help="Those of this vCPU.")
 @click.option("--only-tagged", is_flag=True, help="Leave out the tag 0.")
 @click.option("--tag", "tags", type=TAG, multiple=True, metavar="N", help="Only this tag.")
 @RANGE_OPTION
@@ -78,6 +80,8 @@ def command(
     each: bool,
     addresses: tuple[int, ...],
     context: int | None,
+    virtual: bool,
+    vcpu: int | None,
     only_tagged: bool,
     tags: tuple[int, ...],
     ranges: tuple[Extent, ...],
@@ -101,6 +105,8 @@ def command(
         "--granules": each,
         "--at": addresses,
         "--context": context is not None,
+        "--virtual": virtual,
+        "--vcpu": vcpu is not None,
         "--only-tagged": only_tagged,
         "--tag": tags,
         "--range": ranges,
@@ -134,9 +140,15 @@ def command(
 
     with open_source(source, guest_options, every_page=every_page, bases=bases) as opened:
         if addresses:
+            n_context = 32 if context is None else context
+            if virtual:
+                from mtetool.cli.virtual import look_at_addresses
+
+                return look_at_addresses(
+                    opened, addresses, n_context, vcpu, as_json=output == "json"
+                )
             from mtetool.cli.looking import look_at
 
-            n_context = 32 if context is None else context
             return look_at(opened, addresses, n_context, as_json=output == "json")
         extents = asked(opened, ranges, slots)
         choice = _choice(each, wanted_tags(tags, only_tagged=only_tagged), limit)
@@ -156,7 +168,7 @@ def _choice(each: bool, wanted: Wanted | None, limit: int | None) -> Choice:
 # Which options the forms of the output, and the options that change everything, leave room for.
 _ROWS = {"--granules", "--only-tagged", "--tag", "--range", "--slot", "--base"}
 _TOGETHER = {
-    "--at": {"--at", "--context", "--base"},
+    "--at": {"--at", "--context", "--base", "--virtual", "--vcpu"},
     "--follow": {"--follow", "--interval", "--count", "--limit", "--range", "--slot"},
     "text": {*_ROWS, "--limit"},
     "jsonl": {*_ROWS, "--limit"},
@@ -167,7 +179,13 @@ _TOGETHER = {
     "png": {"--range", "--slot", "--base"},
     "svg": {"--range", "--slot", "--base"},
 }
-_NEEDS = {"--context": "--at", "--interval": "--follow", "--count": "--follow"}
+_NEEDS = {
+    "--context": "--at",
+    "--virtual": "--at",
+    "--vcpu": "--virtual",
+    "--interval": "--follow",
+    "--count": "--follow",
+}
 _FORMS = {"--at": {"text", "json"}, "--follow": {"text", "jsonl"}}
 
 

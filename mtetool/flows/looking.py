@@ -37,6 +37,11 @@ class Pointer:
         return self.given >> _TAG_SHIFT & TAG_MAX if self.given >> _TAG_SHIFT else None
 
     @property
+    def is_unchecked(self) -> bool:
+        """Whether it may access memory of any tag."""
+        return False
+
+    @property
     def is_kernels(self) -> bool:
         """Whether it can only be a virtual address of a kernel."""
         return bool(self.given & _KERNEL_HALF)
@@ -63,8 +68,8 @@ class Look:
 
     @property
     def matches(self) -> bool | None:
-        """Whether pointer and memory have the same tag; None where either has none."""
-        if self.tag is None or self.pointer.tag is None:
+        """Whether pointer and memory have the same tag; None where that does not count."""
+        if self.tag is None or self.pointer.tag is None or self.pointer.is_unchecked:
             return None
         return self.tag == self.pointer.tag
 
@@ -84,7 +89,7 @@ def look(source: TagSource, pointers: Sequence[Pointer], n_context: int) -> list
     Raises WouldAllocateError, and what reading raises.
     """
     held = merged(source.extents())
-    around = [_around(pointer, n_context) for pointer in pointers]
+    around = [window_around(pointer, n_context) for pointer in pointers]
     windows = _read(source, common(around, held))
     layout = Layout(tuple(source.memslots), source.page_size_bytes)
     return [
@@ -93,7 +98,8 @@ def look(source: TagSource, pointers: Sequence[Pointer], n_context: int) -> list
     ]
 
 
-def _around(pointer: Pointer, n_context: int) -> Extent:
+def window_around(pointer: Pointer, n_context: int) -> Extent:
+    """The granules at a pointer and around it."""
     granule = pointer.ipa // GRANULE_BYTES
     first = max(granule - n_context, 0)
     return Extent.between(first * GRANULE_BYTES, (granule + n_context + 1) * GRANULE_BYTES)

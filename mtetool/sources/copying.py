@@ -417,6 +417,11 @@ def cut(step: Step, ipa: int, size_bytes: int) -> Step:
     return Copied(ipa, tags, step.over_base)
 
 
+def moved(step: Step, distance: int) -> Step:
+    """The same step at an address so many bytes higher."""
+    return replace(step, ipa=step.ipa + distance)
+
+
 class _Ahead:
     """Ascending extents, read ahead."""
 

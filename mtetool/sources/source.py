@@ -11,7 +11,7 @@ from itertools import islice
 from typing import BinaryIO, Protocol, cast
 
 from mtetool.errors import UsageError, host_error
-from mtetool.guest import Extent, Guest, Memslot, Missing
+from mtetool.guest import AddressSpace, Extent, Guest, Memslot, Missing
 from mtetool.snapshot.index import Entry, IndexedSnapshot
 from mtetool.snapshot.reader import SnapshotReader
 from mtetool.snapshot.summary import is_seekable
@@ -116,6 +116,10 @@ class GuestSource:
     def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
         """See `TagSource.read`."""
         return self._reader.read_granules(extents, every_page=self._every_page)
+
+    def address_spaces(self, vcpu: int | None) -> Sequence[AddressSpace] | None:
+        """See `Guest.address_spaces`."""
+        return self._guest.address_spaces(vcpu)
 
 
 class SnapshotSource:

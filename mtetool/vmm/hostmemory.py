@@ -23,6 +23,10 @@ class HostMemory:
         ends = {end for place in where for end in (place.ipa, place.end)}
         self._ends = sorted(ends)
 
+    def with_place(self, place: Place) -> HostMemory:
+        """The same with another place, which must not overlap those that are known."""
+        return HostMemory(self._pagemap, [*self._where, place])
+
     def existing(self, extent: Extent) -> Iterator[Extent]:
         """The parts of guest memory whose pages exist or may exist.
 
@@ -53,6 +57,10 @@ class HostMemory:
                     if place.ipa <= at and stop <= place.end
                 }
                 yield at, stop, sorted(found)
+
+    def has_pages(self, start: int, end: int) -> bool:
+        """Whether all of a range of addresses exists, as far as that is known."""
+        return self._pagemap.has_pages(start, end)
 
     def existing_at(self, start: int, end: int) -> int:
         """How many bytes of a range of addresses exist."""

@@ -136,6 +136,26 @@ class Pagemap:
         if at < end:
             yield Span(at, end)  # not mapped, or not as we were told: a copy will show
 
+    def has_pages(self, start: int, end: int) -> bool:
+        """Whether all pages of a mapped range of addresses exist, tagged or not.
+
+        Where existence is unknown, it is assumed.
+        """
+        page = os.sysconf("SC_PAGE_SIZE")
+        at, end = start // page * page, -(-end // page) * page
+        while at < end:
+            mapping = self._mappings.at(at)
+            if mapping is None or not mapping.start <= at < mapping.end:
+                return False
+            stop = min(mapping.end, end)
+            for first, behind in self._of_mapping(mapping, at, stop):
+                if first > at:
+                    return False
+                at = max(at, behind)
+            if at < stop:
+                return False
+        return True
+
     def _with_tags(self, start: int, end: int) -> Iterator[Span]:
         if self._flags is None:
             yield Span(start, end)

@@ -177,6 +177,19 @@ def vm_fds(pid: int) -> frozenset[int]:
     return frozenset(found)
 
 
+def vcpu_fds(pid: int) -> dict[int, int]:
+    """The file descriptors of the process's vCPUs, by the number of each vCPU.
+
+    Raises NoSuchProcessError, PermissionRefusedError.
+    """
+    found: dict[int, int] = {}
+    for fd, link in sorted(_fd_links(pid).items()):
+        number = link.removeprefix(_VCPU_LINK)
+        if number != link and number.isdecimal():
+            found.setdefault(int(number), fd)
+    return dict(sorted(found.items()))
+
+
 def start_time(pid: int) -> int:
     """When the process started, in clock ticks since boot: with the PID, its identity."""
     try:

@@ -45,6 +45,8 @@ MODULES = (
     *(f"mtetool.flows.{name}" for name in _FLOWS),
     *(f"mtetool.backends.{name}" for name in _BACKENDS),
     *(f"mtetool.companion.{name}" for name in _COMPANION),
+    "mtetool.cli.virtual",
+    "mtetool.backends.kvm.addresses",
     "mtetool.vmm.taggable",
     "mtetool.relay.running",
 )

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from mtetool.buffers import TagBuffer
     from mtetool.closing import Closing
-    from mtetool.guest import GuestOptions, Pending
+    from mtetool.guest import AddressSpace, GuestOptions, Pending
     from mtetool.spans import Place
 
 
@@ -259,6 +259,22 @@ class KvmGuest(LiveGuest):
 
         return bytes_to_be_made(self.vm.process.pid, self._host_memory, extents)
 
+    def address_spaces(self, vcpu: int | None = None) -> Sequence[AddressSpace]:
+        """See `Guest.address_spaces`; the vCPUs are stopped for the moment of the question.
+
+        Raises NoVcpuError, PageTableError.
+        """
+        from mtetool.backends.kvm.addresses import address_spaces
+
+        self.vm.drain()
+        return address_spaces(
+            self.vm,
+            self._memslots,
+            self._host_memory or self._memory_without_places(),
+            vcpu,
+            held=self.is_frozen,
+        )
+
     @cached_property
     def _host_memory(self) -> HostMemory | None:
         # The pagemap comes first: without it, nothing else needs to be asked.
@@ -266,6 +282,13 @@ class KvmGuest(LiveGuest):
             pagemap = Pagemap(self.vm.process.pid)
             self._stack.callback(pagemap.close)
             return HostMemory(pagemap, self._places())
+        return None
+
+    def _memory_without_places(self) -> HostMemory | None:
+        with suppress(UnknownError):
+            pagemap = Pagemap(self.vm.process.pid)
+            self._stack.callback(pagemap.close)
+            return HostMemory(pagemap, [])
         return None
 
     def _places(self) -> list[Place]:

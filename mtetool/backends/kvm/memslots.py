@@ -28,7 +28,7 @@ from mtetool import procfs, uapi
 from mtetool.attach.helper import PAGE_BYTES
 from mtetool.attach.session import Session
 from mtetool.backends.kvm.overlaps import Answer, Prober
-from mtetool.backends.kvm.placing import SMALLEST_BYTES, Guess, Placer
+from mtetool.backends.kvm.placing import SMALLEST_BYTES, Guess, Placer, inside
 from mtetool.errors import BusyError, GuestError, GuestLostError, LayoutUnknownError, errno_name
 from mtetool.guest import Memslot
 from mtetool.procfs import Mapping
@@ -317,6 +317,13 @@ def _guest_memory(maps: Sequence[Mapping]) -> list[Span]:
     """Mappings that may be guest memory: the kernel has merged similar neighbours already."""
     found = [Span(m.start, m.end) for m in maps if m.flags[1] == "w"]
     return [span for span in found if span.size_bytes >= SMALLEST_BYTES]
+
+
+def likely_places(maps: Sequence[Mapping], size_bytes: int) -> list[int]:
+    """Where in a process a memslot of that size may be, without asking the kernel."""
+    spans = _guest_memory(maps)
+    exact = [span.start for span in spans if span.size_bytes == size_bytes]
+    return [*exact, *inside(spans, size_bytes)]
 
 
 def _hints(maps: Sequence[Mapping]) -> set[int]:

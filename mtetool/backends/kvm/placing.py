@@ -138,7 +138,7 @@ class Placer:
             if SMALLEST_BYTES <= size <= max(ranges):
                 yield from ((size, start) for start, end in pieces if end - start == size)
                 if size in ranges:
-                    yield from ((size, address) for address in _inside(pieces, size))
+                    yield from ((size, address) for address in inside(pieces, size))
 
     def _pieces(self) -> Iterator[Span]:
         """The VMM's memory without the parts that are known already."""
@@ -243,7 +243,7 @@ def _everywhere(ranges: Sequence[Span], slots: Sequence[Guess]) -> Iterator[Plac
                     yield Place(start + offset, slot.size_bytes, slot.address)
 
 
-def _inside(pieces: Sequence[Span], size: int) -> Iterator[int]:
+def inside(pieces: Sequence[Span], size: int) -> Iterator[int]:
     """Likely addresses of `size` bytes of memory within larger pieces."""
     for start, end in pieces:
         if end - start > size:

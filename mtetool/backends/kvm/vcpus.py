@@ -1,4 +1,4 @@
-"""Finding the vCPU threads of a VMM and stopping them, for `save --freeze`.
+"""Finding the vCPU threads of a VMM and stopping them, for `save --freeze` and `--virtual`.
 
 Only KVM_RUN identifies a vCPU's thread, and a running thread shows its call only when it is
 stopped. So mtetool stops the threads that may be vCPUs, and releases at once those that turn out
@@ -19,8 +19,10 @@ _NR_IOCTL = 29
 _ROUNDS = 20
 
 
-def hold_vcpus(session: Session, pid: int, n_vcpus: int) -> int:
+def hold_vcpus(session: Session, pid: int, n_vcpus: int, *, main_too: bool = False) -> int:
     """Stop the threads of all vCPUs; return how many threads are held.
+
+    With `main_too`, no thread that might be a vCPU's is spared.
 
     Raises GuestError subclasses; threads held by then stay held until `session.release`.
     """
@@ -32,7 +34,7 @@ def hold_vcpus(session: Session, pid: int, n_vcpus: int) -> int:
     if len(vcpus) >= n_vcpus:
         session.release(set(held) - vcpus)
         return len(vcpus)
-    return len(held) + _hold_others(session, pid, spared=pid not in suspects)
+    return len(held) + _hold_others(session, pid, spared=pid not in suspects and not main_too)
 
 
 def _hold_others(session: Session, pid: int, *, spared: bool) -> int:
