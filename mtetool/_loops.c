@@ -411,6 +411,204 @@ tally(const uint8_t *tags, size_t n, uint64_t repeat, struct tally *now)
 
 /* --- what Python sees --------------------------------------------------------------------- */
 
+/* --- rows of text ------------------------------------------------------------------------- */
+
+/* No row is longer: two numbers of at most 20 digits, two tags, and what is between them. */
+#define ROW_MAX 128
+enum { ROWS_TEXT, ROWS_JSON };
+
+struct row_run {
+    uint64_t ipa, size, key, rows, bytes;
+};
+
+INLINE char *
+put_text(char *to, const char *text, size_t n)
+{
+    memcpy(to, text, n);
+    return to + n;
+}
+#define PUT(to, text) put_text(to, text, sizeof(text) - 1)
+
+/* A hexadecimal number with 0x, to the right in `width` columns, or in as many as it takes. */
+INLINE char *
+put_hex(char *to, uint64_t value, int width)
+{
+    int digits = value ? (67 - __builtin_clzll(value)) / 4 : 1;
+    int spaces = width - digits - 2;
+    if (spaces > 0) {
+        memset(to, ' ', (size_t)spaces);
+        to += spaces;
+    }
+    *to++ = '0';
+    *to++ = 'x';
+    for (int i = digits - 1; i >= 0; i--, value >>= 4)
+        to[i] = "0123456789abcdef"[value & 15];
+    return to + digits;
+}
+
+INLINE char *
+put_decimal(char *to, uint64_t value)
+{
+    static const char pairs[] =
+        "0001020304050607080910111213141516171819202122232425262728293031323334353637383940414243444546"
+        "4748495051525354555657585960616263646566676869707172737475767778798081828384858687888990919293"
+        "949596979899";
+    char digits[20], *at = digits + sizeof digits;
+    while (value >= 100) {
+        at -= 2;
+        memcpy(at, pairs + 2 * (value % 100), 2);
+        value /= 100;
+    }
+    if (value >= 10) {
+        at -= 2;
+        memcpy(at, pairs + 2 * value, 2);
+    } else {
+        *--at = (char)('0' + value);
+    }
+    return put_text(to, at, (size_t)(digits + sizeof digits - at));
+}
+
+/* The row of a run (or of a granule: size 0) with one tag, or two. */
+INLINE char *
+put_row(char *to, uint64_t ipa, uint64_t size, unsigned key, int form, int two)
+{
+    if (form == ROWS_TEXT) {
+        to = put_hex(to, ipa, 14);
+        if (size) {
+            to = PUT(to, "  ");
+            to = put_hex(to, size, 12);
+        }
+        to = PUT(to, "  ");
+        if (two) {
+            *to++ = "0123456789abcdef"[key >> 4 & 15];
+            to = PUT(to, "  ");
+        }
+        *to++ = "0123456789abcdef"[key & 15];
+        *to++ = '\n';
+        return to;
+    }
+    to = put_decimal(PUT(to, "{\"ipa\": "), ipa);
+    if (size)
+        to = put_decimal(PUT(to, ", \"size_bytes\": "), size);
+    if (two) {
+        to = put_decimal(PUT(to, ", \"a\": "), key >> 4 & 15);
+        to = put_decimal(PUT(to, ", \"b\": "), key & 15);
+    } else {
+        to = put_decimal(PUT(to, ", \"tag\": "), key & 15);
+    }
+    return PUT(to, "}\n");
+}
+
+/* How many of the `n` tags, at least one, are equal to the first. */
+INLINE size_t
+equal_tags(const uint8_t *tags, size_t n)
+{
+    size_t at = 1;
+    uint64_t splat = tags[0] * 0x0101010101010101u;
+    while (at < n && tags[at] == tags[0]) {
+        if (at + 8 <= n) {
+            uint64_t other = word(tags + at) ^ splat;
+            if (other)
+                return at + (size_t)__builtin_ctzll(other) / 8;
+            at += 8;
+        } else {
+            at++;
+        }
+    }
+    return at;
+}
+
+/* What `rows` needs besides the tags. */
+struct rows {
+    uint64_t repeat, ipa;
+    unsigned wanted;
+    int form;
+    char *to, *end;
+    struct row_run run;
+};
+
+INLINE int
+close_run(struct rows *rows, int two)
+{
+    struct row_run *run = &rows->run;
+    if (run->size && (two || rows->wanted >> run->key & 1)) {
+        if (rows->end - rows->to < ROW_MAX)
+            return 0;
+        rows->to = put_row(rows->to, run->ipa, run->size, (unsigned)run->key, rows->form, two);
+        run->rows++;
+        run->bytes += run->size;
+    }
+    run->size = 0;
+    return 1;
+}
+
+/* Add a run; return 0, and do nothing, if there is no room for the one before it. */
+INLINE int
+add_run(struct rows *rows, size_t at, size_t length, unsigned key, int two)
+{
+    struct row_run *run = &rows->run;
+    uint64_t ipa = rows->ipa + at * rows->repeat * 16, size = length * rows->repeat * 16;
+    if (run->size && run->key == key && run->ipa + run->size == ipa) {
+        run->size += size;
+        return 1;
+    }
+    if (!close_run(rows, two))
+        return 0;
+    run->ipa = ipa;
+    run->size = size;
+    run->key = key;
+    return 1;
+}
+
+static size_t
+run_rows(const uint8_t *tags, size_t n, struct rows *rows)
+{
+    size_t at = 0;
+    while (at < n) {
+        size_t length = equal_tags(tags + at, n - at);
+        if (!add_run(rows, at, length, tags[at] & 15, 0))
+            break;
+        at += length;
+    }
+    return at;
+}
+
+static size_t
+granule_rows(const uint8_t *tags, size_t n, struct rows *rows)
+{
+    size_t at = 0;
+    for (; at < n && rows->end - rows->to >= ROW_MAX; at++)
+        if (rows->wanted >> (tags[at] & 15) & 1) {
+            uint64_t ipa = rows->ipa + at * 16;
+            rows->to = put_row(rows->to, ipa, 0, tags[at] & 15, rows->form, 0);
+            rows->run.rows++;
+            rows->run.bytes += 16;
+        }
+    return at;
+}
+
+static size_t
+difference_rows(const uint8_t *a, const uint8_t *b, size_t n, struct rows *rows)
+{
+    size_t at = 0;
+    while (at < n) {
+        at += first_difference(a + at, b + at, n - at);
+        if (at >= n)
+            return n;
+        if (!((a[at] ^ b[at]) & 15)) {
+            at++;
+            continue;
+        }
+        size_t length = 1;
+        while (at + length < n && a[at + length] == a[at] && b[at + length] == b[at])
+            length++;
+        if (!add_run(rows, at, length, (a[at] & 15u) << 4 | (b[at] & 15), 1))
+            break;
+        at += length;
+    }
+    return at;
+}
+
 static PyObject *
 refuse(const char *why, Py_buffer *first, Py_buffer *second)
 {
@@ -681,6 +879,50 @@ loops_tally(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *
+loops_rows(PyObject *module, PyObject *args)
+{
+    Py_buffer a, b, run, out;
+    unsigned long long repeat, ipa;
+    int form, each, wanted, two;
+    size_t taken;
+    struct rows rows;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*y*KKiiiw*w*", &a, &b, &repeat, &ipa, &form, &each, &wanted, &run,
+                          &out))
+        return NULL;
+    two = b.len != 0;
+    if ((two && b.len != a.len) || run.len != sizeof rows.run || out.len < ROW_MAX ||
+        repeat == 0 || repeat >> 56 || (each && (two || repeat != 1)) || form < 0 || form > 1) {
+        PyBuffer_Release(&run);
+        PyBuffer_Release(&out);
+        return refuse("rows that cannot be", &a, &b);
+    }
+    rows.repeat = repeat;
+    rows.ipa = ipa;
+    rows.form = form;
+    rows.wanted = (unsigned)wanted & 0xffff;
+    rows.to = out.buf;
+    rows.end = rows.to + out.len;
+    memcpy(&rows.run, run.buf, sizeof rows.run);
+    rows.run.key &= two ? 255 : 15;
+    Py_BEGIN_ALLOW_THREADS
+    if (two)
+        taken = difference_rows(a.buf, b.buf, (size_t)a.len, &rows);
+    else if (each)
+        taken = granule_rows(a.buf, (size_t)a.len, &rows);
+    else
+        taken = run_rows(a.buf, (size_t)a.len, &rows);
+    Py_END_ALLOW_THREADS
+    memcpy(run.buf, &rows.run, sizeof rows.run);
+    Py_ssize_t written = rows.to - (char *)out.buf;
+    PyBuffer_Release(&a);
+    PyBuffer_Release(&b);
+    PyBuffer_Release(&run);
+    PyBuffer_Release(&out);
+    return Py_BuildValue("nn", (Py_ssize_t)taken, written);
+}
+
 static PyMethodDef methods[] = {
     {"scan", loops_scan, METH_VARARGS, NULL},
     {"to_runs", loops_to_runs, METH_VARARGS, NULL},
@@ -693,6 +935,7 @@ static PyMethodDef methods[] = {
     {"xor", loops_xor, METH_VARARGS, NULL},
     {"mask", loops_mask, METH_VARARGS, NULL},
     {"tally", loops_tally, METH_VARARGS, NULL},
+    {"rows", loops_rows, METH_VARARGS, NULL},
     {"ram_records", loops_ram_records, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

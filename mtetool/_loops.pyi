@@ -20,6 +20,9 @@ from mtetool.loops_numpy import (
     ram_records as ram_records,
 )
 from mtetool.loops_numpy import (
+    rows as rows,
+)
+from mtetool.loops_numpy import (
     scan as scan,
 )
 from mtetool.loops_numpy import (

@@ -274,6 +274,94 @@ def _count_runs(values: NDArray[np.int64], lengths: NDArray[np.int64], now: Any)
         now[_LONGEST] = max(int(now[_LONGEST]), int(tagged.max()))
 
 
+ROW_MAX_BYTES = 128
+"""No row of `rows` is longer."""
+ROWS_TEXT, ROWS_JSON = 0, 1
+_RUN_WORDS = 5
+
+
+def rows(
+    a: TagBuffer,
+    b: TagBuffer,
+    repeat: int,
+    ipa: int,
+    form: int,
+    each: int,
+    wanted: int,
+    run: TagBuffer,
+    out: TagBuffer,
+) -> tuple[int, int]:
+    """Write rows about tags to `out`; return how many tags were used up, and the bytes written.
+
+    The tags `a`, each for `repeat` granules, are from `ipa` on. Rows are runs of equal tags, or
+    with `each` single granules; of tags whose bit in `wanted` is set. If there is `b` (as long as
+    `a`, or empty), they are runs that differ, with both tags. `form` is text or lines of JSON.
+
+    `run` is five words of 64 bits: where the last run begins, its size in bytes (0: there is none),
+    its tag (with `b`, that of `a` times 16 plus that of `b`), and how many rows, of how many bytes
+    of memory, were written. The last run may go on, so its row is not written yet. It stops where
+    fewer than `ROW_MAX_BYTES` of `out` are left.
+    """
+    left, right, room = _bytes(a) & np.uint8(15), _bytes(b) & np.uint8(15), as_bytes(out)
+    two = bool(right.size)
+    if (
+        (two and left.size != right.size)
+        or as_bytes(run).nbytes != _RUN_WORDS * 8
+        or len(room) < ROW_MAX_BYTES
+        or not 0 < repeat < 1 << 56
+        or (each and (two or repeat != 1))
+        or form not in (ROWS_TEXT, ROWS_JSON)
+    ):
+        raise ValueError("rows that cannot be")
+    words = np.frombuffer(as_bytes(run), dtype=np.uint64)
+    start, size, key, n_rows, n_bytes = (int(word) for word in words)
+    key &= 255 if two else 15
+    keys = left.astype(int) << 4 | right if two else left.astype(int)
+    at = written = 0
+
+    def put(ipa: int, size_bytes: int, key: int) -> bool:
+        nonlocal written, n_rows, n_bytes
+        if not two and not wanted >> key & 1:
+            return True
+        if len(room) - written < ROW_MAX_BYTES:
+            return False
+        row = row_text(ipa, 0 if each else size_bytes, key, form, two=two)
+        room[written : written + len(row)] = row
+        written, n_rows, n_bytes = written + len(row), n_rows + 1, n_bytes + size_bytes
+        return True
+
+    while at < keys.size:
+        here, length = int(keys[at]), 1
+        if each:
+            if len(room) - written < ROW_MAX_BYTES or not put(ipa + at * 16, 16, here):
+                break
+        elif not two or here >> 4 != here & 15:
+            while at + length < keys.size and keys[at + length] == here:
+                length += 1
+            place, part = ipa + at * repeat * 16, length * repeat * 16
+            if size and key == here and start + size == place:
+                size += part
+            elif not size or put(start, size, key):
+                start, size, key = place, part, here
+            else:
+                break
+        at += length
+    words[:] = start, size, key, n_rows, n_bytes
+    return at, written
+
+
+def row_text(ipa: int, size_bytes: int, key: int, form: int, *, two: bool) -> bytes:
+    """A row of `rows`; of a granule if the size is 0."""
+    a, b = key >> 4, key & 15
+    if form == ROWS_TEXT:
+        size = f"  {size_bytes:>#12x}" if size_bytes else ""
+        tags = f"{a:x}  {b:x}" if two else f"{b:x}"
+        return f"{ipa:>#14x}{size}  {tags}\n".encode()
+    size = f', "size_bytes": {size_bytes}' if size_bytes else ""
+    tags = f'"a": {a}, "b": {b}' if two else f'"tag": {b}'
+    return f'{{"ipa": {ipa}{size}, {tags}}}\n'.encode()
+
+
 def ram_records(
     data: TagBuffer, at: int, marks: TagBuffer, page_bits: int
 ) -> tuple[int, int, int, int]:

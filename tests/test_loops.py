@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from types import ModuleType
 
@@ -343,3 +344,124 @@ def test_what_is_not_to_be_written_to(module: ModuleType) -> None:
     # A type error in C, a value error in numpy.
     with pytest.raises((TypeError, ValueError, BufferError)):
         module.mask(bytes(4))
+
+
+# --- rows -------------------------------------------------------------------------------------
+
+
+def _all_rows(
+    module: ModuleType, a: bytes, b: bytes, cuts: list[int], room: int, **how: int
+) -> tuple[bytes, list[int]]:
+    """All rows of tags that are given in pieces, with little room, and the words of the run."""
+    run, out, text = bytearray(40), bytearray(room), b""
+    repeat = how.get("repeat", 1)
+    ipa = how.get("ipa", 0x4000_0000)
+    for start, stop in itertools.pairwise([0, *sorted(cuts), len(a)]):
+        at = start
+        while at < stop:
+            taken, written = module.rows(
+                a[at:stop],
+                b[at:stop],
+                repeat,
+                ipa + at * repeat * 16,
+                how.get("form", 0),
+                how.get("each", 0),
+                how.get("wanted", 0xFFFF),
+                run,
+                out,
+            )
+            assert taken or written
+            text += out[:written]
+            at += taken
+    return text, np.frombuffer(run, dtype=np.uint64).tolist()
+
+
+def _obvious_rows(a: bytes, b: bytes, **how: int) -> list[tuple[int, int, int]]:
+    """(address, size, tag or both tags) of all runs."""
+    repeat, ipa, found = how.get("repeat", 1), how.get("ipa", 0x4000_0000), []
+    keys = [x << 4 | y for x, y in zip(a, b, strict=True)] if b else list(a)
+    at = 0
+    for key, group in itertools.groupby(keys):
+        n = len(list(group))
+        differs = key >> 4 != key & 15 if b else bool(how.get("wanted", 0xFFFF) >> key & 1)
+        if differs:
+            if how.get("each"):
+                found += [(ipa + (at + i) * 16, 16, key) for i in range(n)]
+            else:
+                found.append((ipa + at * repeat * 16, n * repeat * 16, key))
+        at += n
+    return found
+
+
+def _obvious_line(ipa: int, size: int, key: int, two: bool, form: int, each: int) -> str:
+    if form:
+        both = {"a": key >> 4, "b": key & 15} if two else {"tag": key}
+        return json.dumps({"ipa": ipa, **({} if each else {"size_bytes": size}), **both}) + "\n"
+    shown = "" if each else "  " + hex(size).rjust(12)
+    tags = f"{key >> 4:x}  {key & 15:x}" if two else f"{key:x}"
+    return f"{hex(ipa):>14}{shown}  {tags}\n"
+
+
+SPARSE = st.lists(st.tuples(st.integers(0, 15), st.integers(1, 40)), max_size=20).map(
+    lambda runs: b"".join(bytes([tag]) * n for tag, n in runs)
+)
+
+
+@BOTH
+@given(
+    SPARSE,
+    st.lists(st.integers(0, 300), max_size=4),
+    st.integers(0, 1),
+    st.integers(0, 0xFFFF),
+    st.sampled_from([0, 0x4000_0000, 0xFFFF_FFFF_F000, 1 << 51]),
+    st.integers(128, 600),
+)
+def test_rows_of_runs_and_granules(
+    module: ModuleType, a: bytes, cuts: list[int], form: int, wanted: int, ipa: int, room: int
+) -> None:
+    cuts = [min(cut, len(a)) for cut in cuts]
+    for each, repeat in ((0, 1), (0, 1000), (1, 1)):
+        how = {"form": form, "wanted": wanted, "ipa": ipa, "each": each, "repeat": repeat}
+        text, run = _all_rows(module, a, b"", cuts, room, **how)
+        rows = _obvious_rows(a, b"", **how)
+        if not each and run[1] and wanted >> run[2] & 1:
+            assert tuple(run[:3]) == rows.pop()  # the last may go on
+        expected = [_obvious_line(*row, False, form, each) for row in rows]
+        assert text.decode() == "".join(expected)
+        assert run[3:] == [len(rows), sum(size for _, size, _ in rows)]
+
+
+@BOTH
+@given(SPARSE, SPARSE, st.integers(0, 1), st.integers(128, 600), st.integers(0, 300))
+def test_rows_of_differences(
+    module: ModuleType, a: bytes, b: bytes, form: int, room: int, cut: int
+) -> None:
+    n = min(len(a), len(b))
+    a, b = a[:n], b[:n]
+    text, run = _all_rows(module, a, b, [min(cut, n)], room, form=form)
+    rows = _obvious_rows(a, b)
+    if run[1]:
+        assert tuple(run[:3]) == rows.pop()
+    assert text.decode() == "".join(_obvious_line(*row, True, form, 0) for row in rows)
+    assert run[3:] == [len(rows), sum(size for _, size, _ in rows)]
+
+
+@BOTH
+def test_rows_that_cannot_be(module: ModuleType) -> None:
+    run, out = bytearray(40), bytearray(128)
+    good = (b"\0" * 4, b"", 1, 0, 0, 0, 0xFFFF, run, out)
+    assert module.rows(*good) == (4, 0)
+    for at, bad in (
+        (1, b"\0"),
+        (2, 0),
+        (2, 1 << 56),
+        (4, 2),
+        (4, -1),
+        (7, bytearray(39)),
+        (8, bytearray(127)),
+    ):
+        with pytest.raises(ValueError, match="rows that cannot be"):
+            module.rows(*(bad if n == at else value for n, value in enumerate(good)))
+    for each_with in ((b"\0" * 4, 1), (b"", 2)):
+        with pytest.raises(ValueError, match="rows that cannot be"):
+            module.rows(b"\0" * 4, *each_with, 0, 0, 1, 0xFFFF, run, out)

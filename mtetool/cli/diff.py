@@ -25,8 +25,8 @@ from mtetool.cli.options import (
 from mtetool.cli.options import guest_options as with_guest_options
 from mtetool.cli.progress import progress as shown_progress
 from mtetool.cli.ranges import columns, missing_json, missing_lines, missing_row, size, why
-from mtetool.cli.render import note, print_json, print_tail, put, say, table, warn
-from mtetool.cli.rows import write_batches
+from mtetool.cli.render import note, print_json, print_tail, put, put_bytes, say, table, warn
+from mtetool.cli.rows import Between, write_batches
 from mtetool.cli.screen import Screen, screen
 from mtetool.errors import STATUS_NO, STATUS_OK, STATUS_PARTIAL, UsageError
 from mtetool.guest import Extent, GuestOptions
@@ -34,6 +34,7 @@ from mtetool.words import counted, printable
 
 if TYPE_CHECKING:
     from mtetool.flows.diff import Difference, DiffTotals, Totals
+    from mtetool.flows.row_text import RowText
     from mtetool.guest import Missing
     from mtetool.sources.source import TagSource
     from mtetool.sources.tally import Tally
@@ -74,7 +75,8 @@ def command(
     Each row is address, size, tag in A, tag in B. Memory that only one of them has differs too
     (absent). Status 0 when they are the same, 1 when they differ.
     """
-    from mtetool.flows.diff import check_ranges, diff, totals
+    from mtetool.flows.diff import check_ranges, diff, diff_text, totals
+    from mtetool.flows.row_text import RowText
     from mtetool.sources.layout import total_bytes
     from mtetool.sources.opening import open_source
     from mtetool.sources.source import clip
@@ -105,8 +107,12 @@ def command(
                 counts = totals(*sides, asked or None)
             else:
                 out = _Output(a, b, output, limit)
-                rows = diff(*sides, asked or None)
-                status = out.brief(rows) if brief else out.write(rows)
+                if brief or limit is not None or out.has_colours:
+                    rows = diff(*sides, asked or None)
+                    status = out.brief(rows) if brief else out.write(rows)
+                else:
+                    text = RowText(is_json=output != "text")
+                    status = out.write_many(diff_text(*sides, text, asked or None), text)
         if stat:
             return _tell_totals(a, b, counts, output, quiet=quiet)
     if brief:
@@ -191,11 +197,67 @@ class _Output:
         if self._form == "json":
             self._write_document(rows)
         elif self._form == "jsonl":
-            put(json.dumps({"schema": "mtetool.diff-lines/1", **self._names}) + "\n")
+            put(self._lines_head())
             self._write_some(self._json_lines(rows))
         else:
             self._write_some(self._text(rows))
         return self._status
+
+    @property
+    def has_colours(self) -> bool:
+        """Whether the rows have colours."""
+        return self._screen.colours
+
+    def write_many(self, found: Iterator[memoryview | Difference | Missing], text: RowText) -> int:
+        """As `write`, for what `text` makes rows of; return the exit status."""
+        if self._form == "json":
+            between = Between()
+            put(self._document_head())
+            for part in self._parts(found):
+                between.put(part)
+            self._count_text(text)
+            print_tail(self._document_tail())
+            return self._status
+        if self._form == "jsonl":
+            put(self._lines_head())
+        for part in self._parts(found):
+            put_bytes(part)
+        self._count_text(text)
+        return self._status
+
+    def _parts(self, found: Iterator[memoryview | Difference | Missing]) -> Iterator[memoryview]:
+        """Rows as they are, and those of single ranges."""
+        for part in found:
+            if isinstance(part, memoryview):
+                yield part
+                continue
+            single: Rows = iter([part])
+            if self._form == "text":
+                lines = self._text(single)
+            elif self._form == "jsonl":
+                lines = self._json_lines(single)
+            else:
+                lines = (json.dumps(row._asdict()) + "\n" for row in self._differing(single))
+            yield from (memoryview(line.encode()) for line in lines)
+
+    def _count_text(self, text: RowText) -> None:
+        self._count += text.n_rows
+        self._size_bytes += text.size_bytes
+
+    def _lines_head(self) -> str:
+        return json.dumps({"schema": "mtetool.diff-lines/1", **self._names}) + "\n"
+
+    def _document_head(self) -> str:
+        head = {"schema": "mtetool.diff/1", **self._names}
+        return json.dumps(head)[:-1] + ', "ranges": [\n'
+
+    def _document_tail(self) -> dict[str, Any]:
+        return {
+            "same": not self._count,
+            "differing_bytes": self._size_bytes,
+            "differing_count": self._count,
+            **missing_json("missing", self.missing),
+        }
 
     def _write_some(self, lines: Iterator[str]) -> None:
         write_batches(islice(lines, self._limit), "")
@@ -203,19 +265,12 @@ class _Output:
             note(f"only the first {counted(self._limit, 'row')} of more (--limit)")
 
     def _write_document(self, rows: Rows) -> None:
-        head = {"schema": "mtetool.diff/1", **self._names}
-        put(json.dumps(head)[:-1] + ', "ranges": [\n')
+        put(self._document_head())
         differing = self._differing(rows)
         write_batches((json.dumps(row._asdict()) for row in islice(differing, self._limit)), ",\n")
         for _ in differing:
             pass  # counted, not listed
-        tail = {
-            "same": not self._count,
-            "differing_bytes": self._size_bytes,
-            "differing_count": self._count,
-            **missing_json("missing", self.missing),
-        }
-        print_tail(tail)
+        print_tail(self._document_tail())
 
     def _differing(self, rows: Rows) -> Iterator[Difference]:
         for row in self._counted(rows):

@@ -28,6 +28,21 @@ def put(text: str) -> None:
         raise
 
 
+def put_bytes(data: memoryview) -> None:
+    """As `put`, for much text that is ASCII."""
+    stream = sys.stdout
+    raw = getattr(stream, "buffer", None)
+    if raw is None:
+        put(str(data, "ascii"))
+        return
+    try:
+        stream.flush()
+        raw.write(data)
+    except OSError as error:
+        error.filename = stream_name(stream)
+        raise
+
+
 def stream_name(stream: TextIO) -> str:
     """Return what messages call the stream that a report goes to."""
     return "standard error" if stream is sys.stderr else "standard output"

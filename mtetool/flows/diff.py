@@ -11,6 +11,7 @@ import numpy as np
 from mtetool.guest import Extent, Memslot, Missing
 from mtetool.sources.copying import Copied, Fill, Step, cut
 from mtetool.sources.layout import by_slot, check_aligned, check_inside, common, merged
+from mtetool.sources.pieces import constant
 from mtetool.sources.source import TagSource, clip
 from mtetool.sources.tally import Tally
 from mtetool.tags import as_array, differences, runs
@@ -19,6 +20,7 @@ from mtetool.uapi import GRANULE_BYTES
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from mtetool.flows.row_text import RowText
     from mtetool.tags import Tags
 
 _BLOCK_GRANULES = 1 << 16
@@ -69,6 +71,34 @@ def diff(
             last = found
     if last is not None:
         yield last
+
+
+def diff_text(
+    a: TagSource, b: TagSource, text: RowText, within: Sequence[Extent] | None = None
+) -> Iterator[memoryview | Difference | Missing]:
+    """Yield what `diff` yields; ranges that both sides have as rows of text, many at a time."""
+    for pair in _side_by_side(a.read(clip(a, within)), b.read(clip(b, within))):
+        ipa, size_bytes, left, right = pair
+        if isinstance(left, Copied | Fill) and isinstance(right, Copied | Fill):
+            yield from _compared(text, ipa, size_bytes, left, right)
+        else:
+            yield from text.end(two=True)
+            yield from _differences(iter([pair]))
+    yield from text.end(two=True)
+
+
+def _compared(
+    text: RowText, ipa: int, size_bytes: int, a: Copied | Fill, b: Copied | Fill
+) -> Iterator[memoryview]:
+    n_granules = size_bytes // GRANULE_BYTES
+    if isinstance(a, Fill) and isinstance(b, Fill):
+        yield from text.compare(ipa, bytes([a.tag]), bytes([b.tag]), n_granules)
+        return
+    left, right = (
+        constant(step.tag, n_granules) if isinstance(step, Fill) else step.tags[:n_granules]
+        for step in (a, b)
+    )
+    yield from text.compare(ipa, left, right)
 
 
 # The row and the column of the tag of memory that a side does not have.
