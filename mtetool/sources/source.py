@@ -5,16 +5,18 @@ from __future__ import annotations
 import heapq
 import tempfile
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from typing import BinaryIO, Protocol, cast
 
 from mtetool.errors import UsageError, host_error
 from mtetool.guest import AddressSpace, Extent, Guest, Memslot, Missing
 from mtetool.snapshot.index import Entry, IndexedSnapshot
-from mtetool.snapshot.reader import SnapshotReader
+from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.snapshot.summary import is_seekable
+from mtetool.sources.ahead import ahead
 from mtetool.sources.allocating import check_allocates_nothing
 from mtetool.sources.copying import Copied, Fill, Step, TagReader, cut, tagged_layout
 from mtetool.sources.layout import (
@@ -142,7 +144,10 @@ class SnapshotSource:
         """See `TagSource.check`: reading a file allocates nothing."""
 
     def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
-        """See `TagSource.read`."""
+        """See `TagSource.read`; tags are decompressed in threads, ahead of their use."""
+        return ahead(self._steps(extents))
+
+    def _steps(self, extents: Sequence[Extent]) -> Iterator[Step | Callable[[], Step]]:
         for extent in extents:
             at = extent.ipa
             entries = islice(self._entries, max(bisect_right(self._starts, at) - 1, 0), None)
@@ -158,16 +163,18 @@ class SnapshotSource:
                     yield self._load(current[1], Extent(at, stop - at))
                 at = stop
 
-    def _load(self, entry: Entry, part: Extent) -> Step:
+    def _load(self, entry: Entry, part: Extent) -> Step | Callable[[], Step]:
         record = self._snapshot.load(entry)
-        step: Step
         if isinstance(record, Missing):
-            step = record
-        elif record.fill is not None:
+            return cut(record, part.ipa, part.size_bytes)
+        if record.fill is not None:
             step = Fill(record.ipa, record.size_bytes, record.fill, record.over_base)
-        else:
-            step = Copied(record.ipa, record.tags(), record.over_base)
-        return cut(step, part.ipa, part.size_bytes)
+            return cut(step, part.ipa, part.size_bytes)
+        return partial(_decoded, record, part)
+
+
+def _decoded(record: Piece, part: Extent) -> Step:
+    return cut(Copied(record.ipa, record.tags(), record.over_base), part.ipa, part.size_bytes)
 
 
 def _in_force(entries: Iterable[Entry]) -> Iterator[tuple[Extent, Entry]]:

@@ -1,0 +1,84 @@
+"""Steps that threads decode ahead come in their order, and so do errors."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from mtetool.sources.ahead import ahead
+
+
+def later(value: int, seconds: float = 0.0) -> Callable[[], int]:
+    def function() -> int:
+        time.sleep(seconds)
+        return value
+
+    return function
+
+
+Item = int | Callable[[], int]
+
+
+def failing() -> int:
+    raise ValueError("in a thread")
+
+
+def run(items: list[Item]) -> Iterator[int]:
+    return ahead(iter(items))
+
+
+def test_the_order_is_kept() -> None:
+    items = [later(0, 0.05), 1, later(2), later(3, 0.02), 4, 5, later(6)]
+    assert list(ahead(iter(items))) == list(range(7))
+
+
+def test_an_error_of_a_function_comes_in_its_turn() -> None:
+    found = run([later(0), failing, later(2)])
+    assert next(found) == 0
+    with pytest.raises(ValueError, match="in a thread"):
+        next(found)
+
+
+def test_an_error_of_the_items_comes_after_those_before_it() -> None:
+    def items() -> Iterator[int | Callable[[], int]]:
+        yield later(0)
+        yield 1
+        raise OSError("damaged")
+
+    found: Iterator[int] = ahead(items())
+    assert [next(found), next(found)] == [0, 1]
+    with pytest.raises(OSError, match="damaged"):
+        next(found)
+
+
+def test_few_results_wait() -> None:
+    made = 0
+
+    def count() -> int:
+        nonlocal made
+        made += 1
+        return made
+
+    found = run([count] * 100)
+    next(found)
+    time.sleep(0.05)
+    assert made <= 4
+    found.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+def test_without_threads_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*words: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
+    assert list(run([later(0), 1, later(2)])) == [0, 1, 2]
+    found = run([later(0), failing])
+    assert next(found) == 0
+    with pytest.raises(ValueError, match="in a thread"):
+        next(found)
