@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
@@ -14,6 +15,7 @@ import click
 from mtetool.backends import is_guest
 from mtetool.cli.naming import check_inputs
 from mtetool.cli.options import (
+    BASE_OPTION,
     EVERY_PAGE_OPTION,
     FILE,
     NAME,
@@ -80,6 +82,7 @@ _WITHOUT_PLACES = ("raw", "packed", "gdb")
     help="The guest's pages, where SOURCE does not say (4K).",
 )
 @RANGE_OPTION
+@BASE_OPTION
 @EVERY_PAGE_OPTION
 @with_guest_options
 @progress_options
@@ -93,6 +96,7 @@ def command(
     dump: str | None,
     page_size_bytes: int,
     ranges: tuple[Extent, ...],
+    bases: tuple[str, ...],
     every_page: bool,
     guest_options: GuestOptions,
     quiet: bool,
@@ -107,8 +111,13 @@ def command(
     if page_size_bytes not in PAGE_SIZES:
         raise UsageError("--page-size is 4K, 16K or 64K")
     _check(sources, form, to, out, dump)
-    inputs = check_inputs([dump] if dump else [], [] if form == "gdb" else sources)
-    wanted = _wanted(form, ranges, page_size_bytes, guest_options, every_page=every_page)
+    files = [*([dump] if dump else []), *bases]
+    inputs = check_inputs(files, [] if form == "gdb" else sources)
+    wanted = replace(
+        _wanted(form, ranges, page_size_bytes, guest_options, every_page=every_page),
+        bases=bases,
+        bases_of_another=len(sources) > 1,
+    )
     # Bare tags are in the ranges; those of anything else are chosen by them.
     within = () if form in _WITHOUT_PLACES and not guest_options.memslots else ranges
     target = _target(out, to)

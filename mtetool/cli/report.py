@@ -8,6 +8,7 @@ import click
 
 from mtetool.cli.naming import check_inputs
 from mtetool.cli.options import (
+    BASE_OPTION,
     EVERY_PAGE_OPTION,
     FILE,
     NAME,
@@ -42,6 +43,7 @@ from mtetool.guest import Extent, GuestOptions
     help="Mark where the tags differ from those of another source.",
 )
 @RANGE_OPTION
+@BASE_OPTION
 @EVERY_PAGE_OPTION
 @with_guest_options
 @quiet_option
@@ -51,6 +53,7 @@ def command(
     force: bool,
     against: str | None,
     ranges: tuple[Extent, ...],
+    bases: tuple[str, ...],
     every_page: bool,
     guest_options: GuestOptions,
     quiet: bool,
@@ -64,8 +67,13 @@ def command(
     from mtetool.formats.opening import Wanted, open_input
     from mtetool.sources.source import asked
 
-    inputs = check_inputs(sources=[source, *([against] if against else [])])
-    wanted = Wanted(options=guest_options, every_page=every_page)
+    inputs = check_inputs(bases, [source, *([against] if against else [])])
+    wanted = Wanted(
+        options=guest_options,
+        every_page=every_page,
+        bases=bases,
+        bases_of_another=against is not None,
+    )
     with ExitStack() as stack:
         opened = stack.enter_context(open_input(source, wanted))
         other = stack.enter_context(open_input(against, wanted)) if against else None

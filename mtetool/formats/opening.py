@@ -50,6 +50,9 @@ class Wanted:
     page_size_bytes: int = PAGE_SIZES[0]
     options: GuestOptions = field(default_factory=GuestOptions)
     every_page: bool = False
+    bases: tuple[str, ...] = ()
+    """Snapshots that deltas need, as for `mtetool.sources.opening.open_source`."""
+    bases_of_another: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +71,16 @@ def open_input(source: str, wanted: Wanted) -> Iterator[Opened]:
     Raises UsageError, MisalignedError, BadFormatError, and what opening a guest, a snapshot or a
     stream raises.
     """
+    if wanted.bases and not wanted.bases_of_another and wanted.form not in (None, "mtesnap"):
+        raise UsageError(f"--base goes with a snapshot, and --from {wanted.form} is none")
     if wanted.form == "gdb":
         _need_places(wanted)
         with open_gdb(source, wanted.places, wanted.page_size_bytes) as tags:
             yield Opened(tags, tags.info)
         return
     if is_guest(source):
+        if wanted.bases and not wanted.bases_of_another:
+            raise UsageError(f"--base goes with a delta, and {source} is a guest")
         if wanted.form is not None:
             raise UsageError(f"{source} is a guest, and --from {wanted.form} is for a file")
         with open_guest(source, wanted.options) as guest:
@@ -82,9 +89,12 @@ def open_input(source: str, wanted: Wanted) -> Iterator[Opened]:
     name = display_name(source)
     with opened(source) as stream:
         form = wanted.form or _form_of(stream, name)
+        if wanted.bases and not wanted.bases_of_another and form != "mtesnap":
+            raise UsageError(f"--base goes with a snapshot, and {name} is none")
         if form == "mtesnap":
-            with snapshot_source(stream, source) as snapshot:
-                header = snapshot.header
+            with snapshot_source(
+                stream, source, wanted.bases, bases_of_another=wanted.bases_of_another
+            ) as (snapshot, header):
                 info = GuestInfo(
                     header.source, True, header.page_size_bytes, slots_of(header), name=header.name
                 )

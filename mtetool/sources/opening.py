@@ -86,29 +86,42 @@ def open_source(
         with open_guest(source, options) as guest:
             yield GuestSource(guest, source, every_page=every_page)
         return
+    with (
+        opened(source) as stream,
+        snapshot_source(stream, source, bases, bases_of_another=bases_of_another) as (tags, _),
+    ):
+        yield tags
+
+
+@contextmanager
+def snapshot_source(
+    stream: BinaryIO,
+    source: str,
+    bases: Sequence[str] = (),
+    *,
+    bases_of_another: bool = False,
+) -> Iterator[tuple[TagSource, Header]]:
+    """The tags of a snapshot in an open file or pipe, and its header; `bases` as `open_source`.
+
+    Raises SnapshotError, BaseNeededError, UsageError.
+    """
     with ExitStack() as stack:
-        streams = []
-        for path in (source, *bases):
+        name = display_name(source)
+        streams = [(stack.enter_context(seekable_stream(stream, name)), name)]
+        for path in bases:
             name = display_name(path)
-            stream = stack.enter_context(opened(path))
-            streams.append((stack.enter_context(seekable_stream(stream, name)), name))
+            below = stack.enter_context(opened(path))
+            streams.append((stack.enter_context(seekable_stream(below, name)), name))
         chain = _chain(streams)
         if len(chain) > 1:
-            yield LayeredSource(Layers(chain), source)
+            layers = Layers(chain)
+            yield LayeredSource(layers, source), layers.header
             return
         if bases and not bases_of_another:
             raise _no_delta(source)
         ((stream, name),) = chain
-        yield SnapshotSource(IndexedSnapshot.of(stream, name), source)
-
-
-@contextmanager
-def snapshot_source(stream: BinaryIO, source: str) -> Iterator[SnapshotSource]:
-    """The tags of a snapshot in an open file or pipe. Raises SnapshotError, BaseNeededError."""
-    name = display_name(source)
-    with seekable_stream(stream, name) as seekable:
-        _chain([(seekable, name)])
-        yield SnapshotSource(IndexedSnapshot.of(seekable, name), source)
+        snapshot = SnapshotSource(IndexedSnapshot.of(stream, name), source)
+        yield snapshot, snapshot.header
 
 
 def _no_delta(source: str) -> UsageError:

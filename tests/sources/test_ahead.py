@@ -82,3 +82,16 @@ def test_without_threads_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert next(found) == 0
     with pytest.raises(ValueError, match="in a thread"):
         next(found)
+
+
+def test_a_single_function_needs_no_thread() -> None:
+    here: list[str] = []
+
+    def note() -> int:
+        here.append(threading.current_thread().name)
+        return 1
+
+    assert list(run([0, note, 2])) == [0, 1, 2]
+    assert here == [threading.current_thread().name]
+    assert list(run([note, note, note])) == [1, 1, 1]
+    assert here[1].startswith("decode")
