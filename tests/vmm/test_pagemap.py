@@ -91,3 +91,27 @@ def test_mappings(asks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nobody_may_look() -> None:
     with pytest.raises(UnknownError):
         Pagemap(1 << 30)
+
+
+def test_pages_that_exist_tagged_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = [(2, 4), (6, 7)]
+
+    def known(self: Pagemap, mapping: Mapping, start: int, end: int) -> list[Span]:
+        parts = [(max(a * PAGE, start), min(b * PAGE, end)) for a, b in there]
+        return [Span(a, b) for a, b in parts if a < b]
+
+    monkeypatch.setattr(Pagemap, "_scan", lambda self, start, end, vector: (0, 0))
+    monkeypatch.setattr(Pagemap, "_known", known)
+    mappings = [Mapping(0, 3 * PAGE, "rw-p", 0, ""), Mapping(3 * PAGE, 9 * PAGE, "rw-p", 0, "")]
+    monkeypatch.setattr(
+        Mappings,
+        "at",
+        lambda self, address: next((each for each in mappings if address < each.end), None),
+    )
+    memory = Pagemap(os.getpid())
+    assert memory.has_pages(2 * PAGE, 4 * PAGE)
+    assert memory.has_pages(2 * PAGE + 8, 2 * PAGE + 16)
+    assert memory.has_pages(6 * PAGE, 7 * PAGE)
+    for start, end in ((0, 1), (1, 3), (3, 5), (3, 7), (6, 8), (8, 10), (20, 21)):
+        assert not memory.has_pages(start * PAGE, end * PAGE), (start, end)
+    memory.close()
