@@ -107,10 +107,13 @@ def test_mapped_to_what_is_not_memory() -> None:
 
 
 def test_the_first_vcpu_that_maps_a_kernels_address() -> None:
-    off, trampoline = Space(0, {}, is_on=False), Space(1, {})
+    off, trampoline = Space(0, {KERNEL: BASE + 5 * PAGE}, is_on=False), Space(1, {})
     found = one(KERNEL, off, trampoline, Space(2, {KERNEL: BASE}), Space(3, {KERNEL: BASE + PAGE}))
     assert found.found
     assert (found.found.space.vcpu, found.found.ipa) == (2, BASE)
+    alone = one(KERNEL, off, Space(1, {KERNEL: BASE}, is_on=False))
+    assert alone.found
+    assert alone.found.ipa == BASE + 5 * PAGE
 
 
 def test_a_programs_address_on_several_vcpus() -> None:
