@@ -14,12 +14,16 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from mtetool.attach import gadgets, steps
 from mtetool.backends import open_guest
+from mtetool.backends.kvm.guest import KvmGuest
+from mtetool.backends.kvm.registers import ask_vcpus
 from mtetool.guest import GuestOptions, Memslot
+from mtetool.vmm import proc
 from tests.lab.stops import guards
 from tests.lab.stride import deaths_before, turns
 
@@ -28,12 +32,18 @@ _SETTLE_SECONDS = 20.0
 
 
 def cycle(pid: int) -> None:
-    """Do what the commands do to a VMM: attach, copy, freeze, copy, detach; also in chains."""
+    """Do what the commands do to a VMM: attach, copy, freeze, copy, detach; also in chains.
+
+    And ask its vCPUs for their registers, for which they are stopped.
+    """
     tags, scattered = (np.zeros(n, dtype=np.uint8) for n in (4096, 2048))
     pages = np.array([[_MEMORY.ipa + 8192 * n, 4096] for n in range(8)], np.uint64)
     with open_guest(f"kvm:{pid}", GuestOptions(memslots=(_MEMORY,))) as guest:
         guest.read_tags(_MEMORY.ipa, tags)
         assert guest.read_scattered(pages, scattered) == 8 * 4096
+        if fds := proc.vcpu_fds(pid):
+            asked = ask_vcpus(cast(KvmGuest, guest).vm.session, pid, len(fds), fds, held=False)
+            assert len(asked) == len(fds)
         guest.freeze()
         guest.write_tags(_MEMORY.ipa, tags)
         assert guest.write_scattered(pages, scattered) == 8 * 4096
