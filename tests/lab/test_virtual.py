@@ -39,7 +39,7 @@ def _compared(lab: Machine, guest: Qemu, half: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.every_kernel(long=["7.3", "16k"])
+@pytest.mark.every_kernel(long=["6.12-16k", "7.3"])
 def test_the_kernels_addresses_are_those_of_qemu(lab: Machine) -> None:
     guest = Qemu(lab, "g").start()
     guest.wait_for_checks(1)
@@ -127,3 +127,15 @@ def test_before_the_mmu_is_on(lab: Machine) -> None:
     assert status == 0, stderr
     (row,) = document["addresses"]
     assert (row["ipa"], row["virtual"]["ttbr"]) == (0x4000_0000, None)
+
+
+def test_a_vmm_whose_only_thread_is_its_vcpu(lab: Machine) -> None:
+    """It never leaves KVM_RUN by itself, which the question would wait for."""
+    pid = start_test_vmm(lab, "--run", "0x40000000:0x100000")
+    words = ["dump", f"kvm:{pid}", "--virtual", "--at", "0x40000000", "--every-page", "--json"]
+    for _ in range(3):
+        result = lab.run(["mtetool", *words], timeout=120)
+        assert result.returncode == 0, result.stderr
+        (row,) = json.loads(result.stdout)["addresses"]
+        assert (row["ipa"], row["virtual"]["ttbr"]) == (0x4000_0000, None)
+    lab.sh(f"kill -0 {pid}")
