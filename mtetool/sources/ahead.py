@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,9 @@ T = TypeVar("T")
 
 # With more, the others would wait for the user of the tags.
 _MOST_JOBS = 2
+
+MOST_RESULTS = _MOST_JOBS + 1
+"""How many functions may be at work, or have a result that is in use, when one is called."""
 
 
 def ahead(items: Iterator[T | Callable[[], T]]) -> Iterator[T]:
@@ -34,14 +38,11 @@ def ahead(items: Iterator[T | Callable[[], T]]) -> Iterator[T]:
             except Exception as error:  # noqa: BLE001 - raised after the items before it
                 failed = error
                 break
-            if callable(item):
-                # The first is begun once there is another.
-                for waiting in pending:
-                    if isinstance(waiting, _Result):
-                        waiting.begin(pool)
-                pending.append(_Result(item))
-            else:
-                pending.append(item)
+            pending.append(_Result(item) if callable(item) else item)
+            waiting = [each for each in pending if isinstance(each, _Result)]
+            # The first is begun once there is another.
+            for each in waiting if len(waiting) > 1 else ():
+                each.begin(pool)
             # What is ready needs no room: only functions are worth being begun early.
             while pending and (len(pending) > jobs or not isinstance(pending[0], _Result)):
                 yield _value(pending.popleft())
@@ -52,21 +53,33 @@ def ahead(items: Iterator[T | Callable[[], T]]) -> Iterator[T]:
 
 
 class _Result(Generic[T]):
-    """What a function returns or raises, here or in a thread."""
+    """What a function returns or raises; it is called once, here or in a thread."""
 
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
-        self._future: Future[T] | None = None
+        self._future: Future[T] = Future()
+        self._taken = threading.Lock()
+        self._begun = False
 
     def begin(self, pool: ThreadPoolExecutor) -> None:
         """Have a thread call it, if there is one."""
-        if self._future is None:
+        if not self._begun:
+            self._begun = True
+            # If no other thread can be started, the pool may still let one do it that it has.
             with suppress(RuntimeError):
-                self._future = pool.submit(self._function)
+                pool.submit(self._call)
 
     def value(self) -> T:
-        """Wait for it, or call it now."""
-        return self._function() if self._future is None else self._future.result()
+        """Wait for it, or call it now if no thread does."""
+        self._call()
+        return self._future.result()
+
+    def _call(self) -> None:
+        if self._taken.acquire(blocking=False):
+            try:
+                self._future.set_result(self._function())
+            except BaseException as error:  # noqa: BLE001 - raised where the value is wanted
+                self._future.set_exception(error)
 
 
 def _value(item: T | _Result[T]) -> T:

@@ -159,7 +159,7 @@ class Layers:
             if level and part in others:
                 yield from self._read(level - 1, part)
                 continue
-            for step in source.read([part]):
+            for step in source.read_kept([part]):
                 if level and not isinstance(step, Missing) and step.over_base:
                     yield from self._resolved(level, step)
                 else:

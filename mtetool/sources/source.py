@@ -16,7 +16,7 @@ from mtetool.guest import AddressSpace, Extent, Guest, Memslot, Missing
 from mtetool.snapshot.index import Entry, IndexedSnapshot
 from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.snapshot.summary import is_seekable
-from mtetool.sources.ahead import ahead
+from mtetool.sources.ahead import MOST_RESULTS, ahead
 from mtetool.sources.allocating import check_allocates_nothing
 from mtetool.sources.copying import Copied, Fill, Step, TagReader, cut, tagged_layout
 from mtetool.sources.layout import (
@@ -145,9 +145,15 @@ class SnapshotSource:
 
     def read(self, extents: Sequence[Extent]) -> Iterator[Step]:
         """See `TagSource.read`; tags are decompressed in threads, ahead of their use."""
+        return ahead(self._steps(extents, _Rooms()))
+
+    def read_kept(self, extents: Sequence[Extent]) -> Iterator[Step]:
+        """As `read`; all tags stay valid, and may be written to."""
         return ahead(self._steps(extents))
 
-    def _steps(self, extents: Sequence[Extent]) -> Iterator[Step | Callable[[], Step]]:
+    def _steps(
+        self, extents: Sequence[Extent], rooms: _Rooms | None = None
+    ) -> Iterator[Step | Callable[[], Step]]:
         for extent in extents:
             at = extent.ipa
             entries = islice(self._entries, max(bisect_right(self._starts, at) - 1, 0), None)
@@ -160,21 +166,38 @@ class SnapshotSource:
                     yield Missing(at, stop - at, None, "not in the snapshot")
                 else:
                     stop = min(extent.end, current[0].end)
-                    yield self._load(current[1], Extent(at, stop - at))
+                    yield self._load(current[1], Extent(at, stop - at), rooms)
                 at = stop
 
-    def _load(self, entry: Entry, part: Extent) -> Step | Callable[[], Step]:
+    def _load(self, entry: Entry, part: Extent, rooms: _Rooms | None) -> Step | Callable[[], Step]:
         record = self._snapshot.load(entry)
         if isinstance(record, Missing):
             return cut(record, part.ipa, part.size_bytes)
         if record.fill is not None:
             step = Fill(record.ipa, record.size_bytes, record.fill, record.over_base)
             return cut(step, part.ipa, part.size_bytes)
-        return partial(_decoded, record, part)
+        room = rooms.next(record.n_granules) if rooms else None
+        return partial(_decoded, record, part, room)
 
 
-def _decoded(record: Piece, part: Extent) -> Step:
-    return cut(Copied(record.ipa, record.tags(), record.over_base), part.ipa, part.size_bytes)
+def _decoded(record: Piece, part: Extent, room: memoryview | None) -> Step:
+    tags = record.tags(room)
+    return cut(Copied(record.ipa, tags, record.over_base), part.ipa, part.size_bytes)
+
+
+class _Rooms:
+    """Buffers that are used in turn by what `ahead` calls: new ones would cost page faults."""
+
+    def __init__(self) -> None:
+        self._rooms = [bytearray() for _ in range(MOST_RESULTS)]
+        self._next = 0
+
+    def next(self, n_bytes: int) -> memoryview:
+        """The buffer whose turn it is, so large."""
+        at, self._next = self._next, (self._next + 1) % len(self._rooms)
+        if len(self._rooms[at]) < n_bytes:
+            self._rooms[at] = bytearray(n_bytes)
+        return memoryview(self._rooms[at])[:n_bytes]
 
 
 def _in_force(entries: Iterable[Entry]) -> Iterator[tuple[Extent, Entry]]:

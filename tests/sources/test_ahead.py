@@ -6,11 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 
-from mtetool.sources.ahead import ahead
+from mtetool.sources.ahead import MOST_RESULTS, ahead
 
 
 def later(value: int, seconds: float = 0.0) -> Callable[[], int]:
@@ -95,3 +96,48 @@ def test_a_single_function_needs_no_thread() -> None:
     assert here == [threading.current_thread().name]
     assert list(run([note, note, note])) == [1, 1, 1]
     assert here[1].startswith("decode")
+
+
+def test_as_many_results_are_in_use_as_is_said() -> None:
+    """A room that is used in turn is never taken while its last result is needed."""
+    rooms = [-1] * MOST_RESULTS
+    made = 0
+
+    def fill(room: int, value: int) -> int:
+        time.sleep(0.001 * (value % 3))
+        rooms[room] = value
+        return room
+
+    def items() -> Iterator[int | Callable[[], int]]:
+        nonlocal made
+        for value in range(60):
+            made += 1
+            yield partial(fill, value % MOST_RESULTS, value)
+
+    found: Iterator[int] = ahead(items())
+    for value, room in enumerate(found):
+        assert rooms[room] == value
+        time.sleep(0.002)
+        assert rooms[room] == value, "another result was written over this one"
+    assert made == 60
+
+
+def test_a_thread_that_cannot_be_started_beside_one_that_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pool keeps what it has no thread for, and may still do it; but nothing is done twice."""
+    submit = ThreadPoolExecutor.submit
+    calls = [0] * 20
+
+    def fail_after(self: ThreadPoolExecutor, function: Callable[[], None]) -> None:
+        submit(self, function)
+        raise RuntimeError("can't start new thread")
+
+    def count(number: int) -> int:
+        calls[number] += 1
+        time.sleep(0.001)
+        return number
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", fail_after)
+    assert list(run([partial(count, number) for number in range(20)])) == list(range(20))
+    assert calls == [1] * 20
