@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/sh
 
-.PHONY: help deps venv lab demo check test test-fast migration relay-campaign lab-kernels torture interrupted bench bench-lab differential differential-full browser spark fuzz fuzz-short deb wheels test-deb test-wheels clean
+.PHONY: help deps venv lab demo check test test-fast migration relay-campaign lab-kernels torture interrupted bench bench-lab bench-looking differential differential-full browser spark fuzz fuzz-short deb wheels test-deb test-wheels clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -72,6 +72,9 @@ bench: deps venv ## measure speed and size against zstd, lz4 and cp, with charts
 
 bench-lab: deps venv ## measure what attaching, saving and restoring cost in the lab
 	$(BIN)/python -m tests.bench.lab
+
+bench-looking: deps venv ## measure what dump, diff and stats cost beside xxd and cmp (some minutes)
+	$(BIN)/python -m tests.bench.looking
 
 differential: deps venv ## compare two thousand calls on real kernels with the emulated one
 	$(BIN)/python -m tests.differential --calls 2000 --seed 1
