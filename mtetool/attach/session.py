@@ -156,13 +156,15 @@ class Session:
         """The helper thread's id."""
         return self._alive().tracee.tid
 
-    def hold(self, tids: Iterable[int]) -> dict[int, Registers]:
+    def hold(
+        self, tids: Iterable[int], patience: float = CALL_PATIENCE_SECONDS
+    ) -> dict[int, Registers]:
         """Stop and hold threads; return their registers, leaving out threads that have ended.
 
         Ptrace alone holds them: whatever becomes of us, they run on. Signals to them wait. Raises
-        GuestLostError.
+        GuestLostError; BusyError if they do not all stop in time, as after `finish`.
         """
-        return self._call(lambda: self._hold(tids))
+        return self._call(lambda: self._hold(tids), patience)
 
     def release(self, tids: Iterable[int] | None = None) -> None:
         """Let held threads run on: these, or all. Raises GuestLostError."""

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from mtetool import uapi
 from mtetool.attach.session import Session
 from mtetool.backends.kvm.page_tables import Registers
 from mtetool.backends.kvm.vcpus import hold_vcpus
-from mtetool.errors import NoVcpuError, PageTableError, errno_name
+from mtetool.errors import BusyError, GuestLostError, NoVcpuError, PageTableError, errno_name
 
-# For one register. With everything stopped, it is a matter of microseconds.
-_PATIENCE_SECONDS = 2.0
+# For all to stop, and then for each register: a matter of microseconds. A save that was asked to
+# stop the guest waits longer for threads that do not stop; a look at it must not.
+_PATIENCE_SECONDS = 5.0
 
 _PSTATE = uapi.KVM_REG_ARM_PSTATE
 _SCTLR = uapi.arm64_sys_reg(3, 0, 1, 0, 0)
@@ -80,10 +81,14 @@ def _held(session: Session, pid: int, n_vcpus: int, *, held: bool) -> Iterator[N
         yield
         return
     try:
-        hold_vcpus(session, pid, n_vcpus, main_too=True)
+        hold_vcpus(session, pid, n_vcpus, main_too=True, patience=_PATIENCE_SECONDS)
         yield
-    finally:
-        session.release()
+    except BaseException:
+        # Where this cannot be done any more, that mtetool ends does it.
+        with suppress(BusyError, GuestLostError):
+            session.release()
+        raise
+    session.release()
 
 
 def _ask(session: Session, number: int, fd: int) -> Iterator[int]:

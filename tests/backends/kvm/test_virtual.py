@@ -66,8 +66,9 @@ class _Process:
 
 @pytest.fixture
 def holding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def hold(session: Any, pid: int, n_vcpus: int, *, main_too: bool) -> int:
+    def hold(session: Any, pid: int, n_vcpus: int, *, main_too: bool, patience: float) -> int:
         assert main_too
+        assert patience <= 5.0
         session.held = True
         session.n_holds += 1
         return n_vcpus
@@ -86,7 +87,7 @@ def test_all_vcpus_are_asked_in_one_stop() -> None:
     assert (first.number, second.number) == (0, 3)
     assert (first.registers.tcr, second.registers.tcr) == (0x1000, 0x1010)
     assert (process.n_holds, process.held) == (1, False)
-    assert max(process.patience) <= 2.0
+    assert max(process.patience) <= 5.0
 
 
 @pytest.mark.usefixtures("holding")
