@@ -429,21 +429,37 @@ put_text(char *to, const char *text, size_t n)
 }
 #define PUT(to, text) put_text(to, text, sizeof(text) - 1)
 
-/* A hexadecimal number with 0x, to the right in `width` columns, or in as many as it takes. */
+/* Eight hexadecimal digits, the highest in the lowest byte. */
+INLINE uint64_t
+hex_digits(uint64_t value)
+{
+    value = (value & 0xffff0000) << 16 | (value & 0xffff);
+    value = (value & 0x0000ff000000ff00) << 8 | (value & 0x000000ff000000ff);
+    value = (value & 0x00f000f000f000f0) << 4 | (value & 0x000f000f000f000f);
+    uint64_t letters = (value + 0x0606060606060606) >> 4 & 0x0101010101010101;
+    return __builtin_bswap64(value + 0x3030303030303030 + letters * ('a' - '9' - 1));
+}
+
+/* A hexadecimal number with 0x, to the right in `width` columns (at most 16), or in as many as it
+ * takes. Up to 16 bytes behind it are overwritten. */
 INLINE char *
 put_hex(char *to, uint64_t value, int width)
 {
-    int digits = value ? (67 - __builtin_clzll(value)) / 4 : 1;
-    int spaces = width - digits - 2;
-    if (spaces > 0) {
-        memset(to, ' ', (size_t)spaces);
-        to += spaces;
+    int digits = (67 - __builtin_clzll(value | 1)) / 4, high = digits > 8 ? digits - 8 : 0;
+    uint64_t low = hex_digits(value & 0xffffffff) >> 8 * (8 - (digits - high));
+    memset(to, ' ', 16);
+    if (width > digits + 2)
+        to += width - digits - 2;
+    to[0] = '0';
+    to[1] = 'x';
+    to += 2;
+    if (high) {
+        uint64_t upper = hex_digits(value >> 32) >> 8 * (8 - high);
+        memcpy(to, &upper, sizeof upper);
+        to += high;
     }
-    *to++ = '0';
-    *to++ = 'x';
-    for (int i = digits - 1; i >= 0; i--, value >>= 4)
-        to[i] = "0123456789abcdef"[value & 15];
-    return to + digits;
+    memcpy(to, &low, sizeof low);
+    return to + digits - high;
 }
 
 INLINE char *
