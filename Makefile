@@ -103,11 +103,11 @@ wheels: ## build the source distribution and the wheels, in dist/ (needs root)
 	@tools/deps --only packages
 	tools/wheels
 
-test-deb: venv deb ## install, upgrade and remove the Debian packages in fresh systems (half an hour)
-	$(BIN)/python -m pytest -rP tests/deb/test_deb.py
+test-deb: lab deb ## install, upgrade and remove the Debian packages in fresh systems (half an hour)
+	$(BIN)/python -m pytest -rP tests/deb/test_deb.py tests/deb/test_lab.py -k 'not wheel'
 
-test-wheels: venv wheels ## install and run the wheels and the source distribution (ten minutes)
-	$(BIN)/python -m pytest -rP tests/deb/test_wheels.py
+test-wheels: lab wheels ## install and run the wheels and the source distribution (ten minutes)
+	$(BIN)/python -m pytest -rP tests/deb/test_wheels.py tests/deb/test_lab.py -k wheel
 
 clean: ## remove everything that make created here, but not the cache elsewhere
 	rm -rf $(VENV) build dist demo fuzz-findings *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

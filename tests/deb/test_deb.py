@@ -17,7 +17,9 @@ from tests.deb.trees import ROOT, TOOLS, Tree, fresh
 pytestmark = pytest.mark.long  # make test-deb, make test-wheels
 
 _DIST = ROOT / "dist"
-_CONFFILE = "/etc/apparmor.d/abstractions/libvirt-qemu.d/mtetool"
+_RULES = "/etc/apparmor.d/abstractions/libvirt-qemu.d"
+_CONFFILE = f"{_RULES}/mtetool"
+_NEEDED = ("click", "libvirt", "msgpack", "numpy", "rich", "xxhash", "zstandard")
 _OLD = "0.0.9"
 # What a user's system has besides; the shells and man are there to be completed and read.
 _SYSTEM = ("systemd-sysv", "dbus", "man-db", "bash-completion", "zsh", "fish")
@@ -53,7 +55,16 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of the packages of a version before."""
     into = tmp_path_factory.mktemp("older")
     subprocess.run([TOOLS / "deb", "--version", _OLD, into], check=True)
+    _change_conffile(package("all", "mtetool-libvirt", into), into / "unpacked")
     return into
+
+
+def _change_conffile(deb: Path, unpacked: Path) -> None:
+    """Give a package another conffile, as if this version had changed it."""
+    subprocess.run(["dpkg-deb", "--raw-extract", deb, unpacked], check=True)
+    with (unpacked / _CONFFILE.lstrip("/")).open("a") as file:
+        file.write("  # as it was before\n")
+    subprocess.run(["dpkg-deb", "--build", unpacked, deb], check=True)
 
 
 @pytest.fixture(scope="module", params=["amd64", "arm64"])
@@ -64,28 +75,28 @@ def tree(request: pytest.FixtureRequest) -> Iterator[Tree]:
 
 def test_a_stranger_installs_uses_and_removes_it(tree: Tree) -> None:
     # Libraries come first, and stay: here only what mtetool itself leaves is looked at.
-    tree.run(
-        "apt-get install -q -y --no-install-recommends python3-click python3-msgpack "
-        "python3-numpy python3-rich python3-xxhash python3-zstandard >/dev/null"
-    )
+    libraries = " ".join(f"python3-{name}" for name in _NEEDED)
+    tree.run(f"apt-get install -q -y --no-install-recommends {libraries} >/dev/null")
     before = tree.files()
-    tree.put(package(tree.architecture))
-    # As in the README.
-    tree.run(
-        f"cd /srv; {_readme_command('apt install ./mtetool_')}".replace(
-            "apt install", "apt -y install"
-        )
-    )
+    tree.put(package(tree.architecture), package("all", "mtetool-libvirt"))
+    # As in the README, but without libvirt.
+    for start in ("apt install ./mtetool_", "apt install ./mtetool-libvirt_"):
+        words = _readme_command(start).replace("apt ", "apt -y --no-install-recommends ")
+        tree.run(f"cd /srv; {words}")
     _is_used(tree)
     _is_read(tree)
     _is_completed(tree)
     wants = tree.path / "etc/systemd/system/sockets.target.wants/mtetool-companion.socket"
     assert wants.is_symlink()
+    tree.run("systemd-analyze verify --man=no /usr/lib/systemd/system/mtetool-*")
     tree.run("apt-get remove -q -y mtetool")
-    # Nothing of it is configuration: the link of a unit that is on is kept until purge.
+    # The link of a unit that is on is kept until purge, as configuration is.
     left = set(tree.files()) - set(before)
-    assert {name for name in left if "systemd" not in name} == set()
-    tree.run("apt-get purge -q -y mtetool")
+    rules = _CONFFILE.lstrip("/")
+    assert {rules, f"{rules}-relay"} <= left
+    kept = ("etc/apparmor.d", "etc/systemd", "var/lib/systemd")
+    assert [name for name in left if not name.startswith(kept)] == []
+    tree.run("apt-get purge -q -y mtetool mtetool-libvirt")
     assert tree.files() == before
     assert not wants.is_symlink()
 
@@ -159,8 +170,8 @@ def test_the_service_upgrades_under_its_clients(older: Path) -> None:
         tree.run("ls /run/mtetool", status=2)
 
 
-def _since(tree: Tree) -> str:
-    return tree.run("systemctl show -P ActiveEnterTimestampMonotonic mtetool-companion.socket")
+def _since(tree: Tree, unit: str = "mtetool-companion.socket") -> str:
+    return tree.run(f"systemctl show -P ActiveEnterTimestampMonotonic {unit}")
 
 
 _DOMAIN = """<domain type="qemu"><name>web</name><memory unit="MiB">64</memory>
@@ -177,25 +188,55 @@ def test_libvirt_comes_afterwards_and_its_domain_stays(older: Path) -> None:
         before_libvirt = tree.run(f"cat {_CONFFILE}")
         tree.run(
             "apt-get install -q -y --no-install-recommends apparmor libvirt-daemon-system "
-            "libvirt-clients qemu-system-arm >/dev/null"
+            "libvirt-clients qemu-system-arm zstd >/dev/null"
         )
         _rules_are_included(tree)
         domain = _start_domain(tree)
-        # The administrator changes the rules: the upgrade keeps them.
+        _goes_through_the_filter(tree)
+        domain = _domain(tree)
+        relay = _enable_relay(tree)
+        # The administrator changes the rules: the upgrade, which has others too, keeps them.
         tree.run(f"echo '  # ours' >>{_CONFFILE}")
         new = tree.put(package("amd64"), package("all", "mtetool-libvirt"))
         tree.run(f"apt-get install -q -y -o Dpkg::Options::=--force-confold {new}")
         assert tree.run(f"cat {_CONFFILE}") == before_libvirt + "  # ours\n"
+        assert "# as it was before" not in tree.run(f"cat {_CONFFILE}.dpkg-dist")
+        assert _since(tree, _RELAY) == relay
         assert _domain(tree) == domain
         tree.run("apt-get remove -q -y mtetool-libvirt mtetool")
         assert "# ours" in tree.run(f"cat {_CONFFILE}")
         _rules_are_included(tree)
+        assert tree.run("systemctl is-active 'mtetool-*'", status=3) == ""
+        tree.run("ls /run/mtetool", status=2)
         assert _domain(tree) == domain
         tree.run("apt-get purge -q -y mtetool-libvirt mtetool")
         tree.run(f"ls {_CONFFILE}", status=2)
         tree.run("apparmor_parser --skip-kernel-load --preprocess /srv/profile >/dev/null")
         assert _domain(tree) == domain
         assert [name for name in tree.files() if "mtetool" in name] == []
+
+
+_RELAY = "mtetool-relay@host2.socket"
+
+
+def _enable_relay(tree: Tree) -> str:
+    """Switch a relay on, which was off; return since when it is."""
+    assert tree.run("stat -c '%U %a' /run/mtetool/relay") == "libvirt-qemu 750\n"
+    assert tree.run(f"systemctl is-enabled {_RELAY}", status=1) == "disabled\n"
+    tree.run(f"systemctl enable --now {_RELAY}; test -S /run/mtetool/relay/host2.sock")
+    return _since(tree, _RELAY)
+
+
+def _goes_through_the_filter(tree: Tree) -> None:
+    """Save and restore the domain through the filter, which becomes zstd: no guest here has MTE."""
+    tree.run("echo 'save_image_format = \"zstd\"' >>/etc/libvirt/qemu.conf")
+    tree.run("systemctl restart libvirtd")
+    path = tree.run("tr '\\0' '\\n' </proc/$(pidof libvirtd)/environ | grep ^PATH=")
+    assert path.startswith("PATH=/usr/lib/mtetool/filters:")
+    assert tree.run(f"{path.strip()}; command -v zstd").startswith("/usr/lib/mtetool")
+    tree.run("virsh save web /var/lib/libvirt/qemu/save/web")
+    assert b"\x28\xb5\x2f\xfd" in (tree.path / "var/lib/libvirt/qemu/save/web").read_bytes()
+    tree.run("virsh restore /var/lib/libvirt/qemu/save/web; rm /var/lib/libvirt/qemu/save/web")
 
 
 def _rules_are_included(tree: Tree) -> None:
@@ -205,6 +246,7 @@ def _rules_are_included(tree: Tree) -> None:
     )
     shown = tree.run("apparmor_parser --skip-kernel-load --preprocess /srv/profile")
     assert "/usr/bin/qemu-system-aarch64-mte{,-*} rix," in shown
+    assert "/mtetool/relay/*.sock rw," in shown
     tree.run("apparmor_parser --skip-kernel-load --skip-cache --abort-on-error /srv/profile")
 
 
