@@ -69,14 +69,12 @@ def _change_conffile(deb: Path, unpacked: Path) -> None:
 
 @pytest.fixture(scope="module", params=["amd64", "arm64"])
 def tree(request: pytest.FixtureRequest) -> Iterator[Tree]:
-    with fresh(request.param, *_SYSTEM) as made:
+    # The libraries come before, and stay: here only what mtetool itself leaves is looked at.
+    with fresh(request.param, *_SYSTEM, *(f"python3-{name}" for name in _NEEDED)) as made:
         yield made
 
 
 def test_a_stranger_installs_uses_and_removes_it(tree: Tree) -> None:
-    # Libraries come first, and stay: here only what mtetool itself leaves is looked at.
-    libraries = " ".join(f"python3-{name}" for name in _NEEDED)
-    tree.run(f"apt-get install -q -y --no-install-recommends {libraries} >/dev/null")
     before = tree.files()
     tree.put(package(tree.architecture), package("all", "mtetool-libvirt"))
     # As in the README, but without libvirt.
