@@ -33,7 +33,7 @@ check: venv ## check style, types and scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	shellcheck examples/*.sh tools/* .ci/run
+	shellcheck examples/*.sh tools/* debian/*.p[or]* .ci/run
 
 ifdef T
 test: deps venv

@@ -17,6 +17,7 @@ import pytest
 
 from mtetool import __version__
 from mtetool.companion.installing import text_of
+from mtetool.files.installed import installed
 from mtetool.provenance import LIBRARIES
 from tests.cli.running import run
 
@@ -120,6 +121,25 @@ def test_wheels_have_pages_and_completions(name: str) -> None:
             check=True,
         )
         assert printed.stdout.strip() == (_ROOT / path).read_bytes().strip()
+
+
+def test_debian_installs_every_file_that_is_shown() -> None:
+    """But for the rule for libvirt's daemon, which the place of the filter makes superfluous."""
+    rules = (_ROOT / "debian" / "rules").read_text()
+    shown = set(re.findall(r"\$\(SHOW\) mtetool\.(\w+) (\S+) >", rules))
+    there = {(path.parts[-3], path.name) for path in (_ROOT / "mtetool").glob("*/installed/*")}
+    assert shown == there - {("relay", "apparmor")}
+
+
+def test_debian_s_filters_are_where_libvirt_looks_and_may_execute() -> None:
+    links = (_ROOT / "debian" / "mtetool-libvirt.links").read_text().split()
+    names = {link: target for target, link in zip(links[::2], links[1::2], strict=True)}
+    filters = {path: target for path, target in names.items() if path.startswith("usr/lib")}
+    # libvirt's formats, without those that use no compressor.
+    assert {Path(path).name for path in filters} == {"bzip2", "gzip", "lzop", "xz", "zstd"}
+    assert {Path(target).parent for target in filters.values()} == {Path("usr/bin")}
+    (path,) = re.findall(r"PATH=([^:]*):", installed("mtetool.relay", "unit"))
+    assert {f"/{Path(name).parent}" for name in filters} == {path}
 
 
 def test_the_unit_starts_the_package_s_command() -> None:
