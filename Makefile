@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/sh
 
-.PHONY: help deps venv lab demo check test test-fast migration relay-campaign lab-kernels torture interrupted bench bench-lab bench-looking differential differential-full browser spark fuzz fuzz-short deb wheels test-deb test-wheels clean
+.PHONY: help deps venv lab demo check test test-fast migration relay-campaign lab-kernels torture interrupted bench bench-lab bench-looking differential differential-full browser spark fuzz fuzz-short deb wheels test-deb deb-short test-wheels clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -105,6 +105,10 @@ wheels: ## build the source distribution and the wheels, in dist/ (needs root)
 
 test-deb: lab deb ## install, upgrade and remove the Debian packages in fresh systems (half an hour)
 	$(BIN)/python -m pytest -rP tests/deb/test_deb.py tests/deb/test_lab.py -k 'not wheel'
+
+deb-short: venv ## build the package for this machine, install and remove it (five minutes, needs root)
+	@tools/deps --only packages
+	$(BIN)/python -m pytest -rP tests/deb/test_short.py
 
 test-wheels: lab wheels ## install and run the wheels and the source distribution (ten minutes)
 	$(BIN)/python -m pytest -rP tests/deb/test_wheels.py tests/deb/test_lab.py -k wheel
