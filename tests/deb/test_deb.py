@@ -189,7 +189,7 @@ def test_libvirt_comes_afterwards_and_its_domain_stays(older: Path) -> None:
             "libvirt-clients qemu-system-arm zstd >/dev/null"
         )
         _rules_are_included(tree)
-        domain = _start_domain(tree)
+        _start_domain(tree)
         _goes_through_the_filter(tree)
         domain = _domain(tree)
         relay = _enable_relay(tree)
@@ -248,10 +248,9 @@ def _rules_are_included(tree: Tree) -> None:
     tree.run("apparmor_parser --skip-kernel-load --skip-cache --abort-on-error /srv/profile")
 
 
-def _start_domain(tree: Tree) -> str:
+def _start_domain(tree: Tree) -> None:
     (tree.path / "srv/web.xml").write_text(_DOMAIN)
     tree.run("virsh create /srv/web.xml")
-    return _domain(tree)
 
 
 def _domain(tree: Tree) -> str:
