@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mtetool import __version__
+from mtetool.companion.installing import text_of
 from tests.deb.trees import ROOT, TOOLS, Tree, fresh
 
 pytestmark = pytest.mark.long  # make test-deb, make test-wheels
@@ -81,6 +82,8 @@ def test_a_stranger_installs_uses_and_removes_it(tree: Tree) -> None:
     for start in ("apt install ./mtetool_", "apt install ./mtetool-libvirt_"):
         words = _readme_command(start).replace("apt ", "apt -y --no-install-recommends ")
         tree.run(f"cd /srv; {words}")
+    wrapper = (tree.path / "usr/bin/qemu-system-aarch64-mte").read_text()
+    assert wrapper == text_of("wrapper")  # debhelper changes the first line of scripts
     _is_used(tree)
     _is_read(tree)
     _is_completed(tree)
