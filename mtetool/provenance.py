@@ -22,9 +22,11 @@ def line() -> str:
 
 def _version(name: str) -> str:
     try:
-        return metadata.version(name)
+        found = metadata.version(name)
     except metadata.PackageNotFoundError:
         return "missing"
+    # What setuptools writes where nobody says it, as for xxhash in Debian 13.
+    return "of unknown version" if found == "0.0.0" else found
 
 
 def _kind() -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mtetool import __version__
+from mtetool import __version__, provenance
 from mtetool.companion.installing import text_of
 from mtetool.files.installed import installed
 from mtetool.provenance import LIBRARIES
@@ -154,6 +154,14 @@ def test_the_version_says_where_it_comes_from(words: list[str]) -> None:
     assert second.startswith(f"source in {_ROOT / 'mtetool'}, C loops, Python 3.")
     for name in LIBRARIES:
         assert f", {name} {metadata.version(name)}" in second
+
+
+def test_a_version_that_nobody_wrote_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = metadata.version
+    monkeypatch.setattr(
+        metadata, "version", lambda name: "0.0.0" if name == "xxhash" else known(name)
+    )
+    assert ", xxhash of unknown version, " in provenance.line()
 
 
 def test_v_alone_says_nothing() -> None:
