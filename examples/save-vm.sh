@@ -27,7 +27,7 @@ import json, socket, sys
 
 path, command, *arguments = sys.argv[1:]
 connection = socket.socket(socket.AF_UNIX)
-connection.settimeout(60)
+connection.settimeout(600)  # QEMU answers nobody while it waits for the relay's end
 connection.connect(path)
 stream = connection.makefile("rw")
 stream.readline()

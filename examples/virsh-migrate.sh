@@ -10,6 +10,9 @@
 #   TO      libvirt at the destination, as seen here       qemu+ssh://root@HOST/system
 #   REMOTE  the command that runs a command there          ssh root@HOST
 #   SOCKET  the migration socket, the same on both hosts   /run/mtetool/relay/UUID.sock
+#   TUNNEL  ssh, to forward a socket there for the disks   ssh root@HOST
+#
+# With --copy-storage-all, HOST needs an image for each disk at the same path, of the same size.
 #
 # The guest runs all the while. If anything fails, it goes on at the source.
 set -eu
@@ -20,13 +23,15 @@ if [ $# -lt 2 ]; then
 fi
 domain=$1 host=$2
 shift 2
+disks=no
 for option; do
     case $option in
     --postcopy*) instead="leave it out: tags cannot follow a guest that has started" ;;
     --parallel*) instead="leave it out: tags go beside one connection, which the relays compress" ;;
     --tls*) instead="leave it out: the relays encrypt, by ssh or with certificates" ;;
     --tunnelled) instead="leave it out, or use --p2p without it: the relays are the tunnel" ;;
-    --migrateuri*) instead="set SOCKET" ;;
+    --migrateuri* | --disks-uri*) instead="set SOCKET" ;;
+    --copy-storage-*) disks=yes && continue ;;
     *) continue ;;
     esac
     echo "virsh-migrate: $option does not go with tags: $instead" >&2
@@ -36,7 +41,8 @@ from=${FROM:-qemu:///system} to=${TO:-qemu+ssh://root@$host/system}
 remote=${REMOTE-ssh root@$host} mtetool=${MTETOOL:-mtetool}
 uuid=$(virsh -c "$from" domuuid "$domain" | sed -n 1p)
 socket=${SOCKET:-/run/mtetool/relay/$uuid.sock}
-relay='' moved=no
+disk_socket=${socket%.sock}-disks.sock
+relay='' tunnel='' moved=no
 
 finish() {
     status=$?
@@ -45,8 +51,9 @@ finish() {
         [ -z "$relay" ] || kill "$relay" 2>/dev/null || true
         echo "virsh-migrate: failed; $domain is at the source, as before" >&2
     fi
-    rm -f "$socket"
-    $remote rm -f "$socket" || true # a QEMU that was ended leaves its socket
+    [ -z "$tunnel" ] || kill "$tunnel" 2>/dev/null || true
+    rm -f "$socket" "$disk_socket"
+    $remote rm -f "$socket" "$disk_socket" || true # a QEMU that was ended leaves its sockets
     exit "$status"
 }
 trap finish EXIT
@@ -55,7 +62,18 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 # Nothing of an earlier attempt may be taken for the QEMU that libvirt is about to start there.
-$remote rm -f "$socket"
+$remote rm -f "$socket" "$disk_socket"
+if [ $disks = yes ]; then
+    # Disks have no tags: QEMU writes them to its peer by NBD, beside the relays.
+    ${TUNNEL:-ssh root@$host} -N -o ExitOnForwardFailure=yes -o StreamLocalBindUnlink=yes \
+        -L "$disk_socket:$disk_socket" &
+    tunnel=$!
+    until [ -S "$disk_socket" ]; do
+        kill -0 $tunnel 2>/dev/null || wait $tunnel
+        sleep 0.2
+    done
+    set -- "$@" --disks-uri "unix://$disk_socket"
+fi
 "$mtetool" relay source --from "listen:unix:$socket" --listen-first \
     --to "exec:$remote $mtetool relay destination --from - --to unix:$socket" &
 relay=$!

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from mtetool.relay.frames import PROLOGUE
 from mtetool.relay.saved import MAGIC
+from tests.lab.killing import kill_later, killed
 from tests.lab.libvirt import Domain, Libvirt
 from tests.lab.machine import Machine
 from tests.lab.mte_hosts import WRAPPER, list_vms, mte_host
@@ -50,7 +52,7 @@ def _web(host: Libvirt) -> Domain:
         emulator=WRAPPER,
         memory_mib=128,
         initrd="/lab/hammer.cpio",
-        guest_options="hammer.mib=4 hammer.pause=5",
+        guest_options="hammer.mib=1 hammer.pause=5",
     ).start()
     guest.wait_for(b"TAGGER ready")
     _check(guest)
@@ -81,17 +83,40 @@ def test_saved_and_restored_with_every_tag(lab: Machine) -> None:
 
 
 @pytest.mark.long
-def test_file_that_was_cut_restores_nothing_and_stays_as_it_is(lab: Machine) -> None:
+def test_file_that_is_not_sound_restores_nothing_and_stays_as_it_is(lab: Machine) -> None:
     host = _host(lab)
     guest = _web(host)
     host.virsh("save", "web", _SAVED)
-    lab.sh(f"cp {_SAVED} /tmp/whole; head -c -20 /tmp/whole >{_SAVED}; cp {_SAVED} /tmp/cut")
-    refused = host.virsh("restore", _SAVED, check=False)
-    assert refused.returncode
-    assert guest.state() == "shut off"
-    lab.sh(f"cmp {_SAVED} /tmp/cut; cp /tmp/whole {_SAVED}; grep 'ends at byte' {_LOG}")
+    whole = lab.get(_SAVED)
+    for name, (data, said) in _unsound(whole).items():
+        print("==", name, flush=True)
+        lab.put(_SAVED, data, 0o600)
+        refused = host.virsh("restore", _SAVED, check=False)
+        print(refused.stderr.decode(), flush=True)
+        assert refused.returncode
+        assert guest.state() == "shut off"
+        assert lab.get(_SAVED) == data
+        lab.sh(f"grep '{said}' {_LOG}")
+    lab.put(_SAVED, whole, 0o600)
     host.virsh("restore", _SAVED)
     _check(guest)
+
+
+def _unsound(whole: bytes) -> dict[str, tuple[bytes, str]]:
+    """Files that are not as they were saved, each with what the daemon's log says of it."""
+    at = whole.index(MAGIC)
+    _, version, flags = PROLOGUE.unpack_from(whole, at)
+    older = PROLOGUE.pack(MAGIC, version - 1, flags)
+    middle = at + (len(whole) - at) // 2
+    flipped = bytes([whole[middle] ^ 1])
+    return {
+        "cut": (whole[:-20], "ends at byte"),
+        "cut in half": (whole[:middle], "ends at byte"),
+        "damaged": (whole[:middle] + flipped + whole[middle + 1 :], "is damaged at byte"),
+        "longer": (whole + bytes(1), "bytes after its end"),
+        "older": (whole[:at] + older + whole[at + PROLOGUE.size :], f"has version {version - 1}"),
+        "foreign": (whole[:at] + b"Not at all: gzip has to refuse this.", "gzip"),
+    }
 
 
 @pytest.mark.long
@@ -141,44 +166,56 @@ def test_file_made_without_the_filter_and_domain_without_mte(lab: Machine) -> No
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("how", ["full", "killed"])
-def test_save_that_fails_leaves_the_domain_running(lab: Machine, how: str) -> None:
+def test_full_disk_leaves_the_domain_running(lab: Machine) -> None:
     host = _host(lab)
     guest = _web(host)
-    path = _SAVED
-    if how == "full":
-        path = "/var/lib/libvirt/qemu/save/full/web"
-        lab.sh("mkdir -p /var/lib/libvirt/qemu/save/full")
-        lab.sh("mount -t tmpfs -o size=2M full /var/lib/libvirt/qemu/save/full")
-    else:
-        lab.put("/tmp/kill.py", _KILL.encode())
-        lab.sh("python3 /tmp/kill.py >/tmp/killed 2>&1 &")
+    full = "/var/lib/libvirt/qemu/save/full"
+    lab.sh(f"mkdir -p {full}; mount -t tmpfs -o size=2M full {full}")
+    try:
+        _fails(host, guest, f"{full}/web")
+    finally:
+        lab.sh(f"umount {full}")
+    _saves(host, guest)
+
+
+@pytest.mark.long
+def test_filter_that_is_killed_leaves_the_domain_running_or_the_file_whole(lab: Machine) -> None:
+    host = _host(lab)
+    guest = _web(host)
+    for n_bytes in _SAVING:
+        kill_later(lab, "filter", "-c", read=n_bytes)
+        _fails(host, guest, _SAVED)
+        print(killed(lab), flush=True)
+    _saves(host, guest)
+    host.virsh("save", "web", _SAVED)
+    lab.sh(f"cp {_SAVED} /tmp/whole")
+    for n_bytes in _LOADING:
+        kill_later(lab, "filter", "-dc", written=n_bytes)
+        refused = host.virsh("restore", _SAVED, check=False)
+        print(refused.stderr.decode(), killed(lab), flush=True)
+        assert refused.returncode
+        assert guest.state() == "shut off"
+        lab.sh(f"cmp {_SAVED} /tmp/whole")
+    host.virsh("restore", _SAVED)
+    _check(guest)
+
+
+def _fails(host: Libvirt, guest: Domain, path: str) -> None:
+    """Try to save the domain, and check that it goes on, and that there is no file."""
     failed = host.virsh("save", "web", path, check=False)
-    print(failed.stderr.decode())
+    print(failed.stderr.decode(), flush=True)
     assert failed.returncode
     assert guest.state() == "running"
-    lab.sh(f"! ls {path}")
+    host.lab.sh(f"! ls {path}")
     _check(guest)
+
+
+def _saves(host: Libvirt, guest: Domain) -> None:
     host.virsh("save", "web", _SAVED)
     host.virsh("restore", _SAVED)
     _check(guest)
-    if how == "full":
-        lab.sh("umount /var/lib/libvirt/qemu/save/full")
 
 
-# Kills the filter once it has read a part of the stream. (It writes to a helper of libvirt's.)
-_KILL = """
-import os, signal, time
-while True:
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            words = open(f"/proc/{pid}/cmdline", "rb").read().split(b"\\0")
-            read = int(open(f"/proc/{pid}/io").readline().split()[1])
-            if b"filter" in words and read > 12 << 20:
-                os.kill(int(pid), signal.SIGKILL)
-                print("killed", pid)
-                raise SystemExit
-        except OSError:
-            pass
-    time.sleep(0.3)
-"""
+# After so many bytes that the filter has read of QEMU's stream, or has given to QEMU.
+_SAVING = (0, 12 << 20, 30 << 20)
+_LOADING = (0, 1 << 20, 12 << 20, 36 << 20)

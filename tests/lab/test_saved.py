@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.lab.guests import Qemu, kill_vmms
+from tests.lab.killing import kill_later, killed
 from tests.lab.machine import Machine
 
 _EXAMPLE = "/opt/mtetool/examples/save-vm.sh"
@@ -91,21 +92,21 @@ def test_without_tags_the_same_guest_finds_wrong_ones(lab: Machine) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("how", ["full", "killed"])
-def test_save_that_fails_leaves_the_guest_running(lab: Machine, how: str) -> None:
+@pytest.mark.parametrize("read", [None, 0, 30 << 20], ids=["full", "killed", "killed later"])
+def test_save_that_fails_leaves_the_guest_running(lab: Machine, read: int | None) -> None:
     source = _running(lab)
-    if how == "full":
+    if read is None:
         lab.sh(
             "mkdir -p /tmp/full; mount -t tmpfs -o size=2M full /tmp/full;"
             f" ln -s /tmp/full/x {_FILE}"
         )
     else:
-        lab.sh(
-            "(until pid=$(pgrep -f 'relay save'); do :; done; sleep 3; kill -KILL $pid)"
-            " >/dev/null 2>&1 &"
-        )
+        kill_later(lab, "relay", "save", read=read)
     result = lab.run([_EXAMPLE, "save", source.qmp_path, _FILE], timeout=300)
+    print(result.stderr.decode(), flush=True)
     assert b"the guest goes on" in result.stderr
+    if read is not None:
+        print(killed(lab), flush=True)
     lab.sh(f"! ls {_FILE} {_FILE}.part; umount /tmp/full 2>/dev/null; true")
     assert _wrong(source) == {(0, 0)}
     _example(lab, "save", source)

@@ -41,9 +41,11 @@ class TwoHosts(NamedTuple):
 
     def allow_ssh(self) -> None:
         """Let root of the source log in at the destination, as `there`, until `kill_vmms`."""
-        self.here.sh(f"grep -q there /etc/hosts || echo {THERE} there >>/etc/hosts")
-        key = self.here.sh(_LOGIN).stdout
-        self.there.run(["sh", "-c", _LET_IN], stdin=key, check=True)
+        _allow_ssh(self.here, self.there, f"{THERE} there")
+
+    def allow_ssh_back(self) -> None:
+        """Let root of the destination log in at the source, as `here`."""
+        _allow_ssh(self.there, self.here, f"{HERE} here")
 
     def give_certificates(self, directory: Path) -> None:
         """Give each host a certificate, all by one authority, as QEMU wants them."""
@@ -62,6 +64,12 @@ class TwoHosts(NamedTuple):
             assert machine.cable
             address = machine.cable.address
             machine.sh(f"ifconfig eth0 {address} netmask 255.255.255.0 up")
+
+
+def _allow_ssh(user: Machine, host: Machine, entry: str) -> None:
+    user.sh(f"grep -q '{entry}' /etc/hosts || echo {entry} >>/etc/hosts")
+    key = user.sh(_LOGIN).stdout
+    host.run(["sh", "-c", _LET_IN], stdin=key, check=True)
 
 
 @contextmanager

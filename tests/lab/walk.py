@@ -86,7 +86,7 @@ def sections() -> dict[str, list[str]]:
     for part in re.split(r"^\.SH ", PAGE.read_text(), flags=re.MULTILINE)[1:]:
         title, _, body = part.partition("\n")
         blocks = re.findall(r"^\.EX\n(.*?)^\.EE", body, flags=re.MULTILINE | re.DOTALL)
-        lines = [line for block in blocks for line in block.splitlines()]
+        lines = [line for block in blocks for line in block.replace("\\e\n", "").splitlines()]
         if lines:
             found[title] = [line.replace("\\-", "-") for line in lines]
     return found
