@@ -146,7 +146,7 @@ def test_the_page_s_units_move_domains_there_and_back() -> None:
         assert scene.wrong(scene.here) == {(0, 0)}
         assert b"web" not in scene.there.virsh("list", "--name").stdout
         # With a disk that the hosts do not share, of which the destination has an empty image.
-        here.sh(f"head -c 8M /dev/urandom >{_DISK}")
+        here.sh(f"head -c 8388608 /dev/urandom >{_DISK}")
         for words in ([], ["--p2p"]):
             scene.start(devices=_HAS_DISK)
             there.sh(f"rm -f {_DISK}; truncate -s 8M {_DISK}")
@@ -174,7 +174,7 @@ def _check_disk(scene: _Scene) -> None:
 
 def test_disks_move_with_the_domain_by_the_example() -> None:
     with _scene() as scene:
-        scene.machines.here.sh(f"head -c 8M /dev/urandom >{_DISK}")
+        scene.machines.here.sh(f"head -c 8388608 /dev/urandom >{_DISK}")
         scene.start(devices=_HAS_DISK)
         # Without an image there, nothing moves.
         assert scene.move("--copy-storage-all").returncode
@@ -267,7 +267,8 @@ _FAILURES = {
     "aborted": "virsh domjobabort web",
     "relay killed": _KILL.format("relay [s]ource"),
     "connection cut": _KILL.format("^[s]sh root@there"),
-    "network cut": "ifconfig eth0 down",
+    # Longer than the relays' 20 seconds, and than libvirt's 30 of keepalives.
+    "network cut": "ifconfig eth0 down; sleep 60",
     "libvirtd restarted": "",
 }
 
@@ -277,13 +278,13 @@ def _fail(scene: _Scene, name: str) -> None:
     here = scene.machines.here
     script = f"{_MOVE} web there >/tmp/move.out 2>&1; echo $? >/tmp/move.status"
     here.sh(f"rm -f /tmp/move.*; ({script}) >/dev/null 2>&1 &")
-    until = "until virsh domjobinfo web | grep -q 'Data processed'; do sleep 2; done"
-    here.sh(until, timeout=300)
+    moving = "virsh domjobinfo web | grep 'Data processed'"
+    here.sh(f"until [ -s /tmp/move.status ] || {moving}; do sleep 2; done", timeout=300)
     if command := _FAILURES[name]:
         here.sh(command)
+        scene.machines.mend()
     else:
         scene.here.restart()
     here.sh("until [ -s /tmp/move.status ]; do sleep 1; done", timeout=300)
-    scene.machines.mend()
     print(here.get("/tmp/move.out").decode(), flush=True)
     assert here.get("/tmp/move.status") != b"0\n"

@@ -41,7 +41,12 @@ def _with_filter(host: Libvirt) -> Libvirt:
     assert environment
     host.stop()
     lab.sh("pkill virtlogd; true")
-    changed = replace(host, daemon_rules=rules, environment=environment[1].decode())
+    changed = replace(
+        host,
+        daemon_rules=rules,
+        environment=environment[1].decode(),
+        settings={**host.settings, "snapshot_image_format": '"gzip"'},
+    )
     return changed.start()
 
 
@@ -120,7 +125,7 @@ def _unsound(whole: bytes) -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.mark.long
-def test_managed_save_snapshot_and_bypassed_cache(lab: Machine) -> None:
+def test_managed_save_and_bypassed_cache(lab: Machine) -> None:
     host = _host(lab)
     guest = _web(host)
     host.virsh("managedsave", "web")
@@ -130,6 +135,13 @@ def test_managed_save_snapshot_and_bypassed_cache(lab: Machine) -> None:
     print("file:", _size(lab))
     host.virsh("restore", _SAVED, "--bypass-cache")
     _check(guest)
+    assert host.denials() == []
+
+
+@pytest.mark.long
+def test_snapshot_with_memory_and_paused_domain(lab: Machine) -> None:
+    host = _host(lab)
+    guest = _web(host)
     memory = "/var/lib/libvirt/qemu/save/memory"
     host.virsh("snapshot-create-as", "web", "one", "--live", "--memspec", memory)
     _check(guest)
