@@ -216,7 +216,8 @@ def test_what_does_not_go_with_tags_is_refused_before_anything_moves() -> None:
         # The same by hand, past the example: the relay says it, and libvirt that it failed.
         for options, said in (
             (["--postcopy"], "postcopy-ram"),
-            (["--parallel"], "multifd"),
+            # QEMU's second connection finds nobody: the migration fails before the relay can speak.
+            (["--parallel"], ""),
             (["--tls"], ""),
             (["--p2p", "--tunnelled"], ""),
         ):
