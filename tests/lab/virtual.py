@@ -1,9 +1,9 @@
 """Run in the lab: compare mtetool's walk of a guest's page tables with QEMU's own `gva2gpa`.
 
-`python3 -m tests.lab.virtual PID QMP HALF SEED` stops the guest where QEMU sees that half of the
+`python3 -m tests.lab.virtual PID QMP HALF EACH` stops the guest where QEMU sees that half of the
 address space (0: a program runs, 1: the kernel), takes addresses from all that the guest maps, next
-to it and anywhere, and prints JSON: how many were compared, how many are mapped, in pages or blocks
-of which sizes, and the first addresses on which the two differ.
+to it and anywhere (EACH of a kind, and EACH of any), and prints JSON: how many were compared, how
+many are mapped, in pages or blocks of which sizes, and the first on which the two differ.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any
 from mtetool.backends.kvm.guest import open_kvm
 from mtetool.guest import AddressSpace, GuestOptions, Mapped
 
-_MOST_PARTS = 300_000
-_EACH = 1500
+_MOST_PARTS = 1500
+_AROUND = 8 << 20
+_SEED = 7
 
 
 class Qmp:
@@ -69,36 +70,47 @@ def stop_at(qmp: Qmp, half: int) -> str:
     raise AssertionError(registers)
 
 
-def addresses_of(space: AddressSpace, half: int, registers: str, chance: random.Random) -> set[int]:
+def addresses_of(
+    space: AddressSpace, half: int, registers: str, each: int, chance: random.Random
+) -> set[int]:
     """Addresses that are mapped, that are next to those, and any others."""
     start, end = ((1 << 64) - (1 << 48), 1 << 64) if half else (0, 1 << 48)
-    parts = list(islice(space.parts(start, end), _MOST_PARTS))
+    known = {int(text, 16) for text in re.findall(r"=([0-9a-f]{16})", registers)}
+    # All that is mapped would be too much: the first of it, and what the registers point at.
+    windows = {start: end}
+    for at in (at for at in known if start <= at < end):
+        first = max(at // _AROUND * _AROUND, start)
+        windows.setdefault(first, min(first + _AROUND, end))
+    parts = [
+        part
+        for first, last in windows.items()
+        for part in islice(space.parts(first, last), _MOST_PARTS)
+    ]
     by_kind: dict[int, list[int]] = {}
     for part in parts:
         kind = part.block_bytes if isinstance(part, Mapped) else -part.size_bytes
         by_kind.setdefault(kind, []).append(part.address + chance.randrange(part.size_bytes))
     chosen: set[int] = set()
     for of_kind in by_kind.values():
-        chosen.update(chance.sample(of_kind, min(_EACH, len(of_kind))))
-    for text in re.findall(r"=([0-9a-f]{16})", registers):
-        at = int(text, 16)
+        chosen.update(chance.sample(of_kind, min(each, len(of_kind))))
+    for at in known:
         if at >> 55 & 1 == half:
             chosen.update((at + page * 4096) & ((1 << 64) - 1) for page in range(-8, 9))
-    chosen.update(chance.randrange(start, end) for _ in range(_EACH))
+    chosen.update(chance.randrange(start, end) for _ in range(each))
     return {at for at in chosen if start <= at < end}
 
 
 def main() -> None:
     """Compare, and print the results."""
     pid, path, half = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    chance = random.Random(int(sys.argv[4]))  # noqa: S311 - reproducible
+    chance = random.Random(_SEED)  # noqa: S311 - reproducible
     qmp = Qmp(path)
     registers = stop_at(qmp, half)
     sizes: Counter[str] = Counter()
     differing = []
     with open_kvm(str(pid), GuestOptions(use_monitor=False)) as guest:
         (space,) = guest.address_spaces(0)
-        addresses = sorted(addresses_of(space, half, registers, chance))
+        addresses = sorted(addresses_of(space, half, registers, int(sys.argv[4]), chance))
         for address in addresses:
             (part,) = space.parts(address, address + 1)
             ours = part.ipa if isinstance(part, Mapped) else None
