@@ -40,7 +40,7 @@ test: deps venv
 	$(BIN)/python -m pytest $(T)
 else
 test: deps venv ## run everything: checks, tests, the lab on a real kernel; T=PATH: only that test
-	@# The first tests need no lab; those that do wait for its images.
+	@# Tests that need the lab wait for its images.
 	@make --no-print-directory -j 2 -O check lab & checking=$$!; \
 	MTETOOL_DEATH_STRIDE=7 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=30 -m 'not long'; \
 	tested=$$?; wait $$checking && exit $$tested
