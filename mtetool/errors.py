@@ -26,6 +26,7 @@ DETAIL_KEYS = (
     "kept",
     "result_status",
     "pid",
+    "vcpu",
     "ipa",
     "size_bytes",
     "errno",

@@ -39,19 +39,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One machine after the other, so that none is booted twice; the default kernel's first.
+    """One machine after the other, so that none is booted twice.
 
-    With several workers (`--dist loadgroup`), each other kind of machine is booted by one of them,
-    and its tests come first: they are long, and none should be alone at the end.
+    First what needs none: the lab's images may still be being built. With several workers (`--dist
+    loadgroup --no-loadscope-reorder`), each kind of machine but the default one is booted by one of
+    them, and its tests come next: they are long, and none should be alone at the end.
     """
-    items.sort(key=lambda item: (list(KERNELS).index(_kernel(item)), -_cpus(item)))
     for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        if "lab_on" not in fixtures:
-            continue
-        kernel, cpus = _kernel(item) if "lab" in fixtures else "two kernels", _cpus(item)
-        if (kernel, cpus) != (DEFAULT_KERNEL, 1):
-            item.add_marker(pytest.mark.xdist_group(f"{kernel} {cpus}"))
+        if (kind := _kind(item)) is not None:
+            item.add_marker(pytest.mark.xdist_group(kind))
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> tuple[int, int, int]:
+    turn = 0 if not _uses_lab(item) else 2 if _kind(item) is None else 1
+    return turn, list(KERNELS).index(_kernel(item)), -_cpus(item)
+
+
+def _kind(item: pytest.Item) -> str | None:
+    """The kind of machine that a test needs, if it is not the default one."""
+    if not _uses_lab(item):
+        return None
+    fixtures = getattr(item, "fixturenames", ())
+    kernel, cpus = _kernel(item) if "lab" in fixtures else "two kernels", _cpus(item)
+    return f"{kernel} {cpus}" if (kernel, cpus) != (DEFAULT_KERNEL, 1) else None
+
+
+def _uses_lab(item: pytest.Item) -> bool:
+    return "lab_on" in getattr(item, "fixturenames", ())
 
 
 def _kernel(item: pytest.Item) -> str:

@@ -112,6 +112,7 @@ def _saved(lab: Machine, pid: int, *words: str) -> dict[str, Any]:
     return _ask(lab, "info", "/tmp/s")
 
 
+@pytest.mark.long
 def test_the_same_path_in_a_container_and_outside(lab: Machine) -> None:
     paused = _paused(lab, "256M")
     guest = Contained(lab, "guest", memory="128M").start()

@@ -43,7 +43,7 @@ def _compared(lab: Machine, guest: Qemu, half: int, each: int) -> dict[str, Any]
 
 
 # Thousands of addresses take some minutes.
-@pytest.mark.parametrize("each", [150, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("each", [40, pytest.param(1000, marks=pytest.mark.long)])
 @pytest.mark.every_kernel(long=["6.12-16k", "7.3"])
 def test_the_kernels_addresses_are_those_of_qemu(lab: Machine, each: int) -> None:
     guest = Qemu(lab, "g").start()
