@@ -52,7 +52,7 @@ def context(directory: Path | None, *, listen: bool) -> ssl.SSLContext:
     The side that connects uses the server's certificate if there is none for clients, because
     every host is both. Raises TlsError, PermissionRefusedError, HostError.
     """
-    store = _first_store() if directory is None else Store.of(directory)
+    store = _first_store(listen=listen) if directory is None else Store.of(directory)
     role = _role(store, listen=listen) or "server"
     certificate, key = (name.format(role=role) for name in (store.certificate, store.key))
     for path in (store.authority, certificate, key):
@@ -70,9 +70,9 @@ def context(directory: Path | None, *, listen: bool) -> ssl.SSLContext:
     return made
 
 
-def _first_store() -> Store:
+def _first_store(*, listen: bool) -> Store:
     for store in DEFAULT_STORES:
-        if Path(store.authority).exists() and _role(store, listen=True):
+        if Path(store.authority).exists() and _role(store, listen=listen):
             return store
     places = ", ".join(str(Path(store.certificate).parent) for store in DEFAULT_STORES)
     raise TlsError(f"this host has no certificates in {places}", hint=_HINT)

@@ -361,3 +361,13 @@ def test_the_places_of_hosts(creds: Path, tmp_path: Path, monkeypatch: pytest.Mo
     (creds / "ca-cert.pem").rename(libvirt / "cacert.pem")
     for listen in (True, False):
         assert certificates.context(None, listen=listen).verify_mode is ssl.CERT_REQUIRED
+
+
+def test_a_host_with_a_client_s_certificate_alone_connects(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    creds = authority.issue(tmp_path / "client", "client")
+    monkeypatch.setattr(certificates, "DEFAULT_STORES", (Store.of(creds),))
+    assert certificates.context(None, listen=False).verify_mode is ssl.CERT_REQUIRED
+    with pytest.raises(TlsError, match="this host has no certificates"):
+        certificates.context(None, listen=True)
