@@ -8,9 +8,9 @@
 #
 #   FROM    libvirt at the source, as seen here            qemu:///system
 #   TO      libvirt at the destination, as seen here       qemu+ssh://root@HOST/system
-#   REMOTE  the command that runs a command there          ssh root@HOST
+#   REMOTE  the command that runs a command there          ssh root@HOST, with time limits
 #   SOCKET  the migration socket, the same on both hosts   /run/mtetool/relay/UUID.sock
-#   TUNNEL  ssh, to forward a socket there for the disks   ssh root@HOST
+#   TUNNEL  ssh, to forward a socket there for the disks   ssh root@HOST, with time limits
 #
 # With --copy-storage-all, HOST needs an image for each disk at the same path, of the same size.
 #
@@ -37,12 +37,22 @@ for option; do
     echo "virsh-migrate: $option does not go with tags: $instead" >&2
     exit 2
 done
+# A host that is lost is noticed within seconds, not after minutes of TCP's patience.
+ssh="ssh -o ConnectTimeout=10 -o ServerAliveInterval=5 root@$host"
 from=${FROM:-qemu:///system} to=${TO:-qemu+ssh://root@$host/system}
-remote=${REMOTE-ssh root@$host} mtetool=${MTETOOL:-mtetool}
+remote=${REMOTE-$ssh} mtetool=${MTETOOL:-mtetool}
 uuid=$(virsh -c "$from" domuuid "$domain" | sed -n 1p)
 socket=${SOCKET:-/run/mtetool/relay/$uuid.sock}
 disk_socket=${socket%.sock}-disks.sock
 relay='' tunnel='' moved=no
+
+# A second run for the same domain would take this one's sockets away.
+lock=${socket%.sock}.lock
+exec 9>"$lock"
+if ! python3 -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null; then
+    echo "virsh-migrate: $domain is being moved already; wait for that, or end it" >&2
+    exit 2
+fi
 
 finish() {
     status=$?
@@ -52,7 +62,7 @@ finish() {
         echo "virsh-migrate: failed; $domain is at the source, as before" >&2
     fi
     [ -z "$tunnel" ] || kill "$tunnel" 2>/dev/null || true
-    rm -f "$socket" "$disk_socket"
+    rm -f "$socket" "$disk_socket" "$lock"
     $remote rm -f "$socket" "$disk_socket" || true # a QEMU that was ended leaves its sockets
     exit "$status"
 }
@@ -65,7 +75,7 @@ trap 'exit 143' TERM
 $remote rm -f "$socket" "$disk_socket"
 if [ $disks = yes ]; then
     # Disks have no tags: QEMU writes them to its peer by NBD, beside the relays.
-    ${TUNNEL:-ssh root@$host} -N -o ExitOnForwardFailure=yes -o StreamLocalBindUnlink=yes \
+    ${TUNNEL:-$ssh} -N -o ExitOnForwardFailure=yes -o StreamLocalBindUnlink=yes \
         -L "$disk_socket:$disk_socket" &
     tunnel=$!
     until [ -S "$disk_socket" ]; do

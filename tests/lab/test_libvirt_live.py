@@ -265,7 +265,8 @@ _KILL = (
     " && kill -KILL ${{p#/proc/}}; done; true"
 )
 _FAILURES = {
-    "aborted": "virsh domjobabort web",
+    # A second run meanwhile does nothing.
+    "aborted": f"{_MOVE} web there 2>&1 | grep 'is being moved already' && virsh domjobabort web",
     "relay killed": _KILL.format("relay [s]ource"),
     "connection cut": _KILL.format("^[s]sh root@there"),
     # Longer than the relays' 20 seconds, and than libvirt's 30 of keepalives.

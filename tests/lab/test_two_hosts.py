@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.relays import INCOMING, Migration
+from tests.lab.relays import INCOMING, OUTGOING, Migration
 from tests.lab.two_hosts import THERE, TwoHosts, two_hosts
 
-_CUTS = int(os.environ.get("MTETOOL_CUTS", "4"))
+_CUTS = int(os.environ.get("MTETOOL_CUTS", "3"))
 # Otherwise QEMU gives its guest a page for stolen time, as large as the host's pages.
 _ANY_PAGES = "-smp 2 -cpu host,kvm-steal-time=off"
 
@@ -31,8 +31,10 @@ def _runs(migration: Migration, *, at_source: bool = False) -> bool:
 
 
 def _start_by_tls(migration: Migration) -> None:
-    migration.run_relay("destination", "listen:tls:7000", f"unix:{INCOMING}")
+    migration.run_relay("destination", f"listen:tls:{THERE}:7000", f"unix:{INCOMING}")
     migration.start_relays(f"tls:{THERE}:7000")
+    waits = migration.lab.sh(f"[ -S {OUTGOING} ]", check=False).returncode == 0
+    assert waits, migration.relay_output().decode()
 
 
 @pytest.mark.long
@@ -72,32 +74,36 @@ def test_every_tag_over_tls_between_kernels(tmp_path: Path, here: str, there: st
         assert not _runs(migration, at_source=True)
 
 
-# What a relay says when the last tags are on their way, and when they are in place.
+# After a relay says something: when the last tags are on their way, when they are in place, and
+# while the end of the stream goes to the destination and its answer comes back.
 _MOMENTS = {
     "held": ("source", "the guest has stopped"),
     "in place": ("destination", "all tags are in place"),
+    "end sent": ("destination", "all tags are in place"),
 }
+_MOST_SECONDS = {"held": 0.0, "in place": 0.0, "end sent": 1.5, "time": 30.0}
 
 
 def _cut_at(hosts: TwoHosts, moment: str, seconds: float) -> None:
-    """Cut the network at a moment: after some time, or as soon as a relay says something."""
-    if moment in _MOMENTS:
-        role, said = _MOMENTS[moment]
-        lab = hosts.here if role == "source" else hosts.there
-        lab.sh(
-            f"until grep -q '{said}' /tmp/relay-{role}.err || [ -s /tmp/relay-{role}.status ];"
-            " do sleep 0.02; done; ifconfig eth0 down",
-            timeout=300,
-        )
-    else:
-        hosts.here.sh(f"sleep {seconds:.2f}; ifconfig eth0 down")
+    """Cut the network some time after a relay has said something, or after now."""
+    cut = f"sleep {seconds:.2f}; ifconfig eth0 down"
+    if moment not in _MOMENTS:
+        hosts.here.sh(cut)
+        return
+    role, said = _MOMENTS[moment]
+    lab = hosts.here if role == "source" else hosts.there
+    lab.sh(
+        f"until grep -q '{said}' /tmp/relay-{role}.err || [ -s /tmp/relay-{role}.status ];"
+        f" do sleep 0.02; done; {cut}",
+        timeout=300,
+    )
 
 
 @pytest.mark.long
 def test_lost_network_never_leaves_two_guests_nor_wrong_tags(tmp_path: Path) -> None:
     """It drops everything at some moment: the guest goes on at one of the hosts, or waits."""
     chance = random.Random(1)  # noqa: S311
-    moments = [*_MOMENTS, *["time"] * _CUTS]
+    moments = ["held", "in place", *["end sent", "time"] * _CUTS]
     found = []
     with two_hosts() as hosts:
         hosts.give_certificates(tmp_path)
@@ -105,7 +111,7 @@ def test_lost_network_never_leaves_two_guests_nor_wrong_tags(tmp_path: Path) -> 
         for moment in moments:
             _start_by_tls(migration)
             migration.migrate()
-            _cut_at(hosts, moment, chance.uniform(0, 12))
+            _cut_at(hosts, moment, chance.uniform(0, _MOST_SECONDS[moment]))
             found.append((moment, _what_became_of_it(hosts, migration)))
             print(found[-1], flush=True)
             if found[-1][1] != "moved":
