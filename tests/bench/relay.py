@@ -2,7 +2,7 @@
 
 Each migration of one guest runs directly, through `socat`, and through both relays, by turns. All
 times are of an emulated CPU: compare them only with others of the same run. The figures go to
-`results/relay.json`, their chart to `results/relay.svg`.
+`results/relay.json`, which keeps those of other sizes, their chart to `results/relay.svg`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def main() -> None:
     """Measure all, print a table, and keep the figures."""
     sizes = sys.argv[2:] or ["256M", "1G", "2G"]
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    kept = [row for row in _kept() if row["memory"] not in sizes]
     rows: list[dict[str, Any]] = []
     print(f"{'guest':20} {'way':8} {'downtime ms':>12} {'total ms':>10} {'MB/s':>7} {'held ms':>8}")
     with Machine(memory="8G", cpus=2) as lab:
@@ -54,6 +55,16 @@ def main() -> None:
                 for way in _WAYS:
                     rows.append({"memory": memory, "guest": name, "way": way, **_row(found[way])})
                     _print(rows[-1])
+                _keep([*kept, *rows])
+
+
+def _kept() -> list[dict[str, Any]]:
+    path = _RESULTS / "relay.json"
+    found: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return found
+
+
+def _keep(rows: Sequence[dict[str, Any]]) -> None:
     _RESULTS.joinpath("relay.json").write_text(json.dumps(rows, indent=1) + "\n")
     _RESULTS.joinpath("relay.svg").write_text(chart(rows))
 
@@ -64,6 +75,7 @@ def _row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     rates = [said["ram"]["transferred"] / said["total-time"] / 1000 for said in qemu]
     held = [row["source"]["held_seconds"] * 1000 for row in rows if "source" in row]
     return {
+        "runs": len(rows),
         "downtime": statistics.median(said["downtime"] for said in qemu),
         "downtimes": sorted(said["downtime"] for said in qemu),
         "total": statistics.median(said["total-time"] for said in qemu),
