@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mtetool.attach import alarm, follow, memory, ptrace
 from mtetool.backends.kvm.starting import Wish
@@ -147,7 +148,7 @@ def start(become: Callable[[], object]) -> tuple[int, int, int]:
     return pid, stdin, stdout
 
 
-def state(pid: int) -> dict[str, object]:
+def state(pid: int) -> dict[str, Any]:
     """Return what a death must leave as in a plain start."""
     lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     fds = sorted(Path(f"/proc/{pid}/fd").iterdir())
@@ -164,8 +165,8 @@ def settled(pid: int, stdout: int, expected: dict[str, object] | None) -> dict[s
     said = os.read(stdout, 100)
     while said:
         now = {"said": said.decode(), **state(pid)}
-        sleeps = "S" in str(now.get("status"))
-        if now == expected or (expected is None and sleeps) or time.monotonic() > deadline:
+        asleep = now["status"]["State:"] == "S"
+        if now == expected or (expected is None and asleep) or time.monotonic() > deadline:
             return now
         time.sleep(0.01)
     return {"said": ""}
