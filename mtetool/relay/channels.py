@@ -5,10 +5,11 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtetool.errors import MtetoolError, RelayLostError, TlsError
+from mtetool.errors import MtetoolError, RelayLostError, SourceError, TlsError
 from mtetool.relay import certificates, commands, sockets
 from mtetool.relay.address import Address, Command, Inherited, StandardStreams, Tls
 from mtetool.relay.channel import Channel, of_socket
@@ -69,8 +70,21 @@ async def _inherited(address: Inherited, opening: Opening) -> Channel:
     try:
         opening.on_listening(listener.name)
         return of_socket(await listener.accept(), listener.name)
+    except BaseException:
+        listener.turn_away()
+        raise
     finally:
         listener.close()
+
+
+def turn_away(address: Address) -> None:
+    """Let whoever waits at an inherited socket know that it is not going to be opened."""
+    if isinstance(address, Inherited):
+        with suppress(SourceError):
+            taken, listens = sockets.inherited(address)
+            if listens:
+                sockets.Listener(taken, str(address)).turn_away()
+            taken.close()
 
 
 async def _tls(address: Tls, opening: Opening) -> Channel:

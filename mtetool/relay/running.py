@@ -15,7 +15,7 @@ from mtetool.errors import MtetoolError
 from mtetool.relay import guests
 from mtetool.relay.address import Address
 from mtetool.relay.channel import Channel
-from mtetool.relay.channels import Opening, open_channel
+from mtetool.relay.channels import Opening, open_channel, turn_away
 from mtetool.relay.destination import DestinationRelay
 from mtetool.relay.report import News, Report
 from mtetool.relay.source import SourceRelay
@@ -52,7 +52,7 @@ class Relay:
     async def open_and_run(self) -> Report:
         """As `run`, in a loop that runs already."""
         if not self.listens_first:
-            return await self._with_qemu(lambda: open_channel(self.qemu, self.opening))
+            return await self._with_qemu_last()
         opened = asyncio.ensure_future(open_channel(self.qemu, self.opening))
         try:
             await asyncio.sleep(0)  # it listens now, or has failed
@@ -61,6 +61,21 @@ class Relay:
             opened.cancel()
             with suppress(asyncio.CancelledError, MtetoolError):
                 (await opened).abort()
+
+    async def _with_qemu_last(self) -> Report:
+        opened = False
+
+        def opening() -> Awaitable[Channel]:
+            nonlocal opened
+            opened = True
+            return open_channel(self.qemu, self.opening)
+
+        try:
+            return await self._with_qemu(opening)
+        except BaseException:
+            if not opened:
+                turn_away(self.qemu)
+            raise
 
     async def _with_qemu(self, opening: Callable[[], Awaitable[Channel]]) -> Report:
         wire = Wire(await open_channel(self.peer, self.opening))

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +120,15 @@ class Listener:
                 continue  # whoever connected is gone already
             except OSError as error:
                 raise host_error(error, f"waiting at {self.name}") from error
+
+    def turn_away(self) -> None:
+        """Close the connections that wait already, which nobody else answers. Raises nothing.
+
+        A service manager would start the next relay for them, at once, and again and again.
+        """
+        with suppress(OSError):
+            while True:
+                self._socket.accept()[0].close()
 
     def close(self) -> None:
         """Close it, and remove its file. Idempotent."""

@@ -225,7 +225,34 @@ def _enable_relay(tree: Tree) -> str:
     assert tree.run("stat -c '%U %a' /run/mtetool/relay") == "libvirt-qemu 750\n"
     assert tree.run(f"systemctl is-enabled {_RELAY}", status=1) == "disabled\n"
     tree.run(f"systemctl enable --now {_RELAY}; test -S /run/mtetool/relay/host2.sock")
-    return _since(tree, _RELAY)
+    since = _since(tree, _RELAY)
+    _each_connection_is_served(tree)
+    return since
+
+
+# A client of the relay's socket that is no QEMU: it waits until nobody has its connection any more.
+_NO_QEMU = """
+import socket
+with socket.socket(socket.AF_UNIX) as end:
+    end.settimeout(60)
+    end.connect("/run/mtetool/relay/host2.sock")
+    try:
+        end.recv(1)
+    except ConnectionResetError:
+        pass
+"""
+
+
+def _each_connection_is_served(tree: Tree) -> None:
+    """systemd starts the relay for each connection, also after one that failed."""
+    (tree.path / "srv/no-qemu.py").write_text(_NO_QEMU)
+    service = _RELAY.replace("socket", "service")
+    for number in (1, 2):
+        tree.run("python3 /srv/no-qemu.py")
+        tree.run(f"while systemctl is-active {service}; do sleep 0.1; done")
+        said = tree.run(f"journalctl --no-pager -o cat -u {service}")
+        assert said.count("mtetool: error: ") == number
+        assert tree.run(f"systemctl is-active {_RELAY}") == "active\n"
 
 
 def _goes_through_the_filter(tree: Tree) -> None:

@@ -268,7 +268,7 @@ _FAILURES = {
     # A second run meanwhile does nothing.
     "aborted": f"{_MOVE} web there 2>&1 | grep 'is being moved already' && virsh domjobabort web",
     "relay killed": _KILL.format("relay [s]ource"),
-    "connection cut": _KILL.format("^[s]sh root@there"),
+    "connection cut": _KILL.format("^[s]sh .* mtetool relay"),
     # Longer than the relays' 20 seconds, and than libvirt's 30 of keepalives.
     "network cut": "ifconfig eth0 down; sleep 60",
     "libvirtd restarted": "",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import threading
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,7 +22,13 @@ from mtetool.errors import (
     StreamDamagedError,
     StreamUnsupportedError,
 )
+from mtetool.guest import GuestOptions
+from mtetool.relay.address import Side, parse
+from mtetool.relay.channels import Opening
+from mtetool.relay.guests import Wanted
 from mtetool.relay.incoming import Incoming
+from mtetool.relay.report import News
+from mtetool.relay.running import Relay
 from tests.relay import streams
 from tests.relay.migrating import (
     N_PAGES,
@@ -78,8 +87,7 @@ def test_tags_do_not_wait_until_qemu_has_read_its_memory(tmp_path: Path) -> None
     async def test() -> None:
         async with scene(tmp_path) as made:
             made.source.tag(3, _random(20, 1))
-            # More than a socket holds.
-            again = b"".join(streams.part(pages(range(N_PAGES), streams.FULL)) for _ in range(8))
+            again = streams.part(pages(range(N_PAGES // 2), streams.FULL))
             sent = beginning() + again + streams.command(11) + streams.end(pages([3])) + TAIL
             writing = asyncio.create_task(made.write(sent))
             while not any("all tags are in place" in text for text in made.destination.said):
@@ -89,6 +97,26 @@ def test_tags_do_not_wait_until_qemu_has_read_its_memory(tmp_path: Path) -> None
             await writing
             await made.confirm()
             assert (await made.source.report()).finished
+
+    run(test())
+
+
+def test_little_is_on_its_way_while_qemu_does_not_read(tmp_path: Path) -> None:
+    """It would have to be loaded after the guest has stopped."""
+
+    async def test() -> None:
+        async with scene(tmp_path) as made:
+            await made.write(beginning())
+            assert await made.passed(len(beginning())) == beginning()
+            part = streams.part(pages(range(N_PAGES // 2), streams.FULL))
+            n_written = 0
+            with suppress(TimeoutError):
+                while n_written < 8 << 20:
+                    async with asyncio.timeout(0.5):
+                        await made.write(part)
+                    n_written += len(part)
+            # What QEMU's own socket holds comes to it.
+            assert n_written < 1 << 20
 
     run(test())
 
@@ -267,5 +295,36 @@ def test_destination_that_confirms_nothing(tmp_path: Path) -> None:
             made.out.close()
             assert isinstance(await made.source.error(), GuestLostError)
             assert isinstance(await made.destination.error(), GuestLostError)
+
+    run(test())
+
+
+@pytest.mark.parametrize("listens_first", [False, True])
+def test_whoever_waits_at_an_inherited_socket_is_turned_away(
+    tmp_path: Path, listens_first: bool
+) -> None:
+    """Otherwise systemd would start the relay for the same connection again and again."""
+
+    async def test() -> None:
+        with socket.socket(socket.AF_UNIX) as managers, socket.socket(socket.AF_UNIX) as qemu:
+            managers.bind(f"{tmp_path}/s")
+            managers.listen()
+            qemu.connect(f"{tmp_path}/s")
+            relay = Relay(
+                "source",
+                parse(f"fd:{os.dup(managers.fileno())}", Side.QEMU),
+                parse("exec:true", Side.RELAY),
+                Wanted(None, GuestOptions()),
+                Opening(),
+                News(lambda text: None),
+                listens_first,
+            )
+            with pytest.raises(RelayLostError):
+                await relay.open_and_run()
+            qemu.setblocking(False)
+            assert qemu.recv(1) == b""
+            managers.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                managers.accept()
 
     run(test())
