@@ -89,7 +89,7 @@ class SocketEnd(End):
     @property
     def unread_bytes(self) -> int:
         # Over TCP, it is what the other host has not received.
-        return _number(self.fd, termios.TIOCOUTQ)
+        return _number(self.socket.fileno(), termios.TIOCOUTQ)
 
     def finish(self) -> None:
         with suppress(OSError):  # the other end may be gone, which the next read reports
