@@ -62,11 +62,6 @@ class Channel(ABC):
         return sum(part.nbytes for part in self._parts)
 
     @property
-    def unread_bytes(self) -> int:
-        """At least as much as the kernel has and the other end has not read, where it is known."""
-        return 0
-
-    @property
     def is_sending(self) -> bool:
         """Whether a task is in `drain`; it also sends what is written meanwhile."""
         return self._sending.locked()
@@ -167,10 +162,6 @@ class PlainChannel(Channel):
             self._sent(await self._writing.attempt(lambda: self._outgoing.send(parts)))
         except OSError as error:
             raise self.lost(error) from error
-
-    @property
-    def unread_bytes(self) -> int:
-        return self._outgoing.unread_bytes
 
     async def half_close(self) -> None:
         await self.drain()

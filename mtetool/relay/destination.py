@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from mtetool.errors import RelayLostError, RelayPeerError
 from mtetool.relay import guests
 from mtetool.relay.confirmation import Confirmation
-from mtetool.relay.frames import TOTAL, Frame, Kind
+from mtetool.relay.frames import Frame, Kind
 from mtetool.relay.incoming import Incoming
 from mtetool.relay.report import News, Report
 from mtetool.relay.together import Worker, all_of
@@ -29,10 +29,8 @@ if TYPE_CHECKING:
 _READ_BYTES = 1 << 20
 # Frames that wait for the writing thread; each is at most some MiB, and usually a few KiB.
 _MOST_WAITING = 16
-# The source's relay sends no more than QEMU takes in a moment, or it is not to be believed.
+# What waits for QEMU here lengthens the downtime, if QEMU is slow, by the time it takes to read it.
 _MOST_QUEUED_BYTES = 2 << 20
-# QEMU says nothing when it takes what waits for it in its socket.
-_LOOKING_SECONDS = 0.01
 _NEWS_SECONDS = 0.5
 
 
@@ -45,7 +43,6 @@ class DestinationRelay:
         self._news = news
         self._waiting: asyncio.Queue[bytes | bytearray | None] = asyncio.Queue(_MOST_WAITING)
         self._queued = asyncio.Event()
-        self._taken_bytes = 0
         self._ram_ended = False
         self._in_place = False
         self._incoming: Incoming | None = None
@@ -136,21 +133,10 @@ class DestinationRelay:
             await self._flush()
 
     async def _keep_flushing(self) -> None:
-        """Give QEMU what is queued, and tell the other relay when QEMU has taken it."""
         while True:
-            waits = self._taken_bytes < self.report.stream_bytes
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_LOOKING_SECONDS if waits else None):
-                    await self._queued.wait()
-            if self._queued.is_set():
-                self._queued.clear()
-                await self._flush()
-            waiting_bytes = self._qemu.queued_bytes + self._qemu.unread_bytes
-            taken_bytes = self.report.stream_bytes - waiting_bytes
-            if taken_bytes > self._taken_bytes:
-                self._taken_bytes = taken_bytes
-                self._wire.send(Kind.TAKEN, TOTAL.pack(taken_bytes))
-                await self._wire.drain()
+            await self._queued.wait()
+            self._queued.clear()
+            await self._flush()
 
     async def _flush(self) -> None:
         try:

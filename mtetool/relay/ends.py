@@ -13,8 +13,6 @@ import fcntl
 import os
 import socket
 import struct
-import sys
-import termios
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -50,11 +48,6 @@ class End(ABC):
     def send(self, parts: Sequence[memoryview]) -> int:
         """Send the first bytes of the parts, and return how many. Raises OSError."""
 
-    @property
-    @abstractmethod
-    def unread_bytes(self) -> int:
-        """At least as much as was sent and the other end has not read; 0 if it has read all."""
-
     @abstractmethod
     def finish(self) -> None:
         """Let the other end read its end."""
@@ -86,11 +79,6 @@ class SocketEnd(End):
     def send(self, parts: Sequence[memoryview]) -> int:
         return self.socket.sendmsg(parts, (), _DONT_WAIT)
 
-    @property
-    def unread_bytes(self) -> int:
-        # Over TCP, it is what the other host has not received.
-        return _number(self.socket.fileno(), termios.TIOCOUTQ)
-
     def finish(self) -> None:
         with suppress(OSError):  # the other end may be gone, which the next read reports
             self.socket.shutdown(socket.SHUT_WR)
@@ -119,10 +107,6 @@ class PipeEnd(End):
 
     def send(self, parts: Sequence[memoryview]) -> int:
         return os.writev(self.fd, parts)
-
-    @property
-    def unread_bytes(self) -> int:
-        return _number(self.fd, termios.FIONREAD)
 
     def finish(self) -> None:
         self.close()
@@ -186,14 +170,6 @@ class Waiter:
             self._remove(self._fd)
         if not future.done():
             future.set_result(None)
-
-
-def _number(fd: int, request: int) -> int:
-    """What an ioctl says of an end, 0 if it is closed."""
-    room = bytearray(4)
-    with suppress(OSError, ValueError):
-        fcntl.ioctl(fd, request, room)
-    return int.from_bytes(room, sys.byteorder)
 
 
 def pipe_opened_anew(fd: int, flags: int) -> int:

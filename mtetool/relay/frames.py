@@ -19,12 +19,10 @@ from mtetool.errors import DamagedError, RelayPeerError, UnknownVersionError
 from mtetool.files.fields import Fields, unpack_map
 
 MAGIC = b"mterelay"
-VERSION = 2
+VERSION = 1
 PROLOGUE = Struct("<8sHH")  # magic, version, flags (none is defined: 0)
 HEADER = Struct("<BIQ")  # kind, length of the payload, checksum
 _NUMBER_AND_KIND = Struct("<QB")
-TOTAL = Struct("<Q")
-"""The payload of a TAKEN frame."""
 
 MAX_BULK_BYTES = 4 << 20
 """The most bytes of DATA, BACK and TAGS; senders may keep below it."""
@@ -61,14 +59,11 @@ class Kind(IntEnum):
     """All is done; the connection ends here."""
     READY = 13
     """The sender's guest was found, and its tags can be copied: a map."""
-    TAKEN = 14
-    """How many bytes of its stream QEMU at the destination has taken: `TOTAL`."""
 
 
 _MOST_BYTES = {
     **dict.fromkeys((Kind.DATA, Kind.BACK, Kind.TAGS), _BULK_BYTES),
     **dict.fromkeys((Kind.HELLO, Kind.ALL_TAGS, Kind.APPLIED, Kind.FAIL, Kind.READY), _MAP_BYTES),
-    Kind.TAKEN: TOTAL.size,
     **dict.fromkeys((Kind.ALIVE, Kind.END_OF_RAM, Kind.EOF_DATA, Kind.EOF_BACK, Kind.BYE), 0),
 }
 

@@ -33,7 +33,6 @@ from mtetool.relay.placing import place
 from mtetool.relay.report import News, Report
 from mtetool.relay.stream import RamStream
 from mtetool.relay.together import Worker, all_of
-from mtetool.relay.window import Window
 from mtetool.words import counted
 
 if TYPE_CHECKING:
@@ -65,8 +64,6 @@ class SourceRelay:
         self._qemu = qemu
         self._news = news
         self._stream = RamStream()
-        self._window = Window()
-        self._taken = asyncio.Event()
         self._marked = asyncio.Event()
         self._room = asyncio.Event()
         self._passed_before = self._most_passed = 0
@@ -130,11 +127,10 @@ class SourceRelay:
     # --- towards the destination ----------------------------------------------------------
 
     async def _forward(self) -> None:
-        while data := self._first or await self._read():
+        while data := self._first or await self._qemu.read(_READ_BYTES):
             self._first = b""
-            n_records = self._stream.n_records
+            self.report.stream_bytes += len(data)
             at = self._stream.feed(data)
-            self._count_sent(data, self._stream.n_records - n_records)
             self._check_return_path()
             if at is None:
                 self._wire.send(Kind.DATA, data)
@@ -159,17 +155,6 @@ class SourceRelay:
             "QEMU ended its stream before all memory had passed",
             hint="see why at the source: query-migrate, virsh domjobinfo; the guest goes on there",
         )
-
-    async def _read(self) -> bytes:
-        """Read as much of QEMU's stream as there is room for on the way."""
-        while not (room := self._window.room_bytes):
-            self._taken.clear()
-            await self._taken.wait()
-        return await self._qemu.read(room)
-
-    def _count_sent(self, data: bytes, n_records: int = 0) -> None:
-        self.report.stream_bytes += len(data)
-        self._window.sent(len(data), n_records)
 
     async def _wait_for_tags(self) -> None:
         """Let the stream wait if tags fall behind: not all of them may be left for the end.
@@ -206,7 +191,7 @@ class SourceRelay:
 
     async def _forward_tail(self) -> None:
         while data := await self._qemu.read(_READ_BYTES):
-            self._count_sent(data)
+            self.report.stream_bytes += len(data)
             self._wire.send(Kind.DATA, data)
             await self._wire.drain()
         self._qemu_ended = True
@@ -295,8 +280,6 @@ class SourceRelay:
                 with suppress(RelayLostError):  # QEMU may have what it needs, and be gone
                     self._qemu.write(frame.payload)
                     await self._qemu.drain()
-            elif frame.kind is Kind.TAKEN:
-                self._note_taken(frame)
             elif frame.kind is Kind.EOF_BACK:
                 await self._qemu.half_close()
             elif frame.kind is Kind.APPLIED and self._all_sent:
@@ -307,16 +290,6 @@ class SourceRelay:
                 return
             else:
                 raise guests.unexpected(frame)
-
-    def _note_taken(self, frame: Frame) -> None:
-        # A payload that is too short is a number that cannot be.
-        if not self._window.taken(int.from_bytes(frame.payload, "little")):
-            raise RelayPeerError(
-                "the destination's relay says that QEMU has taken more than was sent, or less than"
-                " before",
-                hint="install the same version of mtetool on both hosts",
-            )
-        self._taken.set()
 
     def _check_applied(self, frame: Frame) -> None:
         with frame.fields() as fields:

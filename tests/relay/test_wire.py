@@ -306,7 +306,7 @@ def test_failing_does_not_wait_for_one_who_does_not_listen() -> None:
         (b"Welcome to \x1b[1mDebian", r"it began with 'Welcome to \\x1b\[1mDebian'", "exec:"),
         (b"\xff" * 300, "it began with", "exec:"),
         (b"mterelaX", "it began with 'mterelaX'", "exec:"),
-        (MAGIC + struct.pack("<HH", 1, 0), "speaks version 1 .* and this one version 2", "same"),
+        (MAGIC + struct.pack("<HH", 2, 0), "speaks version 2 .* and this one version 1", "same"),
         (MAGIC + struct.pack("<HH", 1, 4), "with the flags 0x4", "same"),
         (_PROLOGUE + _frames((Kind.DATA, b"x")), "began with a DATA frame", "same"),
         (_PROLOGUE + _hello("destination"), "both relays are the destination's", "start one"),
