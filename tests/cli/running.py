@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 from mtetool.__main__ import main
 from mtetool.backends import open_guest
 from mtetool.backends.emu.guest import EmulatedGuest, create_emulated
+from mtetool.errors import BusyError
 from mtetool.guest import Memslot
 from mtetool.tags import Tags
 from mtetool.uapi import GRANULE_BYTES
@@ -141,10 +143,21 @@ def write(path: Path, ipa: int, tags: Tags) -> None:
 
 
 def set_tag(path: Path, ipa: int, size_bytes: int, tag: int) -> None:
-    """Set a tag as the guest's owner can: in single granules and read-only memory, too."""
-    with open_guest(f"emu:{path}") as guest:
-        assert isinstance(guest, EmulatedGuest)
-        guest.owner.set_tag(ipa, size_bytes, tag)
+    """Set a tag as the guest's owner can: in single granules and read-only memory, too.
+
+    A command that follows the guest has it open now and then, for a moment.
+    """
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with open_guest(f"emu:{path}") as guest:
+                assert isinstance(guest, EmulatedGuest)
+                guest.owner.set_tag(ipa, size_bytes, tag)
+        except BusyError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        else:
+            return
 
 
 def tags_of(path: Path, slot: Memslot) -> Tags:
