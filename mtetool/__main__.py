@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
-from types import FrameType
 
+from mtetool import signals
 from mtetool.errors import (
     STATUS_HOST,
     STATUS_OK,
@@ -24,10 +22,6 @@ from mtetool.errors import (
 from mtetool.words import printable
 
 STATUS_CLOSED_PIPE = 128 + signal.SIGPIPE
-_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# A terminal that closes, or `timeout`, sends several signals at once: the later ones must
-# not interrupt the unwinding that the first began. After this time they count again.
-_UNWINDING_SECONDS = 2.0
 
 
 class InternalError(MtetoolError):
@@ -46,7 +40,7 @@ def main() -> int:
     arguments = sys.argv[1:]
     _take_closed_descriptors()
     try:
-        with _signals_raise():
+        with signals.raising():
             status = _guarded(lambda: _flushed(_run(arguments)), arguments)
             _drop_unwritten()
             return status
@@ -240,32 +234,6 @@ def _drop_stdout() -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Turn the signals that end mtetool into a SignalError, except ignored ones (nohup)."""
-    first = 0.0
-
-    def raise_it(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        now = time.monotonic()
-        if first and now - first < _UNWINDING_SECONDS:
-            return
-        first = now
-        raise SignalError(number)
-
-    before = {number: signal.getsignal(number) for number in _ENDING_SIGNALS}
-    caught = [number for number in _ENDING_SIGNALS if before[number] != signal.SIG_IGN]
-    if threading.current_thread() is not threading.main_thread():
-        caught = []  # a program that calls `main` from a thread keeps the signals
-    try:
-        for number in caught:
-            signal.signal(number, raise_it)
-        yield
-    finally:
-        for number in caught:
-            signal.signal(number, before[number])
 
 
 def _die_by(number: int) -> int:

@@ -29,13 +29,14 @@ ROOMS: dict[str, set[str]] = {
     "spans": set(),
     "closing": set(),
     "permission": {"errors", "procfs"},
+    "signals": {"errors"},
     "guest": {"buffers", "closing", "uapi"},
     "extents": {"uapi"},
     "streaming": {"guest"},
     "files": {"errors", "words"},
     "emulator": {"uapi"},
     "faults": {"buffers", "errors", "guest", "uapi"},
-    "attach": {"errors", "permission", "procfs"},
+    "attach": {"errors", "permission", "procfs", "signals"},
     "vmm": {
         "closing",
         "errors",
@@ -168,7 +169,7 @@ ROOMS: dict[str, set[str]] = {
         "vmm",
         "words",
     },
-    "__main__": {"cli", "errors", "streaming", "words"},
+    "__main__": {"cli", "errors", "signals", "streaming", "words"},
 }
 
 

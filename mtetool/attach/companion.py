@@ -18,13 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from mtetool import signals
 from mtetool.attach.guard import become_guarded
 from mtetool.errors import AttachRefusedError
 
 _PR_SET_PTRACER = 0x59616D61  # include/uapi/linux/prctl.h
 _NUMBER = struct.Struct("<i")
 _STANDARD = (0, 1, 2)
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Python ignores these from its start, and does not remember how it found them.
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
@@ -73,7 +73,8 @@ def become(path: str, arguments: list[str], environment: dict[bytes, bytes]) -> 
         # A signal that comes now must end this process. A handler would only note it, and the note
         # would be lost with the handler.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        for number in _ENDING:
+        signals.raise_delayed()
+        for number in signals.ENDING:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
         for number in _IGNORED_BY_PYTHON:
@@ -109,7 +110,7 @@ def _orphan(run: Callable[[], object]) -> NoReturn:
 
 
 def _keep_company(pid: int, there: socket.socket, attach: Callable[[int], Work]) -> None:
-    for number in _ENDING:
+    for number in signals.ENDING:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # its own alarms must reach it
     become_guarded()

@@ -17,7 +17,6 @@ from typing import NoReturn
 import click
 import pytest
 
-from mtetool import __main__ as program
 from mtetool import __version__, errors
 from mtetool.__main__ import wants_json
 from mtetool.cli import COMMANDS
@@ -239,20 +238,6 @@ def test_a_second_signal_does_not_tear_the_unwinding(tmp_path: Path) -> None:
     assert process.returncode in (-signal.SIGHUP, -signal.SIGTERM, -signal.SIGINT)
     assert said(err) == []
     assert list(tmp_path.iterdir()) == []
-
-
-def test_signals_are_ignored_for_a_while_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with program._signals_raise():
-        with pytest.raises(errors.SignalError):
-            signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGHUP)
-        # Not for ever: the first exception may have been lost, in a finaliser.
-        monkeypatch.setattr(program, "_UNWINDING_SECONDS", 0)
-        with pytest.raises(errors.SignalError):
-            signal.raise_signal(signal.SIGHUP)
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_shell_sees_130(tmp_path: Path) -> None:
