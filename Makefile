@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/sh
 
-.PHONY: help deps venv lab demo check test test-fast migration relay-campaign lab-kernels torture interrupted bench bench-lab bench-looking differential differential-full browser spark fuzz fuzz-short deb wheels test-deb deb-short test-wheels clean
+.PHONY: help deps venv lab demo check test test-fast migration relay-campaign lab-kernels torture interrupted bench bench-lab bench-looking differential differential-short differential-full browser spark fuzz fuzz-short deb wheels test-deb deb-short test-wheels clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -45,7 +45,7 @@ test: deps venv ## run everything: checks, tests, the lab on a real kernel; T=PA
 	@{ make --no-print-directory -j 2 -O check lab && $(if $(CI),nice make --no-print-directory deb-short,:); } & checking=$$!; \
 	MTETOOL_DEATH_STRIDE=7 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=30 -m 'not long'; \
 	tested=$$?; wait $$checking && exit $$tested
-	$(MAKE) --no-print-directory -j 2 differential fuzz-short
+	$(MAKE) --no-print-directory -j 2 differential-short fuzz-short
 endif
 
 test-fast: venv ## run the tests that need no lab
@@ -77,8 +77,11 @@ bench-lab: deps venv ## measure what attaching, saving and restoring cost in the
 bench-looking: deps venv ## measure what dump, diff and stats cost beside xxd and cmp (some minutes)
 	$(BIN)/python -m tests.bench.looking
 
-differential: deps venv ## compare two thousand calls on real kernels with the emulated one
+differential: deps venv ## compare two thousand calls on each real kernel with the emulated one
 	$(BIN)/python -m tests.differential --calls 2000 --seed 1
+
+differential-short: deps venv ## the same on one kernel
+	$(BIN)/python -m tests.differential --calls 2000 --seed 1 --kernel 6.12
 
 differential-full: deps venv ## the same with 100,000 calls on each kernel, and a new seed each time
 	$(BIN)/python -m tests.differential --calls 100000

@@ -109,6 +109,7 @@ def run(*words: str, ok: tuple[int, ...] = (0,)) -> tuple[str, int]:
     return done.stdout, int(done.stderr.splitlines()[-1])
 
 
+@pytest.mark.long
 def test_a_terabyte_with_a_gibibyte_that_is_tagged(tmp_path: Path) -> None:
     """Under 200 MiB of memory, and a file for the tagged part; the declared size costs nothing."""
     large, small, copy = (f"emu:{tmp_path / name}" for name in ("large", "small", "copy"))

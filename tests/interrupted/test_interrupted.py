@@ -23,7 +23,7 @@ from tests.cli.running import BASE, make_guest, run, same_tags
 from tests.interrupted.campaign import Campaign, sample
 from tests.interrupted.runs import MIB, RUNS, SLOTS, Run, holds, make_template
 
-SHARE = float(os.environ.get("MTETOOL_INTERRUPTED_SHARE", "0.05"))
+SHARE = float(os.environ.get("MTETOOL_INTERRUPTED_SHARE", "0.03"))
 SEED = int(os.environ.get("MTETOOL_INTERRUPTED_SEED", "7"))
 
 

@@ -16,6 +16,7 @@ def test_kvm_backend_conforms_on_the_real_kernel(lab: Machine) -> None:
     _conforms(lab, "kvm", 0)
 
 
+@pytest.mark.long
 def test_proc_backend_conforms_on_the_real_kernel(lab: Machine) -> None:
     # Left out: the two tests that enable MTE, before and after the first vCPU.
     _conforms(lab, "proc", 2)

@@ -139,6 +139,7 @@ def test_a_migrations_tags_and_a_dumps_memory(emulated: Emulated, tmp_path: Path
     assert re.findall(r"\): 0x(.)", text) == [f"{n:x}" for n in range(16)]
 
 
+@pytest.mark.long
 def test_the_core_of_a_process_that_crashed(tmp_path: Path) -> None:
     """Linux writes it; a mapping that is not dumped has a segment without tags."""
     flags = ["-O2", "-Wall", "-Werror", "-Wno-unused-result", "-static", "-march=armv8.5-a+memtag"]

@@ -381,7 +381,10 @@ def test_qemu_without_mte_has_a_guest_with_mte(lab: Machine) -> None:
     "extra",
     [
         "-daemonize -pidfile /tmp/pid",
-        "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        pytest.param(
+            "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+            marks=pytest.mark.long,  # so is the QEMU of test_torture
+        ),
     ],
 )
 def test_qemu_in_its_other_ways(lab: Machine, extra: str) -> None:

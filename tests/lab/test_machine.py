@@ -73,6 +73,7 @@ def test_command_line_gives_status_files_and_modes(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (3, b"ran\n5\n600\n")
 
 
+@pytest.mark.long
 def test_command_line_gives_a_lost_machine_its_own_status() -> None:
     result = _lab_cli("--", "poweroff", "-f")
     assert result.returncode == 125

@@ -56,6 +56,7 @@ def test_preallocated_memory(lab: Machine, memory: str, huge: str) -> None:
     assert [(check.wrong, check.data_wrong) for check in guest.wait_for_checks()] == [(0, 0)] * 2
 
 
+@pytest.mark.long
 def test_a_mark_inside_of_a_huge_page_does_not_show(lab: Machine) -> None:
     """The flags of its first page stand for all pages: none of them may be left out."""
     _huge(lab, "always")

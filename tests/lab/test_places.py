@@ -91,6 +91,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.long
 def test_a_monitor_that_tells_wrong_addresses(lab: Machine) -> None:
     """The address is that of untouched memory of the same size: no tag is lost."""
     spare = "-object memory-backend-ram,id=spare,size=256M,prealloc=off"

@@ -61,6 +61,7 @@ def test_streaming_mode_is_waited_out_or_refused(lab: Machine) -> None:
     assert found["ssve-at-times"]["attached"] > 0
 
 
+@pytest.mark.long
 @_SME_AND_GCS
 def test_guarded_control_stack_is_refused(lab: Machine) -> None:
     found = _holders(lab, "registers", "gcs")

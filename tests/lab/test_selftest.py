@@ -43,7 +43,7 @@ def _selftest(machine: Machine) -> tuple[int, Any]:
     return result.returncode, json.loads(result.stdout)
 
 
-@pytest.mark.every_kernel(long=["6.12-16k"])
+@pytest.mark.every_kernel(long=["6.12-16k", "7.3"])
 def test_every_row_holds_on_the_real_kernel(lab: Machine) -> None:
     status, report = _selftest(lab)
     selftest = report["selftest"]

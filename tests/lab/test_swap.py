@@ -81,6 +81,7 @@ def _snapshot(directory: Path, seed: int, slots: list[str]) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_swapped_memory_is_saved_and_restored(swap: Swap, tmp_path: Path) -> None:
     lab, size = swap.lab, 1 * MIB
     slots = [f"{BASE:#x}:{size}", f"{BASE + 16 * MIB:#x}:{size}"]

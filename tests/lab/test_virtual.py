@@ -77,6 +77,7 @@ def _at(lab: Machine, guest: Qemu, address: int, *more: str) -> tuple[int, dict[
     return result.returncode, document, result.stderr
 
 
+@pytest.mark.long
 def test_pointers_of_a_program(lab: Machine) -> None:
     """The tag of a pointer is compared with that of the page that the guest maps it to."""
     guest = Qemu(lab, "g").start()
