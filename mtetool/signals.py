@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import CO_COROUTINE
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -134,7 +135,19 @@ def raise_delayed() -> None:
 def _is_delicate(frame: FrameType | None) -> bool:
     if frame is None:
         return False
-    if frame.f_globals.get("__name__") not in _DELICATE or frame.f_code.co_name in _JOINING:
-        return False
-    # `Condition.wait` sets this once it has let go of its lock and is ready to take it again.
-    return "gotit" not in frame.f_locals
+    if frame.f_globals.get("__name__") in _DELICATE and frame.f_code.co_name not in _JOINING:
+        # `Condition.wait` sets this once it has let go of its lock and is ready to take it again.
+        return "gotit" not in frame.f_locals
+    return _is_in_callback(frame)
+
+
+def _is_in_callback(frame: FrameType) -> bool:
+    """Return whether an event loop runs a callback, and no task: it would only log the error."""
+    in_task = False
+    outer: FrameType | None = frame
+    while outer is not None:
+        if outer.f_globals.get("__name__") == "asyncio.events" and outer.f_code.co_name == "_run":
+            return not in_task
+        in_task = bool(outer.f_code.co_flags & CO_COROUTINE)
+        outer = outer.f_back
+    return False

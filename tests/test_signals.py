@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import sys
 import threading
@@ -152,6 +153,24 @@ def test_importing_a_module_does_not_swallow_it() -> None:
         return work
 
     assert _interrupted_at_each_point(begin) > 50
+
+
+def test_signal_in_a_callback_of_an_event_loop_ends_the_loop() -> None:
+    async def wait() -> None:
+        asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGTERM)
+        await asyncio.sleep(30)
+
+    with signals.raising(), pytest.raises(SignalError):
+        asyncio.run(wait())
+
+
+def test_signal_in_a_task_of_an_event_loop_ends_the_task() -> None:
+    async def work() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("the signal came later")
+
+    with signals.raising(), pytest.raises(SignalError):
+        asyncio.run(work())
 
 
 def test_a_delay_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
