@@ -32,6 +32,13 @@ _MOST_WAITING = 16
 # What waits for QEMU here lengthens the downtime, if QEMU is slow, by the time it takes to read it.
 _MOST_QUEUED_BYTES = 2 << 20
 _NEWS_SECONDS = 0.5
+BEGINNING = b"QEVM"
+"""What every stream begins with.
+
+QEMU 11 looks at these bytes in its main thread and waits for them there: until then its monitor
+answers nobody, neither mtetool nor a libvirt that has disks to copy before memory is sent. So they
+do not wait for the source's QEMU. (migration_ioc_process_incoming in QEMU's migration/migration.c)
+"""
 
 
 class DestinationRelay:
@@ -43,6 +50,7 @@ class DestinationRelay:
         self._news = news
         self._waiting: asyncio.Queue[bytes | bytearray | None] = asyncio.Queue(_MOST_WAITING)
         self._queued = asyncio.Event()
+        self._sent_ahead = BEGINNING
         self._ram_ended = False
         self._in_place = False
         self._incoming: Incoming | None = None
@@ -57,6 +65,8 @@ class DestinationRelay:
         """
         started = time.monotonic()
         try:
+            self._qemu.write(BEGINNING)
+            await self._qemu.drain()
             name, guest = await self._worker.run(guests.open_for, wanted, self._qemu)
             self.report.guest = name
             try:
@@ -127,10 +137,20 @@ class DestinationRelay:
 
     async def _pass_on(self, data: bytes | bytearray) -> None:
         """Queue bytes for QEMU: the tags that follow need not wait until it has read them."""
+        if self._sent_ahead:
+            data = self._after_beginning(data)
         self._qemu.write(data)
         self._queued.set()
         if self._qemu.queued_bytes > _MOST_QUEUED_BYTES:
             await self._flush()
+
+    def _after_beginning(self, data: bytes | bytearray) -> bytes | bytearray:
+        """Return what comes after the bytes that QEMU has already."""
+        length = min(len(data), len(self._sent_ahead))
+        if data[:length] != self._sent_ahead[:length]:
+            raise RelayPeerError("the source's relay sent a stream that does not begin with QEVM")
+        self._sent_ahead = self._sent_ahead[length:]
+        return data[length:]
 
     async def _keep_flushing(self) -> None:
         while True:

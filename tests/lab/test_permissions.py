@@ -111,8 +111,8 @@ def _ptrace_scope(lab: Machine, scope: int) -> Iterator[None]:
     ("vmm", "runner", "scope"),
     [
         ("uid=1000", "", 2),
-        ("uid=1000", "uid=1000", 0),
-        ("uid=1000,namespace", "", 1),
+        pytest.param("uid=1000", "uid=1000", 0, marks=pytest.mark.long),
+        pytest.param("uid=1000,namespace", "", 1, marks=pytest.mark.long),
         ("uid=1000,namespace", "uid=1000", 0),
     ],
 )

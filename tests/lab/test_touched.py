@@ -24,7 +24,7 @@ MEMORIES = {
     "memfd": _MEMFD.format(size="256M", share="on"),
     "memfd-private": _MEMFD.format(size="256M", share="off"),
 }
-_LONG = ("private", "memfd-private")
+
 
 # Pages of QEMU's memory that are in the file, but not in QEMU's page tables.
 _ONLY_IN_THE_FILE = """
@@ -79,9 +79,8 @@ def save(lab: Machine, pid: int, path: str, *words: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize(
-    "memory", ["memfd", *(pytest.param(name, marks=pytest.mark.long) for name in _LONG)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("memory", ["memfd", "private", "memfd-private"])
 def test_a_save_makes_no_memory_and_has_every_tag(lab: Machine, memory: str) -> None:
     guest = Qemu(lab, "g", extra=MEMORIES[memory]).start()
     guest.wait_for_checks(1)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mtetool.errors import StreamUnsupportedError
+from mtetool.relay.destination import BEGINNING
 from mtetool.relay.stream import RamStream
 from tests.lab.images import KERNELS
 from tests.relay.qemu import Qemu, qemu
@@ -260,3 +261,17 @@ def test_virtio_mem(suite: str, tmp_path: Path) -> None:
     )
     with qemu(tmp_path, suite, *words) as vmm:
         refused(vmm.stream(), "virtio-mem.* before the end of RAM", "virtio-mem")
+
+
+def test_the_monitor_of_a_destination_answers_before_the_source_sends(
+    suite: str, tmp_path: Path
+) -> None:
+    """With libvirt, disks are copied meanwhile."""
+    with qemu(tmp_path, suite, *_GUEST, "-incoming", "defer") as vmm:
+        vmm.ask("migrate-incoming", uri=f"unix:{tmp_path / 'incoming'}")
+        with socket.socket(socket.AF_UNIX) as relay:
+            relay.connect(str(tmp_path / "incoming"))
+            relay.sendall(BEGINNING)
+            # After one answer it has taken the connection, or will within the next.
+            for _ in range(10):
+                assert vmm.ask("query-status")["status"] == "inmigrate"
