@@ -13,7 +13,6 @@
 #   TUNNEL  ssh, to forward a socket there for the disks   ssh root@HOST, with time limits
 #
 # With --copy-storage-all, HOST needs an image for each disk at the same path, of the same size.
-# (That did not end when it was tried; mtetool-libvirt(7) says what is known.)
 #
 # The guest runs all the while. If anything fails, it goes on at the source.
 set -eu
