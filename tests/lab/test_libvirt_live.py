@@ -129,9 +129,9 @@ def test_a_domain_moves_live_with_every_tag() -> None:
 
 def test_the_page_s_units_move_domains_there_and_back() -> None:
     """Again and again, peer to peer too, without a word about tags; then back by the example."""
-    install, migrate, tunnel, with_disks = _page()
+    install, migrate, *_ = _page()
     with _scene() as scene:
-        here, there = scene.machines
+        here = scene.machines.here
         here.run(["sh", "-ec", install], check=True)
         for number, options in enumerate(([], ["--p2p"], ["--persistent", "--undefinesource"])):
             if number:
@@ -145,7 +145,15 @@ def test_the_page_s_units_move_domains_there_and_back() -> None:
         assert scene.move(back=True).returncode == 0
         assert scene.wrong(scene.here) == {(0, 0)}
         assert b"web" not in scene.there.virsh("list", "--name").stdout
-        # With a disk that the hosts do not share, of which the destination has an empty image.
+        assert scene.here.denials() == scene.there.denials() == []
+
+
+def test_disks_move_by_the_page_s_commands() -> None:
+    """The hosts do not share the disk, of which the destination has an empty image."""
+    install, _, tunnel, with_disks = _page()
+    with _scene() as scene:
+        here, there = scene.machines
+        here.run(["sh", "-ec", install], check=True)
         here.sh(f"head -c 8388608 /dev/urandom >{_DISK}")
         for words in ([], ["--p2p"]):
             scene.start(devices=_HAS_DISK)
@@ -153,6 +161,7 @@ def test_the_page_s_units_move_domains_there_and_back() -> None:
             here.run(["sh", "-ec", tunnel], check=True)
             here.run([*with_disks, *words], timeout=400, check=True)
             scene.moved()
+            print(words, _job(scene.there), flush=True)
             _check_disk(scene)
         assert scene.here.denials() == scene.there.denials() == []
 
