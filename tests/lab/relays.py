@@ -111,7 +111,10 @@ class Migration:
         if not to:
             self.run_relay("destination", f"listen:unix:{_BETWEEN}", f"unix:{INCOMING}")
         self.run_relay("source", f"listen:unix:{OUTGOING}", to or f"unix:{_BETWEEN}", options)
-        ready = f"until [ -S {OUTGOING} ] || [ -e /tmp/relay-source.status ]; do sleep 0.1; done"
+        ready = (
+            f"until [ -S {OUTGOING} ] || [ -e /tmp/relay-source.status ]; do sleep 0.1; done;"
+            f" [ -S {OUTGOING} ]"
+        )
         # Two starts of Python, and both attach, while the guest hammers the one CPU.
         if self.lab.sh(f"timeout 300 sh -c '{ready}'", check=False, timeout=320).returncode:
             raise AssertionError(self.relay_output().decode())
