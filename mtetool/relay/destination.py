@@ -35,7 +35,7 @@ _NEWS_SECONDS = 0.5
 BEGINNING = b"QEVM"
 """What every stream begins with.
 
-QEMU 11 looks at these bytes in its main thread and waits for them there: until then its monitor
+QEMU 11.1 (10.0 does not) waits for these bytes in its main thread: until they come, its monitor
 answers nobody, neither mtetool nor a libvirt that has disks to copy before memory is sent. So they
 do not wait for the source's QEMU. (migration_ioc_process_incoming in QEMU's migration/migration.c)
 """

@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -18,12 +18,14 @@ from mtetool.errors import (
     MteOffError,
     RelayFailedError,
     RelayLostError,
+    RelayPeerError,
     StreamDamagedError,
     StreamUnsupportedError,
 )
 from mtetool.guest import GuestOptions
 from mtetool.relay.address import Side, parse
 from mtetool.relay.channels import Opening
+from mtetool.relay.destination import DestinationRelay
 from mtetool.relay.guests import Wanted
 from mtetool.relay.incoming import Incoming
 from mtetool.relay.report import News
@@ -83,7 +85,7 @@ def test_every_tag_is_there_before_the_end_of_the_stream(
 
 
 def test_destination_gets_the_beginning_before_the_source_connects(tmp_path: Path) -> None:
-    """QEMU 11 answers its monitor only then; see test_qemu."""
+    """QEMU 11.1 answers its monitor only then; see test_qemu."""
 
     async def test() -> None:
         async with scene(tmp_path) as made:
@@ -94,6 +96,13 @@ def test_destination_gets_the_beginning_before_the_source_connects(tmp_path: Pat
             assert await made.passed(len(sent) - 4) == sent[4:]
 
     run(test())
+
+
+def test_destination_takes_no_stream_with_another_beginning() -> None:
+    relay = DestinationRelay(Mock(), Mock(), Mock())
+    assert relay._after_beginning(b"QE") == b""
+    with pytest.raises(RelayPeerError, match="QEVM"):
+        relay._after_beginning(b"VX and more")
 
 
 def test_tags_do_not_wait_until_qemu_has_read_its_memory(tmp_path: Path) -> None:
