@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/sh
 
-.PHONY: help deps venv lab demo check test test-fast migration relay-campaign lab-kernels torture interrupted bench bench-lab bench-looking differential differential-short differential-full browser spark fuzz fuzz-short deb wheels test-deb deb-short test-wheels clean
+.PHONY: help deps venv lab demo check test test-fast migration relay-campaign lab-kernels torture interrupted bench bench-lab bench-looking bench-relay differential differential-short differential-full browser spark fuzz fuzz-short deb wheels test-deb deb-short test-wheels clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -76,6 +76,11 @@ bench-lab: deps venv ## measure what attaching, saving and restoring cost in the
 
 bench-looking: deps venv ## measure what dump, diff and stats cost beside xxd and cmp (some minutes)
 	$(BIN)/python -m tests.bench.looking
+
+bench-relay: deps venv ## measure streams through relays, chains of calls, and live migrations in the lab (an hour)
+	$(BIN)/python -m tests.bench.stream
+	$(BIN)/python -m tests.bench.chains
+	$(BIN)/python -m tests.bench.relay 3
 
 differential: deps venv ## compare two thousand calls on each real kernel with the emulated one
 	$(BIN)/python -m tests.differential --calls 2000 --seed 1
