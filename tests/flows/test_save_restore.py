@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import signal
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtetool.buffers import TagBuffer, as_bytes
+from mtetool.buffers import TagBuffer
 from mtetool.errors import (
-    BusyError,
     DamagedError,
     GuestError,
     GuestLostError,
@@ -25,72 +21,29 @@ from mtetool.errors import (
     MisalignedError,
     PartialError,
     RangeError,
-    SignalError,
     TruncatedError,
     UsageError,
 )
-from mtetool.flows.restore import RestoreOptions, RestoreResult, restore
-from mtetool.flows.save import SaveOptions, SaveResult, save
+from mtetool.flows.restore import RestoreOptions
+from mtetool.flows.save import SaveOptions, save
 from mtetool.flows.verify import verify, verify_against
-from mtetool.guest import Extent, GuestInfo, Memslot, Pending
+from mtetool.guest import Extent, GuestInfo, Memslot
 from mtetool.snapshot.model import Header
 from mtetool.snapshot.reader import Piece, SnapshotReader
 from mtetool.snapshot.writer import SnapshotWriter
 from mtetool.sources.around import ONE_BY_ONE_PAGES
 from mtetool.uapi import GRANULE_BYTES
 from tests.flows.fakes import PAGE, FakeGuest
-
-BASE = 0x4000_0000
-ROM = 0x1000_0000
-SLOTS = (
-    Memslot(0, BASE, 32 * PAGE),
-    Memslot(1, ROM, 16 * PAGE, readonly=True, kind="rom"),
-    Memslot(2, BASE + 64 * PAGE, 16 * PAGE),
+from tests.flows.saving import (
+    BASE,
+    ROM,
+    SLOTS,
+    guest_with_tags,
+    restored,
+    saved,
+    scramble,
+    writable_equal,
 )
-
-
-def guest_with_tags(
-    seed: int = 1, slots: tuple[Memslot, ...] = SLOTS, page_size_bytes: int = PAGE
-) -> FakeGuest:
-    guest = FakeGuest(slots, page_size_bytes)
-    scramble(guest, seed)
-    return guest
-
-
-def scramble(guest: FakeGuest, seed: int) -> None:
-    """Set random tags in every second page, one tag in the others."""
-    random = np.random.default_rng(seed)
-    for tags in guest.memory.values():
-        pages = tags.reshape(-1, 256)
-        pages[::2] = random.integers(0, 16, pages[::2].shape, dtype=np.uint8)
-        pages[1::2] = random.integers(0, 16, (pages[1::2].shape[0], 1), dtype=np.uint8)
-
-
-def saved(guest: FakeGuest, options: SaveOptions | None = None) -> tuple[bytes, SaveResult]:
-    out = io.BytesIO()
-    result = save(guest, out, options or SaveOptions(jobs=1))
-    return out.getvalue(), result
-
-
-def restored(
-    snapshot: bytes,
-    guest: FakeGuest,
-    options: RestoreOptions | None = None,
-    *,
-    again: bool = True,
-) -> RestoreResult:
-    def open_reader() -> SnapshotReader:
-        return SnapshotReader(io.BytesIO(snapshot), "snapshot")
-
-    return restore(open_reader, guest, options or RestoreOptions(), again=again)
-
-
-def writable_equal(a: FakeGuest, b: FakeGuest) -> bool:
-    return all(
-        np.array_equal(a.memory[slot.ipa], b.memory[slot.ipa])
-        for slot in a.slots
-        if not slot.readonly
-    )
 
 
 @pytest.mark.parametrize("again", [True, False])
@@ -288,130 +241,6 @@ def test_what_cannot_be_written_is_reported() -> None:
     assert [(m.ipa, m.size_bytes, m.errno) for m in outcome.refused.items] == [
         (BASE + 5 * PAGE, PAGE, errno.EFAULT)
     ]
-
-
-@dataclass
-class Late(FakeGuest):
-    """Copies only when the result is waited for."""
-
-    depth: int = 1
-
-    def begin_read(self, ipa: int, out: TagBuffer) -> Pending:
-        return partial(self.read_tags, ipa, out)
-
-    def begin_write(self, ipa: int, tags: TagBuffer) -> Pending:
-        return partial(self.write_tags, ipa, tags)
-
-
-@pytest.mark.parametrize("kind", [FakeGuest, Late])
-@pytest.mark.parametrize("makes_pages", [True, False])
-@pytest.mark.parametrize("n_zeros", [1, 3, 8])
-def test_a_later_record_counts_while_an_earlier_one_is_still_written(
-    kind: type[FakeGuest], makes_pages: bool, n_zeros: int
-) -> None:
-    """No page of the guest had a tag when the later record, of zeros, came."""
-    slots = (Memslot(0, BASE, 8 * PAGE),)
-    out = io.BytesIO()
-    info = FakeGuest(slots).info()
-    header = Header.for_guest(info, [Extent(BASE, 8 * PAGE)], paused=True)
-    nothing = np.zeros(n_zeros * 256, dtype=np.uint8)
-    with SnapshotWriter(out, header) as writer:
-        writer.add_tags(BASE, np.arange(8 * 256, dtype=np.uint8) % 15 + 1)
-        if n_zeros == 3:
-            nothing[5] = 9
-            writer.add_tags(BASE + PAGE, nothing)
-        else:
-            writer.add_fill(BASE + PAGE * (n_zeros == 1), n_zeros * PAGE, 0)
-        writer.finish(consistent=True)
-    target = kind(slots, knows_untagged=True, makes_pages=makes_pages)
-    outcome = restored(out.getvalue(), target)
-    assert (outcome.status, outcome.verify_differing.items) == (0, [])
-    first = BASE + PAGE * (n_zeros != 8)
-    there = target.memory[BASE][(first - BASE) // 16 :][: nothing.size]
-    assert there.tobytes() == nothing.tobytes()
-
-
-class Signalled(FakeGuest):
-    """Gets a signal as soon as its first write was begun, while the kernel is copying."""
-
-    def begin_write(self, ipa: int, tags: TagBuffer) -> Pending:
-        super().begin_write(ipa, tags)
-        raise SignalError(signal.SIGTERM)
-
-
-def test_a_signal_right_after_the_first_write_was_begun() -> None:
-    snapshot, _ = saved(guest_with_tags())
-    with pytest.raises(SignalError) as caught:
-        restored(snapshot, Signalled(SLOTS))
-    assert caught.value.word is not None
-    assert "the first write had begun, and may have changed tags" in caught.value.word.message
-
-
-class BusyAtFirst(FakeGuest):
-    """Logs dirty pages during the first write only."""
-
-    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
-        if len(as_bytes(tags)) and not self.writes:
-            self.writes += 1
-            raise OSError(errno.EBUSY, "dirty logging")
-        return super().write_tags(ipa, tags)
-
-
-def test_a_busy_guest_that_took_a_later_write() -> None:
-    """Two writes are in flight: the second one changed tags, so the restore did begin."""
-    source = FakeGuest((Memslot(0, BASE, 8 * PAGE),), max_copy_granules=256)
-    source.memory[BASE][:] = 3
-    snapshot, _ = saved(source)
-    target = BusyAtFirst(source.slots, max_copy_granules=256)
-    outcome = restored(snapshot, target)
-    assert (outcome.status, outcome.restored_bytes) == (3, 0)
-    assert outcome.stopped is not None
-    assert "EBUSY" in outcome.stopped
-
-
-class Forgetful(FakeGuest):
-    """Claims to have written, and did not."""
-
-    def write_tags(self, ipa: int, tags: TagBuffer) -> int:
-        return len(as_bytes(tags)) * GRANULE_BYTES
-
-
-def test_reading_back_finds_what_was_not_written() -> None:
-    slots = (Memslot(0, BASE, 8 * PAGE),)
-    source = FakeGuest(slots)
-    source.memory[BASE][256:300] = 3
-    snapshot, _ = saved(source)
-    outcome = restored(snapshot, Forgetful(slots))
-    assert outcome.status == 3
-    assert outcome.verify_differing.items == [Extent(BASE + PAGE, 44 * GRANULE_BYTES)]
-    assert restored(snapshot, Forgetful(slots), RestoreOptions(verify=False)).status == 0
-
-
-def test_a_dry_run_tells_and_writes_nothing() -> None:
-    slots = (Memslot(0, BASE, 8 * PAGE),)
-    source, target = FakeGuest(slots), FakeGuest(slots)
-    source.memory[BASE][256:300] = 3
-    snapshot, _ = saved(source)
-    outcome = restored(snapshot, target, RestoreOptions(dry_run=True))
-    assert (outcome.status, outcome.restored_bytes, target.writes) == (0, 0, 0)
-    assert outcome.changes.items == [Extent(BASE + PAGE, 44 * GRANULE_BYTES)]
-
-
-def test_dirty_logging_before_anything_was_written() -> None:
-    snapshot, _ = saved(guest_with_tags())
-    with pytest.raises(BusyError):
-        restored(snapshot, FakeGuest(SLOTS, busy_after_writes=0))
-
-
-def test_dirty_logging_that_starts_half_way() -> None:
-    source, target = guest_with_tags(), FakeGuest(SLOTS, busy_after_writes=1)
-    target.memory[ROM][:] = source.memory[ROM]
-    snapshot, _ = saved(source)
-    outcome = restored(snapshot, target)
-    assert outcome.status == 3
-    assert outcome.stopped is not None
-    assert "EBUSY" in outcome.stopped
-    assert outcome.restored_bytes == 32 * PAGE
 
 
 @pytest.mark.parametrize("again", [True, False])

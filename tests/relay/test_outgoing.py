@@ -16,6 +16,7 @@ from mtetool.relay.outgoing import Outgoing
 from mtetool.relay.placing import Placed
 
 _PAGE, _N_PAGES, _BASE = 4096, 512, 0x4000_0000
+_NOT_ASKED = "the source's relay only reads"
 
 
 class _Guest(Guest):
@@ -29,7 +30,7 @@ class _Guest(Guest):
         self.n_read = 0
 
     def info(self) -> GuestInfo:
-        raise NotImplementedError
+        raise AssertionError(_NOT_ASKED)
 
     def read_tags(self, ipa: int, out: TagBuffer) -> int:
         room = np.frombuffer(as_bytes(out), np.uint8)
@@ -39,16 +40,16 @@ class _Guest(Guest):
         return len(room) * 16
 
     def write_tags(self, ipa: int, tags: TagBuffer) -> int:
-        raise NotImplementedError
+        raise AssertionError(_NOT_ASKED)
 
     def freeze(self) -> None:
-        raise NotImplementedError
+        raise AssertionError(_NOT_ASKED)
 
     def thaw(self) -> float:
-        raise NotImplementedError
+        raise AssertionError(_NOT_ASKED)
 
     def enable_mte(self) -> bool:
-        raise NotImplementedError
+        raise AssertionError(_NOT_ASKED)
 
     def may_be_tagged(self, extent: Extent) -> Iterator[Extent]:
         first = (extent.ipa - _BASE) // _PAGE

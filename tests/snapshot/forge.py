@@ -14,9 +14,11 @@ from pathlib import Path
 
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
+import pytest
 import zstandard
 from xxhash import xxh3_64_intdigest
 
+from mtetool.errors import SnapshotError
 from mtetool.guest import Extent, Memslot, Missing
 from mtetool.snapshot.index import IndexedSnapshot
 from mtetool.snapshot.model import Header
@@ -234,3 +236,9 @@ class Forge:
 def small_forge(n_pages: int = 4, **changes: object) -> Forge:
     """A forged snapshot of `n_pages` pages at `BASE`."""
     return Forge(head_map(header(n_pages), **changes))
+
+
+def refused(data: bytes, kind: type[SnapshotError], match: str | None = None) -> None:
+    """Check that reading front to back ends in this error."""
+    with pytest.raises(kind, match=match):
+        read_all(data)
