@@ -84,11 +84,9 @@ def load(guest: str | None, guest_options: GuestOptions, **options: Any) -> int:
     """
     from mtetool.relay.guests import Wanted
 
-    wanted = Wanted(guest, guest_options)
-    wanted.check()
     fd = _descriptor(sys.stdin, "standard input")
     _check_no_terminal()
-    return _load(fd, b"", wanted, **options)
+    return _load(fd, b"", Wanted(guest, guest_options), **options)
 
 
 def _load(fd: int, before: bytes, wanted: Any, *, quiet: bool, progress: str, output: str) -> int:
@@ -151,8 +149,7 @@ def _stand_in(path: str, arguments: tuple[str, ...]) -> int:
         is_ours, before = begins_with_tags(fd)
         if is_ours:
             return _load(fd, before, wanted, **how)  # type: ignore[arg-type]
-        if before:
-            return standing.run_program(before, fd)
+        return standing.decompress(before, fd, _descriptor(sys.stdout, "standard output"))
     standing.become_program()
     return 0
 

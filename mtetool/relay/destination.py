@@ -18,6 +18,7 @@ from mtetool.relay.confirmation import Confirmation
 from mtetool.relay.frames import Frame, Kind
 from mtetool.relay.incoming import Incoming
 from mtetool.relay.report import News, Report
+from mtetool.relay.stream import BEGINNING
 from mtetool.relay.together import Worker, all_of
 from mtetool.words import counted
 
@@ -32,13 +33,6 @@ _MOST_WAITING = 16
 # What waits for QEMU here lengthens the downtime, if QEMU is slow, by the time it takes to read it.
 _MOST_QUEUED_BYTES = 2 << 20
 _NEWS_SECONDS = 0.5
-BEGINNING = b"QEVM"
-"""What every stream begins with.
-
-QEMU 11.1 (10.0 does not) waits for these bytes in its main thread: until they come, its monitor
-answers nobody, neither mtetool nor a libvirt that has disks to copy before memory is sent. So they
-do not wait for the source's QEMU. (migration_ioc_process_incoming in QEMU's migration/migration.c)
-"""
 
 
 class DestinationRelay:
@@ -65,6 +59,10 @@ class DestinationRelay:
         """
         started = time.monotonic()
         try:
+            # QEMU 11.1 (10.0 does not) waits for these bytes in its main thread, and its monitor
+            # answers nobody meanwhile, neither mtetool nor a libvirt that has disks to copy first:
+            # so they do not wait for the source's QEMU. (migration_ioc_process_incoming in QEMU's
+            # migration/migration.c)
             self._qemu.write(BEGINNING)
             await self._qemu.drain()
             name, guest = await self._worker.run(guests.open_for, wanted, self._qemu)

@@ -28,7 +28,7 @@ from mtetool.relay.frames import Frame, Kind
 from mtetool.relay.incoming import Incoming
 from mtetool.relay.report import News, Report
 from mtetool.relay.saved import PIECE_BYTES, SavedReader
-from mtetool.relay.stream import RamStream
+from mtetool.relay.stream import BEGINNING, RamStream
 from mtetool.words import counted, printable
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def load(reader: SavedReader, out: int, wanted: guests.Wanted, news: News) -> Re
     """Pass the stream in a file on to the QEMU that reads from `out`, with all tags in place.
 
     Raises MtetoolError: then QEMU did not get the end of the stream, and does not start the guest,
-    unless the error says so.
+    unless the error says so. It always gets the stream's beginning, without which it would wait.
     """
     return _Loading(reader, out, wanted, news).run()
 
@@ -57,11 +57,14 @@ class _Loading:
         self._wanted = wanted
         self._news = news
         self._told = 0.0
+        self._ahead = len(BEGINNING)
         self.report = Report("load")
 
     def run(self) -> Report:
         started = time.monotonic()
         reader, report = self._reader, self.report
+        self._write(BEGINNING)
+        self._wanted.check()
         self._hello(reader.start())
         record, there = reader.record(), None
         if record.kind is Kind.READY:
@@ -117,6 +120,10 @@ class _Loading:
 
     def _pass_on(self, data: bytes) -> None:
         self.report.stream_bytes += len(data)
+        had, self._ahead = self._ahead, max(self._ahead - len(data), 0)
+        self._write(data[had:])
+
+    def _write(self, data: bytes) -> None:
         left = memoryview(data)
         try:
             while left:

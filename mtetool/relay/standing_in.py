@@ -9,12 +9,14 @@ on.
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import stat
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +25,7 @@ from mtetool.errors import GuestError, UsageError, host_error
 from mtetool.relay import guests
 from mtetool.relay.saved import MAGIC, read_fully
 from mtetool.relay.saving import Source, open_source, wait_for_stream
+from mtetool.relay.stream import BEGINNING
 from mtetool.vmm.descriptors import pipe_holders
 from mtetool.vmm.host import host_facts
 
@@ -73,23 +76,35 @@ class StandIn:
         except OSError as error:
             raise host_error(error, f"{program} cannot be executed") from error
 
-    def run_program(self, before: bytes, fd: int) -> int:
+    def decompress(self, before: bytes, fd: int, out: int) -> int:
         """Run the real program with `before` and the rest of `fd` as its standard input.
 
-        Returns its exit status. Raises HostError.
+        If it fails, QEMU at the other end of `out` does, too. Returns its exit status. Raises
+        UsageError, HostError.
         """
-        program = self.program()
+        status = None
         try:
-            with subprocess.Popen([program, *self.arguments], stdin=subprocess.PIPE) as process:
-                assert process.stdin
+            status = self._run(before, fd)
+        finally:
+            if status != 0:
+                _let_fail(out)
+        return status if status >= 0 else 128 - status
+
+    def _run(self, before: bytes, fd: int) -> int:
+        program = self.program()
+        stdin = subprocess.PIPE if before else fd
+        try:
+            with subprocess.Popen([program, *self.arguments], stdin=stdin) as process:
                 try:
-                    _pump(before, fd, process.stdin.fileno())
-                finally:
-                    process.stdin.close()
-                status = process.wait()
+                    if process.stdin:
+                        with process.stdin:
+                            _pump(before, fd, process.stdin.fileno())
+                    return process.wait()
+                except BaseException:
+                    process.kill()
+                    raise
         except OSError as error:
             raise host_error(error, program) from error
-        return status if status >= 0 else 128 - status
 
 
 def tagged_source(fd: int, wanted: guests.Wanted) -> Source | None:
@@ -139,6 +154,20 @@ def begins_with_tags(fd: int) -> tuple[bool, bytes]:
         return os.pread(fd, len(MAGIC), place) == MAGIC, b""
     except OSError as error:
         raise host_error(error, "standard input") from error
+
+
+def _let_fail(out: int) -> None:
+    """Let the QEMU that reads from a pipe fail, whose stream was cut before its end.
+
+    Perhaps before its beginning, without which QEMU would wait. After it, these bytes are nothing
+    that completes a stream.
+    """
+    poll = select.poll()
+    poll.register(out, select.POLLOUT)
+    # A pipe that is full, or has no reader, needs no more.
+    if stat.S_ISFIFO(os.fstat(out).st_mode) and poll.poll(0) == [(out, select.POLLOUT)]:
+        with suppress(OSError):
+            os.write(out, BEGINNING)
 
 
 def _pump(before: bytes, fd: int, out: int) -> None:

@@ -39,7 +39,15 @@ from mtetool.words import counted, quoted
 MOST_MEMORY_BYTES = 16 << 40
 """The most memory of a guest that is accepted; there is a byte of marks for each page of it."""
 
-_MAGIC, _VERSION = b"QEVM", 3
+BEGINNING = b"QEVM"
+"""What every stream begins with.
+
+A QEMU whose incoming pipe ends before its first byte waits on without end, and so does `virsh
+restore` (QEMU 10.0 and 11.1: it waits for input, and an end alone is none). With these bytes it
+fails. So who may have to refuse a stream sends them first.
+"""
+
+_VERSION = 3
 _START, _PART, _END, _FULL, _SUBSECTION = 1, 2, 3, 4, 5
 _CONFIGURATION, _COMMAND, _FOOTER = 7, 8, 0x7E
 _ENDINGS = {0: "the end of the stream", 6: "the description of the devices"}
@@ -146,7 +154,7 @@ class RamStream:
     def _stream(self) -> Steps[None]:
         take, number = self._pieces.take, self._pieces.number
         magic = yield from take(4)
-        if magic != _MAGIC:
+        if magic != BEGINNING:
             raise refusing.wrong_magic(magic)
         version = yield from number(4)
         if version != _VERSION:

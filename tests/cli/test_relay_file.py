@@ -20,6 +20,7 @@ from mtetool.relay import standing_in
 from mtetool.relay.guests import Wanted
 from mtetool.relay.saved import MAGIC
 from mtetool.relay.standing_in import StandIn, begins_with_tags, tagged_source
+from mtetool.relay.stream import BEGINNING
 from tests.cli.running import run, spawn
 from tests.jsonkeys import check_keys
 from tests.relay.saving import STREAM, guest, some_tags, tags, wanted
@@ -145,8 +146,9 @@ def test_without_tags_it_is_the_real_program(
 
 
 def test_errors_of_the_real_program_are_its_own(filters: Path) -> None:
-    status, _, said = _through(filters / "gzip", "-dc", data=b"no gzip, for sure" * 999)
-    assert status == 1
+    data = b"no gzip, for sure" * 999
+    status, out, said = _through(filters / "gzip", "-dc", data=data)
+    assert (status, out) == (1, BEGINNING)  # without which QEMU would wait
     assert "gzip: stdin: not in gzip format" in said
     assert "gzip" in _through(filters / "gzip", "--version", data=b"")[1].decode()
     status, _, said = _through(filters / "no-such-program", "-c", data=b"")
@@ -168,6 +170,36 @@ def test_file_with_tags_is_loaded_whatever_the_compressor(
     assert passed == STREAM[: len(passed)] != b""
     status, passed, said = _through(filters / "gzip", "-dc", data=file[:-1])
     assert (status, passed) == (4, STREAM[: len(passed)])
+
+
+def test_file_gets_nothing_of_a_program_that_fails(filters: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with out.open("wb") as file:
+        words = [str(filters / "gzip"), "-dc"]
+        assert subprocess.run(words, input=b"no gzip", stdout=file, check=False).returncode == 1
+    assert out.read_bytes() == b""
+
+
+@pytest.mark.parametrize("data", [b"some", b"something that is longer"])
+def test_real_program_ends_with_it(
+    filters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
+    pid = tmp_path / "pid"
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "gzip").write_text(f"#!/bin/sh\necho $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 999")
+    (real / "gzip").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{filters}:{real}:{os.environ['PATH']}")
+    words = [str(filters / "gzip"), "-dc"]
+    with subprocess.Popen(words, stdin=-1, stdout=-1, stderr=-1) as process:
+        assert process.stdin
+        process.stdin.write(data)
+        process.stdin.close()
+        while not pid.exists():
+            assert process.poll() is None
+        process.terminate()
+        assert process.wait(timeout=60) == -signal.SIGTERM
+    assert not Path(f"/proc/{int(pid.read_text())}").exists()
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,24 @@ def _saves(host: Libvirt, guest: Domain) -> None:
     _check(guest)
 
 
+@pytest.mark.long
+def test_filter_that_is_killed_before_its_first_byte(lab: Machine) -> None:
+    """QEMU waits for it then, as it would for any program, until it is ended."""
+    host = _host(lab)
+    guest = _web(host)
+    host.virsh("save", "web", _SAVED)
+    lab.sh(f"cp {_SAVED} /tmp/whole")
+    kill_later(lab, "filter", "-dc", written=0)
+    lab.sh(f"virsh restore {_SAVED} >/tmp/restored 2>&1 &")
+    lab.sh("until grep -q killed /tmp/killed; do sleep 0.2; done")
+    host.virsh("destroy", "web")
+    assert guest.state() == "shut off"
+    lab.sh("until grep -q 'Failed to restore' /tmp/restored; do sleep 0.2; done")
+    lab.sh(f"cmp {_SAVED} /tmp/whole")
+    host.virsh("restore", _SAVED)
+    _check(guest)
+
+
 # After so many bytes that the filter has read of QEMU's stream, or has given to QEMU.
 _SAVING = (0, 12 << 20, 30 << 20)
-_LOADING = (0, 1 << 20, 12 << 20, 36 << 20)
+_LOADING = (4, 1 << 20, 12 << 20, 36 << 20)

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.lab.images import emulator
+from tests.lab.images import KERNELS, emulator
 
+# 10.0 and 11.1.
+SUITES = sorted({kernel.suite for kernel in KERNELS.values()})
 _SECONDS = 30.0
 _PLAIN = ("-M", "virt", "-cpu", "max", "-m", "64M")
 # What a destination says on the return path when all is well: type 1 (SHUT), 4 bytes, 0.

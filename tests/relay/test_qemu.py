@@ -13,14 +13,10 @@ from pathlib import Path
 import pytest
 
 from mtetool.errors import StreamUnsupportedError
-from mtetool.relay.destination import BEGINNING
-from mtetool.relay.stream import RamStream
-from tests.lab.images import KERNELS
-from tests.relay.qemu import Qemu, qemu
+from mtetool.relay.stream import BEGINNING, RamStream
+from tests.relay.qemu import SUITES, Qemu, qemu
 from tests.relay.streams import FULL, PAGE, RAM, SAME, number
 
-# 10.0 and 11.1.
-SUITES = sorted({kernel.suite for kernel in KERNELS.values()})
 BASE = 0x4000_0000
 _GUEST = ("-M", "virt", "-cpu", "max", "-m", "64M")
 

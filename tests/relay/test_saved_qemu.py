@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from mtetool.guest import Memslot
-from tests.cli.running import command, make_guest, same_tags
-from tests.relay.qemu import Qemu, qemu
+from mtetool.relay.saved import MAGIC
+from tests.cli.running import command, make_guest, run, same_tags
+from tests.relay.qemu import SUITES, Qemu, qemu
 
 _SLOT = Memslot(0, 0x4000_0000, 64 << 20)
 _PLAIN = ("-M", "virt", "-cpu", "max", "-m", "64M")
@@ -68,6 +69,34 @@ def test_qemu_comes_back_with_its_tags(tmp_path: Path, source: Qemu) -> None:
         assert _ended(target) == "failed"
         assert target.ask("query-status")["status"] == "inmigrate"
     assert "standard input is damaged" in log.read_text()
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_file_that_cannot_be_read_at_all_fails_the_migration(suite: str, tmp_path: Path) -> None:
+    """A QEMU that gets nothing at all would wait without end."""
+    file, log, gzip = (tmp_path / name for name in ("file", "log", "gzip"))
+    gzip.write_text(run("relay", "filter", "--show", "program").out)
+    gzip.chmod(0o755)
+    there = make_guest(tmp_path / "target", slots=(_SLOT,))
+    then = f"<{file} 2>{log}"
+    filtering = _exec("filter", "--", gzip, "-dc", then=then)
+    for number, (data, uri, said) in enumerate((
+        (MAGIC, _exec("load", there, then=then), "ends at byte 8"),
+        (b"none of ours", _exec("load", there, then=then), "is not a file that mtetool"),
+        (MAGIC + bytes(8), _exec("load", there, then=then), "has version 0"),
+        (b"", _exec("load", "proc:1", then=then), "not a guest that QEMU migrates"),
+        (b"none of ours", filtering, "not in gzip format"),
+        (MAGIC + bytes(8), filtering, "has version 0"),
+    )):  # fmt: skip
+        file.write_bytes(data)
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        with qemu(directory, suite, *_PLAIN, "-incoming", "defer") as target:
+            target.ask("migrate-incoming", uri=uri, **{"exit-on-error": False})
+            assert _ended(target) == "failed"
+            assert target.ask("query-status")["status"] == "inmigrate"
+        assert said in log.read_text()
+        assert file.read_bytes() == data
 
 
 @pytest.mark.parametrize("then", [">/dev/full", "| head -c 100000 >/dev/null"])
