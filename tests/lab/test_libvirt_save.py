@@ -236,7 +236,7 @@ def test_filter_that_is_killed_before_its_first_byte(lab: Machine) -> None:
     host.virsh("save", "web", _SAVED)
     lab.sh(f"cp {_SAVED} /tmp/whole")
     kill_later(lab, "filter", "-dc", written=0)
-    lab.sh(f"virsh restore {_SAVED} >/tmp/restored 2>&1 &")
+    lab.sh(f"virsh -c {host.uri} restore {_SAVED} >/tmp/restored 2>&1 &")
     lab.sh("until grep -q killed /tmp/killed; do sleep 0.2; done")
     host.virsh("destroy", "web")
     assert guest.state() == "shut off"
