@@ -118,8 +118,8 @@ def stand_in(show: str | None, words: tuple[str, ...]) -> int:
     """Stand in for the compressor through which libvirt saves domains.
 
     PROGRAM is the path of the stand-in itself. A guest with MTE is saved as by `relay save`, and
-    its file is restored as by `relay load`. For all others this becomes the next program of this
-    name in PATH, with the same arguments.
+    its file is restored as by `relay load`. All others are left to the next program of this name
+    in PATH, with the same arguments.
     """
     if show is not None:
         from mtetool.files.installed import installed
