@@ -209,6 +209,8 @@ class Guest(Closing, ABC):
     begin many before the first is called. With 1, they are as all others."""
     small_granules: int = 16 << 10
     """The most that a small copy covers: 64 pages of 4 KiB."""
+    pid: int | None = None
+    """The process that the guest is of, the VMM; known whatever else is not."""
     makes_pages: bool = True
     """Whether writing tags of 0 to memory that is not allocated yet allocates it."""
 

@@ -87,6 +87,7 @@ class FaultyGuest(Guest):
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._guest = guest
+        self.pid = guest.pid
         self.page_size_bytes = guest.page_size_bytes
         self.max_copy_granules = guest.max_copy_granules
         self.makes_pages = guest.makes_pages

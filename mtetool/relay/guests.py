@@ -78,7 +78,8 @@ def _open(
     if name is None:
         name = _only(holders, kind)
     guest = open_guest(name, wanted.options)
-    pid = guest.info().pid if holders is not None else None
+    # Its description would need the memslots, which a guest without MTE may not tell.
+    pid = guest.pid
     if holders and pid is not None and pid not in holders:
         guest.close()
         raise GuestError(

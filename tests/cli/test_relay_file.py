@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
 
-from mtetool.errors import GuestError
+from mtetool.backends.emu.guest import EmulatedGuest
+from mtetool.errors import GuestError, MteOffError
 from mtetool.guest import GuestOptions
 from mtetool.relay import standing_in
 from mtetool.relay.guests import Wanted
@@ -236,6 +237,17 @@ def test_a_guest_with_tags_is_seen_before_anything_is_read(tmp_path: Path) -> No
     assert tagged_source(fd, wanted(guest(tmp_path / "without", mte=False))) is None
     assert os.read(fd, len(STREAM)) == STREAM
     assert tagged_source(fd, wanted(tmp_path / "with")) is None  # nothing comes
+    os.close(fd)
+
+
+def test_guest_without_mte_needs_no_monitor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libvirt has it while it saves a domain, and only a VM with MTE tells its memslots."""
+    fd = _pipe(STREAM)
+    without = wanted(guest(tmp_path / "without", mte=False))
+    monkeypatch.setattr(EmulatedGuest, "info", Mock(side_effect=MteOffError("as the kernel says")))
+    assert tagged_source(fd, without) is None
     os.close(fd)
 
 

@@ -89,6 +89,7 @@ class KvmGuest(LiveGuest):
     ) -> None:
         self.monitor = monitor or monitor_of(process, options)
         self._options = options
+        self.pid = process.pid
         self.vm = Vm(process, fd)
         self._asked: tuple[Memslot, ...] | None = None
         """The memslots, if the kernel was asked for them."""

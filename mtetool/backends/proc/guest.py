@@ -77,9 +77,11 @@ def open_process(rest: str, options: GuestOptions) -> ProcessGuest:
 class ProcessGuest(LiveGuest):
     """A process, with the address space that it had when it was opened."""
 
+    pid: int
+
     def __init__(self, pid: int) -> None:
         self.page_size_bytes = PAGE_BYTES
-        self._pid = pid
+        self.pid = pid
         self._program = proc.program(pid)
         self._space = AddressSpace(pid)
         self._slots: tuple[Memslot, ...] = ()
@@ -94,17 +96,17 @@ class ProcessGuest(LiveGuest):
         """The process: `mte` is whether any of its memory has PROT_MTE now, `name` its program."""
         self._slots = self._layout()
         return GuestInfo(
-            source=f"proc:{self._pid}",
+            source=f"proc:{self.pid}",
             mte=bool(self._slots),
             page_size_bytes=self.page_size_bytes,
             memslots=self._slots,
             name=self._program,
-            pid=self._pid,
+            pid=self.pid,
         )
 
     def paused(self) -> bool | None:
         """Whether all threads are stopped, by us or by a signal (SIGSTOP)."""
-        return True if self.is_frozen else proc.is_stopped(self._pid)
+        return True if self.is_frozen else proc.is_stopped(self.pid)
 
     def _stop(self) -> None:
         """Stop all threads of the process; other processes that share its memory run on.
@@ -114,9 +116,9 @@ class ProcessGuest(LiveGuest):
         self._visits().freeze()
         if self._slots and self._slots != self._layout():
             raise BusyError(
-                f"process {self._pid} mapped or unmapped memory while it was being stopped",
+                f"process {self.pid} mapped or unmapped memory while it was being stopped",
                 hint="retry, or stop it first: kill -STOP PID",
-                pid=self._pid,
+                pid=self.pid,
             )
 
     def _resume(self) -> None:
@@ -146,10 +148,10 @@ class ProcessGuest(LiveGuest):
         if self._has_tags():
             return False
         raise MteUnsupportedError(
-            f"process {self._pid} ({self._program}) has no memory with tags, and only the"
+            f"process {self.pid} ({self._program}) has no memory with tags, and only the"
             " program itself can change that, by mapping memory with PROT_MTE",
             hint="tag a program's heap with glibc: GLIBC_TUNABLES=glibc.mem.tagging=3",
-            pid=self._pid,
+            pid=self.pid,
         )
 
     def close(self) -> None:
@@ -163,7 +165,7 @@ class ProcessGuest(LiveGuest):
 
     def _visits(self) -> Visitor:
         if self._visitor is None:
-            pid = self._pid
+            pid = self.pid
             self._visitor = Visitor(
                 pid,
                 living=lambda: proc.activities(pid),
@@ -184,10 +186,10 @@ class ProcessGuest(LiveGuest):
         """Apply the checks that KVM makes of a request, for a process."""
         if not self._has_tags():
             raise MteOffError(
-                f"process {self._pid} ({self._program}) has no memory with tags (PROT_MTE)",
+                f"process {self.pid} ({self._program}) has no memory with tags (PROT_MTE)",
                 hint="its program or allocator must ask for it; for the heap, with glibc:"
                 " GLIBC_TUNABLES=glibc.mem.tagging=3",
-                pid=self._pid,
+                pid=self.pid,
             )
         if not uapi.is_copy_range(ipa, size_bytes, self.page_size_bytes):
             raise OSError(errno.EINVAL, f"{size_bytes} bytes at {ipa:#x} cannot be copied")
@@ -208,7 +210,7 @@ class ProcessGuest(LiveGuest):
                 done = self._visits().visit(function)
             except OSError as error:
                 if error.errno != errno.EIO:
-                    raise permission.refusal(self._pid, error) from error
+                    raise permission.refusal(self.pid, error) from error
         if not done:
-            raise OSError(errno.EFAULT, f"no tags of process {self._pid} can be copied at {ipa:#x}")
+            raise OSError(errno.EFAULT, f"no tags of process {self.pid} can be copied at {ipa:#x}")
         return done * uapi.GRANULE_BYTES
