@@ -25,7 +25,8 @@ _UNWINDING_SECONDS = 2.0
 
 # Python calls a handler between any two instructions of the main thread, also of the library's own
 # code. There an exception can leave a lock taken, which other threads then wait for without end
-# (threading), or be printed and dropped (a callback of importlib's locks).
+# (threading), be printed and dropped (a callback of importlib's locks), or leave a process running
+# that nobody knows (subprocess).
 _DELICATE = ("threading", "queue", "importlib._bootstrap", "concurrent.futures.thread")
 # What waits there may be interrupted, and must be.
 _JOINING = ("join", "_wait_for_tstate_lock")
@@ -138,15 +139,21 @@ def _is_delicate(frame: FrameType | None) -> bool:
     if frame.f_globals.get("__name__") in _DELICATE and frame.f_code.co_name not in _JOINING:
         # `Condition.wait` sets this once it has let go of its lock and is ready to take it again.
         return "gotit" not in frame.f_locals
-    return _is_in_callback(frame)
+    return _is_within_delicate(frame)
 
 
-def _is_in_callback(frame: FrameType) -> bool:
-    """Return whether an event loop runs a callback, and no task: it would only log the error."""
+def _is_within_delicate(frame: FrameType) -> bool:
+    """Return whether a process is being started, or an event loop runs a callback and no task.
+
+    The loop would only log the error.
+    """
     in_task = False
     outer: FrameType | None = frame
     while outer is not None:
-        if outer.f_globals.get("__name__") == "asyncio.events" and outer.f_code.co_name == "_run":
+        place = outer.f_globals.get("__name__"), outer.f_code.co_name
+        if place == ("subprocess", "__init__"):
+            return True
+        if place == ("asyncio.events", "_run"):
             return not in_task
         in_task = bool(outer.f_code.co_flags & CO_COROUTINE)
         outer = outer.f_back

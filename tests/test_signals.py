@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -125,6 +127,19 @@ def test_waiting_for_a_result_leaves_no_lock_taken() -> None:
 
     assert _interrupted_at_each_point(begin) > 20
     assert all(_is_free(future._condition) for future in waited_for)
+
+
+def test_process_that_is_being_started_is_not_forgotten() -> None:
+    def begin() -> Callable[[], object]:
+        def work() -> None:
+            with subprocess.Popen(["true"]) as process:
+                process.wait()
+
+        return work
+
+    assert _interrupted_at_each_point(begin) > 50
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 def test_threads_are_started_and_ended_or_not_at_all() -> None:
