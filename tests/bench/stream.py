@@ -81,12 +81,18 @@ def _pass(way: str, parts: Sequence[bytes]) -> Passed:
         incoming.settimeout(_PATIENCE_SECONDS)
         commands = _COMMANDS[way](directory)
         processes = [subprocess.Popen(words, stdout=subprocess.DEVNULL) for words in commands]
-        writer = _connect(directory / "out")
-        reader, _ = incoming.accept()
-        with writer, reader:
-            seconds = _stream(writer, reader, parts)
-            end_seconds = _end(writer, reader)
-        used = [os.wait4(process.pid, 0)[2] for process in processes]
+        try:
+            writer = _connect(directory / "out")
+            reader, _ = incoming.accept()
+            with writer, reader:
+                seconds = _stream(writer, reader, parts)
+                end_seconds = _end(writer, reader)
+            used = [os.wait4(process.pid, 0)[2] for process in processes]
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
         cpu = [usage.ru_utime + usage.ru_stime for usage in used]
         return Passed(seconds, end_seconds, (cpu[0], cpu[1]))
 
