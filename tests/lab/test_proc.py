@@ -68,7 +68,7 @@ def is_there(maps):
 def reading(self, ipa, out, **more):
     calls.extend([ipa] * (len(out) > 0))  # a copy of nothing asks whether MTE is on
     if len(calls) == 3:
-        os.kill(self._pid, signal.Signals[WHAT])
+        os.kill(self.pid, signal.Signals[WHAT])
         while is_there(self._space._maps):
             time.sleep(0.01)
     return read(self, ipa, out, **more)
