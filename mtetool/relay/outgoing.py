@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Of shorter runs of pages, reading the tags takes no longer than asking whether there are any.
 _WORTH_ASKING_PAGES = 64
+# The steps of a round have no fewer pages: beginning one has its price, too.
+_LEAST_STEP_PAGES = 512
 
 
 @dataclass(slots=True)
@@ -45,10 +47,18 @@ class Outgoing:
     """Reads tags and packs them; one thread at a time may use it.
 
     Pages that have no tags and never had any are not sent: a guest that is about to be migrated to
-    has none. `placed` says where the stream's blocks are, in pages of `stream_page_bytes`.
+    has none. `placed` says where the stream's blocks are, in pages of `stream_page_bytes`. Tags are
+    read and emitted in steps, each of about `step_seconds`, or as large as a frame may be.
     """
 
-    def __init__(self, guest: Guest, placed: Sequence[Placed], stream_page_bytes: int) -> None:
+    def __init__(
+        self,
+        guest: Guest,
+        placed: Sequence[Placed],
+        stream_page_bytes: int,
+        *,
+        step_seconds: float | None = None,
+    ) -> None:
         self._guest = guest
         self._placed = placed
         self._stream_page_bytes = stream_page_bytes
@@ -63,22 +73,58 @@ class Outgoing:
         self._had_tags = np.zeros(int(n_pages.sum()), bool)
         self._any_had_tags = False
         self._room = np.empty(payload.MOST_GRANULES, np.uint8)
+        self._step_seconds = step_seconds
+        self._most_step_pages = payload.MOST_GRANULES // self._page_granules
+        self._least_step_pages = min(_LEAST_STEP_PAGES, self._most_step_pages)
+        self._step_pages = self._least_step_pages if step_seconds else self._most_step_pages
+        self._left = np.empty(0, np.int64)
 
-    def round(self, marks: Sequence[NDArray[np.uint8]], emit: Callable[[bytes], object]) -> int:
+    def round(
+        self,
+        marks: Sequence[NDArray[np.uint8]],
+        emit: Callable[[bytes], object],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> int:
         """Read the tags of all marked pages; `emit` takes the payload of each frame that must go.
 
-        Returns how many pages were marked. Raises GuestError, for a page that cannot be read too.
+        `stop` is asked before each step; once it returns True, the pages whose tags were not read
+        yet are left for the next round. Returns how many pages this round had, without those.
+        Raises GuestError, for a page that cannot be read too.
         """
-        pages = np.concatenate([self._marked(part, marks[part.block]) for part in self._placed])
+        marked = [self._marked(part, marks[part.block]) for part in self._placed]
+        pages = np.concatenate(marked)
+        if len(self._left):
+            pages = np.union1d(pages, self._left)
+            self._left = self._left[:0]
         may_have = self._may_have_tags(pages)
-        known, read = pages[~may_have], pages[may_have]
-        for pack, some in ((self._pack_untagged, known), (self._pack_read, read)):
-            extents = of_pages(some, self._page_bytes)
-            for part in parts(extents, MOST_CALLS, payload.MOST_GRANULES):
-                packed = pack(part)
-                if packed is not None:
-                    emit(packed)
-        return len(pages)
+        self._emit_all(self._pack_untagged, pages[~may_have], emit)
+        read = pages[may_have]
+        done = 0
+        while done < len(read):
+            if stop():
+                self._left = read[done:]
+                break
+            some = read[done : done + self._step_pages]
+            done += len(some)
+            self._emit_all(self._pack_read, some, emit)
+        return len(pages) - len(self._left)
+
+    @property
+    def n_left(self) -> int:
+        """How many pages were left for the next round."""
+        return len(self._left)
+
+    def _emit_all(
+        self,
+        pack: Callable[[NDArray[np.uint64]], bytes | None],
+        pages: NDArray[np.int64],
+        emit: Callable[[bytes], object],
+    ) -> None:
+        extents = of_pages(pages, self._page_bytes)
+        for part in parts(extents, MOST_CALLS, payload.MOST_GRANULES):
+            packed = pack(part)
+            if packed is not None:
+                emit(packed)
 
     def _may_have_tags(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of the pages may have tags.
@@ -123,13 +169,19 @@ class Outgoing:
         tags = self._room[: n_granules_of(extents)]
         self._read(extents, tags)
         n_pages = len(tags) // self._page_granules
-        self.sent.read_seconds += time.perf_counter() - started
-        self.sent.read_pages += n_pages
+        self._note_speed(n_pages, time.perf_counter() - started)
         _, _, n_tagged, _ = loops.scan(tags, self._page_granules)
         if not n_tagged and not self._any_had_tags:
             return None  # as for most of a guest's memory
         self._any_had_tags = True
         return self._pack(extents, tags)
+
+    def _note_speed(self, n_pages: int, seconds: float) -> None:
+        self.sent.read_seconds += seconds
+        self.sent.read_pages += n_pages
+        if self._step_seconds:
+            fitting = int(n_pages * self._step_seconds / max(seconds, 1e-6))
+            self._step_pages = min(max(fitting, self._least_step_pages), self._most_step_pages)
 
     def _pack(self, extents: NDArray[np.uint64], tags: NDArray[np.uint8]) -> bytes | None:
         pages = pages_of(extents, self._page_bytes)

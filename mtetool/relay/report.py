@@ -33,7 +33,7 @@ class Report:
     copy_seconds: float = 0.0
     """How long reading, or writing and reading back, took."""
     last_pages: int | None = None
-    """Pages whose tags were still to be read when the guest had stopped."""
+    """Pages whose tags were read once the guest had stopped."""
     held_seconds: float | None = None
     """How long the end of the stream was held back for tags."""
     file_bytes: int | None = None

@@ -3,8 +3,9 @@
 Pages that pass are dirty ones: QEMU takes a page out of its dirty log before it sends the page, and
 a guest that only changes tags dirties the page, too. So for each page that passes, the tags are
 read after it passed; if they change later, the page comes again. When RAM's last section has
-passed, the guest stands still, and only the tags of the pages that are still marked are
-outstanding. Until the other relay has all tags in place, this one sends nothing further.
+begun, the guest stands still, and the tags of all pages that are still marked, or yet to pass, can
+be read at once: QEMU still has to save its devices. Until the other relay has all tags in place,
+this one sends nothing further.
 
 Nothing here waits for tags but the stream's end; reading them happens in a thread of its own.
 """
@@ -52,6 +53,9 @@ _COLLECTING_RATIO = 3
 # So many pages may pass before their tags are read, and more in a large guest: looking for the
 # marks takes longer there.
 _LEAST_PASSED = 16384
+# When the guest stops, tags that are just being read may have been changed since, so they are read
+# again: no step may take long. The other relay writes those of one step while this one reads on.
+_STEP_SECONDS = 0.1
 _NEWS_SECONDS = 0.5
 
 
@@ -213,10 +217,12 @@ class SourceRelay:
             await self._next_marks()
         regions = await self._worker.run(guest.regions)
         placed = place(self._stream.blocks, memory, regions, self._stream.machine)
-        self._outgoing = Outgoing(guest, placed, self._stream.page_bytes)
+        self._outgoing = Outgoing(
+            guest, placed, self._stream.page_bytes, step_seconds=_STEP_SECONDS
+        )
         while True:
             is_last = self._ram_ended
-            await self._round(is_last=is_last)
+            await self._round(self._outgoing)
             if is_last:
                 break
             await self._next_marks()
@@ -230,23 +236,27 @@ class SourceRelay:
         self._marked.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._collecting_seconds):
-                while not self._ram_ended and self._n_passed() < self._most_passed // 2:
+                while not self._stream.in_ram_end and self._n_passed() < self._most_passed // 2:
                     await self._marked.wait()
                     self._marked.clear()
 
-    async def _round(self, *, is_last: bool) -> None:
-        """Send the tags of all pages that are marked now."""
-        taken = self._stream.take_marks()
-        n_passed, self._passed_before = self._n_passed(), self._stream.n_records
-        self._room.set()
-        self.report.rounds += 1
-        n_pages = await self._send_tags_of(taken) if n_passed else 0
-        if is_last:
-            self.report.last_pages = n_pages
+    async def _round(self, outgoing: Outgoing) -> None:
+        """Send the tags of all pages that are marked now; of fewer if the guest stops meanwhile."""
+        stands_still = self._stream.in_ram_end
+        n_pages = 0
+        if self._n_passed() or outgoing.n_left:
+            self._passed_before = self._stream.n_records
+            taken = self._stream.take_marks()
+            self._room.set()
+            self.report.rounds += 1
+            n_pages = await self._send_tags_of(outgoing, taken, to_the_end=stands_still)
+        if stands_still:
+            self.report.last_pages = (self.report.last_pages or 0) + n_pages
 
-    async def _send_tags_of(self, marks: list[NDArray[np.uint8]]) -> int:
-        """Send the tags of all pages with a mark; return how many these are."""
-        assert self._outgoing
+    async def _send_tags_of(
+        self, outgoing: Outgoing, marks: list[NDArray[np.uint8]], *, to_the_end: bool
+    ) -> int:
+        """Send the tags of pages with a mark; return how many these were."""
         loop = asyncio.get_running_loop()
 
         def emit(packed: bytes) -> None:
@@ -255,8 +265,11 @@ class SourceRelay:
             self._sending = asyncio.run_coroutine_threadsafe(self._send_tags(packed), loop)
             self._sending.result()
 
+        def has_stopped() -> bool:
+            return self._stream.in_ram_end and not to_the_end
+
         started = loop.time()
-        n_pages = await self._worker.run(self._outgoing.round, marks, emit)
+        n_pages = await self._worker.run(outgoing.round, marks, emit, has_stopped)
         seconds = (loop.time() - started) * _COLLECTING_RATIO
         self._collecting_seconds = min(max(seconds, _COLLECTING_SECONDS), _MOST_COLLECTING_SECONDS)
         return n_pages

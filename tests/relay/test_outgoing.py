@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain, repeat
 
 import numpy as np
 from hypothesis import given
@@ -15,7 +16,7 @@ from mtetool.relay import payload
 from mtetool.relay.outgoing import Outgoing
 from mtetool.relay.placing import Placed
 
-_PAGE, _N_PAGES, _BASE = 4096, 512, 0x4000_0000
+_PAGE, _N_PAGES, _BASE = 4096, 1536, 0x4000_0000
 _NOT_ASKED = "the source's relay only reads"
 
 
@@ -73,16 +74,25 @@ class _Guest(Guest):
 
 
 def _outgoing(guest: Guest) -> Outgoing:
-    return Outgoing(guest, [Placed(0, 0, _BASE, _N_PAGES * _PAGE)], _PAGE)
+    placed = [Placed(0, 0, _BASE, _N_PAGES * _PAGE)]
+    # Each step has as few pages as one may have.
+    return Outgoing(guest, placed, _PAGE, step_seconds=1e-9)
+
+
+def _after(n_steps: int) -> Callable[[], bool]:
+    """What stops a round after so many steps."""
+    answers = chain(repeat(False, n_steps), repeat(True))
+    return lambda: next(answers)
 
 
 _SPANS = st.tuples(st.integers(0, _N_PAGES - 1), st.integers(1, _N_PAGES))
 _ACTIONS = st.tuples(st.booleans(), _SPANS, st.integers(0, 99))
+_ROUNDS = st.tuples(st.lists(_ACTIONS, max_size=4), st.integers(0, 3))
 
 
-@given(st.lists(st.lists(_ACTIONS, max_size=4), min_size=1, max_size=5))
+@given(st.lists(_ROUNDS, min_size=1, max_size=5))
 def test_what_goes_over_is_what_the_guest_has(
-    rounds: list[list[tuple[bool, tuple[int, int], int]]],
+    rounds: list[tuple[list[tuple[bool, tuple[int, int], int]], int]],
 ) -> None:
     guest = _Guest()
     outgoing = _outgoing(guest)
@@ -93,16 +103,17 @@ def test_what_goes_over_is_what_the_guest_has(
         extents, tags = payload.unpack(packed, _PAGE)
         there[pages_of(extents, _PAGE) - _BASE // _PAGE] = tags.reshape(-1, 256)
 
-    for actions in rounds:
+    for actions, n_steps in rounds:
         for touches, (first, n_pages), seed in actions:
             if touches:
                 guest.touch(first, n_pages, seed)
             else:
                 guest.discard(first, n_pages)
             marks[first : first + n_pages] = 1
-        outgoing.round([marks], arrive)
+        outgoing.round([marks], arrive, _after(n_steps))
         marks[:] = 0
-        assert np.array_equal(there, guest.tags)
+    outgoing.round([marks], arrive)
+    assert np.array_equal(there, guest.tags)
 
 
 def test_memory_that_was_never_touched_is_not_read() -> None:
@@ -111,3 +122,31 @@ def test_memory_that_was_never_touched_is_not_read() -> None:
     outgoing = _outgoing(guest)
     outgoing.round([np.ones(_N_PAGES, np.uint8)], lambda packed: None)
     assert guest.n_read == outgoing.sent.read_pages == 100
+
+
+def test_pages_that_a_stopped_round_leaves_are_read_by_the_next() -> None:
+    guest = _Guest()
+    guest.touch(0, _N_PAGES, 1)
+    outgoing = _outgoing(guest)
+    every, none = np.ones(_N_PAGES, np.uint8), np.zeros(_N_PAGES, np.uint8)
+    assert outgoing.round([every], lambda packed: None, _after(1)) == 512
+    assert (guest.n_read, outgoing.n_left) == (512, 1024)
+    every[1000:] = 0
+    assert outgoing.round([every], lambda packed: None, _after(0)) == 0
+    assert (guest.n_read, outgoing.n_left) == (512, _N_PAGES)
+    assert outgoing.round([none], lambda packed: None) == _N_PAGES
+    assert (guest.n_read, outgoing.n_left) == (512 + _N_PAGES, 0)
+
+
+def test_steps_are_as_long_as_reading_is_fast() -> None:
+    guest = _Guest()
+    guest.touch(0, _N_PAGES, 1)
+    marks = np.ones(_N_PAGES, np.uint8)
+    n_frames = []
+    for step_seconds in (None, 1e9, 1e-9):
+        frames: list[bytes] = []
+        placed = [Placed(0, 0, _BASE, _N_PAGES * _PAGE)]
+        outgoing = Outgoing(guest, placed, _PAGE, step_seconds=step_seconds)
+        outgoing.round([marks], frames.append)
+        n_frames.append(len(frames))
+    assert n_frames == [1, 2, 3]

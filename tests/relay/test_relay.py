@@ -23,6 +23,7 @@ from mtetool.errors import (
     StreamUnsupportedError,
 )
 from mtetool.guest import GuestOptions
+from mtetool.relay import source
 from mtetool.relay.address import Side, parse
 from mtetool.relay.channels import Opening
 from mtetool.relay.destination import DestinationRelay
@@ -120,6 +121,30 @@ def test_tags_do_not_wait_until_qemu_has_read_its_memory(tmp_path: Path) -> None
             await writing
             await made.confirm()
             assert (await made.source.report()).finished
+
+    run(test())
+
+
+def test_last_tags_are_read_while_qemu_saves_its_devices(tmp_path: Path) -> None:
+    """QEMU keeps the last bytes of RAM until then, and the guest stands still already."""
+
+    async def test() -> None:
+        with patch.multiple(source, _COLLECTING_SECONDS=1e3, _MOST_COLLECTING_SECONDS=1e3):
+            async with scene(tmp_path) as made:
+                sent = beginning() + streams.part(pages(range(N_PAGES)))
+                await made.write(sent)
+                assert await made.passed(len(sent)) == sent
+                made.source.tag(3, _random(20, 1))
+                end = streams.end(pages(range(3, 23)))
+                await made.write(end[:-1])
+                while not np.array_equal(made.destination.tags(), made.source.tags()):
+                    await asyncio.sleep(0.01)
+                await made.write(end[-1:] + TAIL)
+                assert await made.passed(len(end + TAIL)) == end + TAIL
+                await made.confirm()
+                last = (await made.source.report()).last_pages
+                assert last is not None
+                assert last >= 20
 
     run(test())
 
