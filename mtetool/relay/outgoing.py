@@ -71,6 +71,7 @@ class Outgoing:
         n_pages = np.array([part.size_bytes // page for part in placed], np.int64)
         self._bases = np.cumsum(n_pages) - n_pages
         self._had_tags = np.zeros(int(n_pages.sum()), bool)
+        self._is_final = np.zeros_like(self._had_tags)
         self._any_had_tags = False
         self._room = np.empty(payload.MOST_GRANULES, np.uint8)
         self._step_seconds = step_seconds
@@ -84,18 +85,24 @@ class Outgoing:
         marks: Sequence[NDArray[np.uint8]],
         emit: Callable[[bytes], object],
         stop: Callable[[], bool] = lambda: False,
+        *,
+        stands_still: bool = False,
     ) -> int:
         """Read the tags of all marked pages; `emit` takes the payload of each frame that must go.
 
         `stop` is asked before each step; once it returns True, the pages whose tags were not read
-        yet are left for the next round. Returns how many pages this round had, without those.
-        Raises GuestError, for a page that cannot be read too.
+        yet are left for the next round. While the guest `stands_still`, no page is read twice,
+        however often it is marked. Returns how many pages this round had, without those that were
+        left or known. Raises GuestError, for a page that cannot be read too.
         """
         marked = [self._marked(part, marks[part.block]) for part in self._placed]
         pages = np.concatenate(marked)
         if len(self._left):
             pages = np.union1d(pages, self._left)
             self._left = self._left[:0]
+        if stands_still:
+            pages = pages[~self._is_final[self._numbers(pages)]]
+            self._is_final[self._numbers(pages)] = True
         may_have = self._may_have_tags(pages)
         self._emit_all(self._pack_untagged, pages[~may_have], emit)
         read = pages[may_have]
@@ -185,8 +192,7 @@ class Outgoing:
 
     def _pack(self, extents: NDArray[np.uint64], tags: NDArray[np.uint8]) -> bytes | None:
         pages = pages_of(extents, self._page_bytes)
-        number = np.searchsorted(self._starts, pages, side="right") - 1
-        number = pages - self._starts[number] + self._bases[number]
+        number = self._numbers(pages)
         by_page = tags.reshape(len(pages), -1)
         has_tags = by_page.any(axis=1)
         goes = has_tags | self._had_tags[number]
@@ -198,6 +204,12 @@ class Outgoing:
         self.sent.pages += int(goes.sum())
         self.sent.bytes += len(found)
         return found
+
+    def _numbers(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The places of pages in the arrays that have one for each page of all parts."""
+        part = np.searchsorted(self._starts, pages, side="right") - 1
+        numbers: NDArray[np.int64] = pages - self._starts[part] + self._bases[part]
+        return numbers
 
     def _read(self, extents: NDArray[np.uint64], tags: NDArray[np.uint8]) -> None:
         try:

@@ -4,8 +4,8 @@ Pages that pass are dirty ones: QEMU takes a page out of its dirty log before it
 a guest that only changes tags dirties the page, too. So for each page that passes, the tags are
 read after it passed; if they change later, the page comes again. When RAM's last section has
 begun, the guest stands still, and the tags of all pages that are still marked, or yet to pass, can
-be read at once: QEMU still has to save its devices. Until the other relay has all tags in place,
-this one sends nothing further.
+be read at once, and each only once: QEMU still has to save its devices. Until the other relay has
+all tags in place, this one sends nothing further.
 
 Nothing here waits for tags but the stream's end; reading them happens in a thread of its own.
 """
@@ -249,12 +249,12 @@ class SourceRelay:
             taken = self._stream.take_marks()
             self._room.set()
             self.report.rounds += 1
-            n_pages = await self._send_tags_of(outgoing, taken, to_the_end=stands_still)
+            n_pages = await self._send_tags_of(outgoing, taken, stands_still=stands_still)
         if stands_still:
             self.report.last_pages = (self.report.last_pages or 0) + n_pages
 
     async def _send_tags_of(
-        self, outgoing: Outgoing, marks: list[NDArray[np.uint8]], *, to_the_end: bool
+        self, outgoing: Outgoing, marks: list[NDArray[np.uint8]], *, stands_still: bool
     ) -> int:
         """Send the tags of pages with a mark; return how many these were."""
         loop = asyncio.get_running_loop()
@@ -266,10 +266,12 @@ class SourceRelay:
             self._sending.result()
 
         def has_stopped() -> bool:
-            return self._stream.in_ram_end and not to_the_end
+            return self._stream.in_ram_end and not stands_still
 
         started = loop.time()
-        n_pages = await self._worker.run(outgoing.round, marks, emit, has_stopped)
+        n_pages = await self._worker.run(
+            outgoing.round, marks, emit, has_stopped, stands_still=stands_still
+        )
         seconds = (loop.time() - started) * _COLLECTING_RATIO
         self._collecting_seconds = min(max(seconds, _COLLECTING_SECONDS), _MOST_COLLECTING_SECONDS)
         return n_pages

@@ -150,3 +150,17 @@ def test_steps_are_as_long_as_reading_is_fast() -> None:
         outgoing.round([marks], frames.append)
         n_frames.append(len(frames))
     assert n_frames == [1, 2, 3]
+
+
+def test_no_page_is_read_twice_once_the_guest_stands_still() -> None:
+    guest = _Guest()
+    guest.touch(0, _N_PAGES, 1)
+    outgoing = _outgoing(guest)
+    marks = np.zeros(_N_PAGES, np.uint8)
+    marks[:700] = 1
+    frames: list[bytes] = []
+    assert outgoing.round([marks], frames.append, _after(1)) == 512
+    assert outgoing.round([marks], frames.append, stands_still=True) == 700
+    marks[600:800] = 1
+    assert outgoing.round([marks], frames.append, stands_still=True) == 100
+    assert guest.n_read == 512 + 700 + 100
