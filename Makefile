@@ -79,6 +79,7 @@ bench-looking: deps venv ## measure what dump, diff and stats cost beside xxd an
 
 bench-relay: deps venv ## measure streams through relays, chains of calls, and live migrations in the lab (an hour)
 	$(BIN)/python -m tests.bench.stream
+	$(BIN)/python -m tests.bench.ending
 	$(BIN)/python -m tests.bench.chains
 	$(BIN)/python -m tests.bench.relay 3
 

@@ -166,17 +166,18 @@ async def scene(
     source_page: int = 4096,
     destination_page: int = 4096,
     destination_mte: bool = True,
-    destination_pages: int = N_PAGES,
+    n_pages: int = N_PAGES,
+    destination_pages: int | None = None,
     left: tuple[int, Tags] | None = None,
 ) -> AsyncIterator[Scene]:
     """Both relays, connected to QEMUs of the test; nothing has been sent yet.
 
     `left` are tags that the destination has from an earlier attempt, from a page on.
     """
-    source = Side_("source", directory / "source", source_page)
+    source = Side_("source", directory / "source", source_page, n_pages=n_pages)
     destination = Side_(
         "destination", directory / "destination", destination_page, destination_mte,
-        destination_pages,
+        destination_pages or n_pages,
     )  # fmt: skip
     source.make()
     destination.make()
